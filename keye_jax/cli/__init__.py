@@ -1,0 +1,42 @@
+"""The `keye-jax` command: one small module per subcommand."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from keye_jax.cli import convert, generate, inspect, verify
+from keye_jax.errors import UserError
+
+app = typer.Typer(
+    name="keye-jax",
+    help="Keye-VL-2.0-30B-A3B in JAX: convert a checkpoint, look into it, verify it, and ask it about videos.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("convert")(convert.convert)
+app.command("inspect")(inspect.inspect)
+app.command("verify")(verify.verify)
+app.command("generate")(generate.generate)
+
+
+def run(command: typer.Typer, arguments: list[str]) -> int:
+    """Runs `command` with `arguments` and returns its exit code: a user's mistake is one line on stderr and 2."""
+    try:
+        code = command(arguments or ["--help"], standalone_mode=False)
+    except typer.TyperException as error:
+        print(f"keye-jax: {error.format_message()}", file=sys.stderr)
+        return error.exit_code
+    except (UserError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        print(f"keye-jax: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("keye-jax: interrupted", file=sys.stderr)
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def main() -> None:
+    """Entry point of the `keye-jax` command."""
+    sys.exit(run(app, sys.argv[1:]))

@@ -1,0 +1,5 @@
+"""`keye-jax convert`."""
+
+
+def convert() -> None:
+    raise NotImplementedError

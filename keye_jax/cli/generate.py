@@ -1,0 +1,5 @@
+"""`keye-jax generate`."""
+
+
+def generate() -> None:
+    raise NotImplementedError

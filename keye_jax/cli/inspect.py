@@ -1,0 +1,5 @@
+"""`keye-jax inspect`."""
+
+
+def inspect() -> None:
+    raise NotImplementedError

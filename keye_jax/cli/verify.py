@@ -1,0 +1,5 @@
+"""`keye-jax verify`."""
+
+
+def verify() -> None:
+    raise NotImplementedError
