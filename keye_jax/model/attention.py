@@ -1,0 +1,191 @@
+"""Grouped-query attention over the cache: sparse through the indexer's selection, or dense."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from keye_jax.cache import LayerCache
+from keye_jax.config import KeyeConfig
+from keye_jax.model.indexer import Indexer
+from keye_jax.model.layers import Linear, RMSNorm
+from keye_jax.model.rope import apply_rope
+from pallas_kernels.flash_attention import paged_flash_attention
+from pallas_kernels.indexer_scores import indexer_scores
+from pallas_kernels.select_topk import select_topk
+from pallas_kernels.sparse_attention import sparse_attention
+
+_QUERIES_AT_ONCE = 128
+"""Queries whose scores against the whole context are held at a time: 64 MiB at 128K tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionOptions:
+    """How attention is computed; static in every compiled step.
+
+    Attributes:
+      attention: "sparse", the model as released, or "dense", every visible key, for comparison.
+      implementation: name of the kernels' implementation, or None for the best there is.
+      intermediates: whether layers also return what they computed on the way (needs memory for all scores).
+    """
+
+    attention: Literal["sparse", "dense"] = "sparse"
+    implementation: str | None = None
+    intermediates: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a step's new tokens stand: at `start` to `start + count - 1` of their sequences (int32 `[b]` each)."""
+
+    page_table: jax.Array
+    start: jax.Array
+    count: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionIntermediates:
+    """What an attention layer computed on the way.
+
+    Attributes:
+      query: `[b, t, n, d]`, after norm and rope.
+      lse: float32 `[b, t, n]`, log-sum-exp of the scaled dot products.
+      index_scores: float32 `[b, t, s]`, -inf after the query; None when dense.
+      selected: int32 `[b, t, top_k]`, -1 where there are fewer; None when dense.
+    """
+
+    query: jax.Array
+    lse: jax.Array
+    index_scores: jax.Array | None
+    selected: jax.Array | None
+
+
+class Attention(nnx.Module):
+    """The projections of a decoder layer's attention."""
+
+    def __init__(self, config: KeyeConfig, *, rngs: nnx.Rngs):
+        dtype = config.jax_dtype
+        hidden, head = {"embed": config.hidden_size}, {"head_dim": config.head_dim}
+        heads = {"heads": config.num_attention_heads} | head
+        kv_heads = {"kv_heads": config.num_key_value_heads} | head
+        self.top_k = config.sa_config.topk
+        self.scale = config.head_dim**-0.5
+        self.q_proj = Linear(hidden, heads, dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(hidden, kv_heads, dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(hidden, kv_heads, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(heads, hidden, dtype=dtype, rngs=rngs)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, axis="head_dim", dtype=dtype)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, axis="head_dim", dtype=dtype)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        indexer: Indexer,
+        angles: jax.Array,
+        index_angles: jax.Array,
+        cache: LayerCache,
+        placement: Placement,
+        options: AttentionOptions,
+    ) -> tuple[jax.Array, LayerCache, AttentionIntermediates | None]:
+        """Attends from new tokens to the cache and themselves.
+
+        Args:
+          x: `[b, t, embed]`, the normed layer input.
+          angles, index_angles: float32 rotary angles `[b, t, head_dim / 2]`, `[b, t, indexer_head_dim / 2]`.
+          cache: what the layer holds of earlier tokens.
+
+        Returns:
+          `[b, t, embed]`, the cache with the new tokens, and intermediates if asked for.
+        """
+        q = apply_rope(self.q_norm(self.q_proj(x)), angles)
+        k = apply_rope(self.k_norm(self.k_proj(x)), angles)
+        index_q, gates, index_keys = indexer(x, index_angles)
+        cache = cache.append(placement.page_table, placement.start, placement.count, k, self.v_proj(x), index_keys)
+        if options.attention == "dense":
+            out, lse = paged_flash_attention(
+                q,
+                cache.kv,
+                placement.page_table,
+                placement.start,
+                scale=self.scale,
+                implementation=options.implementation,
+            )
+            found = AttentionIntermediates(q, lse, None, None)
+        else:
+            found, out = attend_sparse(
+                q,
+                index_q,
+                gates,
+                cache,
+                placement,
+                top_k=self.top_k,
+                scale=self.scale,
+                index_scale=indexer.scale,
+                options=options,
+            )
+        return self.o_proj(out), cache, found if options.intermediates else None
+
+
+def attend_sparse(
+    q: jax.Array,
+    index_q: jax.Array,
+    gates: jax.Array,
+    cache: LayerCache,
+    placement: Placement,
+    *,
+    top_k: int,
+    scale: float,
+    index_scale: float,
+    options: AttentionOptions,
+) -> tuple[AttentionIntermediates, jax.Array]:
+    """Scores, selects and attends, a block of queries at a time.
+
+    Memory: the scores of one block of queries, which grow with the context; never those of all queries.
+
+    Args:
+      q: `[b, t, n, d]` queries.
+      index_q, gates: index queries `[b, t, ni, di]` and their gates float32 `[b, t, ni]`.
+      cache: holds the keys of the whole context, the new tokens' included.
+
+    Returns:
+      intermediates, and the attention output `[b, t, n, d]`.
+    """
+    table, kwargs = placement.page_table, {"implementation": options.implementation}
+
+    def attend(
+        q: jax.Array, index_q: jax.Array, gates: jax.Array, offset: jax.Array | int
+    ) -> tuple[AttentionIntermediates, jax.Array]:
+        start = placement.start + offset
+        scores = indexer_scores(index_q, gates, cache.index_keys, table, start, scale=index_scale, **kwargs)
+        lengths = jnp.minimum(start[:, None] + jnp.arange(q.shape[1]) + 1, scores.shape[-1])
+        selected = select_topk(scores, lengths, top_k, **kwargs)
+        out, lse = sparse_attention(q, cache.kv, selected, table, scale=scale, **kwargs)
+        return AttentionIntermediates(q, lse, scores, selected), out
+
+    batch, queries = q.shape[:2]
+    block = max(1, _QUERIES_AT_ONCE // batch)
+    if options.intermediates or queries <= block:
+        return attend(q, index_q, gates, 0)
+
+    blocks = -(-queries // block)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, blocks * block - queries)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, blocks, block, *x.shape[2:]), 1, 0)
+
+    def attend_block(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        found, out = attend(*inputs)
+        return out, found.lse
+
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(batch, blocks * block, *x.shape[3:])[:, :queries]
+
+    out, lse = jax.lax.map(attend_block, (split(q), split(index_q), split(gates), jnp.arange(blocks) * block))
+    return AttentionIntermediates(q, join(lse), None, None), join(out)

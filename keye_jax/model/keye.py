@@ -1,0 +1,84 @@
+"""The whole network: vision encoder, projector and decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from keye_jax.config import KeyeConfig
+from keye_jax.model.decoder import Decoder
+from keye_jax.model.projector import Projector
+from keye_jax.model.vision import VisionEncoder
+
+
+class Keye(nnx.Module):
+    """Keye-VL-2.0.
+
+    Attributes:
+      vision: patches to hidden states.
+      projector: hidden states to token embeddings.
+      decoder: embeddings to logits.
+    """
+
+    def __init__(self, config: KeyeConfig, *, rngs: nnx.Rngs):
+        self.vision = VisionEncoder(config.vision_config, dtype=config.jax_dtype, rngs=rngs)
+        self.projector = Projector(config, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+
+    @classmethod
+    def abstract(cls, config: KeyeConfig) -> Keye:
+        """The model with shapes and dtypes in place of arrays."""
+        return nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
+
+    @classmethod
+    def from_params(cls, config: KeyeConfig, params: Mapping[str, Any]) -> Keye:
+        """The model with `params`, arrays nested by module path as in a converted checkpoint.
+
+        Raises:
+          ValueError: an array is missing, unexpected or of another shape than the configuration gives.
+        """
+        graph, state = nnx.split(cls.abstract(config))
+        wanted = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+        given = flatten_params(params)
+        problems = [f"{name} is missing" for name in wanted.keys() - given.keys()]
+        problems += [f"{name} is unexpected" for name in given.keys() - wanted.keys()]
+        for name in wanted.keys() & given.keys():
+            if given[name].shape != wanted[name].shape:
+                problems.append(f"{name} has shape {given[name].shape}, not {wanted[name].shape}")
+        if problems:
+            raise ValueError(f"parameters do not fit the configuration: {'; '.join(sorted(problems))}")
+        flat = [(path, variable.replace(given[".".join(map(str, path))])) for path, variable in nnx.to_flat_state(state)]
+        return nnx.merge(graph, nnx.from_flat_state(flat))
+
+    def encode(self, pixels: jax.Array, sizes: jax.Array, *, implementation: str | None = None) -> jax.Array:
+        """Token embeddings `[f, p / 4, embed]` of images `[f, p, channels * patch * patch]`; see `VisionEncoder`."""
+        return self.projector(self.vision(pixels, sizes, implementation=implementation), sizes)
+
+    def embed(self, ids: jax.Array, vision_embeds: jax.Array, vision_index: jax.Array) -> jax.Array:
+        """Embeddings of a prompt: of tokens, and of vision where the prompt has a pad.
+
+        Args:
+          ids: int32 `[b, t]`.
+          vision_embeds: `[v, embed]`.
+          vision_index: int32 `[b, t]`, the row of `vision_embeds` that stands there, or -1 for a token.
+
+        Returns:
+          `[b, t, embed]`.
+        """
+        seen = vision_embeds[jnp.maximum(vision_index, 0)]
+        return jnp.where((vision_index >= 0)[..., None], seen, self.decoder.embed_tokens(ids))
+
+
+def flatten_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested arrays by dotted module path."""
+    flat = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= flatten_params(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -1,0 +1,25 @@
+"""One matrix product per group of rows: the experts of a mixture-of-experts layer."""
+
+import jax
+
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.grouped_matmul import xla
+
+
+def grouped_matmul(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, implementation: str | None = None
+) -> jax.Array:
+    """Multiplies consecutive groups of rows of `lhs` by the matrix of their group.
+
+    Work is proportional to the rows, and only matrices of groups that have rows are read.
+
+    Args:
+      lhs: `[rows, in]`, sorted by group.
+      rhs: `[e, in, out]`.
+      group_sizes: int32 `[e]`, rows of each group, in order; they sum to at most `rows`.
+      implementation: None or "xla".
+
+    Returns:
+      `[rows, out]` in the dtype of lhs; rows behind the last group are finite but mean nothing.
+    """
+    return dispatch("grouped_matmul", {"xla": xla.grouped_matmul}, implementation)(lhs, rhs, group_sizes)

@@ -1,0 +1,32 @@
+"""Portable grouped matmul: a loop over blocks of rows of one group.
+
+`lax.ragged_dot` multiplies every row by every group's matrix on CPU and GPU, which this avoids.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_BLOCK_ROWS = 128
+
+
+def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    rows, groups = lhs.shape[0], rhs.shape[0]
+    block = min(_BLOCK_ROWS, max(8, 1 << (rows // groups).bit_length()))
+    group_ends = jnp.cumsum(group_sizes)
+    group_starts = group_ends - group_sizes
+    group_blocks = (group_sizes + block - 1) // block
+    block_ends = jnp.cumsum(group_blocks)
+
+    lhs = jnp.pad(lhs, ((0, block), (0, 0)))
+
+    def multiply(index: jax.Array, out: jax.Array) -> jax.Array:
+        group = jnp.searchsorted(block_ends, index, side="right")
+        start = group_starts[group] + (index - (block_ends[group] - group_blocks[group])) * block
+        rows_in = jax.lax.dynamic_slice_in_dim(lhs, start, block)
+        matrix = jax.lax.dynamic_index_in_dim(rhs, group, keepdims=False)
+        rows_out = jnp.dot(rows_in, matrix, preferred_element_type=jnp.float32).astype(out.dtype)
+        # The last block of a group runs into the next group's rows, which that group's own blocks overwrite later.
+        return jax.lax.dynamic_update_slice_in_dim(out, rows_out, start, axis=0)
+
+    out = jnp.zeros((rows + block, rhs.shape[2]), lhs.dtype)
+    return jax.lax.fori_loop(0, block_ends[-1], multiply, out)[:rows]

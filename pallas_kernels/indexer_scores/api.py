@@ -1,0 +1,37 @@
+"""Scores of the DeepSeek Sparse Attention indexer."""
+
+import jax
+
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.indexer_scores import xla
+
+
+def indexer_scores(
+    q: jax.Array,
+    weights: jax.Array,
+    keys: jax.Array,
+    page_table: jax.Array,
+    query_start: jax.Array,
+    *,
+    scale: float,
+    implementation: str | None = None,
+) -> jax.Array:
+    """`I[b,t,s] = scale * sum_n weights[b,t,n] * relu(q[b,t,n] . keys[b,s])` (DeepSeek-V3.2, equation 1), causal.
+
+    Memory: the result and a workspace that does not grow with the context.
+
+    Args:
+      q: `[b, t, n, d]` index queries.
+      weights: `[b, t, n]` signed gates.
+      keys: `[p, page_size, d]` pages of index keys, one head.
+      page_table: int32 `[b, m]`.
+      query_start: int32 `[b]`, position of each sequence's first query; query t stands at `query_start + t` and sees
+        positions up to its own.
+      scale: factor on the sum.
+      implementation: None or "xla".
+
+    Returns:
+      float32 `[b, t, m * page_size]`; -inf after a query's own position.
+    """
+    run = dispatch("indexer_scores", {"xla": xla.indexer_scores}, implementation)
+    return run(q, weights, keys, page_table, query_start, scale=scale)

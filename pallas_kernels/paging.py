@@ -1,0 +1,29 @@
+"""Addresses in paged arrays."""
+
+import jax
+import jax.numpy as jnp
+
+
+def slots(page_table: jax.Array, positions: jax.Array, page_size: int) -> jax.Array:
+    """Rows of the flattened pages `[p * page_size, ...]` that hold `positions`.
+
+    Args:
+      page_table: int32 `[b, m]`.
+      positions: int32 `[b, ...]`, each from 0 to `m * page_size - 1`.
+      page_size: positions a page holds.
+
+    Returns:
+      int32, the shape of `positions`.
+    """
+    sequence = jnp.arange(page_table.shape[0]).reshape((-1,) + (1,) * (positions.ndim - 1))
+    return page_table[sequence, positions // page_size] * page_size + positions % page_size
+
+
+def pages_of_chunk(page_table: jax.Array, chunk: jax.Array | int, pages_per_chunk: int) -> jax.Array:
+    """Page numbers int32 `[b, pages_per_chunk]` of key chunk number `chunk`; `page_table` is padded to whole chunks."""
+    return jax.lax.dynamic_slice_in_dim(page_table, chunk * pages_per_chunk, pages_per_chunk, axis=1)
+
+
+def pad_to_chunks(page_table: jax.Array, pages_per_chunk: int) -> jax.Array:
+    """`page_table` with columns of page 0 added until it holds whole chunks; callers mask what lies there."""
+    return jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages_per_chunk)))

@@ -1,0 +1,23 @@
+"""Exact selection of the highest scores of a row."""
+
+import jax
+
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.select_topk import xla
+
+
+def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, implementation: str | None = None) -> jax.Array:
+    """Positions of the `k` highest scores among the first `lengths` of each row; all of them when there are fewer.
+
+    Exact and deterministic: of equal scores (0.0 equals -0.0) the lower position wins.
+
+    Args:
+      scores: float32 `[..., s]`.
+      lengths: int32 `[...]`, from 0 to s.
+      k: how many to select.
+      implementation: None or "xla".
+
+    Returns:
+      int32 `[..., k]` positions in ascending order, then -1 where a row has fewer than k.
+    """
+    return dispatch("select_topk", {"xla": xla.select_topk}, implementation)(scores, lengths, k)

@@ -1,0 +1,16 @@
+"""Portable selection through `lax.top_k`, which prefers lower positions among equal values."""
+
+import jax
+import jax.numpy as jnp
+
+
+def select_topk(scores: jax.Array, lengths: jax.Array, k: int) -> jax.Array:
+    size = scores.shape[-1]
+    # top_k orders -0.0 below 0.0. A valid -inf wins against the masked ones, which all lie behind it.
+    scores = jnp.where(scores == 0, 0.0, scores)
+    scores = jnp.where(jnp.arange(size) < lengths[..., None], scores, -jnp.inf)
+    _, positions = jax.lax.top_k(scores, min(k, size))
+    positions = jnp.sort(jnp.where(positions < lengths[..., None], positions, size), axis=-1)
+    positions = jnp.where(positions < size, positions, -1)
+    padding = [(0, 0)] * (positions.ndim - 1) + [(0, k - positions.shape[-1])]
+    return jnp.pad(positions, padding, constant_values=-1)
