@@ -1,0 +1,272 @@
+"""The compiled steps of a model: encoding images, reading a prompt in chunks, decoding token by token."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from keye_jax.cache import Cache
+from keye_jax.config import KeyeConfig
+from keye_jax.model.attention import AttentionOptions
+from keye_jax.model.decoder import LayerIntermediates
+from keye_jax.model.keye import Keye
+
+PREFILL_CHUNK = 1024
+"""Prompt tokens read in one step."""
+
+ENCODE_PATCHES = 8192
+"""Patches encoded in one step: whole frames, at least one (the publisher's Chunk ViT)."""
+
+Progress = Callable[[int, int], None]
+"""Called with how much is done and how much there is."""
+
+
+def round_up(size: int) -> int:
+    """`size` rounded up by at most an eighth (to 64 at least), so that similar sizes share a compiled step."""
+    step = max(64, 1 << max(0, size.bit_length() - 4))
+    return -(-size // step) * step
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "implementation"))
+def _encode(
+    graph: nnx.GraphDef[Keye],
+    state: nnx.State,
+    pixels: jax.Array,
+    sizes: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+    *,
+    implementation: str | None,
+) -> jax.Array:
+    pixels = pixels.astype(jnp.float32) * scale + shift
+    return nnx.merge(graph, state).encode(pixels, sizes, implementation=implementation)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _embed(
+    graph: nnx.GraphDef[Keye], state: nnx.State, ids: jax.Array, vision_embeds: jax.Array, vision_index: jax.Array
+) -> jax.Array:
+    return nnx.merge(graph, state).embed(ids, vision_embeds, vision_index)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "options", "all_logits"), donate_argnames="cache")
+def _read(
+    graph: nnx.GraphDef[Keye],
+    state: nnx.State,
+    x: jax.Array,
+    positions: jax.Array,
+    count: jax.Array,
+    cache: Cache,
+    *,
+    options: AttentionOptions,
+    all_logits: bool = False,
+) -> tuple[jax.Array, Cache, tuple[LayerIntermediates, ...]]:
+    """Logits of each sequence's last new token, `[b, vocab]`, or of all, `[b, t, vocab]`."""
+    decoder = nnx.merge(graph, state).decoder
+    hidden, cache, found = decoder(x, positions, count, cache, options)
+    if not all_logits:
+        hidden = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    return decoder.logits(hidden), cache, found
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "options"), donate_argnames="cache")
+def _decode(
+    graph: nnx.GraphDef[Keye],
+    state: nnx.State,
+    tokens: jax.Array,
+    delta: jax.Array,
+    cache: Cache,
+    *,
+    options: AttentionOptions,
+) -> tuple[jax.Array, Cache]:
+    decoder = nnx.merge(graph, state).decoder
+    positions = jnp.broadcast_to((cache.lengths + delta)[None, :, None], (3, tokens.shape[0], 1))
+    x = decoder.embed_tokens(tokens[:, None])
+    hidden, cache, _ = decoder(x, positions, jnp.ones_like(cache.lengths), cache, options)
+    return decoder.logits(hidden[:, 0]), cache
+
+
+class Runner:
+    """A model ready to run.
+
+    Attributes:
+      config: its configuration.
+      dtype: of its parameters and cache.
+      options: how attention is computed.
+      prefill_chunk: prompt tokens read in one step; the result does not depend on it.
+    """
+
+    def __init__(
+        self,
+        model: Keye,
+        config: KeyeConfig,
+        *,
+        options: AttentionOptions = AttentionOptions(),  # noqa: B008 (frozen)
+        prefill_chunk: int = PREFILL_CHUNK,
+    ):
+        self.config, self.options, self.prefill_chunk = config, options, prefill_chunk
+        self.dtype = model.decoder.embed_tokens.weight.dtype
+        self._graph, self._state = nnx.split(model)
+
+    def new_cache(self, capacity: int, batch: int = 1) -> Cache:
+        """An empty cache for `batch` sequences of at least `capacity` tokens each."""
+        return Cache.create(self.config, batch, round_up(capacity), self.dtype)
+
+    def encode(
+        self,
+        patches: np.ndarray,
+        grids: np.ndarray,
+        *,
+        scale: np.ndarray | float = 1.0,
+        shift: np.ndarray | float = 0.0,
+        progress: Progress | None = None,
+    ) -> jax.Array:
+        """Encodes images, or frames, a bounded number of patches at a time.
+
+        Args:
+          patches: uint8 or float `[sum(t*h*w), channels, patch, patch]`, each grid's in raster order.
+          grids: int `[g, 3]`: 1, height and width in patches.
+          scale, shift: float32 `[channels]`; the encoder sees `patches * scale + shift`.
+          progress: told the patches done.
+
+        Returns:
+          `[sum(h*w) / 4, embed]` token embeddings, in order.
+        """
+        vision = self.config.vision_config
+        pixels = vision.patch_size**2
+        flat = patches.reshape(len(patches), vision.num_channels * pixels)
+        scale, shift = (
+            jnp.asarray(np.repeat(np.broadcast_to(np.asarray(x, np.float32), vision.num_channels), pixels))
+            for x in (scale, shift)
+        )
+        embeds, done = [jnp.zeros((0, self.config.hidden_size), self.dtype)], 0
+        for height, width, images in _runs(grids):
+            each = height * width
+            padded = round_up(each)
+            at_once = max(1, min(images, ENCODE_PATCHES // padded))
+            for first in range(0, images, at_once):
+                here = min(at_once, images - first)
+                chunk = np.zeros((at_once, padded, flat.shape[1]), flat.dtype)
+                chunk[:here, :each] = flat[done : done + here * each].reshape(here, each, -1)
+                sizes = np.tile(np.int32([height, width]), (at_once, 1))
+                encoded = _encode(
+                    self._graph, self._state, chunk, sizes, scale, shift, implementation=self.options.implementation
+                )
+                tokens = each // vision.spatial_merge_size**2
+                embeds.append(encoded[:here, :tokens].reshape(here * tokens, -1))
+                done += here * each
+                if progress:
+                    progress(done, len(patches))
+        return jnp.concatenate(embeds)
+
+    def prefill(
+        self,
+        input_ids: np.ndarray,
+        positions: np.ndarray,
+        vision_embeds: jax.Array,
+        cache: Cache,
+        *,
+        progress: Progress | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """Reads a prompt into an empty cache of one sequence.
+
+        Args:
+          input_ids: int32 `[t]`.
+          positions: int32 `[3, t]`.
+          vision_embeds: `[v, embed]`, images first, then frames, in the order of the prompt's pads.
+          cache: donated.
+          progress: told the tokens done.
+
+        Returns:
+          float32 `[1, vocab]` logits of the last token, and the cache.
+        """
+        logits = None
+        for logits, cache, _, done in self._read_chunks(input_ids, positions, vision_embeds, cache, self.options):
+            if progress:
+                jax.block_until_ready(logits)
+                progress(done, len(input_ids))
+        assert logits is not None, "an empty prompt"
+        return logits, cache
+
+    def trace(
+        self, input_ids: np.ndarray, positions: np.ndarray, vision_embeds: jax.Array, cache: Cache
+    ) -> Iterator[tuple[jax.Array, Cache, tuple[LayerIntermediates, ...], int]]:
+        """`prefill` that yields what each chunk computed.
+
+        Yields:
+          float32 `[1, chunk, vocab]` logits, the cache, each layer's intermediates, and the tokens done so far; rows
+          of the last chunk behind the prompt's end mean nothing.
+        """
+        options = AttentionOptions(self.options.attention, self.options.implementation, intermediates=True)
+        return self._read_chunks(input_ids, positions, vision_embeds, cache, options)
+
+    def _read_chunks(
+        self,
+        input_ids: np.ndarray,
+        positions: np.ndarray,
+        vision_embeds: jax.Array,
+        cache: Cache,
+        options: AttentionOptions,
+    ) -> Iterator[tuple[jax.Array, Cache, tuple[LayerIntermediates, ...], int]]:
+        total = len(input_ids)
+        chunk = min(self.prefill_chunk, round_up(total))
+        index = vision_rows(input_ids, self.config)
+        if len(vision_embeds) != np.count_nonzero(index >= 0):
+            raise ValueError(f"{len(vision_embeds)} vision embeddings for {np.count_nonzero(index >= 0)} pads")
+        # At least one row, so that a prompt of text alone can index it.
+        vision_embeds = jnp.pad(vision_embeds, ((0, round_up(max(1, len(vision_embeds))) - len(vision_embeds)), (0, 0)))
+        padding = -total % chunk
+        ids = np.pad(input_ids, (0, padding))
+        index = np.pad(index, (0, padding), constant_values=-1)
+        positions = np.pad(positions, ((0, 0), (0, padding)))
+        for start in range(0, total, chunk):
+            part = slice(start, start + chunk)
+            x = _embed(self._graph, self._state, ids[None, part], vision_embeds, index[None, part])
+            count = min(chunk, total - start)
+            logits, cache, found = _read(
+                self._graph,
+                self._state,
+                x,
+                positions[:, None, part],
+                np.int32([count]),
+                cache,
+                options=options,
+                all_logits=options.intermediates,
+            )
+            yield logits, cache, found, start + count
+
+    def decode(self, tokens: jax.Array, delta: jax.Array | np.ndarray, cache: Cache) -> tuple[jax.Array, Cache]:
+        """One step of decoding.
+
+        Args:
+          tokens: int32 `[b]`, the last token of each sequence, not yet in the cache.
+          delta: int32 `[b]`; a token at index i of its sequence stands at position i + delta.
+          cache: donated.
+
+        Returns:
+          float32 `[b, vocab]` logits of the next tokens, and the cache with `tokens` in it.
+        """
+        return _decode(self._graph, self._state, tokens, delta, cache, options=self.options)
+
+
+def vision_rows(input_ids: np.ndarray, config: KeyeConfig) -> np.ndarray:
+    """Row of the vision embeddings (images first, then frames) that stands at each token, int32 `[t]`; -1 for text."""
+    images, frames = input_ids == config.image_token_id, input_ids == config.video_token_id
+    rows = np.full(len(input_ids), -1, np.int32)
+    rows[images] = np.arange(np.count_nonzero(images))
+    rows[frames] = np.count_nonzero(images) + np.arange(np.count_nonzero(frames))
+    return rows
+
+
+def _runs(grids: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Height, width and number of each run of grids of one size."""
+    start = 0
+    for end in range(1, len(grids) + 1):
+        if end == len(grids) or (grids[end] != grids[start]).any():
+            yield int(grids[start, 1]), int(grids[start, 2]), end - start
+            start = end

@@ -1,0 +1,240 @@
+"""Holding a checkpoint to recorded reference arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from keye_jax.cache import Cache
+from keye_jax.config import KeyeConfig
+from keye_jax.model.decoder import LayerIntermediates
+from keye_jax.model.keye import Keye
+from keye_jax.model.rope import mrope_positions
+from keye_jax.runner import Runner
+
+EXACT = "exact"
+"""`Comparison.kind` of arrays that must be identical."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One reference array against what the model computed.
+
+    Attributes:
+      name: of the array.
+      kind: "exact", or "close", within a tolerance.
+      error: largest absolute difference ("close"), or how many entries differ ("exact").
+      passed: whether that is allowed.
+    """
+
+    name: str
+    kind: str
+    error: float
+    passed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trace:
+    """What a prompt gave, all chunks together; l layers, t tokens."""
+
+    logits: np.ndarray  # [t, vocab]
+    hidden: np.ndarray  # [l, t, embed]
+    experts: np.ndarray  # [l, t, k]
+    queries: np.ndarray  # [l, t, n, d]
+    lse: np.ndarray  # [l, t, n]
+    keys: np.ndarray  # [l, t, kv_heads, d]
+    index_scores: np.ndarray | None  # [l, t, t], 0 after the query
+    selected: np.ndarray | None  # [l, t, t] bool
+
+
+def verify(
+    model: Keye, config: KeyeConfig, golden: Mapping[str, np.ndarray], runner: Runner, *, atol: float
+) -> Iterator[Comparison]:
+    """Compares every array of `golden` that this way of running has; names and meanings in docs/correctness.md.
+
+    A sparse runner is held to the sparse arrays, a dense one to the dense ones; both to the vision encoder's.
+    """
+    compare = _Comparer(golden, atol)
+    sparse = runner.options.attention == "sparse"
+    no_vision = jnp.zeros((0, config.hidden_size), runner.dtype)
+
+    if "text_ids" in golden:
+        ids = golden["text_ids"]
+        positions = np.broadcast_to(np.arange(len(ids), dtype=np.int32), (3, len(ids)))
+        trace = _trace(runner, ids, positions, no_vision)
+        if sparse:
+            yield from compare.sparse("text", trace)
+        else:
+            yield from compare.close("text_dense_logits", trace.logits)
+        teacher = "head_mean_attention_sparse" if sparse else "head_mean_attention_dense"
+        yield from compare.close(teacher, _head_mean_attention(trace, config))
+
+    if "pixels" not in golden:
+        return
+    grids = golden["grids"]
+    yield from compare.close("vit_hidden", _vision_hidden(model, golden["pixels"], grids))
+    embeds = runner.encode(golden["pixels"], grids)
+    yield from compare.close("vision_embeds", np.asarray(embeds, np.float32))
+    if "mm_ids" not in golden:
+        return
+    ids = golden["mm_ids"]
+    images = _image_count(ids, grids, config)
+    positions, delta = mrope_positions(
+        ids,
+        grids[:images],
+        grids[images:],
+        image_token_id=config.image_token_id,
+        video_token_id=config.video_token_id,
+        merge_size=config.vision_config.spatial_merge_size,
+    )
+    yield from compare.exact("mm_positions", positions)
+    if sparse:
+        yield from compare.sparse("mm", _trace(runner, ids, positions, embeds))
+        if "mm_greedy" in golden:
+            greedy = _greedy(runner, ids, positions, delta, embeds, len(golden["mm_greedy"]))
+            yield from compare.exact("mm_greedy", greedy)
+
+
+def skipped(golden: Mapping[str, np.ndarray], *, attention: str) -> tuple[list[str], list[str]]:
+    """Arrays that `golden` lacks, and those it has that are about the other kind of attention."""
+    other = _DENSE_ARRAYS if attention == "sparse" else _SPARSE_ARRAYS
+    return sorted((_COMMON_ARRAYS | _SPARSE_ARRAYS | _DENSE_ARRAYS) - golden.keys()), sorted(other & golden.keys())
+
+
+_COMMON_ARRAYS = {"text_ids", "mm_ids", "mm_positions", "grids", "pixels", "vit_hidden", "vision_embeds"}
+_SPARSE_ARRAYS = {f"{prompt}_{what}" for prompt in ("text", "mm") for what in ("logits", "hidden", "index_scores")}
+_SPARSE_ARRAYS |= {"text_selected", "text_experts", "mm_selected", "mm_greedy", "head_mean_attention_sparse"}
+_DENSE_ARRAYS = {"text_dense_logits", "head_mean_attention_dense"}
+
+
+class _Comparer:
+    def __init__(self, golden: Mapping[str, np.ndarray], atol: float):
+        self.golden, self.atol = golden, atol
+
+    def close(self, name: str, computed: np.ndarray) -> Iterator[Comparison]:
+        if name in self.golden:
+            self._check_shape(name, computed)
+            difference = np.abs(computed.astype(np.float64) - self.golden[name])
+            # max() of a NaN is a NaN, and no NaN is within a tolerance.
+            error = float(difference.max(initial=0.0))
+            yield Comparison(name, "close", error, error <= self.atol)
+
+    def exact(self, name: str, computed: np.ndarray) -> Iterator[Comparison]:
+        if name in self.golden:
+            self._check_shape(name, computed)
+            differing = int(np.count_nonzero(computed != self.golden[name]))
+            yield Comparison(name, EXACT, differing, differing == 0)
+
+    def sparse(self, prompt: str, trace: _Trace) -> Iterator[Comparison]:
+        assert trace.index_scores is not None and trace.selected is not None
+        yield from self.close(f"{prompt}_logits", trace.logits)
+        yield from self.close(f"{prompt}_hidden", trace.hidden)
+        yield from self.close(f"{prompt}_index_scores", trace.index_scores)
+        yield from self.exact(f"{prompt}_selected", trace.selected)
+        yield from self.exact(f"{prompt}_experts", trace.experts)
+
+    def _check_shape(self, name: str, computed: np.ndarray) -> None:
+        if computed.shape != self.golden[name].shape:
+            raise ValueError(f"{name} has shape {self.golden[name].shape}; this checkpoint gives {computed.shape}")
+
+
+def _trace(runner: Runner, ids: np.ndarray, positions: np.ndarray, vision_embeds: jax.Array) -> _Trace:
+    total, start = len(ids), 0
+    cache = runner.new_cache(total)
+    parts: list[dict[str, np.ndarray]] = []
+    for logits, cache, layers, done in runner.trace(ids, positions, vision_embeds, cache):
+        count = done - start
+
+        def stack(pick, layers=layers, count=count) -> np.ndarray:
+            return np.stack([np.asarray(pick(layer)[0, :count], np.float32) for layer in layers])
+
+        part = {
+            "logits": np.asarray(logits[0, :count]),
+            "hidden": stack(lambda layer: layer.hidden),
+            "experts": stack(lambda layer: layer.experts).astype(np.int32),
+            "queries": stack(lambda layer: layer.attention.query),
+            "lse": stack(lambda layer: layer.attention.lse),
+        }
+        if layers[0].attention.selected is not None:
+            part["index_scores"] = stack(lambda layer: layer.attention.index_scores)[..., :total]
+            part["selected"] = np.stack([_as_mask(layer, count, total) for layer in layers])
+        parts.append(part)
+        start = done
+
+    def join(name: str, axis: int = 1) -> np.ndarray:
+        return np.concatenate([part[name] for part in parts], axis=axis)
+
+    scores = join("index_scores") if "index_scores" in parts[0] else None
+    return _Trace(
+        logits=join("logits", axis=0),
+        hidden=join("hidden"),
+        experts=join("experts"),
+        queries=join("queries"),
+        lse=join("lse"),
+        keys=_cached_keys(cache, total),
+        index_scores=None if scores is None else np.where(np.isneginf(scores), 0.0, scores),
+        selected=None if scores is None else join("selected"),
+    )
+
+
+def _as_mask(layer: LayerIntermediates, count: int, total: int) -> np.ndarray:
+    """The selected positions of the first `count` queries as a mask, bool `[count, total]`."""
+    selected = np.asarray(layer.attention.selected[0, :count])
+    mask = np.zeros((count, total), bool)
+    rows, columns = np.nonzero(selected >= 0)
+    mask[rows, selected[rows, columns]] = True
+    return mask
+
+
+def _cached_keys(cache: Cache, total: int) -> np.ndarray:
+    """Keys of the first `total` tokens of the first sequence, float32 `[l, total, kv_heads, d]`."""
+    layers = []
+    for layer in cache.layers:
+        rows = np.asarray(layer.kv[cache.page_table[0]], np.float32)
+        rows = rows.reshape(-1, *rows.shape[2:])[:total]
+        layers.append(rows[:, : rows.shape[1] // 2])
+    return np.stack(layers)
+
+
+def _head_mean_attention(trace: _Trace, config: KeyeConfig) -> np.ndarray:
+    """Attention probabilities averaged over heads, `[l, t, t]`, from queries, cached keys and log-sum-exps."""
+    layers, tokens, heads, dim = trace.queries.shape
+    groups = heads // config.num_key_value_heads
+    keys = np.repeat(trace.keys, groups, axis=2)
+    logits = np.einsum("ltnd,lsnd->ltsn", trace.queries, keys, dtype=np.float64) * dim**-0.5
+    visible = np.tril(np.ones((tokens, tokens), bool))[None] if trace.selected is None else trace.selected
+    exponents = np.where(visible[..., None], logits - trace.lse[:, :, None], -np.inf)
+    return np.exp(exponents).mean(axis=-1)
+
+
+def _vision_hidden(model: Keye, pixels: np.ndarray, grids: np.ndarray) -> np.ndarray:
+    """Hidden states of the vision encoder, float32 `[sum(h*w), vision_embed]`."""
+    hidden, start = [], 0
+    for _, height, width in grids:
+        patches = pixels[start : start + height * width].reshape(1, height * width, -1)
+        hidden.append(np.asarray(model.vision(jnp.asarray(patches), jnp.asarray([[height, width]]))[0], np.float32))
+        start += height * width
+    return np.concatenate(hidden)
+
+
+def _image_count(ids: np.ndarray, grids: np.ndarray, config: KeyeConfig) -> int:
+    """How many of the grids are images: as many as the prompt's image pads make."""
+    tokens = np.cumsum([0, *(grids.prod(axis=1) // config.vision_config.spatial_merge_size**2)])
+    return int(np.searchsorted(tokens, np.count_nonzero(ids == config.image_token_id)))
+
+
+def _greedy(
+    runner: Runner, ids: np.ndarray, positions: np.ndarray, delta: int, vision_embeds: jax.Array, count: int
+) -> np.ndarray:
+    """The `count` most likely tokens that follow the prompt, one at a time from the cache."""
+    logits, cache = runner.prefill(ids, positions, vision_embeds, runner.new_cache(len(ids) + count))
+    tokens = []
+    for _ in range(count):
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        tokens.append(int(token[0]))
+        logits, cache = runner.decode(token, np.int32([delta]), cache)
+    return np.asarray(tokens)
