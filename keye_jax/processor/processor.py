@@ -1,0 +1,460 @@
+"""The processor: messages in the OpenAI chat shape to what the model takes, in two steps.
+
+`plan` reads headers only, and so tells how long a prompt is before any work is done; `process` decodes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from keye_jax.config import KeyeConfig
+from keye_jax.errors import UserError
+from keye_jax.model.positions import mrope_positions
+from keye_jax.processor.decode import FrameList, VideoFile
+from keye_jax.processor.image import open_image, patchify, smart_resize, to_rgb, upright_size
+from keye_jax.processor.media import RemoteFile, fetch, shorten
+from keye_jax.processor.options import part_options, read_options, resolve
+from keye_jax.processor.prompt import ChatTemplate, Detokenizer, MediaPart, SafeTokenizer
+from keye_jax.processor.settings import ProcessorSettings, read_template
+from keye_jax.processor.video import adaptive_factor, frame_indices, frame_size
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelInputs:
+    """What the model takes; n patches of p x p pixels in raster order of each image's or frame's patch grid.
+
+    Attributes:
+      input_ids: int32 [T].
+      positions: int32 [3, T], time, row and column.
+      position_delta: a token generated at index i has position i + position_delta on all axes.
+      image_patches: uint8 [n, 3, p, p], those of all images.
+      image_grids: int32 [I, 3], (1, h, w) in patches.
+      video_patches: uint8 [n, 3, p, p], those of all frames of all videos.
+      video_grids: int32 [F, 3], (1, h, w) in patches, one row per frame.
+      frame_times: float64 [frames] of each video, in seconds.
+      prompt_opens_thinking: whether the prompt ends inside `<think>`, so that the answer starts with thoughts.
+    """
+
+    input_ids: np.ndarray
+    positions: np.ndarray
+    position_delta: int
+    image_patches: np.ndarray
+    image_grids: np.ndarray
+    video_patches: np.ndarray
+    video_grids: np.ndarray
+    frame_times: tuple[np.ndarray, ...]
+    prompt_opens_thinking: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImagePlan:
+    """An image, and the (height, width) in pixels that it is shown at."""
+
+    image: Image.Image
+    field: str
+    height: int
+    width: int
+    num_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VideoPlan:
+    """A video, and which of its frames are shown how large.
+
+    Attributes:
+      source: where its frames come from.
+      indices: int64 [frames], of the video's own frames.
+      times: float64 [frames], seconds.
+      height, width: pixels that a frame is shown at.
+      tokens_per_frame: pad tokens of a frame, its time stamp not counted.
+      num_tokens: all tokens of the video, time stamps counted.
+    """
+
+    source: VideoFile | FrameList
+    indices: np.ndarray
+    times: np.ndarray
+    height: int
+    width: int
+    tokens_per_frame: int
+    num_tokens: int
+
+    @property
+    def frames(self) -> int:
+        return len(self.indices)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """A prompt whose media have been looked at but not decoded. Downloads live until `close`, or as long as the plan.
+
+    Attributes:
+      prompt_ids: ids with one pad token for each image and each video.
+      images, videos: in prompt order.
+      prompt_opens_thinking: see `ModelInputs`.
+    """
+
+    prompt_ids: tuple[int, ...]
+    images: tuple[ImagePlan, ...]
+    videos: tuple[VideoPlan, ...]
+    prompt_opens_thinking: bool
+    downloads: tuple[RemoteFile, ...] = ()
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens outside of images and videos."""
+        return len(self.prompt_ids) - len(self.images) - len(self.videos)
+
+    @property
+    def image_tokens(self) -> int:
+        return sum(image.num_tokens for image in self.images)
+
+    @property
+    def video_tokens(self) -> int:
+        return sum(video.num_tokens for video in self.videos)
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the prompt, T (a video file that turns out damaged can change a time stamp's length)."""
+        return self.text_tokens + self.image_tokens + self.video_tokens
+
+    @property
+    def num_frames(self) -> int:
+        return sum(video.frames for video in self.videos)
+
+    def describe(self) -> list[str]:
+        """One line for each image and video, and one for the whole."""
+        lines = [f"image: {image.width}x{image.height} pixels, {image.num_tokens} tokens" for image in self.images]
+        for video in self.videos:
+            info = video.source.info
+            lines.append(
+                f"video: {video.frames} of {info.num_frames} frames ({info.duration:.1f} s at {info.native_fps:.4g} "
+                f"fps), {video.width}x{video.height} pixels, {video.tokens_per_frame} tokens a frame, "
+                f"{video.num_tokens} tokens"
+            )
+        return [*lines, f"prompt: {self.num_tokens} tokens, {self.text_tokens} of them text"]
+
+    def close(self) -> None:
+        """Removes what was downloaded."""
+        for download in self.downloads:
+            download.close()
+
+    def __enter__(self) -> Plan:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Processor:
+    """Turns messages into `ModelInputs`, with a checkpoint's own tokenizer and chat template.
+
+    Args:
+      tokenizer, template: the checkpoint's.
+      config: the model's; its token ids must be those of the tokenizer.
+      settings: the checkpoint's, or their defaults.
+      allow_remote: whether http(s) URLs are fetched.
+      allow_files: whether paths and file: URLs are read; a server turns this off.
+      defaults: options of media that a request does not set (`fps`, `max_frames`, `max_pixels`, ...); with the prefix
+        `image_` or `video_` for one kind, without it for both.
+
+    Attributes:
+      pixel_scale, pixel_shift: float32 [3]; the vision encoder takes pixel * scale + shift.
+    """
+
+    def __init__(
+        self,
+        tokenizer: SafeTokenizer,
+        template: ChatTemplate,
+        config: KeyeConfig,
+        settings: ProcessorSettings,
+        *,
+        allow_remote: bool = False,
+        allow_files: bool = True,
+        defaults: Mapping[str, Any] | None = None,
+    ):
+        self._tokenizer = tokenizer
+        self._template = template
+        self._config = config
+        self._settings = settings
+        self._allow_remote = allow_remote
+        self._allow_files = allow_files
+        # A total_pixels that was asked for is not reduced by the adaptive budget.
+        chosen = read_options("video", defaults or {}, "", shared=True)
+        self._total_pixels_chosen = "total_pixels" in chosen
+        self._video_options = resolve(settings.video, chosen, "defaults")
+        chosen = read_options("image", defaults or {}, "", shared=True)
+        self._image_options = resolve(settings.image, chosen, "defaults")
+        control = set(tokenizer.control.values())
+        for name in ("image_token_id", "video_token_id"):
+            value = getattr(config, name)
+            if value not in control:
+                raise UserError(f"config: {name} is {value}; it must be the id of an added token of tokenizer.json")
+        scale = settings.rescale_factor / np.asarray(settings.image_std, np.float64)
+        self.pixel_scale = scale.astype(np.float32)
+        self.pixel_shift = (-np.asarray(settings.image_mean) / np.asarray(settings.image_std)).astype(np.float32)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        directory: str | Path,
+        config: KeyeConfig,
+        *,
+        allow_remote: bool = False,
+        allow_files: bool = True,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> Processor:
+        """Reads tokenizer.json, the chat template and preprocessor_config.json of a checkpoint.
+
+        The template is in chat_template.jinja, chat_template.json or tokenizer_config.json. Without a
+        preprocessor_config.json the publisher's values apply.
+
+        Raises:
+          UserError: a file that is missing, not valid, or contradicts `config`.
+        """
+        directory = Path(directory)
+        return cls(
+            SafeTokenizer(directory / "tokenizer.json"),
+            ChatTemplate(*read_template(directory)),
+            config,
+            ProcessorSettings.from_checkpoint(directory, config.vision_config),
+            allow_remote=allow_remote,
+            allow_files=allow_files,
+            defaults=defaults,
+        )
+
+    def token_id(self, text: str) -> int | None:
+        """The id of a token by its name, such as "<|im_end|>"; None if there is none."""
+        return self._tokenizer.token_id(text)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids. Special tokens are left out; `<think>` and the like are not special, and stay."""
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def stream(self, *, skip_special_tokens: bool = True) -> Detokenizer:
+        """A detokenizer for one growing answer."""
+        return Detokenizer(self._tokenizer, skip_special_tokens=skip_special_tokens)
+
+    def plan(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> Plan:
+        """Renders the prompt, and finds which frames of its media are shown how large; nothing is decoded yet.
+
+        Args:
+          messages: the OpenAI chat shape. Content is a string or a list of parts: `text`; `image_url` or `image`;
+            `video_url` or `video`. A source is a path, a URL, `{"url": ...}`, a file's bytes, a PIL image, an array
+            uint8 [H, W, 3] or, for a video, [F, H, W, 3] or a list of images. Options of a part stand inside the url
+            object, beside it, or in `preprocess_kwargs`; a video given as its frames has `native_fps`, 2 by default.
+          tools: function descriptions in the OpenAI shape, for templates that take them.
+          template_variables: further variables of the template, such as `enable_thinking`.
+
+        Raises:
+          UserError: whatever is wrong with the messages or their media, in one sentence.
+        """
+        rendered = self._template.render(messages, tools=tools, variables=template_variables)
+        ids = self._tokenizer.encode_pieces(rendered.pieces)
+        self._check_pads(ids, rendered.media)
+        downloads: list[RemoteFile] = []
+        try:
+            videos = sum(part.kind == "video" for part in rendered.media)
+            images = tuple(self._plan_image(part, downloads) for part in rendered.media if part.kind == "image")
+            plans = tuple(
+                self._plan_video(part, downloads, single=videos == 1) for part in rendered.media if part.kind == "video"
+            )
+        except BaseException:
+            for download in downloads:
+                download.close()
+            raise
+        return Plan(tuple(ids), images, plans, rendered.opens_thinking, tuple(downloads))
+
+    def process(self, plan: Plan, progress: Progress | None = None) -> ModelInputs:
+        """Decodes the media of a plan.
+
+        Args:
+          plan: from `plan`.
+          progress: called with (frames done, frames in all) after each frame.
+
+        Raises:
+          UserError: an image or a video that cannot be decoded.
+        """
+        patch = self._config.vision_config.patch_size
+        image_grids = _grids([(image.height, image.width) for image in plan.images], patch)
+        video_grids = _grids([(video.height, video.width) for video in plan.videos for _ in video.indices], patch)
+        image_patches, video_patches = (
+            np.empty((int(grids.prod(1).sum()), 3, patch, patch), np.uint8) for grids in (image_grids, video_grids)
+        )
+        start = 0
+        for image in plan.images:
+            rgb = to_rgb(image.image, image.field)
+            shown = patchify(np.asarray(rgb.resize((image.width, image.height), Image.Resampling.BICUBIC)), patch)
+            image_patches[start : start + len(shown)] = shown
+            start += len(shown)
+
+        start = done = 0
+        times = []
+        for video in plan.videos:
+            used = []
+            for index, pixels in video.source.read(video.indices):
+                frame = Image.fromarray(pixels).resize((video.width, video.height), Image.Resampling.BILINEAR)
+                shown = patchify(np.asarray(frame), patch)
+                video_patches[start : start + len(shown)] = shown
+                start += len(shown)
+                done += 1
+                used.append(index)
+                if progress is not None:
+                    progress(done, plan.num_frames)
+            times.append(video.source.info.times[used])
+
+        input_ids = np.fromiter(self._expand(plan, times), np.int32)
+        positions, delta = mrope_positions(
+            input_ids,
+            image_grids,
+            video_grids,
+            image_token_id=self._config.image_token_id,
+            video_token_id=self._config.video_token_id,
+            merge_size=self._config.vision_config.spatial_merge_size,
+        )
+        return ModelInputs(
+            input_ids,
+            positions,
+            delta,
+            image_patches,
+            image_grids,
+            video_patches,
+            video_grids,
+            tuple(times),
+            plan.prompt_opens_thinking,
+        )
+
+    def _check_pads(self, ids: list[int], media: list[MediaPart]) -> None:
+        for kind, token in (("image", self._config.image_token_id), ("video", self._config.video_token_id)):
+            need, have = sum(part.kind == kind for part in media), ids.count(token)
+            if need != have:
+                raise UserError(
+                    f"the messages hold {need} {kind}(s), but the chat template made {have} place(s) for one; "
+                    "the numbers must be equal"
+                )
+
+    def _source(self, value: Any, field: str, downloads: list[RemoteFile]) -> Any:
+        """A source as `open_image` and `VideoFile` take it: a path, bytes, an array or a PIL image."""
+        if isinstance(value, Mapping):
+            if value.get("url") is None:
+                raise UserError(f"{field}.url is missing; it must be a path or a URL")
+            value, field = value["url"], f"{field}.url"
+        if isinstance(value, str | Path):
+            file = fetch(str(value), field, allow_remote=self._allow_remote, allow_files=self._allow_files)
+            if not isinstance(file, RemoteFile):
+                return file
+            downloads.append(file)
+            return file.path
+        if isinstance(value, bytes | np.ndarray | Image.Image):
+            return value
+        raise UserError(f"{field} is {shorten(value)}; it must be a path, a URL, an array or an image")
+
+    def _plan_image(self, part: MediaPart, downloads: list[RemoteFile]) -> ImagePlan:
+        source = part.part[part.source_key]
+        field = f"{part.field}.{part.source_key}"
+        chosen = part_options("image", part.part, source, part.source_key, part.field)
+        options = resolve(self._image_options, chosen, part.field)
+        image = open_image(self._source(source, field, downloads), field)
+        with _named(field):
+            height, width = smart_resize(
+                *upright_size(image),
+                factor=self._settings.token_side,
+                min_pixels=options.min_pixels,
+                max_pixels=options.max_pixels,
+            )
+        return ImagePlan(image, field, height, width, height * width // self._settings.token_side**2)
+
+    def _plan_video(self, part: MediaPart, downloads: list[RemoteFile], *, single: bool) -> VideoPlan:
+        source = part.part[part.source_key]
+        field = f"{part.field}.{part.source_key}"
+        chosen = part_options("video", part.part, source, part.source_key, part.field)
+        options = resolve(self._video_options, chosen, part.field)
+        if isinstance(source, Mapping) and isinstance(source.get("url"), list | tuple | np.ndarray):
+            source, field = source["url"], f"{field}.url"
+        video: FrameList | VideoFile
+        if isinstance(source, list | tuple):
+            opened = [self._source(frame, f"{field}[{i}]", downloads) for i, frame in enumerate(source)]
+            video = FrameList(opened, options.native_fps, field)
+        elif isinstance(source, np.ndarray):
+            video = FrameList(source, options.native_fps, field)
+        else:
+            opened = self._source(source, field, downloads)
+            if isinstance(opened, Image.Image):
+                raise UserError(f"{field} is an image; a video must be a file, an array or a list of images")
+            video = VideoFile(opened, field)
+        info, total = video.info, options.total_pixels
+        if single and not self._total_pixels_chosen and "total_pixels" not in chosen:
+            total = int(total * adaptive_factor(info.duration, self._settings.adaptive_pixels))
+        with _named(field):
+            indices = frame_indices(
+                info.num_frames,
+                info.native_fps,
+                fps=options.fps,
+                min_frames=options.min_frames,
+                max_frames=options.max_frames,
+                total_pixels=total,
+            )
+            height, width = frame_size(
+                len(indices),
+                info.height,
+                info.width,
+                min_pixels=options.min_pixels,
+                max_pixels=options.max_pixels,
+                total_pixels=total,
+            )
+        tokens = height * width // self._settings.token_side**2
+        times = info.times[indices]
+        stamps = sum(len(stamp) for stamp in self._stamps(times))
+        return VideoPlan(video, indices, times, height, width, tokens, stamps + tokens * len(indices))
+
+    def _stamps(self, times: np.ndarray) -> Iterator[list[int]]:
+        """Ids of the text before each frame."""
+        for time in times.tolist():
+            yield self._tokenizer.encode_template(self._settings.frame_format.format(time=time))
+
+    def _expand(self, plan: Plan, times: Sequence[np.ndarray]) -> Iterator[int]:
+        """The prompt's ids with all pad tokens and the time stamps of the frames really used."""
+        images = iter(plan.images)
+        videos = iter(zip(plan.videos, times, strict=True))
+        for token in plan.prompt_ids:
+            if token == self._config.image_token_id:
+                yield from [token] * next(images).num_tokens
+            elif token == self._config.video_token_id:
+                video, stamps = next(videos)
+                for stamp in self._stamps(stamps):
+                    yield from stamp
+                    yield from [token] * video.tokens_per_frame
+            else:
+                yield token
+
+
+def _grids(sizes: Sequence[tuple[int, int]], patch: int) -> np.ndarray:
+    rows = [(1, height // patch, width // patch) for height, width in sizes]
+    return np.array(rows, np.int32).reshape(-1, 3)
+
+
+class _named:
+    """Puts the name of the medium before what is wrong with it."""
+
+    def __init__(self, field: str):
+        self._field = field
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, UserError):
+            raise UserError(f"{self._field}: {error}") from error

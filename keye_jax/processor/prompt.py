@@ -1,0 +1,401 @@
+"""From messages to token ids, such that no text of a user becomes a control token.
+
+The checkpoint's chat template never sees a user's text. It is rendered with a random placeholder in the place of every
+string of the request; control tokens are recognised in what the template itself wrote, and nowhere else; then the
+strings take their places, and everything between two control tokens is encoded by a tokenizer that has no control
+tokens. Text without control tokens in it gets the very ids that encoding the whole prompt would give.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.runtime
+import jinja2.sandbox
+from tokenizers import Tokenizer
+
+from keye_jax.errors import UserError
+from keye_jax.processor.media import shorten
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Names and types that templates look at, in messages and in descriptions of tools.
+_SHAPE = frozenset(
+    "role content type text reasoning_content tool_calls tool_call_id id function name arguments description "
+    "parameters properties required items enum strict".split()
+)
+_TYPES = ("text", "image", "video", "function")
+_MEDIA = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
+
+
+class SafeTokenizer:
+    """A tokenizer that tells control tokens from text that is spelled like them.
+
+    Args:
+      path: a `tokenizer.json`.
+
+    Raises:
+      UserError: missing or not a tokenizer.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise UserError(f"{path.name} is missing in {path.parent}; a checkpoint must have its tokenizer") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not a tokenizer: {error}") from error
+        try:
+            values = json.loads(text)
+            self.control = {token["content"]: int(token["id"]) for token in values["added_tokens"]}
+            values |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+            self._plain = Tokenizer.from_str(json.dumps(values, ensure_ascii=False))
+            self._full = Tokenizer.from_str(text)
+            unknown = self._plain.token_to_id(str(values["model"].get("unk_token")))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"{path} is not a tokenizer: {error}") from error
+        # The model's own answer to what it does not know is no control token, whatever the list says.
+        self._forbidden = frozenset(self.control.values()) - {unknown}
+        longest_first = sorted((name for name in self.control if name), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) if longest_first else r"(?!)")
+
+    def encode_template(self, text: str) -> list[int]:
+        """Ids of text that the checkpoint wrote itself: control tokens are recognised."""
+        return self.encode_pieces([(text, True)])
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of text that must not hold control tokens, however it is spelled."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # JSON can spell half a surrogate pair; UTF-8 cannot
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        ids = encoding.ids
+        if self._forbidden.isdisjoint(ids):
+            return ids
+        # The vocabulary itself spells a control token: cut it in two and encode the pieces apart.
+        cuts = [0]
+        for token, (start, end) in zip(ids, encoding.offsets, strict=True):
+            if token in self._forbidden:
+                if end - start < 2:
+                    part = repr(text[start:end])
+                    raise UserError(f"the text holds {part}, which this tokenizer has only as a control token")
+                cuts.append((start + end) // 2)
+        return [
+            token
+            for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)
+            for token in self.encode_text(text[start:end])
+        ]
+
+    def encode_pieces(self, pieces: Sequence[tuple[str, bool]]) -> list[int]:
+        """Ids of a text of several origins.
+
+        Args:
+          pieces: (text, trusted); control tokens are recognised in each trusted piece by itself.
+        """
+        ids: list[int] = []
+        run: list[str] = []
+
+        def flush() -> None:
+            if run:
+                ids.extend(self.encode_text("".join(run)))
+                run.clear()
+
+        for text, trusted in pieces:
+            end = 0
+            for match in self._pattern.finditer(text) if trusted else ():
+                run.append(text[end : match.start()])
+                flush()
+                ids.append(self.control[match[0]])
+                end = match.end()
+            run.append(text[end:])
+        flush()
+        return ids
+
+    def token_id(self, text: str) -> int | None:
+        """The id of a token by its name; None if there is no such token."""
+        return self._full.token_to_id(text)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids. Special tokens are left out; `<think>` and the like are not special, and stay."""
+        return self._full.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+class Detokenizer:
+    """Text of a growing answer, in pieces that never end inside a character."""
+
+    # Bytes that are no character at all must not hold the text back for ever.
+    _MAX_PENDING = 16
+
+    def __init__(self, tokenizer: SafeTokenizer, *, skip_special_tokens: bool = True):
+        self._decode: Callable[[list[int]], str] = lambda ids: tokenizer.decode(
+            ids, skip_special_tokens=skip_special_tokens
+        )
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def step(self, token: int) -> str:
+        """The text that `token` completes; empty while a character is incomplete."""
+        self._pending.append(int(token))
+        text = self._text()
+        if text.endswith("\ufffd") and len(self._pending) < self._MAX_PENDING:
+            return ""
+        return self._emit(text)
+
+    def flush(self) -> str:
+        """What is left at the end of the answer."""
+        return self._emit(self._text())
+
+    def _text(self) -> str:
+        # A tokenizer may join a token to the one before it, hence the context.
+        return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
+
+    def _emit(self, text: str) -> str:
+        self._context, self._pending = self._pending or self._context, []
+        return text
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaPart:
+    """One image or video of a request.
+
+    Attributes:
+      kind: "image" or "video".
+      part: the message part.
+      source_key: the key under which its source stands.
+      field: what error messages call the part.
+    """
+
+    kind: str
+    part: Mapping[str, Any]
+    source_key: str
+    field: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """A rendered prompt.
+
+    Attributes:
+      pieces: (text, trusted) in order; trusted text is the template's own.
+      media: images and videos in order.
+      opens_thinking: whether the prompt ends inside `<think>`.
+    """
+
+    pieces: list[tuple[str, bool]]
+    media: list[MediaPart]
+    opens_thinking: bool
+
+
+_PLACEHOLDERS = "_placeholders"
+
+
+class _Placeholders:
+    """Random stand-ins for the strings of one request."""
+
+    def __init__(self, request: str):
+        nonce = secrets.randbits(96)
+        while f"\ue000{nonce}:" in request:
+            nonce = secrets.randbits(96)
+        self._start = f"\ue000{nonce}:"
+        self._texts: list[str] = []
+        self._pattern = re.compile(re.escape(self._start) + r"(\d+)\ue001")
+
+    def hide(self, value: Any) -> Any:
+        """`value` with a placeholder for every string, but for the fixed names of the OpenAI shape.
+
+        An empty string stays, since templates test for it.
+        """
+        if isinstance(value, str):
+            if not value:
+                return value
+            self._texts.append(value)
+            return f"{self._start}{len(self._texts) - 1}\ue001"
+        if isinstance(value, Mapping):
+            return {
+                key if key in _SHAPE else self.hide(key): item if item in _TYPES and key == "type" else self.hide(item)
+                for key, item in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return [self.hide(item) for item in value]
+        return value
+
+    def reveal(self, value: Any) -> Any:
+        """The opposite of `hide`."""
+        if isinstance(value, str):
+            return self._pattern.sub(lambda match: self._texts[int(match[1])], value)
+        if isinstance(value, Mapping):
+            return {self.reveal(key): self.reveal(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.reveal(item) for item in value]
+        return value
+
+    def split(self, text: str) -> list[tuple[str, bool]]:
+        """(text, trusted) pieces of a rendered template."""
+        pieces, end = [], 0
+        for match in self._pattern.finditer(text):
+            pieces += [(text[end : match.start()], True), (self._texts[int(match[1])], False)]
+            end = match.end()
+        return [*pieces, (text[end:], True)]
+
+
+class ChatTemplate:
+    """A checkpoint's chat template, rendered in a sandbox.
+
+    Args:
+      source: the Jinja template.
+      variables: strings of the checkpoint that it may use, such as `eos_token`.
+
+    Raises:
+      UserError: not a template.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, str]):
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        )
+        environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        environment.filters["tojson"] = _tojson
+        self._variables = dict(variables)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template is not valid: {error}") from error
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Rendered:
+        """Renders a conversation, ready for the assistant's next message.
+
+        Args:
+          messages: the conversation in the OpenAI chat shape.
+          tools: function descriptions in the OpenAI shape.
+          variables: further template variables, such as `enable_thinking`; strings in them are text of the user.
+
+        Raises:
+          UserError: a message that is not of that shape, or one that the template refuses or leaves out.
+        """
+        media: list[MediaPart] = []
+        checked = _check_messages(messages, media)
+        request = [checked, tools, dict(variables or {})]
+        placeholders = _Placeholders(json.dumps(request, ensure_ascii=False, default=str))
+        given = self._variables | {str(name): placeholders.hide(value) for name, value in (variables or {}).items()}
+        given |= {
+            _PLACEHOLDERS: placeholders,
+            "messages": [{**placeholders.hide(message), "role": message["role"]} for message in checked],
+            "tools": placeholders.hide(tools) if tools else None,
+            "documents": None,
+            "add_generation_prompt": True,
+        }
+        try:
+            text = self._template.render(given)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            reason = " ".join(placeholders.reveal(str(error)).split())
+            raise UserError(f"the chat template does not take these messages: {reason}") from error
+        pieces = placeholders.split(text)
+        shown = {text for text, trusted in pieces if not trusted}
+        for index, message in enumerate(checked):
+            for content in _texts(message["content"]):
+                if content and content not in shown:
+                    raise UserError(
+                        f"messages[{index}].content is {shorten(content)}; the chat template leaves it out, "
+                        f"it must take a message of role {message['role']!r} with this kind of content"
+                    )
+        tail = pieces[-1][0]
+        return Rendered(pieces, media, tail.rfind("<think>") > tail.rfind("</think>"))
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().astimezone().strftime(form)
+
+
+@jinja2.pass_context
+def _tojson(context: jinja2.runtime.Context, value: Any, indent: int | None = None, **_: Any) -> str:
+    """JSON of hidden strings must be escaped as JSON, and is then text of the user as a whole."""
+    placeholders = context[_PLACEHOLDERS]
+    return placeholders.hide(json.dumps(placeholders.reveal(value), ensure_ascii=False, indent=indent))
+
+
+def _texts(content: str | list[dict[str, Any]]) -> list[str]:
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+
+
+def _check_messages(messages: Any, media: list[MediaPart]) -> list[dict[str, Any]]:
+    """Checks the shape of messages; returns them as templates expect them, and collects images and videos."""
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
+        raise UserError(f"messages is {shorten(messages)}; it must be a list of at least one message")
+    checked = []
+    for index, message in enumerate(messages):
+        field = f"messages[{index}]"
+        if not isinstance(message, Mapping):
+            raise UserError(f"{field} is {shorten(message)}; it must be an object with role and content")
+        role = message.get("role")
+        if role not in ROLES:
+            raise UserError(f"{field}.role is {shorten(role)}; it must be one of {', '.join(ROLES)}")
+        result: dict[str, Any] = {"role": "system" if role == "developer" else role}
+        content = message.get("content")
+        if content is None and role == "assistant":
+            content = ""
+        result["content"] = _check_content(content, f"{field}.content", media)
+        for name in ("reasoning_content", "name", "tool_call_id"):
+            value = message.get(name)
+            if value is not None:
+                if not isinstance(value, str):
+                    raise UserError(f"{field}.{name} is {shorten(value)}; it must be a string")
+                result[name] = value
+        if message.get("tool_calls"):
+            result["tool_calls"] = _check_tool_calls(message["tool_calls"], f"{field}.tool_calls")
+        checked.append(result)
+    return checked
+
+
+def _check_content(content: Any, field: str, media: list[MediaPart]) -> str | list[dict[str, Any]]:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise UserError(f"{field} is {shorten(content)}; it must be a string or a list of parts")
+    parts: list[dict[str, Any]] = []
+    for index, part in enumerate(content):
+        where = f"{field}[{index}]"
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text":
+            if not isinstance(part.get("text"), str):
+                raise UserError(f"{where}.text is {shorten(part.get('text'))}; it must be a string")
+            parts.append({"type": "text", "text": part["text"]})
+        elif isinstance(kind, str) and kind in _MEDIA:
+            keys = [key for key in (kind, *_MEDIA) if _MEDIA[key] == _MEDIA[kind] and part.get(key) is not None]
+            if not keys:
+                raise UserError(f"{where}.{kind} is missing; it must be a path, a URL or an object with url")
+            media.append(MediaPart(_MEDIA[kind], part, keys[0], where))
+            parts.append({"type": _MEDIA[kind]})
+        else:
+            raise UserError(f"{where}.type is {shorten(kind)}; it must be one of text, {', '.join(_MEDIA)}")
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
+
+
+def _check_tool_calls(calls: Any, field: str) -> list[dict[str, Any]]:
+    if not isinstance(calls, list | tuple):
+        raise UserError(f"{field} is {shorten(calls)}; it must be a list")
+    for index, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise UserError(f"{field}[{index}] is {shorten(call)}; it must be an object with function.name")
+    return [dict(call) for call in calls]

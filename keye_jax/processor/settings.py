@@ -1,0 +1,149 @@
+"""What a checkpoint's own files say about processing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from keye_jax.config import VisionConfig
+from keye_jax.errors import UserError
+from keye_jax.processor.media import shorten
+from keye_jax.processor.options import ImageOptions, VideoOptions, read_options, resolve
+
+# frame_size and the budgets count tokens of 28x28 pixels.
+_TOKEN_SIDE = 28
+_FILE = "preprocessor_config.json"
+_IMAGE, _VIDEO = ImageOptions(), VideoOptions()
+_VIDEO_NAMES = ("fps", "min_frames", "max_frames", "total_pixels")
+_VIDEO_ONLY_NAMES = tuple(f"video_{name}" for name in (*_VIDEO_NAMES, "min_pixels", "max_pixels"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessorSettings:
+    """Read from `preprocessor_config.json`; the defaults are the publisher's values.
+
+    Attributes:
+      image, video: options where a request sets none. In the file, `min_pixels` and `max_pixels` are those of images,
+        `video_min_pixels` and `video_max_pixels` those of video frames.
+      rescale_factor, image_mean, image_std: normalised = (pixel * rescale_factor - mean) / std.
+      frame_format: text before each frame's pad tokens; `time` is in seconds.
+      adaptive_pixels: rows (seconds, factor): a video no longer than that gets so much of total_pixels. Empty is off.
+      token_side: pixels a side of one token.
+    """
+
+    image: ImageOptions = _IMAGE
+    video: VideoOptions = _VIDEO
+    rescale_factor: float = 1 / 255
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    frame_format: str = "<|frame|>{time:.1f}"
+    adaptive_pixels: tuple[tuple[float, float], ...] = ()
+    token_side: int = _TOKEN_SIDE
+
+    def __post_init__(self) -> None:
+        try:
+            valid = self.frame_format.format(time=1.0) != self.frame_format.format(time=2.0)
+        except (LookupError, ValueError, AttributeError):
+            valid = False
+        if not valid:
+            raise _wrong("frame_format", self.frame_format, "a format string such as '<|frame|>{time:.1f}'")
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != 3:
+                raise _wrong(name, getattr(self, name), "three numbers")
+        if min(self.image_std) <= 0 or self.rescale_factor <= 0:
+            raise UserError(f"{_FILE}: image_std and rescale_factor must be positive")
+        seconds = [row[0] for row in self.adaptive_pixels]
+        if seconds != sorted(seconds) or any(not 0 < row[1] <= 1 for row in self.adaptive_pixels):
+            allowed = "rows [seconds, factor] by increasing seconds, with factors above 0 and at most 1"
+            raise _wrong("adaptive_pixels", self.adaptive_pixels, allowed)
+
+    @classmethod
+    def from_checkpoint(cls, directory: Path, vision: VisionConfig) -> ProcessorSettings:
+        """Reads `directory`'s preprocessor_config.json, if there is one.
+
+        Raises:
+          UserError: not JSON, a field with an impossible value, or patches other than the model's.
+        """
+        path = directory / _FILE
+        values = _read_json(path) if path.exists() else {}
+        for name, expected in (("patch_size", vision.patch_size), ("merge_size", vision.spatial_merge_size)):
+            if values.get(name, expected) != expected:
+                raise _wrong(name, values[name], f"{expected}, as in config.json")
+        side = vision.patch_size * vision.spatial_merge_size
+        if side != _TOKEN_SIDE:
+            allowed = f"such that patch_size x spatial_merge_size is {_TOKEN_SIDE} pixels, not {side}"
+            raise UserError(f"config: vision_config.patch_size is {vision.patch_size}; it must be {allowed}")
+        image = {name: values[name] for name in ("min_pixels", "max_pixels") if name in values}
+        video = {name: values[name] for name in _VIDEO_NAMES + _VIDEO_ONLY_NAMES if name in values}
+        read = {
+            "image": resolve(_IMAGE, read_options("image", image, _FILE), _FILE),
+            "video": resolve(_VIDEO, read_options("video", video, _FILE), _FILE),
+        }
+        for name in ("rescale_factor", "image_mean", "image_std", "frame_format", "adaptive_pixels"):
+            if values.get(name) is not None:
+                read[name] = _typed(name, values[name])
+        return cls(**read)
+
+
+def _typed(name: str, value: Any) -> Any:
+    try:
+        match name:
+            case "frame_format":
+                if isinstance(value, str):
+                    return value
+            case "rescale_factor":
+                return float(value)
+            case "adaptive_pixels":
+                return tuple((float(seconds), float(factor)) for seconds, factor in value)
+            case _:
+                return tuple(float(item) for item in value)
+    except (TypeError, ValueError):
+        pass
+    kinds = {"frame_format": "a string", "rescale_factor": "a number", "adaptive_pixels": "rows [seconds, factor]"}
+    raise _wrong(name, value, kinds.get(name, "a list of numbers"))
+
+
+def _wrong(name: str, value: Any, allowed: str) -> UserError:
+    return UserError(f"{_FILE}: {name} is {shorten(value)}; it must be {allowed}")
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path} is not a JSON object")
+    return values
+
+
+def read_template(directory: Path) -> tuple[str, dict[str, str]]:
+    """The chat template of a checkpoint, and the names of special tokens that it may use.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = directory / "tokenizer_config.json"
+    config = _read_json(path) if path.exists() else {}
+    variables = {}
+    for name, value in config.items():
+        value = value.get("content") if isinstance(value, Mapping) else value
+        if name.endswith("_token") and isinstance(value, str):
+            variables[name] = value
+    source: Any = None
+    if (path := directory / "chat_template.jinja").exists():
+        source = path.read_text(encoding="utf-8")
+    elif (path := directory / "chat_template.json").exists():
+        source = _read_json(path).get("chat_template")
+    source = source or config.get("chat_template")
+    if isinstance(source, list):
+        source = next((item.get("template") for item in source if item.get("name") == "default"), None)
+    if not isinstance(source, str):
+        raise UserError(
+            f"no chat template in {directory}; a checkpoint must have it in chat_template.jinja, chat_template.json or "
+            "tokenizer_config.json"
+        )
+    return source, variables

@@ -1,0 +1,111 @@
+"""Videos: which frames are shown to the model, and how large.
+
+The formulas are the publisher's video processor's. One token covers 28x28 = 784 pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from keye_jax.errors import UserError
+from keye_jax.processor.image import smart_resize
+
+TOKEN_PIXELS = 28 * 28
+MIN_FRAME_PIXELS = 64 * TOKEN_PIXELS
+MAX_FRAME_PIXELS = 256 * TOKEN_PIXELS
+TOTAL_PIXELS = 184320 * TOKEN_PIXELS
+DEFAULT_FPS = 2.0
+MIN_FRAMES = 2
+
+
+def frame_indices(
+    total_frames: int,
+    native_fps: float,
+    *,
+    fps: float = DEFAULT_FPS,
+    min_frames: int = MIN_FRAMES,
+    max_frames: int | None = None,
+    total_pixels: int = TOTAL_PIXELS,
+) -> np.ndarray:
+    """Which frames of a video are shown: `fps` a second, evenly spread from the first frame to the last.
+
+    n = max(int(total_frames / native_fps * min(fps, native_fps)), min_frames), at most `max_frames`, `total_frames`
+    and as many frames of 64 tokens as `total_pixels` holds; the indices are round(linspace(0, total_frames - 1, n)).
+
+    Args:
+      total_frames: frames of the video.
+      native_fps: its frames a second.
+      fps: wanted frames a second.
+      min_frames, max_frames: limits on n; `max_frames` wins over `min_frames`.
+      total_pixels: pixels that all shown frames may have together.
+
+    Returns:
+      int64 [n], increasing.
+
+    Raises:
+      UserError: a value that is not positive, or `total_pixels` too small for one frame.
+    """
+    limits = {"total_frames": total_frames, "native_fps": native_fps, "fps": fps, "min_frames": min_frames}
+    for name, value in (limits | ({} if max_frames is None else {"max_frames": max_frames})).items():
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"{name} is {value}; it must be positive")
+    if total_pixels < MIN_FRAME_PIXELS:
+        allowed = f"at least {MIN_FRAME_PIXELS} (one frame of 64 tokens of 28x28 pixels)"
+        raise UserError(f"total_pixels is {total_pixels}; it must be {allowed}")
+    count = max(int(total_frames / native_fps * min(fps, native_fps)), min_frames)
+    count = min(count, total_frames, total_pixels // MIN_FRAME_PIXELS)
+    if max_frames is not None:
+        count = min(count, max_frames)
+    return np.round(np.linspace(0, total_frames - 1, count)).astype(np.int64)
+
+
+def frame_size(
+    frames: int,
+    height: int,
+    width: int,
+    *,
+    min_pixels: int = MIN_FRAME_PIXELS,
+    max_pixels: int = MAX_FRAME_PIXELS,
+    total_pixels: int = TOTAL_PIXELS,
+) -> tuple[int, int]:
+    """How large each of `frames` frames is shown.
+
+    A frame gets the most tokens, from `min_pixels` to `max_pixels`, with which all frames fit in `total_pixels` (and
+    `min_pixels` if none fits); `smart_resize` then keeps the aspect ratio within that. The publisher finds the number
+    by bisection; all frames being alike, it is a quotient.
+
+    Args:
+      frames: number of frames shown.
+      height, width: native size in pixels, after rotation.
+      min_pixels, max_pixels: limits on one frame's area, in pixels.
+      total_pixels: limit on the area of all frames together, in pixels.
+
+    Returns:
+      (height, width) in pixels, multiples of 28.
+
+    Raises:
+      UserError: a limit that is not positive, min_pixels above max_pixels, or an aspect ratio above 200.
+    """
+    limits = {"frames": frames, "min_pixels": min_pixels, "max_pixels": max_pixels, "total_pixels": total_pixels}
+    for name, value in limits.items():
+        if value <= 0:
+            raise UserError(f"{name} is {value}; it must be positive")
+    if min_pixels > max_pixels:
+        raise UserError(f"min_pixels is {min_pixels}; it must be at most max_pixels {max_pixels}")
+    fewest = max(1, min_pixels // TOKEN_PIXELS)
+    most = max(1, max_pixels // TOKEN_PIXELS)
+    tokens = min(max(total_pixels // TOKEN_PIXELS // frames, fewest), most)
+    return smart_resize(height, width, min_pixels=fewest * TOKEN_PIXELS, max_pixels=tokens * TOKEN_PIXELS)
+
+
+def adaptive_factor(duration: float, table: Sequence[tuple[float, float]]) -> float:
+    """The share of `total_pixels` that a video of `duration` seconds may use.
+
+    Args:
+      duration: seconds.
+      table: rows (seconds, factor) by increasing seconds; the first row that is not exceeded applies, else 1.
+    """
+    return next((factor for seconds, factor in table if duration <= seconds), 1.0)
