@@ -1,8 +1,8 @@
 """Model configuration, read from the released `config.json`.
 
-Field names are those of the file. `KeyeConfig.from_file(path)` reads and checks it; every problem is a
-`UserError` (a `ValueError`) that names the field, its value and what is allowed. Fields that are not known here are kept in
-`extra` and ignored.
+Field names are those of the file. `KeyeConfig.from_file(path)` reads and checks it; every problem is a `UserError` (a
+`ValueError`) that names the field, its value and what is allowed. Fields that are not known here are kept in `extra`
+and ignored.
 """
 
 from __future__ import annotations

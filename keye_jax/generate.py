@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from keye_jax.cache import bytes_per_token
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
+from keye_jax.model.keye import Keye
 from keye_jax.processor import ModelInputs, Processor
 from keye_jax.runner import Runner, round_up
 from keye_jax.sampling import Sampling, sample
@@ -73,8 +73,7 @@ def new_token_limit(
     prompt_tokens: int,
     asked: int | None,
     *,
-    weight_bytes: int,
-    dtype: jnp.dtype,
+    dtype: str,
     memory_limit: int,
 ) -> int:
     """How many tokens may be generated; refuses a context that does not fit.
@@ -82,8 +81,7 @@ def new_token_limit(
     Args:
       prompt_tokens: length of the prompt.
       asked: wanted limit, or None for up to `DEFAULT_NEW_TOKENS`.
-      weight_bytes: what the parameters take.
-      dtype: of the cache.
+      dtype: of the parameters and the cache.
       memory_limit: bytes the device has.
 
     Raises:
@@ -98,12 +96,13 @@ def new_token_limit(
             f"the context does not fit: {prompt_tokens:,} prompt tokens and {wanted:,} new ones are "
             f"{prompt_tokens + wanted:,}; this model takes at most {limit:,}"
         )
-    cache_bytes = round_up(prompt_tokens + wanted) * bytes_per_token(config, dtype)
+    weight_bytes = Keye.parameter_count(config) * jnp.dtype(dtype).itemsize
+    cache_bytes = round_up(prompt_tokens + wanted) * bytes_per_token(config, jnp.dtype(dtype))
     if weight_bytes + cache_bytes > memory_limit:
         gib = 2**30
         raise UserError(
-            f"the context does not fit: {weight_bytes / gib:.2f} GiB of weights and {cache_bytes / gib:.2f} GiB of cache "
-            f"for {prompt_tokens + wanted:,} tokens; the device has {memory_limit / gib:.2f} GiB"
+            f"the context does not fit: {weight_bytes / gib:.2f} GiB of weights and {cache_bytes / gib:.2f} GiB of "
+            f"cache for {prompt_tokens + wanted:,} tokens; the device has {memory_limit / gib:.2f} GiB"
         )
     return wanted
 
@@ -121,7 +120,7 @@ class Generator:
         sampling: Sampling,
         max_new_tokens: int,
         seed: int = 0,
-        hooks: Hooks = Hooks(),  # noqa: B008 (frozen)
+        hooks: Hooks = Hooks(),
     ) -> Answer:
         """Encodes the prompt's images and frames, reads the prompt, and writes until an end token or the limit.
 
@@ -141,7 +140,7 @@ class Generator:
         prefilled = time.perf_counter()
 
         writer = _Writer(self.processor, inputs.prompt_opens_thinking, hooks)
-        delta, key = np.int32([inputs.position_delta]), jax.random.key(seed)
+        delta, key = jnp.asarray([inputs.position_delta], jnp.int32), jax.random.key(seed)
         token = sample(logits, jax.random.fold_in(key, 0), sampling)
         finish_reason, first = "length", None
         for index in range(1, max_new_tokens + 1):

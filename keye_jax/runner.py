@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
@@ -140,9 +141,8 @@ class Runner:
         vision = self.config.vision_config
         pixels = vision.patch_size**2
         flat = patches.reshape(len(patches), vision.num_channels * pixels)
-        scale, shift = (
-            jnp.asarray(np.repeat(np.broadcast_to(np.asarray(x, np.float32), vision.num_channels), pixels))
-            for x in (scale, shift)
+        scale_of, shift_of = (
+            np.repeat(np.broadcast_to(np.asarray(x, np.float32), vision.num_channels), pixels) for x in (scale, shift)
         )
         embeds, done = [jnp.zeros((0, self.config.hidden_size), self.dtype)], 0
         for height, width, images in _runs(grids):
@@ -153,9 +153,14 @@ class Runner:
                 here = min(at_once, images - first)
                 chunk = np.zeros((at_once, padded, flat.shape[1]), flat.dtype)
                 chunk[:here, :each] = flat[done : done + here * each].reshape(here, each, -1)
-                sizes = np.tile(np.int32([height, width]), (at_once, 1))
                 encoded = _encode(
-                    self._graph, self._state, chunk, sizes, scale, shift, implementation=self.options.implementation
+                    self._graph,
+                    self._state,
+                    jnp.asarray(chunk),
+                    jnp.tile(jnp.asarray([height, width], jnp.int32), (at_once, 1)),
+                    jnp.asarray(scale_of),
+                    jnp.asarray(shift_of),
+                    implementation=self.options.implementation,
                 )
                 tokens = each // vision.spatial_merge_size**2
                 embeds.append(encoded[:here, :tokens].reshape(here * tokens, -1))
@@ -186,7 +191,8 @@ class Runner:
           float32 `[1, vocab]` logits of the last token, and the cache.
         """
         logits = None
-        for logits, cache, _, done in self._read_chunks(input_ids, positions, vision_embeds, cache, self.options):
+        for x, places, count, done in self._chunks(input_ids, positions, vision_embeds):
+            logits, cache, _ = _read(self._graph, self._state, x, places, count, cache, options=self.options)
             if progress:
                 jax.block_until_ready(logits)
                 progress(done, len(input_ids))
@@ -202,17 +208,17 @@ class Runner:
           float32 `[1, chunk, vocab]` logits, the cache, each layer's intermediates, and the tokens done so far; rows
           of the last chunk behind the prompt's end mean nothing.
         """
-        options = AttentionOptions(self.options.attention, self.options.implementation, intermediates=True)
-        return self._read_chunks(input_ids, positions, vision_embeds, cache, options)
+        options = dataclasses.replace(self.options, intermediates=True)
+        for x, places, count, done in self._chunks(input_ids, positions, vision_embeds):
+            logits, cache, found = _read(
+                self._graph, self._state, x, places, count, cache, options=options, all_logits=True
+            )
+            yield logits, cache, found, done
 
-    def _read_chunks(
-        self,
-        input_ids: np.ndarray,
-        positions: np.ndarray,
-        vision_embeds: jax.Array,
-        cache: Cache,
-        options: AttentionOptions,
-    ) -> Iterator[tuple[jax.Array, Cache, tuple[LayerIntermediates, ...], int]]:
+    def _chunks(
+        self, input_ids: np.ndarray, positions: np.ndarray, vision_embeds: jax.Array
+    ) -> Iterator[tuple[jax.Array, jax.Array, jax.Array, int]]:
+        """Embeddings, positions and count of each chunk of a prompt, and the tokens up to its end."""
         total = len(input_ids)
         chunk = min(self.prefill_chunk, round_up(total))
         index = vision_rows(input_ids, self.config)
@@ -226,21 +232,12 @@ class Runner:
         positions = np.pad(positions, ((0, 0), (0, padding)))
         for start in range(0, total, chunk):
             part = slice(start, start + chunk)
-            x = _embed(self._graph, self._state, ids[None, part], vision_embeds, index[None, part])
+            here, rows = jnp.asarray(ids[None, part]), jnp.asarray(index[None, part])
+            x = _embed(self._graph, self._state, here, vision_embeds, rows)
             count = min(chunk, total - start)
-            logits, cache, found = _read(
-                self._graph,
-                self._state,
-                x,
-                positions[:, None, part],
-                np.int32([count]),
-                cache,
-                options=options,
-                all_logits=options.intermediates,
-            )
-            yield logits, cache, found, start + count
+            yield x, jnp.asarray(positions[:, None, part]), jnp.asarray([count], jnp.int32), start + count
 
-    def decode(self, tokens: jax.Array, delta: jax.Array | np.ndarray, cache: Cache) -> tuple[jax.Array, Cache]:
+    def decode(self, tokens: jax.Array, delta: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """One step of decoding.
 
         Args:

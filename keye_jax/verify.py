@@ -144,9 +144,9 @@ class _Comparer:
 
 def _trace(runner: Runner, ids: np.ndarray, positions: np.ndarray, vision_embeds: jax.Array) -> _Trace:
     total, start = len(ids), 0
-    cache = runner.new_cache(total)
+    last_cache = runner.new_cache(total)
     parts: list[dict[str, np.ndarray]] = []
-    for logits, cache, layers, done in runner.trace(ids, positions, vision_embeds, cache):
+    for logits, cache, layers, done in runner.trace(ids, positions, vision_embeds, last_cache):
         count = done - start
 
         def stack(pick, layers=layers, count=count) -> np.ndarray:
@@ -163,7 +163,7 @@ def _trace(runner: Runner, ids: np.ndarray, positions: np.ndarray, vision_embeds
             part["index_scores"] = stack(lambda layer: layer.attention.index_scores)[..., :total]
             part["selected"] = np.stack([_as_mask(layer, count, total) for layer in layers])
         parts.append(part)
-        start = done
+        start, last_cache = done, cache
 
     def join(name: str, axis: int = 1) -> np.ndarray:
         return np.concatenate([part[name] for part in parts], axis=axis)
@@ -175,7 +175,7 @@ def _trace(runner: Runner, ids: np.ndarray, positions: np.ndarray, vision_embeds
         experts=join("experts"),
         queries=join("queries"),
         lse=join("lse"),
-        keys=_cached_keys(cache, total),
+        keys=_cached_keys(last_cache, total),
         index_scores=None if scores is None else np.where(np.isneginf(scores), 0.0, scores),
         selected=None if scores is None else join("selected"),
     )
@@ -183,6 +183,7 @@ def _trace(runner: Runner, ids: np.ndarray, positions: np.ndarray, vision_embeds
 
 def _as_mask(layer: LayerIntermediates, count: int, total: int) -> np.ndarray:
     """The selected positions of the first `count` queries as a mask, bool `[count, total]`."""
+    assert layer.attention.selected is not None
     selected = np.asarray(layer.attention.selected[0, :count])
     mask = np.zeros((count, total), bool)
     rows, columns = np.nonzero(selected >= 0)
@@ -202,7 +203,7 @@ def _cached_keys(cache: Cache, total: int) -> np.ndarray:
 
 def _head_mean_attention(trace: _Trace, config: KeyeConfig) -> np.ndarray:
     """Attention probabilities averaged over heads, `[l, t, t]`, from queries, cached keys and log-sum-exps."""
-    layers, tokens, heads, dim = trace.queries.shape
+    _, tokens, heads, dim = trace.queries.shape
     groups = heads // config.num_key_value_heads
     keys = np.repeat(trace.keys, groups, axis=2)
     logits = np.einsum("ltnd,lsnd->ltsn", trace.queries, keys, dtype=np.float64) * dim**-0.5
@@ -236,5 +237,5 @@ def _greedy(
     for _ in range(count):
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         tokens.append(int(token[0]))
-        logits, cache = runner.decode(token, np.int32([delta]), cache)
+        logits, cache = runner.decode(token, jnp.asarray([delta], jnp.int32), cache)
     return np.asarray(tokens)

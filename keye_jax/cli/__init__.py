@@ -18,7 +18,7 @@ app = typer.Typer(
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
-app.command("generate")(generate.generate)
+app.command("generate", cls=generate.InOrder)(generate.generate)
 
 
 def run(command: typer.Typer, arguments: list[str]) -> int:

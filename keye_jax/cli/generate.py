@@ -1,5 +1,230 @@
-"""`keye-jax generate`."""
+"""`keye-jax generate`: ask a question about images and videos."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from keye_jax.cli import options
+from keye_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from keye_jax.generate import Answer
+    from keye_jax.processor import Plan
+    from keye_jax.sampling import Sampling
 
 
-def generate() -> None:
-    raise NotImplementedError
+class InOrder(TyperCommand):
+    """Remembers the order in which `--image` and `--video` were given, which the parsed lists lose."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        flags = (argument.split("=", 1)[0] for argument in args)
+        ctx.meta["media"] = [flag[2:] for flag in flags if flag in ("--image", "--video")]
+        return super().parse_args(ctx, args)
+
+
+def generate(
+    ctx: typer.Context,
+    checkpoint: options.Checkpoint,
+    prompt: Annotated[str | None, typer.Option(help="What to ask.")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="Image file or URL; may be repeated.")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="Video file or URL; may be repeated.")] = None,
+    messages: Annotated[
+        Path | None, typer.Option(help="JSON file of a whole conversation, in place of a prompt.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens to write; 4096 or what fits if left out.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the most likely token. [default: checkpoint's]")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Probability to draw from. [default: checkpoint's]")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Tokens to draw from; 0 for all. [default: checkpoint's]")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    fps: Annotated[float | None, typer.Option(help="Frames to look at a second of video.")] = None,
+    max_frames: Annotated[int | None, typer.Option(help="Most frames of a video.")] = None,
+    min_pixels: Annotated[int | None, typer.Option(help="Fewest pixels of an image or frame.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="Most pixels of an image or frame.")] = None,
+    total_pixels: Annotated[int | None, typer.Option(help="Most pixels of all frames of a video.")] = None,
+    allow_remote: Annotated[bool, typer.Option("--allow-remote", help="Fetch http(s) URLs.")] = False,
+    stream: Annotated[bool, typer.Option(help="Print tokens as they come.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    attention: options.Attention = "sparse",
+    implementation: options.Implementation = None,
+    prefill_chunk: options.PrefillChunk = None,
+    dtype: options.Dtype = "checkpoint",
+) -> int:
+    """Answer a question about images and videos.
+
+    The answer goes to stdout; reasoning, progress and a summary go to stderr.
+    """
+    chosen = options.attention_options(attention, implementation)
+    chunk = options.prefill_chunk_size(prefill_chunk)
+    cast = options.parameter_dtype(dtype)
+    conversation = _conversation(prompt, image or [], video or [], ctx.meta["media"], messages)
+
+    from convert import kind_of, load_params
+    from keye_jax.config import KeyeConfig
+    from keye_jax.device import memory_limit_bytes, peak_memory_bytes
+    from keye_jax.generate import Generator, Hooks, new_token_limit
+    from keye_jax.model.keye import Keye
+    from keye_jax.processor import Processor
+    from keye_jax.runner import Runner
+    from keye_jax.sampling import GenerationDefaults
+
+    options.enable_compilation_cache()
+    kind_of(checkpoint)
+    config = KeyeConfig.from_file(checkpoint)
+    defaults = GenerationDefaults.from_checkpoint(checkpoint, fallback_end=config.extra.get("eos_token_id"))
+    asked = {"temperature": 0.0 if greedy else temperature, "top_p": top_p, "top_k": top_k}
+    sampling = dataclasses.replace(defaults.sampling, **{name: x for name, x in asked.items() if x is not None})
+    media = {
+        "fps": fps,
+        "max_frames": max_frames,
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
+        "total_pixels": total_pixels,
+    }
+    processor = Processor.from_checkpoint(
+        checkpoint, config, allow_remote=allow_remote, **{name: x for name, x in media.items() if x is not None}
+    )
+    plan = processor.plan(conversation)
+    limit = new_token_limit(
+        config, plan.num_tokens, max_new_tokens, dtype=cast or config.dtype, memory_limit=memory_limit_bytes()
+    )
+
+    start = time.perf_counter()
+    with options.ProgressBars() as report:
+        inputs = processor.process(plan, progress=lambda done, total: report("decoding frames", done, total))
+        decoded = time.perf_counter()
+        params = load_params(
+            checkpoint, config, dtype=cast, progress=lambda done, total: report("loading weights", done, total)
+        )
+        model = Keye.from_params(config, params)
+    loaded = time.perf_counter()
+    runner = Runner(model, config, options=chosen, prefill_chunk=chunk)
+    generator = Generator(runner, processor, defaults.end_tokens)
+    with options.ProgressBars() as report:
+        printer = _Printer(enabled=stream and not as_json, before=report.stop)
+        answer = generator.generate(
+            inputs,
+            sampling=sampling,
+            max_new_tokens=limit,
+            seed=seed,
+            hooks=Hooks(text=printer, progress=report),
+        )
+    printer.finish(answer, plain=not stream and not as_json)
+    summary = _summary(plan, inputs.frame_times, answer, sampling, decoded - start, loaded - decoded)
+    summary["peak_memory_bytes"] = peak_memory_bytes()
+    if as_json:
+        print(json.dumps(summary, ensure_ascii=False, indent=2))
+    else:
+        _print_summary(summary)
+    return 0
+
+
+def _conversation(
+    prompt: str | None, images: list[str], videos: list[str], order: list[str], file: Path | None
+) -> list[dict[str, Any]]:
+    """Messages in the OpenAI chat shape, of the command line's options or of a file."""
+    if (prompt is None) == (file is None):
+        raise UserError("give either --prompt or --messages")
+    if file is None:
+        given = {"image": iter(images), "video": iter(videos)}
+        parts = [{"type": f"{kind}_url", f"{kind}_url": {"url": next(given[kind])}} for kind in order]
+        return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+    if images or videos:
+        raise UserError("--image and --video go with --prompt; with --messages they belong into the file")
+    try:
+        conversation = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--messages is {str(file)!r}; it must be a JSON file ({error})") from error
+    if isinstance(conversation, dict):
+        conversation = conversation.get("messages")
+    if not isinstance(conversation, list) or not conversation:
+        raise UserError(f"--messages is {str(file)!r}; it must hold a list of messages, or an object with one")
+    return conversation
+
+
+class _Printer:
+    """Prints pieces as they come: the answer on stdout, reasoning on stderr, dimmed on a terminal."""
+
+    def __init__(self, *, enabled: bool, before: Callable[[], None]):
+        self._enabled, self._before = enabled, before
+        self._dim = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+        self._reasoned = False
+
+    def __call__(self, piece: str, reasoning: bool) -> None:
+        if not self._enabled:
+            return
+        self._before()
+        if reasoning:
+            print(f"{self._dim[0]}{piece}{self._dim[1]}", end="", file=sys.stderr, flush=True)
+            self._reasoned = True
+            return
+        if self._reasoned:
+            print(file=sys.stderr)
+            self._reasoned = False
+        print(piece, end="", flush=True)
+
+    def finish(self, answer: Answer, *, plain: bool) -> None:
+        if plain:
+            print(answer.text)
+        elif self._enabled:
+            print(file=sys.stderr if self._reasoned else sys.stdout, flush=True)
+
+
+def _summary(
+    plan: Plan, frame_times: tuple, answer: Answer, sampling: Sampling, decode_seconds: float, load_seconds: float
+) -> dict[str, Any]:
+    return {
+        "answer": answer.text,
+        "reasoning": answer.reasoning,
+        "finish_reason": answer.finish_reason,
+        "tokens": {
+            "prompt": plan.num_tokens,
+            "image": plan.image_tokens,
+            "video": plan.video_tokens,
+            "completion": len(answer.token_ids),
+            "reasoning": answer.reasoning_tokens,
+        },
+        "frame_times": [[round(float(seconds), 3) for seconds in times] for times in frame_times],
+        "sampling": dataclasses.asdict(sampling),
+        "seconds": {
+            "decode_media": decode_seconds,
+            "load_weights": load_seconds,
+            "encode_vision": answer.timings.vision,
+            "prefill": answer.timings.prefill,
+            "first_token": answer.timings.first_token,
+            "generate": answer.timings.total,
+        },
+        "tokens_per_second": answer.timings.tokens_per_second,
+    }
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    tokens, seconds = summary["tokens"], summary["seconds"]
+    frames = sum(len(times) for times in summary["frame_times"])
+    text = tokens["prompt"] - tokens["image"] - tokens["video"]
+    lines = {
+        "frames": f"{frames:,}",
+        "prompt": f"{tokens['prompt']:,} tokens ({tokens['video']:,} video, {tokens['image']:,} image, {text:,} text)",
+        "written": f"{tokens['completion']:,} tokens, {tokens['reasoning']:,} of them reasoning"
+        f" (ended by {'an end token' if summary['finish_reason'] == 'stop' else 'the limit'})",
+        "first token": f"{seconds['first_token']:.2f} s (vision {seconds['encode_vision']:.2f} s,"
+        f" prompt {seconds['prefill']:.2f} s), after {seconds['decode_media']:.2f} s of decoding media"
+        f" and {seconds['load_weights']:.2f} s of loading weights",
+        "speed": f"{summary['tokens_per_second']:.1f} tokens/s",
+        "peak memory": f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB",
+    }
+    for name, value in lines.items():
+        print(f"{name:>12}  {value}", file=sys.stderr)

@@ -1,5 +1,85 @@
-"""`keye-jax verify`."""
+"""`keye-jax verify`: hold a checkpoint to recorded reference arrays."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from keye_jax.cli import options
+from keye_jax.errors import UserError
 
 
-def verify() -> None:
-    raise NotImplementedError
+def verify(
+    checkpoint: options.Checkpoint,
+    golden: Annotated[Path, typer.Option(help="File of reference arrays, .npz.")],
+    atol: Annotated[float, typer.Option(help="Largest absolute error allowed.")] = 5e-4,
+    attention: options.Attention = "sparse",
+    implementation: options.Implementation = None,
+    prefill_chunk: options.PrefillChunk = None,
+    dtype: options.Dtype = "float32",
+) -> int:
+    """Run a checkpoint on recorded prompts and compare everything it computes.
+
+    Prints the largest absolute error of each array and whether the selected sets and experts are identical. Exits
+    with 1 if anything is beyond the tolerance.
+    """
+    chosen = options.attention_options(attention, implementation)
+    chunk = options.prefill_chunk_size(prefill_chunk)
+    cast = options.parameter_dtype(dtype)
+    if not atol >= 0:
+        raise UserError(f"--atol is {atol}; it must be 0 or more")
+    arrays = _read_arrays(golden)
+
+    import jax
+    import rich
+    from rich.table import Table
+
+    from convert import kind_of, load_params
+    from keye_jax.config import KeyeConfig
+    from keye_jax.model.keye import Keye
+    from keye_jax.runner import Runner
+    from keye_jax.verify import EXACT, skipped
+    from keye_jax.verify import verify as compare_all
+
+    options.enable_compilation_cache()
+    kind = kind_of(checkpoint)
+    config = KeyeConfig.from_file(checkpoint)
+    model = Keye.from_params(config, load_params(checkpoint, config, dtype=cast))
+    runner = Runner(model, config, options=chosen, prefill_chunk=chunk)
+
+    table = Table("array", "compared", "result", "", title=f"{checkpoint} ({kind}, {runner.dtype}, {attention})")
+    passed = []
+    # Without this, accelerators multiply float32 matrices in lower precision.
+    with jax.default_matmul_precision("highest"):
+        for comparison in compare_all(model, config, arrays, runner, atol=atol):
+            passed.append(comparison.passed)
+            if comparison.kind == EXACT:
+                result = "identical" if comparison.passed else f"{int(comparison.error):,} entries differ"
+            else:
+                result = f"largest error {comparison.error:.2e}"
+            table.add_row(comparison.name, comparison.kind, result, "ok" if comparison.passed else "FAILED")
+    rich.print(table)
+    absent, other = skipped(arrays, attention=attention)
+    if absent:
+        print(f"not in the file, skipped: {', '.join(absent)}")
+    if other:
+        print(f"not compared with {attention} attention: {', '.join(other)}")
+    if not passed:
+        raise UserError(f"{golden} holds no array that can be compared with {attention} attention")
+    print(f"{sum(passed)} passed, {len(passed) - sum(passed)} failed (tolerance {atol:g})")
+    return 0 if all(passed) else 1
+
+
+def _read_arrays(path: Path) -> dict:
+    import numpy as np
+
+    if not path.is_file():
+        raise UserError(f"--golden is {str(path)!r}; there is no such file")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+        raise UserError(f"--golden is {str(path)!r}; it must be an .npz file of arrays ({error})") from error

@@ -21,7 +21,13 @@ from keye_jax.model.rope import mrope_angles
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerIntermediates:
-    """What a decoder layer computed: its attention's intermediates, experts int32 `[b, t, k]`, hidden `[b, t, embed]`."""
+    """What a decoder layer computed.
+
+    Attributes:
+      attention: its attention's intermediates.
+      experts: int32 `[b, t, k]`, each token's, best first.
+      hidden: `[b, t, embed]`, the layer's output.
+    """
 
     attention: AttentionIntermediates
     experts: jax.Array

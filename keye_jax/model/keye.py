@@ -35,6 +35,11 @@ class Keye(nnx.Module):
         return nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
 
     @classmethod
+    def parameter_count(cls, config: KeyeConfig) -> int:
+        """Numbers that the model holds (a checkpoint also stores a table that it does not use)."""
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(cls.abstract(config))))
+
+    @classmethod
     def from_params(cls, config: KeyeConfig, params: Mapping[str, Any]) -> Keye:
         """The model with `params`, arrays nested by module path as in a converted checkpoint.
 
@@ -51,7 +56,9 @@ class Keye(nnx.Module):
                 problems.append(f"{name} has shape {given[name].shape}, not {wanted[name].shape}")
         if problems:
             raise ValueError(f"parameters do not fit the configuration: {'; '.join(sorted(problems))}")
-        flat = [(path, variable.replace(given[".".join(map(str, path))])) for path, variable in nnx.to_flat_state(state)]
+        flat = [
+            (path, variable.replace(given[".".join(map(str, path))])) for path, variable in nnx.to_flat_state(state)
+        ]
         return nnx.merge(graph, nnx.from_flat_state(flat))
 
     def encode(self, pixels: jax.Array, sizes: jax.Array, *, implementation: str | None = None) -> jax.Array:

@@ -81,7 +81,8 @@ def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array
 
     def load_chunk(chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
         start = chunk * chunk_size
-        return tuple(jax.lax.dynamic_slice_in_dim(x, start, chunk_size, axis=1) for x in (k, v))
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, start, chunk_size, axis=1) for x in (k, v))
+        return keys, values
 
     def attend(q: jax.Array, last_visible: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _attend(q, load_chunk, last_visible, chunk_size, scale=scale)
@@ -101,7 +102,8 @@ def paged_flash_attention(
 
     def load_chunk(chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows = kv[paging.pages_of_chunk(table, chunk, pages_per_chunk)].reshape(batch, chunk_size, -1, dim)
-        return tuple(jnp.split(rows, 2, axis=2))
+        keys, values = jnp.split(rows, 2, axis=2)
+        return keys, values
 
     def attend(q: jax.Array, last_visible: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _attend(q, load_chunk, last_visible, chunk_size, scale=scale)

@@ -1,0 +1,93 @@
+"""Options that several subcommands share, and what they set up."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from keye_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from keye_jax.model.attention import AttentionOptions
+
+Checkpoint = Annotated[Path, typer.Option(help="Directory of a checkpoint, safetensors or Orbax.")]
+Attention = Annotated[str, typer.Option(help="'sparse', the model as released, or 'dense', for comparison.")]
+Implementation = Annotated[
+    str | None, typer.Option(help="Kernels to use; the best that the device supports if left out.")
+]
+PrefillChunk = Annotated[
+    int | None, typer.Option(help="Prompt tokens read in one step; the answer does not depend on it.")
+]
+Dtype = Annotated[str, typer.Option(help="'checkpoint', 'bfloat16' or 'float32': what the parameters are cast to.")]
+
+
+def attention_options(attention: str, implementation: str | None) -> AttentionOptions:
+    """Checked attention options. Raises UserError for an unknown name."""
+    from keye_jax.model.attention import AttentionOptions
+    from pallas_kernels.dispatch import IMPLEMENTATIONS
+
+    if attention not in ("sparse", "dense"):
+        raise UserError(f"--attention is {attention!r}; it must be 'sparse' or 'dense'")
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise UserError(f"--implementation is {implementation!r}; it must be one of: {', '.join(IMPLEMENTATIONS)}")
+    return AttentionOptions(attention, implementation)
+
+
+def prefill_chunk_size(value: int | None) -> int:
+    """A checked prefill chunk. Raises UserError if it is not positive."""
+    from keye_jax.runner import PREFILL_CHUNK
+
+    if value is not None and value < 1:
+        raise UserError(f"--prefill-chunk is {value}; it must be at least 1")
+    return value or PREFILL_CHUNK
+
+
+def parameter_dtype(value: str) -> str | None:
+    """The dtype to cast parameters to, or None for the checkpoint's own. Raises UserError for another name."""
+    if value not in ("checkpoint", "bfloat16", "float32"):
+        raise UserError(f"--dtype is {value!r}; it must be 'checkpoint', 'bfloat16' or 'float32'")
+    return None if value == "checkpoint" else value
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in `JAX_COMPILATION_CACHE_DIR` or the user's cache directory."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "keye-jax" / "xla"))
+
+
+class ProgressBars:
+    """Progress bars on stderr, one for each step that reports, until `stop`; none when stderr is not a terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> ProgressBars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        """Shows that `done` of `total` units of `step` are done."""
+        if step not in self._tasks:
+            self._tasks[step] = self._bars.add_task(step, total=total)
+        self._bars.update(self._tasks[step], completed=done, total=total)
+
+    def stop(self) -> None:
+        """Leaves the bars as they are; what is printed afterwards is not disturbed."""
+        self._bars.stop()
