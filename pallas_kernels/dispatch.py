@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 IMPLEMENTATIONS = ("xla",)
 """Names an operation may have implementations under, best first."""
 
 
 def dispatch(operation: str, candidates: Mapping[str, Callable[..., Any]], implementation: str | None) -> Callable:
-    """Returns a function that calls the first of `candidates` that supports its arguments.
+    """Returns a function that calls the first of `candidates` that supports its arguments: arrays, then keywords.
 
     Args:
       operation: name for error messages.
@@ -25,11 +27,12 @@ def dispatch(operation: str, candidates: Mapping[str, Callable[..., Any]], imple
         raise ValueError(f"implementation of {operation} is {implementation!r}; it must be one of: {names}")
     chosen = candidates if implementation is None else {implementation: candidates[implementation]}
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*arrays: Any, **kwargs: Any) -> Any:
+        arrays = tuple(jnp.asarray(array) for array in arrays)
         reasons = []
         for name, function in chosen.items():
             try:
-                return function(*args, **kwargs)
+                return function(*arrays, **kwargs)
             except NotImplementedError as error:
                 reasons.append(f"{name}: {error}")
         raise NotImplementedError(f"no implementation of {operation} supports these arguments ({'; '.join(reasons)})")

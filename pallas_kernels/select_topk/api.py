@@ -20,4 +20,4 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, implementation
     Returns:
       int32 `[..., k]` positions in ascending order, then -1 where a row has fewer than k.
     """
-    return dispatch("select_topk", {"xla": xla.select_topk}, implementation)(scores, lengths, k)
+    return dispatch("select_topk", {"xla": xla.select_topk}, implementation)(scores, lengths, k=k)

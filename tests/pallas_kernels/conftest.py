@@ -1,0 +1,14 @@
+"""Every operation's tests run against every implementation that works on this machine."""
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(params=["xla"])
+def implementation(request):
+    return request.param
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)

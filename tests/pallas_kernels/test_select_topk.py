@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+
+from pallas_kernels.select_topk import select_topk
+
+
+def oracle(scores, lengths, k):
+    """A stable sort by descending score: of equal scores the lower position comes first."""
+    out = np.full((*scores.shape[:-1], k), -1, np.int32)
+    for row in np.ndindex(scores.shape[:-1]):
+        order = np.argsort(-scores[row][: lengths[row]], kind="stable")[:k]
+        out[row][: len(order)] = np.sort(order)
+    return out
+
+
+def check(scores, lengths, k, implementation):
+    scores, lengths = np.asarray(scores, np.float32), np.asarray(lengths, np.int32)
+    got = np.asarray(select_topk(scores, lengths, k, implementation=implementation))
+    np.testing.assert_array_equal(got, oracle(scores, lengths, k))
+    again = np.asarray(select_topk(scores, lengths, k, implementation=implementation))
+    np.testing.assert_array_equal(got, again)
+
+
+class TestSelectTopk:
+    @pytest.mark.parametrize("k", [1, 16, 64, 2048])
+    def test_random(self, rng, k, implementation):
+        check(rng.normal(size=(5, 5000)), rng.integers(0, 5001, 5), k, implementation)
+
+    @pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 300])
+    def test_lengths_about_k(self, rng, length, implementation):
+        check(rng.normal(size=(2, 300)), [length, length], 64, implementation)
+
+    def test_more_wanted_than_there_is(self, rng, implementation):
+        check(rng.normal(size=(2, 10)), [10, 3], 64, implementation)
+
+    def test_many_ties(self, rng, implementation):
+        check(rng.integers(0, 3, (4, 2000)), [2000, 1999, 777, 65], 64, implementation)
+
+    def test_rows_of_equal_scores(self, implementation):
+        check(np.full((2, 500), -1.5), [500, 100], 64, implementation)
+
+    def test_zeros_of_both_signs_are_equal(self, rng, implementation):
+        check(np.where(rng.random((3, 500)) < 0.5, 0.0, -0.0), [500, 400, 64], 64, implementation)
+
+    def test_scores_that_share_their_leading_bits(self, rng, implementation):
+        """Thousands of candidates next to the threshold, as in clustered index scores."""
+        check(1 + rng.integers(0, 4000, (2, 8000)) * np.finfo(np.float32).eps, [8000, 8000], 2048, implementation)
+
+    def test_what_lies_behind_the_length_is_ignored(self, rng, implementation):
+        scores = rng.normal(size=(3, 400))
+        scores[:, 200:] = [[np.inf], [np.nan], [1e30]]
+        check(scores, [200, 200, 200], 64, implementation)
+
+    def test_infinities(self, rng, implementation):
+        scores = rng.normal(size=(2, 400))
+        scores[0, ::2], scores[1, 5:] = -np.inf, -np.inf
+        scores[1, 3] = np.inf
+        check(scores, [400, 390], 64, implementation)
+
+    def test_leading_axes(self, rng, implementation):
+        check(rng.normal(size=(2, 3, 200)), rng.integers(0, 201, (2, 3)), 16, implementation)
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="'cuda'; it must be one of: xla"):
+        select_topk(np.zeros((1, 4), np.float32), np.array([4]), 2, implementation="cuda")
