@@ -69,7 +69,7 @@ class FrameList:
             raise UserError(f"{field} is an empty list; a video must have at least one frame")
         self._frames = frames
         self._field = field
-        height, width = upright_size(self._image(0))
+        height, width = upright_size(self._image(0), f"{field}[0]")
         self.info = VideoInfo(height, width, native_fps, np.arange(len(frames)) / native_fps)
 
     def _image(self, index: int):
@@ -128,7 +128,8 @@ class VideoFile:
             rates = [Fraction(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate]
             tick = float(stream.time_base)
             # AVI stores no presentation times: with B-frames, those of its packets are in decoding order.
-            by_pts = container.format.seek_to_pts or "matroska" in container.format.name
+            # These are searched by presentation time; others, by decoding time, and come out too late for the former.
+            by_pts = container.format.name.startswith(("mov,", "matroska,"))
             ordered = container.format.name != "avi" or not stream.codec_context.has_b_frames
         if frame is None or not stamps:
             raise UserError(f"{self.field} has no frame that can be decoded ({self._name})")
@@ -147,10 +148,9 @@ class VideoFile:
         info = VideoInfo(height, width, fps, times, orientation=orientation)
         if not ordered or any(stamp[0] is None for stamp in stamps):
             return info
-        # Some containers are searched by decoding time, and come out too late when given the other.
-        keys = {int(pts[i]): int(pts[i] if dts is None else dts) for i, (_, dts, _, key) in enumerate(stamps) if key}
+        keys = {pts[i]: pts[i] if by_pts or dts is None else dts for i, (_, dts, _, key) in enumerate(stamps) if key}
         keyframes = np.searchsorted(shown, np.array(sorted(keys), np.int64))
-        seek_to = np.array([stamp if by_pts else keys[stamp] for stamp in sorted(keys)], np.int64)
+        seek_to = np.array([keys[stamp] for stamp in sorted(keys)], np.int64)
         return dataclasses.replace(info, pts=shown, keyframes=keyframes, seek_to=seek_to)
 
     def read(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -17,7 +17,7 @@ MAX_ASPECT_RATIO = 200
 # Pillow's own limit against decompression bombs, above which it refuses a file.
 MAX_SOURCE_PIXELS = 178_956_970
 # No format that runs another program or reads another file (EPS runs Ghostscript).
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA")
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA")
 _ORIENTATION_TAG = 0x0112
 
 
@@ -76,10 +76,12 @@ def open_image(source: Any, field: str) -> Image.Image:
         return Image.fromarray(source)
     if isinstance(source, Image.Image):
         return source
+    Image.init()
+    formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
     except Image.DecompressionBombError as error:
         raise UserError(f"{field} is too large an image; it must have at most {MAX_SOURCE_PIXELS} pixels") from error
     except UnidentifiedImageError as error:
@@ -96,9 +98,16 @@ def _name(source: Any) -> str:
     return f"{len(source)} bytes" if isinstance(source, bytes) else str(source) if isinstance(source, Path) else "data"
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) of an image once its EXIF orientation is honoured; pixels are not decoded."""
-    turned = image.getexif().get(_ORIENTATION_TAG) in (5, 6, 7, 8)
+def upright_size(image: Image.Image, field: str) -> tuple[int, int]:
+    """(height, width) of an image once its EXIF orientation is honoured.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    try:
+        turned = image.getexif().get(_ORIENTATION_TAG) in (5, 6, 7, 8)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{field} is a damaged image: {error}") from error
     return (image.width, image.height) if turned else (image.height, image.width)
 
 

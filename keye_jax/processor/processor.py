@@ -370,7 +370,7 @@ class Processor:
         image = open_image(self._source(source, field, downloads), field)
         with _named(field):
             height, width = smart_resize(
-                *upright_size(image),
+                *upright_size(image, field),
                 factor=self._settings.token_side,
                 min_pixels=options.min_pixels,
                 max_pixels=options.max_pixels,

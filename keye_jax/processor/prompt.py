@@ -29,8 +29,10 @@ from keye_jax.processor.media import shorten
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Names and types that templates look at, in messages and in descriptions of tools.
 _SHAPE = frozenset(
-    "role content type text reasoning_content tool_calls tool_call_id id function name arguments description "
-    "parameters properties required items enum strict".split()
+    (
+        *("role", "content", "type", "text", "reasoning_content", "tool_calls", "tool_call_id", "id", "function"),
+        *("name", "arguments", "description", "parameters", "properties", "required", "items", "enum", "strict"),
+    )
 )
 _TYPES = ("text", "image", "video", "function")
 _MEDIA = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}

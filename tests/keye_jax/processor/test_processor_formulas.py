@@ -129,7 +129,12 @@ def test_positions_against_walk(seed):
         grids[kind].append((1, height * merge, width * merge))
         ids += [int(kind)] * int(height * width)
     got, delta = mrope_positions(
-        np.array(ids, np.int32), grids[IMAGE], grids[VIDEO], image_token_id=IMAGE, video_token_id=VIDEO, merge_size=merge
+        np.array(ids, np.int32),
+        grids[IMAGE],
+        grids[VIDEO],
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        merge_size=merge,
     )
     expected, expected_delta = walk(ids, grids[IMAGE], grids[VIDEO], merge)
     np.testing.assert_array_equal(got, expected)

@@ -186,7 +186,7 @@ def test_truncated_index(clip, tmp_path):
 
 
 def test_only_sound(sound):
-    with pytest.raises(UserError, match="video holds no video stream .*; it must be a video, not only sound"):
+    with pytest.raises(UserError, match=r"video holds no video stream .*; it must be a video, not only sound"):
         VideoFile(sound, "video")
 
 
