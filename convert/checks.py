@@ -1,0 +1,154 @@
+"""Everything that can be wrong with a checkpoint, found before anything is written or loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from convert import mapping
+from convert.reader import DTYPES, SafetensorsSource
+from keye_jax.config import KeyeConfig
+from keye_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from convert.orbax_io import OrbaxSource
+
+_ALLOWED = " or ".join(DTYPES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A tensor of the table as a checkpoint has it: with its actual number of rows, and its dtype."""
+
+    tensor: mapping.Tensor
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.size * self.dtype.itemsize
+
+
+def check(source: SafetensorsSource | OrbaxSource, config: KeyeConfig) -> tuple[list[Found], list[str]]:
+    """What `source` holds of a checkpoint of `config`, in the table's order, and one sentence for each problem."""
+    if isinstance(source, SafetensorsSource):
+        return _check_safetensors(source, config)
+    return _check_orbax(source, config)
+
+
+def raise_problems(directory: Path, problems: list[str]) -> None:
+    """Raises one `UserError` that lists all of `problems`, if there are any."""
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError("\n".join([f"{directory} has {count}:", *(f"  {problem}" for problem in problems)]))
+
+
+def _check_safetensors(source: SafetensorsSource, config: KeyeConfig) -> tuple[list[Found], list[str]]:
+    found: list[Found] = []
+    problems = list(source.problems)
+    known: set[str] = set()
+    for tensor in mapping.rows(config):
+        name = tensor.checkpoint_name
+        known.add(name)
+        pieces = mapping.expert_pieces(tensor)
+        present = [piece for piece in pieces if piece.checkpoint_name in source.entries]
+        if present and name in source.entries:
+            problems.append(f"{name}: it is here fused as well as expert by expert; only one may be")
+            known |= {piece.checkpoint_name for piece in pieces}
+        elif present:
+            known |= {piece.checkpoint_name for piece in pieces}
+            dtype = _check_pieces(source, tensor, pieces, problems)
+            if dtype is not None:
+                found.append(Found(tensor, dtype))
+        elif name in source.entries:
+            entry = source.entries[name]
+            if not tensor.accepts(entry.shape):
+                problems.append(_wrong_shape(name, entry.shape, tensor.checkpoint_shape))
+            elif entry.dtype not in DTYPES:
+                problems.append(f"{name}: its dtype is {entry.dtype}; it must be {_ALLOWED}")
+            else:
+                actual = tensor.with_rows(entry.shape[0]) if tensor.free_rows else tensor
+                found.append(Found(actual, DTYPES[entry.dtype]))
+        elif tensor.in_model and not {name, *(piece.checkpoint_name for piece in pieces)} & source.in_bad_files:
+            # What the index puts into a bad file is reported with the file.
+            problems.append(f"{name}: it is missing; it must be {list(tensor.checkpoint_shape)}")
+    unexpected = sorted(name for name in source.entries.keys() - known if not mapping.is_ignored(name))
+    problems += [f"{name}: it is not a tensor of this model{_hint(name, config)}" for name in unexpected]
+    return found, problems
+
+
+def _check_pieces(
+    source: SafetensorsSource, tensor: mapping.Tensor, pieces: list[mapping.ExpertPiece], problems: list[str]
+) -> np.dtype | None:
+    """The common dtype of a fused tensor's linears; None if something is wrong with them, which goes to `problems`."""
+    before = len(problems)
+    dtypes: dict[str, str] = {}
+    for piece in pieces:
+        name = piece.checkpoint_name
+        entry = source.entries.get(name)
+        if entry is None:
+            if name not in source.in_bad_files:
+                problems.append(f"{name}: it is missing; it must be {list(piece.checkpoint_shape)}")
+            continue
+        dtypes.setdefault(entry.dtype, name)
+        if entry.shape != piece.checkpoint_shape:
+            problems.append(_wrong_shape(name, entry.shape, piece.checkpoint_shape))
+        elif entry.dtype not in DTYPES:
+            problems.append(f"{name}: its dtype is {entry.dtype}; it must be {_ALLOWED}")
+    if len(dtypes) > 1:
+        names = " and ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
+        problems.append(f"{tensor.checkpoint_name}: its experts have more than one dtype: {names}")
+    complete = all(piece.checkpoint_name in source.entries for piece in pieces)
+    return DTYPES[next(iter(dtypes))] if complete and len(problems) == before else None
+
+
+def _hint(name: str, config: KeyeConfig) -> str:
+    if mapping.fused_name(name):
+        return f" of {config.num_hidden_layers} layers and {config.num_experts} experts"
+    return ""
+
+
+def _wrong_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    return f"{name}: its shape is {list(shape)}; it must be {list(expected)}"
+
+
+def _check_orbax(source: OrbaxSource, config: KeyeConfig) -> tuple[list[Found], list[str]]:
+    found: list[Found] = []
+    problems = list(source.problems)
+    if problems:
+        return found, problems
+    allowed = set(DTYPES.values())
+    tensors = {tensor.path: tensor for tensor in mapping.rows(config)}
+    for path, tensor in tensors.items():
+        entry = source.entries.get(path)
+        name = tensor.dotted_path
+        if entry is None:
+            if tensor.in_model:
+                problems.append(f"{name}: it is missing; it must be {list(tensor.shape)}")
+            continue
+        actual = tensor.with_rows(entry.shape[0]) if tensor.free_rows and entry.shape else tensor
+        if entry.shape != actual.shape:
+            problems.append(_wrong_shape(name, entry.shape, tensor.shape))
+        elif entry.dtype not in allowed:
+            problems.append(f"{name}: its dtype is {entry.dtype}; it must be {_ALLOWED}")
+        else:
+            found.append(Found(actual, entry.dtype))
+    for path in sorted(source.entries.keys() - tensors.keys()):
+        problems.append(f"{'.'.join(path)}: it is not an array of this model")
+    return found, problems
+
+
+# Exponent bits, by dtype: a number is infinite or not a number when all of them are set.
+_EXPONENT = {2: {"BF16": 0x7F80, "F16": 0x7C00}, 4: {"F32": 0x7F800000}}
+_BLOCK = 16 << 20
+
+
+def count_non_finite(values: np.ndarray) -> int:
+    """How many elements of a bfloat16, float16 or float32 array are infinite or not a number; no copy of the array."""
+    name = next(name for name, dtype in DTYPES.items() if dtype == values.dtype)
+    mask = _EXPONENT[values.dtype.itemsize][name]
+    bits = np.ascontiguousarray(values).reshape(-1).view(f"u{values.dtype.itemsize}")
+    blocks = (bits[start : start + _BLOCK] for start in range(0, bits.size, _BLOCK))
+    return sum(int(np.count_nonzero((block & mask) == mask)) for block in blocks)

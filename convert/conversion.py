@@ -1,0 +1,287 @@
+"""safetensors to Orbax and back: a group of tensors at a time, in an order that a stopped conversion can go on with."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from convert import checks, detect, work
+from convert.checks import Found
+from convert.orbax_io import MANIFEST, PARAMS, OrbaxSource, OrbaxWriter, write_manifest
+from convert.reader import SafetensorsSource
+from convert.writer import Planned, ShardWriter
+from keye_jax.errors import UserError
+
+SHARD_BYTES = 5_000_000_000
+
+# Tensors of at least the first many bytes are written alone, smaller ones in groups of at most the second.
+_LARGE_BYTES = 64 << 20
+_GROUP_BYTES = 256 << 20
+
+# Files that travel with the weights: configurations, tokenizer, templates, licence.
+_SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".md", ".model", ".tiktoken", ".jsonl"}
+_SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE")
+_SIDE_BYTES = 256 << 20
+
+Progress = Callable[[str, int, int], None]
+Source = SafetensorsSource | OrbaxSource
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+      destination: the checkpoint that was made.
+      kind: of which kind it is.
+      tensors: how many arrays it holds.
+      nbytes: bytes of all arrays.
+      continued: how many of these bytes an earlier, stopped run had written.
+      seconds: time taken by this run.
+    """
+
+    destination: Path
+    kind: detect.Kind
+    tensors: int
+    nbytes: int
+    continued: int
+    seconds: float
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    check_finite: bool = False,
+    overwrite: bool = False,
+    shard_size: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Converts the checkpoint in `src` into the other kind, bit by bit, into the directory `dst`.
+
+    Memory, besides the interpreter: the largest tensor and about its size again. A run that was stopped is continued by
+    the same call: `dst.partial` holds what it has done, and `dst` appears, whole, at the very end.
+
+    Args:
+      src: a directory with config.json and safetensors files, or with config.json and an Orbax checkpoint in `params/`.
+      dst: a directory that does not exist, or is empty.
+      check_finite: read all tensors first and refuse infinities and NaNs.
+      overwrite: replace the checkpoint in `dst`, and begin again where `dst.partial` is of another source.
+      shard_size: bytes of tensor data in one safetensors file; a larger tensor has a file of its own.
+      progress: called with a phase ("check" or "convert"), bytes done and bytes in all.
+
+    Raises:
+      UserError: something is wrong with `src`, `dst` or an argument; all problems of the checkpoint are in one message.
+    """
+    started = time.monotonic()
+    source_directory, destination = Path(src), Path(dst).resolve()
+    report = progress or (lambda phase, done, total: None)
+    if shard_size <= 0:
+        raise UserError(f"--shard-size is {shard_size}; it must be a positive number of bytes")
+    source = detect.open_source(source_directory)
+    try:
+        config = detect.read_config(source_directory)
+        _check_destination(source_directory.resolve(), destination, overwrite=overwrite)
+        found, problems = checks.check(source, config)
+        if check_finite:
+            problems += _non_finite(source, found, report)
+        checks.raise_problems(source_directory, problems)
+        return _run(source, destination, found, overwrite, shard_size, report, started)
+    finally:
+        source.close()
+
+
+def _run(
+    source: Source,
+    destination: Path,
+    found: list[Found],
+    overwrite: bool,
+    shard_size: int,
+    report: Progress,
+    started: float,
+) -> Conversion:
+    to_orbax = isinstance(source, SafetensorsSource)
+    total = sum(item.nbytes for item in found)
+    _check_space(destination, total)
+    place = work.Work(destination, _fingerprint(source, found, shard_size), overwrite=overwrite)
+    writer: _OrbaxSink | _SafetensorsSink | None = None
+    try:
+        writer = _OrbaxSink(place) if to_orbax else _SafetensorsSink(place, found, shard_size)
+        continued = done = sum(item.nbytes for item in found if item.tensor.checkpoint_name in place.done)
+        report("convert", done, total)
+        for group in _groups(found):
+            names = [item.tensor.checkpoint_name for item in group]
+            if place.done.issuperset(names):
+                continue
+            writer.write(group, _read_or_discard(source, group, place))
+            place.record(names, writer.saved())
+            done += sum(item.nbytes for item in group)
+            report("convert", done, total)
+        writer.finish()
+        for file in side_files(source.directory):
+            shutil.copyfile(file, place.result / file.name)
+        if to_orbax:
+            write_manifest(place.result)
+        place.commit()
+    except OSError as error:
+        message = f"{error}; what is written so far is kept in {place.path}, and the same command continues"
+        raise UserError(message) from error
+    finally:
+        if writer is not None:
+            writer.close()
+        place.close()
+    kind: detect.Kind = "orbax" if to_orbax else "safetensors"
+    return Conversion(destination, kind, len(found), total, continued, time.monotonic() - started)
+
+
+class _OrbaxSink:
+    """Writes groups as Orbax arrays."""
+
+    def __init__(self, place: work.Work) -> None:
+        self._writer = OrbaxWriter(place.result, place.kept)
+        if not self._writer.intact:
+            place.restart()
+            self._writer = OrbaxWriter(place.result)
+
+    def write(self, group: list[Found], arrays: dict[tuple[str, ...], np.ndarray]) -> None:
+        self._writer.save(arrays)
+
+    def saved(self) -> list[str]:
+        return self._writer.saved()
+
+    def finish(self) -> None:
+        self._writer.finish()
+
+    def close(self) -> None:
+        """Nothing stays open between groups."""
+
+
+class _SafetensorsSink:
+    """Writes groups as tensors of safetensors shards."""
+
+    def __init__(self, place: work.Work, found: list[Found], shard_size: int) -> None:
+        tensors = [(item.tensor.checkpoint_name, item.tensor.checkpoint_shape, item.dtype) for item in found]
+        self._writer = ShardWriter(place.result, [Planned(*tensor) for tensor in tensors], shard_size)
+
+    def write(self, group: list[Found], arrays: dict[tuple[str, ...], np.ndarray]) -> None:
+        for item in group:
+            self._writer.write(item.tensor.checkpoint_name, arrays[item.tensor.path])
+
+    def saved(self) -> list[str]:
+        self._writer.flush()
+        return []
+
+    def finish(self) -> None:
+        self._writer.finish()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _groups(found: list[Found]) -> Iterator[list[Found]]:
+    """Large tensors one by one, then the others in groups.
+
+    This order keeps Orbax's partial saves cheap: each looks through the names of all earlier ones.
+    """
+    yield from ([item] for item in found if item.nbytes >= _LARGE_BYTES)
+    group: list[Found] = []
+    for item in (item for item in found if item.nbytes < _LARGE_BYTES):
+        if group and sum(other.nbytes for other in group) + item.nbytes > _GROUP_BYTES:
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
+
+
+def _read(source: Source, group: list[Found]) -> dict[tuple[str, ...], np.ndarray]:
+    if isinstance(source, SafetensorsSource):
+        return {item.tensor.path: source.read_tensor(item.tensor) for item in group}
+    return source.read([item.tensor.path for item in group])
+
+
+def _read_or_discard(source: Source, group: list[Found], place: work.Work) -> dict[tuple[str, ...], np.ndarray]:
+    try:
+        return _read(source, group)
+    except UserError:
+        # The source is bad, so there is nothing to continue with.
+        place.discard()
+        raise
+
+
+def _non_finite(source: Source, found: list[Found], report: Progress) -> list[str]:
+    """One sentence for each tensor that holds infinities or NaNs."""
+    problems: list[str] = []
+    done, total = 0, sum(item.nbytes for item in found)
+    for group in _groups(found):
+        arrays = _read(source, group)
+        for item in group:
+            values = arrays.pop(item.tensor.path)
+            if count := checks.count_non_finite(values):
+                name = item.tensor.checkpoint_name
+                problems.append(f"{name}: {count:,} of {values.size:,} values are infinite or not a number")
+            # Freed before the next group is read.
+            del values
+            done += item.nbytes
+        report("check", done, total)
+    return problems
+
+
+def _check_destination(source: Path, destination: Path, *, overwrite: bool) -> None:
+    if destination == source or destination in source.parents:
+        raise UserError(f"DST {destination} holds SRC; it must be another directory")
+    if destination.exists() and not destination.is_dir():
+        raise UserError(f"DST {destination} is a file; it must be a directory, or not exist")
+    if work.is_empty(destination):
+        return
+    work.remove_leftover(destination)
+    if not overwrite:
+        raise UserError(f"DST {destination} exists and is not empty; choose another, or replace it with --overwrite")
+    try:
+        detect.kind_of(destination)
+    except UserError as error:
+        raise UserError(f"DST {destination} is not a checkpoint, so --overwrite does not replace it") from error
+
+
+def _check_space(destination: Path, total: int) -> None:
+    """Refuses to begin what cannot be finished; what an earlier run wrote is counted as room."""
+    parent = next(path for path in destination.parents if path.is_dir())
+    free = shutil.disk_usage(parent).free
+    partial = work.working_directory(destination)
+    if partial.is_dir():
+        # Blocks, since a shard has its full length from the start; linked files once.
+        blocks = {(s.st_dev, s.st_ino): s.st_blocks for s in (path.lstat() for path in partial.rglob("*"))}
+        free += 512 * sum(blocks.values())
+    if free < total:
+        raise UserError(f"DST {destination} needs {total:,} bytes and its filesystem has {free:,} bytes free")
+
+
+def _fingerprint(source: Source, found: list[Found], shard_size: int) -> str:
+    """A digest of the source's files and tensors, and of the options that decide what the output looks like."""
+    files = [source.directory / "config.json", *source.files]
+    state = {
+        "files": [
+            (str(file.relative_to(source.directory)), file.stat().st_size, file.stat().st_mtime_ns) for file in files
+        ],
+        "config": (source.directory / "config.json").read_text(encoding="utf-8"),
+        "tensors": [(item.tensor.checkpoint_name, item.tensor.checkpoint_shape, str(item.dtype)) for item in found],
+        "shard_size": None if isinstance(source, SafetensorsSource) else shard_size,
+        "groups": (_LARGE_BYTES, _GROUP_BYTES),
+    }
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
+def side_files(directory: Path) -> Iterable[Path]:
+    """The files of a checkpoint that are not weights and that its output needs to stand alone."""
+    for file in sorted(directory.iterdir()):
+        wanted = file.suffix in _SIDE_SUFFIXES or file.name.startswith(_SIDE_NAMES)
+        weights = file.name.endswith(".index.json") or file.name in (MANIFEST, PARAMS)
+        if wanted and not weights and file.is_file() and file.stat().st_size <= _SIDE_BYTES:
+            yield file

@@ -1,0 +1,85 @@
+"""The model's arrays from a checkpoint of either kind, straight onto devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from convert import checks, detect
+from convert.checks import Found
+from convert.orbax_io import OrbaxSource, flatten, nest, on_device
+from convert.reader import SafetensorsSource
+from keye_jax.config import KeyeConfig
+
+Sharding = jax.sharding.Sharding
+
+
+def load_params(
+    path: str | Path,
+    config: KeyeConfig,
+    *,
+    dtype: Any = None,
+    shardings: Sharding | Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Loads the arrays of the model; those that a checkpoint carries for others' sake are not read.
+
+    From Orbax each host reads only the shards of its own devices. From safetensors each host reads one tensor at a
+    time, whole, and keeps the shards of its own devices. Host memory: the largest tensor twice.
+
+    Args:
+      path: a checkpoint of either kind.
+      config: its configuration.
+      dtype: what to cast every array to, on its way; each keeps its own without it.
+      shardings: one sharding for all arrays, or nested dicts like the result with shardings as leaves; arrays without
+        one go to the default device.
+
+    Returns:
+      Nested dicts by module path, layer numbers as strings: `params["decoder"]["layers"]["0"]["attention"]["q_proj"]`
+      has `"weight"`, `[heads, head_dim, hidden]`. `convert.mapping` lists all paths and shapes.
+
+    Raises:
+      UserError: there is no checkpoint, or it is not one of `config`; all problems are in one message.
+    """
+    source = detect.open_source(Path(path))
+    try:
+        found, problems = checks.check(source, config)
+        checks.raise_problems(Path(path), problems)
+        wanted = [item for item in found if item.tensor.in_model]
+        targets = _targets(wanted, shardings)
+        if isinstance(source, SafetensorsSource):
+            return nest({item.tensor.path: _place(source, item, dtype, targets[item.tensor.path]) for item in wanted})
+        return nest(_restore(source, wanted, dtype, targets))
+    finally:
+        source.close()
+
+
+def _targets(
+    wanted: list[Found], shardings: Sharding | Mapping[str, Any] | None
+) -> dict[tuple[str, ...], Sharding | None]:
+    if shardings is None or isinstance(shardings, Sharding):
+        return {item.tensor.path: shardings for item in wanted}
+    flat = flatten(shardings)
+    return {item.tensor.path: flat.get(item.tensor.path) for item in wanted}
+
+
+def _place(source: SafetensorsSource, item: Found, dtype: Any, sharding: Sharding | None) -> jax.Array:
+    values = source.read_tensor(item.tensor)
+    if sharding is None:
+        array = jax.device_put(values)
+    else:
+        array = jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+    if dtype is not None and array.dtype != np.dtype(dtype):
+        array = array.astype(dtype)
+    # Waiting keeps one tensor on the host at a time.
+    return jax.block_until_ready(array)
+
+
+def _restore(
+    source: OrbaxSource, wanted: list[Found], dtype: Any, targets: dict[tuple[str, ...], Sharding | None]
+) -> dict[tuple[str, ...], Any]:
+    paths = [item.tensor.path for item in wanted]
+    return source.restore({path: on_device(source.entries[path], dtype, targets[path]) for path in paths})

@@ -1,0 +1,226 @@
+"""Reading safetensors files: headers without data, and tensors one at a time.
+
+Data is read with `pread` into a buffer of the tensor's size. Nothing is memory-mapped: mapped pages count as resident,
+so a mapped checkpoint would need as much memory as it has bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from convert import mapping
+from keye_jax.errors import UserError
+
+INDEX_NAME = "model.safetensors.index.json"
+
+DTYPES: dict[str, np.dtype] = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# Bytes an element of the format's other dtypes, so that their headers can be checked as well.
+_OTHER_ITEM_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64, "F64": 64, "I64": 64, "U64": 64}
+_OTHER_ITEM_BITS |= {"I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+_OTHER_ITEM_BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
+
+# The format's own limit; a longer one means that the file is something else.
+_MAX_HEADER_BYTES = 100_000_000
+_READ_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies.
+
+    Attributes:
+      file: the safetensors file.
+      dtype: the format's name of the dtype, such as `BF16`.
+      shape: dimensions in elements.
+      start: offset of the first byte from the beginning of the file.
+      nbytes: length in bytes.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+class HeaderError(ValueError):
+    """A file is not a whole safetensors file; the message says in what way."""
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file, by name, without their data.
+
+    Raises:
+      HeaderError: the file is truncated, or is not safetensors.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size < 8:
+            raise HeaderError(f"it is truncated: {size} bytes, less than the length of a header")
+        length = int.from_bytes(stream.read(8), "little")
+        if length > _MAX_HEADER_BYTES:
+            raise HeaderError(f"it is not safetensors: its header would have {length:,} bytes")
+        if 8 + length > size:
+            raise HeaderError(f"it is truncated: {size:,} bytes, its header alone has {length:,}")
+        try:
+            values = json.loads(stream.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise HeaderError(f"its header is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise HeaderError("its header is not a JSON object")
+    values.pop("__metadata__", None)
+    entries = {name: _read_entry(file, name, value, 8 + length) for name, value in values.items()}
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if entry.start != end:
+            raise HeaderError(f"its header is wrong: {name} does not begin where the tensor before it ends")
+        end += entry.nbytes
+    if end > size:
+        raise HeaderError(f"it is truncated: {size:,} bytes, its header promises {end:,}")
+    if end < size:
+        raise HeaderError(f"it has {size - end:,} bytes more than its header says")
+    return entries
+
+
+def _read_entry(file: Path, name: str, value: Any, data_start: int) -> Entry:
+    try:
+        dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        if not all(type(item) is int and item >= 0 for item in (*shape, start, stop)):
+            raise TypeError
+        bits = DTYPES[dtype].itemsize * 8 if dtype in DTYPES else _OTHER_ITEM_BITS[dtype]
+    except (KeyError, TypeError, ValueError) as error:
+        raise HeaderError(f"its header is wrong: the entry of {name} cannot be read") from error
+    if (stop - start) * 8 != math.prod(shape) * bits:
+        raise HeaderError(f"its header is wrong: {name} is {dtype} {list(shape)} but has {stop - start} bytes")
+    return Entry(file, dtype, shape, data_start + start, stop - start)
+
+
+class SafetensorsSource:
+    """The safetensors checkpoint in a directory: `model.safetensors.index.json` with shards, or `*.safetensors`.
+
+    Attributes:
+      directory: where it is.
+      files: its weight files, the index first if there is one.
+      entries: what the whole shards hold, by name.
+      problems: what is wrong with the files, one sentence each; tensors of a bad file are not in `entries`.
+      in_bad_files: the tensors which the index puts into files that are bad or absent.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.entries: dict[str, Entry] = {}
+        self.problems: list[str] = []
+        self.in_bad_files: set[str] = set()
+        index = directory / INDEX_NAME
+        if index.is_file():
+            self.files = [index]
+            self._open_indexed(_read_index(index))
+        else:
+            self.files = []
+            # Without an index a file alone named model.safetensors is the checkpoint, whatever lies beside it.
+            single = directory / "model.safetensors"
+            for file in [single] if single.is_file() else sorted(directory.glob("*.safetensors")):
+                self._open_file(file)
+        self._descriptors: dict[Path, int] = {}
+
+    def _open_file(self, file: Path) -> dict[str, Entry] | None:
+        self.files.append(file)
+        try:
+            entries = read_header(file)
+        except HeaderError as error:
+            self.problems.append(f"{file.name}: {error}")
+            return None
+        for name, entry in entries.items():
+            if name in self.entries:
+                self.problems.append(f"{file.name}: {name} is also in {self.entries[name].file.name}")
+            self.entries[name] = entry
+        return entries
+
+    def _open_indexed(self, weight_map: dict[str, str]) -> None:
+        by_file: dict[str, set[str]] = {}
+        for name, file_name in weight_map.items():
+            by_file.setdefault(file_name, set()).add(name)
+        for file_name, names in sorted(by_file.items()):
+            file = self.directory / file_name
+            if not file.is_file():
+                self.problems.append(f"{file_name}: the index names this file and it is not there")
+                self.in_bad_files |= names
+                continue
+            entries = self._open_file(file)
+            if entries is None:
+                self.in_bad_files |= names
+                continue
+            for name in sorted(names - entries.keys()):
+                self.problems.append(f"{file_name}: the index puts {name} here and it is not")
+                self.in_bad_files.add(name)
+
+    def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
+        """One tensor in its stored dtype and shape, read into `out` (contiguous, of as many bytes) if that is given.
+
+        Raises:
+          UserError: the file has become shorter since its header was read.
+        """
+        entry = self.entries[name]
+        if out is None:
+            out = np.empty(entry.shape, DTYPES[entry.dtype])
+        assert out.nbytes == entry.nbytes and out.flags.c_contiguous
+        target = memoryview(out.reshape(-1).view(np.uint8))
+        descriptor = self._descriptor(entry.file)
+        done = 0
+        while done < entry.nbytes:
+            count = os.preadv(descriptor, [target[done : done + _READ_BYTES]], entry.start + done)
+            if count == 0:
+                raise UserError(f"{entry.file} is truncated: it became shorter while it was read")
+            done += count
+        return out
+
+    def read_tensor(self, tensor: mapping.Tensor) -> np.ndarray:
+        """`tensor` in our shape; fused experts are put together from per-expert linears where these are what is stored.
+
+        Memory: the tensor, and one expert's linear besides.
+        """
+        if tensor.checkpoint_name in self.entries:
+            return self.read(tensor.checkpoint_name).reshape(tensor.shape)
+        pieces = mapping.expert_pieces(tensor)
+        fused = np.empty(tensor.shape, DTYPES[self.entries[pieces[0].checkpoint_name].dtype])
+        for piece in pieces:
+            start, stop = piece.columns
+            fused[piece.expert, :, start:stop] = self.read(piece.checkpoint_name).T
+        return fused
+
+    def close(self) -> None:
+        """Closes the files; a later read opens them again."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def _descriptor(self, file: Path) -> int:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        return self._descriptors[file]
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        entries = weight_map.items()
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is not a safetensors index: it must be JSON with an object 'weight_map'") from error
+    for name, file_name in entries:
+        # A name from a file that was downloaded must not lead out of the directory.
+        if not isinstance(file_name, str) or Path(file_name).name != file_name or file_name in ("", ".", ".."):
+            raise UserError(f"{index}: weight_map[{name!r}] is {file_name!r}; it must be the name of a file beside it")
+    return weight_map

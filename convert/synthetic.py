@@ -1,0 +1,146 @@
+"""A checkpoint in the released layout with random weights, for tests, demonstrations and measurements.
+
+    python -m convert.synthetic configs/model/tiny.json /tmp/tiny --layers 2
+
+Weights come from the seed and the tensor's name alone, so that layers, layout and shards can be chosen freely. Norms
+are near one, biases near zero, matrices normal with standard deviation 1/sqrt(inputs): activations stay of order one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import zlib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import ml_dtypes
+import numpy as np
+import typer
+
+from convert import mapping
+from convert.work import is_empty
+from convert.writer import Planned, ShardWriter
+from keye_jax.config import KeyeConfig
+from keye_jax.errors import UserError
+
+_DTYPES = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+}
+_BLOCK = 1 << 22
+_NOISE = 0.02
+
+
+def write_checkpoint(
+    directory: str | Path,
+    config: KeyeConfig,
+    *,
+    seed: int = 0,
+    dtype: str | None = None,
+    shard_size: int = 5_000_000_000,
+    expert_layout: Literal["fused", "per_expert"] = "fused",
+) -> None:
+    """Writes `config.json` and random weights into `directory`.
+
+    Memory: the largest tensor and a little more.
+
+    Args:
+      directory: a directory that does not exist, or is empty.
+      config: sizes of everything.
+      seed: of the random numbers.
+      dtype: bfloat16, float32 or float16; that of `config` without it.
+      shard_size: bytes of tensor data in one file.
+      expert_layout: experts as two fused tensors a layer, or as three linears an expert. The numbers are the same.
+
+    Raises:
+      UserError: `directory` is not empty, or `dtype` is none of the three.
+    """
+    directory = Path(directory)
+    kind = _DTYPES.get(dtype or config.dtype)
+    if kind is None:
+        raise UserError(f"dtype is {dtype!r}; it must be {' or '.join(_DTYPES)}")
+    if not is_empty(directory):
+        raise UserError(f"DST {directory} exists and is not empty; choose another")
+    tensors = mapping.rows(config)
+    planned: list[Planned] = []
+    for tensor in tensors:
+        pieces = mapping.expert_pieces(tensor) if expert_layout == "per_expert" else []
+        planned += [Planned(piece.checkpoint_name, piece.checkpoint_shape, kind) for piece in pieces]
+        if not pieces:
+            planned.append(Planned(tensor.checkpoint_name, tensor.checkpoint_shape, kind))
+    directory.mkdir(parents=True, exist_ok=True)
+    writer = ShardWriter(directory, planned, shard_size)
+    try:
+        for tensor in tensors:
+            values = random_tensor(tensor, seed, kind)
+            pieces = mapping.expert_pieces(tensor) if expert_layout == "per_expert" else []
+            for piece in pieces:
+                start, stop = piece.columns
+                writer.write(piece.checkpoint_name, np.ascontiguousarray(values[piece.expert, :, start:stop].T))
+            if not pieces:
+                writer.write(tensor.checkpoint_name, values)
+        writer.finish()
+    finally:
+        writer.close()
+    (directory / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def random_tensor(tensor: mapping.Tensor, seed: int, dtype: np.dtype) -> np.ndarray:
+    """The values of one tensor, in our shape; the same for the same seed, name, shape and dtype."""
+    center, scale = _distribution(tensor)
+    generator = np.random.default_rng([seed, zlib.crc32(tensor.checkpoint_name.encode())])
+    values = np.empty(tensor.size, dtype)
+    for start in range(0, tensor.size, _BLOCK):
+        block = generator.standard_normal(min(_BLOCK, tensor.size - start), dtype=np.float32)
+        block *= scale
+        values[start : start + _BLOCK] = block + np.float32(center)
+    return values.reshape(tensor.shape)
+
+
+def _distribution(tensor: mapping.Tensor) -> tuple[float, float]:
+    """Mean and standard deviation."""
+    owner, leaf = tensor.path[-2:]
+    if leaf == "bias":
+        return 0.0, _NOISE
+    if owner.endswith(("norm", "norm1", "norm2")):
+        return 1.0, _NOISE
+    if owner == "embed_tokens":
+        return 0.0, 1.0
+    if owner.endswith("position_embedding"):
+        return 0.0, 0.1
+    inputs = tensor.shape[1] if tensor.part == "experts" else math.prod(tensor.checkpoint_shape[1:])
+    return 0.0, 1 / math.sqrt(inputs)
+
+
+def with_layers(config: KeyeConfig, layers: int | None) -> KeyeConfig:
+    """`config` with another number of decoder layers."""
+    if layers is None:
+        return config
+    if layers <= 0:
+        raise UserError(f"--layers is {layers}; it must be positive")
+    return dataclasses.replace(config, num_hidden_layers=layers)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    config: Annotated[Path, typer.Argument(help="A config.json.")],
+    dst: Annotated[Path, typer.Argument(help="The directory to write the checkpoint into.")],
+    layers: Annotated[int | None, typer.Option(help="Decoder layers, in place of the config's.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float32 or float16, in place of the config's.")] = None,
+) -> None:
+    """Writes a checkpoint in the released layout with random weights."""
+    write_checkpoint(dst, with_layers(KeyeConfig.from_file(config), layers), seed=seed, dtype=dtype)
+
+
+if __name__ == "__main__":
+    from keye_jax.cli import run
+
+    sys.exit(run(app, sys.argv[1:]))

@@ -1,0 +1,134 @@
+"""Writing safetensors shards: a header first, then tensors in any order at offsets that are known from the start."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from convert.reader import DTYPE_NAMES, INDEX_NAME
+
+_WRITE_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A tensor to be written: its name, its stored shape, and its dtype (bfloat16, float32 or float16)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def plan_shards(tensors: list[Planned], shard_size: int) -> list[list[Planned]]:
+    """Splits `tensors`, in order, into shards of at most `shard_size` bytes of data; a larger tensor has its own."""
+    shards: list[list[Planned]] = []
+    filled = 0
+    for tensor in tensors:
+        if not shards or filled + tensor.nbytes > shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    # Wide dtypes first keeps every tensor aligned to its element size.
+    return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
+
+
+def shard_names(count: int) -> list[str]:
+    """File names of `count` shards, as the released checkpoint has them."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def encode_header(tensors: list[Planned]) -> bytes:
+    """The bytes of a file before its data, padded to 8."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        stop = offset + tensor.nbytes
+        name = DTYPE_NAMES[tensor.dtype]
+        header[tensor.name] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class ShardWriter:
+    """Writes the shards of one checkpoint into a directory, under names that end in `.part` until `finish`.
+
+    A writer over a directory that another one left behind continues in the same files.
+
+    Args:
+      directory: an existing directory.
+      tensors: everything that will be written, in order.
+      shard_size: bytes of data a shard.
+    """
+
+    def __init__(self, directory: Path, tensors: list[Planned], shard_size: int) -> None:
+        shards = plan_shards(tensors, shard_size)
+        self._directory = directory
+        self._names = shard_names(len(shards))
+        self._file_of: dict[str, str] = {}
+        self._places: dict[str, tuple[Path, int, Planned]] = {}
+        self._descriptors: dict[Path, int] = {}
+        self._touched: set[Path] = set()
+        self._total = sum(tensor.nbytes for tensor in tensors)
+        for name, shard in zip(self._names, shards, strict=True):
+            part = directory / f"{name}.part"
+            header = encode_header(shard)
+            offset = len(header)
+            for tensor in shard:
+                self._file_of[tensor.name] = name
+                self._places[tensor.name] = (part, offset, tensor)
+                offset += tensor.nbytes
+            if not (directory / name).exists():
+                self._begin(part, header, offset)
+
+    def _begin(self, part: Path, header: bytes, size: int) -> None:
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        self._descriptors[part] = descriptor
+        os.pwrite(descriptor, header, 0)
+        os.ftruncate(descriptor, size)
+        self._touched.add(part)
+
+    def write(self, name: str, values: np.ndarray) -> None:
+        """Writes one tensor: `values` has its dtype and as many elements, in its order, in any shape."""
+        part, offset, tensor = self._places[name]
+        assert values.dtype == tensor.dtype and values.nbytes == tensor.nbytes
+        data = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._descriptors[part], data[done : done + _WRITE_BYTES], offset + done)
+        self._touched.add(part)
+
+    def flush(self) -> None:
+        """Returns when everything written so far is on the disk."""
+        while self._touched:
+            os.fsync(self._descriptors[self._touched.pop()])
+
+    def finish(self) -> None:
+        """Gives the shards their names and writes the index, if there is more than one shard."""
+        self.flush()
+        self.close()
+        for name in self._names:
+            part = self._directory / f"{name}.part"
+            if part.exists():
+                part.rename(self._directory / name)
+        if len(self._names) > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self._file_of.items()))}
+            (self._directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def close(self) -> None:
+        """Closes the files without finishing them."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])

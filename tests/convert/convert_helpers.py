@@ -1,0 +1,76 @@
+"""Small checkpoints, and comparing checkpoints bit by bit with the safetensors library as the judge."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import safetensors
+from safetensors.numpy import load_file, save_file
+
+from convert import synthetic
+from keye_jax.config import KeyeConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+FULL_CONFIG = ROOT / "configs" / "model" / "keye_vl_2_30b_a3b.json"
+
+
+def small_config(layers: int = 2) -> KeyeConfig:
+    """The tiny model of the repository with fewer layers."""
+    config = KeyeConfig.from_file(ROOT / "configs" / "model" / "tiny.json")
+    return dataclasses.replace(config, num_hidden_layers=layers)
+
+
+def write(directory: Path, *, layers: int = 2, **options: object) -> KeyeConfig:
+    """Writes a small checkpoint and returns its configuration."""
+    config = small_config(layers)
+    synthetic.write_checkpoint(directory, config, **options)
+    return config
+
+
+def contents(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Dtype, shape and bytes of every tensor of a safetensors checkpoint, as the safetensors library reads it."""
+    tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            for name in opened.keys():  # noqa: SIM118
+                array = opened.get_tensor(name)
+                assert name not in tensors
+                tensors[name] = (str(array.dtype), array.shape, array.tobytes())
+    return tensors
+
+
+def edit(directory: Path, change: object, file: str = "model.safetensors") -> None:
+    """Applies `change` to the dict of arrays in a safetensors file and writes it again."""
+    arrays = load_file(directory / file)
+    change(arrays)
+    save_file(arrays, directory / file, metadata={"format": "pt"})
+
+
+def edit_index(directory: Path, change: object) -> None:
+    """Applies `change` to the weight map of a checkpoint's index."""
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def run_cli(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m convert`."""
+    command = [sys.executable, "-m", "convert", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def equal_bits(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two arrays are the same, shape, dtype and bits."""
+    first, second = np.asarray(first), np.asarray(second)
+    return first.dtype == second.dtype and first.shape == second.shape and first.tobytes() == second.tobytes()
