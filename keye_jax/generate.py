@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 
-from keye_jax.cache import bytes_per_token
+from keye_jax.cache import Cache, bytes_per_token
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 from keye_jax.model.keye import Keye
@@ -29,7 +29,7 @@ class Timings:
       prefill: reading the prompt.
       first_token: until the first token was there.
       total: until the last one was.
-      tokens_per_second: of the tokens after the first.
+      tokens_per_second: of the tokens after the second, whose step may have had to be compiled.
     """
 
     vision: float
@@ -140,27 +140,32 @@ class Generator:
         prefilled = time.perf_counter()
 
         writer = _Writer(self.processor, inputs.prompt_opens_thinking, hooks)
-        delta, key = jnp.asarray([inputs.position_delta], jnp.int32), jax.random.key(seed)
-        token = sample(logits, jax.random.fold_in(key, 0), sampling)
-        finish_reason, first = "length", None
-        for index in range(1, max_new_tokens + 1):
-            following = token
-            if index < max_new_tokens:
-                # The next step is under way before this token is looked at, so that the device never waits.
-                logits, cache = self.runner.decode(token, delta, cache)
-                following = sample(logits, jax.random.fold_in(key, index), sampling)
-            value = int(token[0])
-            first = first or time.perf_counter()
-            if value in self.end_tokens:
+        finish_reason, times = "length", []
+        for token in self._tokens(logits, cache, inputs.position_delta, sampling, max_new_tokens, seed):
+            times.append(time.perf_counter())
+            if token in self.end_tokens:
                 finish_reason = "stop"
                 break
-            writer.write(value)
-            token = following
-        end = time.perf_counter()
-        assert first is not None
-        rate = (len(writer.ids) - 1) / (end - first) if len(writer.ids) > 1 else 0.0
-        timings = Timings(encoded - start, prefilled - encoded, first - start, end - start, rate)
+            writer.write(token)
+        rate = (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else 0.0
+        timings = Timings(encoded - start, prefilled - encoded, times[0] - start, times[-1] - start, rate)
         return writer.answer(finish_reason, timings)
+
+    def _tokens(
+        self, logits: jax.Array, cache: Cache, position_delta: int, sampling: Sampling, count: int, seed: int
+    ) -> Iterator[int]:
+        """Up to `count` tokens, each as soon as it is there."""
+        delta, key = jnp.asarray([position_delta], jnp.int32), jax.random.key(seed)
+        token = sample(logits, jax.random.fold_in(key, 0), sampling)
+        yield int(token[0])
+        for index in range(1, count):
+            logits, cache = self.runner.decode(token, delta, cache)
+            # This step is under way before the token it reads is looked at, so that the device never waits.
+            if index > 1:
+                yield int(token[0])
+            token = sample(logits, jax.random.fold_in(key, index), sampling)
+        if count > 1:
+            yield int(token[0])
 
     def _encode(self, inputs: ModelInputs, hooks: Hooks) -> jax.Array:
         total = len(inputs.image_patches) + len(inputs.video_patches)
@@ -200,11 +205,16 @@ class _Writer:
                 self._text = {True: self._text[True] + self._text[False], False: ""}
                 self._reasoning_tokens = len(self.ids)
             self._thinking = False
-        elif piece := self._stream.step(token):
+        else:
+            self._emit(self._stream.step(token))
+
+    def _emit(self, piece: str) -> None:
+        if piece:
             self._text[self._thinking] += piece
             self._hooks.text(piece, self._thinking)
 
     def answer(self, finish_reason: str, timings: Timings) -> Answer:
+        self._emit(self._stream.flush())
         return Answer(
             text=self._text[False].strip(),
             reasoning=self._text[True].strip(),

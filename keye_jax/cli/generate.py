@@ -95,7 +95,10 @@ def generate(
         "total_pixels": total_pixels,
     }
     processor = Processor.from_checkpoint(
-        checkpoint, config, allow_remote=allow_remote, **{name: x for name, x in media.items() if x is not None}
+        checkpoint,
+        config,
+        allow_remote=allow_remote,
+        defaults={name: x for name, x in media.items() if x is not None},
     )
     plan = processor.plan(conversation)
     limit = new_token_limit(
@@ -106,10 +109,7 @@ def generate(
     with options.ProgressBars() as report:
         inputs = processor.process(plan, progress=lambda done, total: report("decoding frames", done, total))
         decoded = time.perf_counter()
-        params = load_params(
-            checkpoint, config, dtype=cast, progress=lambda done, total: report("loading weights", done, total)
-        )
-        model = Keye.from_params(config, params)
+        model = Keye.from_params(config, load_params(checkpoint, config, dtype=cast))
     loaded = time.perf_counter()
     runner = Runner(model, config, options=chosen, prefill_chunk=chunk)
     generator = Generator(runner, processor, defaults.end_tokens)

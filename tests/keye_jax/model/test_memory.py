@@ -1,0 +1,49 @@
+"""What the compiler says it needs for sparse attention at the released model's sizes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from keye_jax.cache import PAGE_SIZE, LayerCache
+from keye_jax.model.attention import AttentionOptions, Placement, attend_sparse
+
+GIB = 2**30
+
+
+def temporary_bytes(context, *, queries=2048):
+    """Temporaries of one layer's scores, selection and attention, with `context` tokens in the cache."""
+    pages = context // PAGE_SIZE
+
+    def spec(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    attend = functools.partial(
+        attend_sparse, top_k=2048, scale=128**-0.5, index_scale=64**-0.5, options=AttentionOptions()
+    )
+    compiled = (
+        jax.jit(attend)
+        .lower(
+            spec(1, queries, 32, 128),
+            spec(1, queries, 16, 64),
+            spec(1, queries, 16, dtype=jnp.float32),
+            LayerCache(spec(pages, PAGE_SIZE, 8, 128), spec(pages, PAGE_SIZE, 64)),
+            Placement(spec(1, pages, dtype=jnp.int32), spec(1, dtype=jnp.int32), spec(1, dtype=jnp.int32)),
+        )
+        .compile()
+    )
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_a_layer_of_128k_tokens_needs_less_than_3_gib():
+    assert temporary_bytes(131_072) < 3 * GIB
+
+
+@pytest.mark.parametrize("context", [32_768, 131_072])
+def test_four_times_the_context_needs_at_most_four_and_a_half_times_the_memory(context):
+    assert temporary_bytes(4 * context) <= 4.5 * temporary_bytes(context)
+
+
+def test_memory_does_not_grow_with_the_number_of_queries():
+    assert temporary_bytes(131_072, queries=8192) < 1.5 * temporary_bytes(131_072, queries=2048)
