@@ -33,7 +33,7 @@ def round_up(size: int) -> int:
     return -(-size // step) * step
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "implementation"))
+@functools.partial(jax.jit, static_argnames=("graph", "implementation", "project"))
 def _encode(
     graph: nnx.GraphDef[Keye],
     state: nnx.State,
@@ -43,9 +43,11 @@ def _encode(
     shift: jax.Array,
     *,
     implementation: str | None,
+    project: bool,
 ) -> jax.Array:
-    pixels = pixels.astype(jnp.float32) * scale + shift
-    return nnx.merge(graph, state).encode(pixels, sizes, implementation=implementation)
+    model = nnx.merge(graph, state)
+    hidden = model.vision(pixels.astype(jnp.float32) * scale + shift, sizes, implementation=implementation)
+    return model.projector(hidden, sizes) if project else hidden
 
 
 @functools.partial(jax.jit, static_argnames="graph")
@@ -125,6 +127,7 @@ class Runner:
         *,
         scale: np.ndarray | float = 1.0,
         shift: np.ndarray | float = 0.0,
+        project: bool = True,
         progress: Progress | None = None,
     ) -> jax.Array:
         """Encodes images, or frames, a bounded number of patches at a time.
@@ -133,10 +136,11 @@ class Runner:
           patches: uint8 or float `[sum(t*h*w), channels, patch, patch]`, each grid's in raster order.
           grids: int `[g, 3]`: 1, height and width in patches.
           scale, shift: float32 `[channels]`; the encoder sees `patches * scale + shift`.
+          project: False stops before the projector.
           progress: told the patches done.
 
         Returns:
-          `[sum(h*w) / 4, embed]` token embeddings, in order.
+          `[sum(h*w) / 4, embed]` token embeddings, in order; without the projector `[sum(h*w), vision_embed]`.
         """
         vision = self.config.vision_config
         pixels = vision.patch_size**2
@@ -144,9 +148,11 @@ class Runner:
         scale_of, shift_of = (
             np.repeat(np.broadcast_to(np.asarray(x, np.float32), vision.num_channels), pixels) for x in (scale, shift)
         )
-        embeds, done = [jnp.zeros((0, self.config.hidden_size), self.dtype)], 0
-        for height, width, images in _runs(grids):
-            each = height * width
+        width = self.config.hidden_size if project else vision.hidden_size
+        merge = vision.spatial_merge_size**2 if project else 1
+        embeds, done = [jnp.zeros((0, width), self.dtype)], 0
+        for height, columns, images in _runs(grids):
+            each = height * columns
             padded = round_up(each)
             at_once = max(1, min(images, ENCODE_PATCHES // padded))
             for first in range(0, images, at_once):
@@ -157,13 +163,14 @@ class Runner:
                     self._graph,
                     self._state,
                     jnp.asarray(chunk),
-                    jnp.tile(jnp.asarray([height, width], jnp.int32), (at_once, 1)),
+                    jnp.tile(jnp.asarray([height, columns], jnp.int32), (at_once, 1)),
                     jnp.asarray(scale_of),
                     jnp.asarray(shift_of),
                     implementation=self.options.implementation,
+                    project=project,
                 )
-                tokens = each // vision.spatial_merge_size**2
-                embeds.append(encoded[:here, :tokens].reshape(here * tokens, -1))
+                tokens = each // merge
+                embeds.append(encoded[:here, :tokens].reshape(here * tokens, width))
                 done += here * each
                 if progress:
                     progress(done, len(patches))

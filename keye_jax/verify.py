@@ -11,8 +11,8 @@ import numpy as np
 
 from keye_jax.cache import Cache
 from keye_jax.config import KeyeConfig
+from keye_jax.errors import UserError
 from keye_jax.model.decoder import LayerIntermediates
-from keye_jax.model.keye import Keye
 from keye_jax.model.rope import mrope_positions
 from keye_jax.runner import Runner
 
@@ -51,14 +51,15 @@ class _Trace:
     selected: np.ndarray | None  # [l, t, t] bool
 
 
-def verify(
-    model: Keye, config: KeyeConfig, golden: Mapping[str, np.ndarray], runner: Runner, *, atol: float
-) -> Iterator[Comparison]:
+def verify(runner: Runner, golden: Mapping[str, np.ndarray], *, atol: float) -> Iterator[Comparison]:
     """Compares every array of `golden` that this way of running has; names and meanings in docs/correctness.md.
 
     A sparse runner is held to the sparse arrays, a dense one to the dense ones; both to the vision encoder's.
+
+    Raises:
+      UserError: an array has not the shape that this model gives.
     """
-    compare = _Comparer(golden, atol)
+    compare, config = _Comparer(golden, atol), runner.config
     sparse = runner.options.attention == "sparse"
     no_vision = jnp.zeros((0, config.hidden_size), runner.dtype)
 
@@ -76,7 +77,8 @@ def verify(
     if "pixels" not in golden:
         return
     grids = golden["grids"]
-    yield from compare.close("vit_hidden", _vision_hidden(model, golden["pixels"], grids))
+    hidden = runner.encode(golden["pixels"], grids, project=False)
+    yield from compare.close("vit_hidden", np.asarray(hidden, np.float32))
     embeds = runner.encode(golden["pixels"], grids)
     yield from compare.close("vision_embeds", np.asarray(embeds, np.float32))
     if "mm_ids" not in golden:
@@ -139,7 +141,7 @@ class _Comparer:
 
     def _check_shape(self, name: str, computed: np.ndarray) -> None:
         if computed.shape != self.golden[name].shape:
-            raise ValueError(f"{name} has shape {self.golden[name].shape}; this checkpoint gives {computed.shape}")
+            raise UserError(f"{name} has shape {self.golden[name].shape}; this checkpoint gives {computed.shape}")
 
 
 def _trace(runner: Runner, ids: np.ndarray, positions: np.ndarray, vision_embeds: jax.Array) -> _Trace:
@@ -210,16 +212,6 @@ def _head_mean_attention(trace: _Trace, config: KeyeConfig) -> np.ndarray:
     visible = np.tril(np.ones((tokens, tokens), bool))[None] if trace.selected is None else trace.selected
     exponents = np.where(visible[..., None], logits - trace.lse[:, :, None], -np.inf)
     return np.exp(exponents).mean(axis=-1)
-
-
-def _vision_hidden(model: Keye, pixels: np.ndarray, grids: np.ndarray) -> np.ndarray:
-    """Hidden states of the vision encoder, float32 `[sum(h*w), vision_embed]`."""
-    hidden, start = [], 0
-    for _, height, width in grids:
-        patches = pixels[start : start + height * width].reshape(1, height * width, -1)
-        hidden.append(np.asarray(model.vision(jnp.asarray(patches), jnp.asarray([[height, width]]))[0], np.float32))
-        start += height * width
-    return np.concatenate(hidden)
 
 
 def _image_count(ids: np.ndarray, grids: np.ndarray, config: KeyeConfig) -> int:

@@ -1,6 +1,10 @@
+import os
 from pathlib import Path
 
 import pytest
+
+# Compiled programs are kept beside the checkout, not in the user's cache.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "compiled"))
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ def verify(
     passed = []
     # Without this, accelerators multiply float32 matrices in lower precision.
     with jax.default_matmul_precision("highest"):
-        for comparison in compare_all(model, config, arrays, runner, atol=atol):
+        for comparison in compare_all(runner, arrays, atol=atol):
             passed.append(comparison.passed)
             if comparison.kind == EXACT:
                 result = "identical" if comparison.passed else f"{int(comparison.error):,} entries differ"

@@ -61,10 +61,6 @@ class Keye(nnx.Module):
         ]
         return nnx.merge(graph, nnx.from_flat_state(flat))
 
-    def encode(self, pixels: jax.Array, sizes: jax.Array, *, implementation: str | None = None) -> jax.Array:
-        """Token embeddings `[f, p / 4, embed]` of images `[f, p, channels * patch * patch]`; see `VisionEncoder`."""
-        return self.projector(self.vision(pixels, sizes, implementation=implementation), sizes)
-
     def embed(self, ids: jax.Array, vision_embeds: jax.Array, vision_index: jax.Array) -> jax.Array:
         """Embeddings of a prompt: of tokens, and of vision where the prompt has a pad.
 
