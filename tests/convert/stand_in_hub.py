@@ -19,8 +19,9 @@ class StandInHub:
     """Serves the files of `directory` as the model `owner/name`, in its revision `released`.
 
     Attributes:
-      breaks: for a file name, how many of its bytes are sent before the connection breaks; after that nothing is
-        served until it is removed again.
+      breaks: for a file name, how many of its bytes are sent before the connection breaks, once.
+      stays_up: whether other requests are answered after that. If not, they are refused while `down`.
+      down: whether every request is refused.
       requests: method, path and Range header of every request.
       sent: bytes sent of each file.
     """
@@ -31,6 +32,7 @@ class StandInHub:
         self.requests: list[tuple[str, str, str | None]] = []
         self.sent: dict[str, int] = {}
         self.down = False
+        self.stays_up = False
         self.url = ""
 
     def files(self) -> list[Path]:
@@ -78,7 +80,7 @@ def _handler(hub: StandInHub) -> type[http.server.BaseHTTPRequestHandler]:
             url = urllib.parse.urlsplit(self.path)
             query = urllib.parse.parse_qs(url.query)
             if hub.down:
-                self._send(503, b"")
+                self._send(404, b"{}")
             elif re.fullmatch(r"/api/models/owner/name(/revision/(main|released))?", url.path):
                 siblings = [{"rfilename": path.name} for path in hub.files()]
                 self._json({"id": "owner/name", "sha": COMMIT, "siblings": siblings, "private": False})
@@ -143,7 +145,7 @@ def _handler(hub: StandInHub) -> type[http.server.BaseHTTPRequestHandler]:
                 headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
             body = data[start:stop]
             if self.command == "GET" and name in hub.breaks:
-                hub.down = True
+                hub.down = not hub.stays_up
                 self.send_response(status)
                 for key, value in ({"Content-Length": str(len(body))} | headers).items():
                     self.send_header(key, value)

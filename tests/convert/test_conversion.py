@@ -1,7 +1,10 @@
 """Round trips, bit by bit, and what travels with the weights."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import ml_dtypes
@@ -16,7 +19,7 @@ from keye_jax.errors import UserError
 from tests.convert.convert_helpers import GOLDEN, ROOT, contents, edit, equal_bits, run_cli, small_config, write
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("shard_size", [5_000_000_000, 1_000_000], ids=["one_file", "shards"])
 def test_round_trip(tmp_path, dtype, shard_size):
     write(tmp_path / "source", dtype=dtype, shard_size=shard_size)
@@ -149,6 +152,7 @@ def test_load_params(tmp_path, kind):
 SHARDED = """
 import sys
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import convert
 from convert.orbax_io import flatten, nest
@@ -165,7 +169,7 @@ for path in (source, orbax):
         loaded = flatten(convert.load_params(path, config, shardings=given))
         assert loaded.keys() == plain.keys()
         for key, array in loaded.items():
-            assert (array == plain[key]).all(), key
+            assert (np.asarray(array) == np.asarray(plain[key])).all(), key
     loaded = flatten(convert.load_params(path, config, shardings=shardings))
     experts = loaded["decoder", "layers", "1", "moe", "down_proj"]
     assert [shard.data.shape[0] for shard in experts.addressable_shards] == [4, 4, 4, 4]
@@ -173,10 +177,6 @@ for path in (source, orbax):
 
 
 def test_load_params_onto_a_mesh(tmp_path):
-    import os
-    import subprocess
-    import sys
-
     write(tmp_path / "source")
     convert.convert(tmp_path / "source", tmp_path / "orbax")
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
