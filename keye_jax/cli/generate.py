@@ -109,7 +109,9 @@ def generate(
     with options.ProgressBars() as report:
         inputs = processor.process(plan, progress=lambda done, total: report("decoding frames", done, total))
         decoded = time.perf_counter()
+        report("loading weights", 0, None)
         model = Keye.from_params(config, load_params(checkpoint, config, dtype=cast))
+        report("loading weights", 1, 1)
     loaded = time.perf_counter()
     runner = Runner(model, config, options=chosen, prefill_chunk=chunk)
     generator = Generator(runner, processor, defaults.end_tokens)
@@ -220,9 +222,9 @@ def _print_summary(summary: dict[str, Any]) -> None:
         "prompt": f"{tokens['prompt']:,} tokens ({tokens['video']:,} video, {tokens['image']:,} image, {text:,} text)",
         "written": f"{tokens['completion']:,} tokens, {tokens['reasoning']:,} of them reasoning"
         f" (ended by {'an end token' if summary['finish_reason'] == 'stop' else 'the limit'})",
-        "first token": f"{seconds['first_token']:.2f} s (vision {seconds['encode_vision']:.2f} s,"
-        f" prompt {seconds['prefill']:.2f} s), after {seconds['decode_media']:.2f} s of decoding media"
-        f" and {seconds['load_weights']:.2f} s of loading weights",
+        "before": f"{seconds['decode_media']:.2f} s decoding media, {seconds['load_weights']:.2f} s loading weights",
+        "first token": f"{seconds['first_token']:.2f} s: {seconds['encode_vision']:.2f} s encoding vision,"
+        f" {seconds['prefill']:.2f} s reading the prompt",
         "speed": f"{summary['tokens_per_second']:.1f} tokens/s",
         "peak memory": f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB",
     }

@@ -82,8 +82,8 @@ class ProgressBars:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def __call__(self, step: str, done: int, total: int) -> None:
-        """Shows that `done` of `total` units of `step` are done."""
+    def __call__(self, step: str, done: int, total: int | None) -> None:
+        """Shows that `done` of `total` units of `step` are done; None while there is no telling."""
         if step not in self._tasks:
             self._tasks[step] = self._bars.add_task(step, total=total)
         self._bars.update(self._tasks[step], completed=done, total=total)
