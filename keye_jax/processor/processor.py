@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -446,15 +447,10 @@ def _grids(sizes: Sequence[tuple[int, int]], patch: int) -> np.ndarray:
     return np.array(rows, np.int32).reshape(-1, 3)
 
 
-class _named:
+@contextlib.contextmanager
+def _named(field: str) -> Iterator[None]:
     """Puts the name of the medium before what is wrong with it."""
-
-    def __init__(self, field: str):
-        self._field = field
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, UserError):
-            raise UserError(f"{self._field}: {error}") from error
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from error
