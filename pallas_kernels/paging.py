@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+MIN_CHUNK = 512
+"""Fewest key positions worth a turn of a loop."""
+
 
 def slots(page_table: jax.Array, positions: jax.Array, page_size: int) -> jax.Array:
     """Rows of the flattened pages `[p * page_size, ...]` that hold `positions`.
@@ -17,6 +20,15 @@ def slots(page_table: jax.Array, positions: jax.Array, page_size: int) -> jax.Ar
     """
     sequence = jnp.arange(page_table.shape[0]).reshape((-1,) + (1,) * (positions.ndim - 1))
     return page_table[sequence, positions // page_size] * page_size + positions % page_size
+
+
+def pages_per_chunk(page_table: jax.Array, page_size: int, bytes_per_position: int, workspace: int) -> int:
+    """Pages whose positions fill a workspace of so many bytes; at least `MIN_CHUNK` positions, at most all there are.
+
+    A chunk that holds everything needs no loop, whose every turn costs an accelerator a round trip to the host.
+    """
+    positions = max(MIN_CHUNK, workspace // bytes_per_position)
+    return min(page_table.shape[1], max(1, positions // page_size))
 
 
 def pages_of_chunk(page_table: jax.Array, chunk: jax.Array | int, pages_per_chunk: int) -> jax.Array:

@@ -9,6 +9,7 @@ from pallas_kernels import paging
 
 _QUERY_CHUNK = 512
 _KEY_CHUNK = 512
+_WORKSPACE_BYTES = 64 * 2**20
 
 
 def _attend(
@@ -16,6 +17,7 @@ def _attend(
     load_chunk: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
     last_visible: jax.Array,
     chunk_size: int,
+    num_chunks: int,
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
@@ -46,8 +48,11 @@ def _attend(
 
     shape = grouped.shape[:-1]
     state = (jnp.zeros(grouped.shape, jnp.float32), jnp.zeros(shape), jnp.full(shape, -jnp.inf))
-    chunks = (jnp.max(last_visible) + chunk_size) // chunk_size
-    out, total, largest = jax.lax.fori_loop(0, chunks, step, state)
+    if num_chunks == 1:
+        out, total, largest = step(jnp.int32(0), state)
+    else:
+        chunks = (jnp.max(last_visible) + chunk_size) // chunk_size
+        out, total, largest = jax.lax.fori_loop(0, chunks, step, state)
     out = out / jnp.where(total > 0, total, 1.0)[..., None]
     lse = largest + jnp.log(total)
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:3])
@@ -85,7 +90,7 @@ def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array
         return keys, values
 
     def attend(q: jax.Array, last_visible: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _attend(q, load_chunk, last_visible, chunk_size, scale=scale)
+        return _attend(q, load_chunk, last_visible, chunk_size, k.shape[1] // chunk_size, scale=scale)
 
     last_visible = jnp.broadcast_to(lengths[:, None] - 1, q.shape[:2])
     return _map_query_chunks(attend, q, last_visible)[0]
@@ -94,9 +99,11 @@ def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array
 def paged_flash_attention(
     q: jax.Array, kv: jax.Array, page_table: jax.Array, query_start: jax.Array, *, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    batch, queries, _, dim = q.shape
+    batch, queries, heads, dim = q.shape
     page_size = kv.shape[1]
-    pages_per_chunk = max(1, _KEY_CHUNK // page_size)
+    # A position costs its logits, and a copy of its keys and values.
+    bytes_per_position = batch * (min(queries, _QUERY_CHUNK) * heads * 8 + 2 * kv.shape[2] * dim * kv.dtype.itemsize)
+    pages_per_chunk = paging.pages_per_chunk(page_table, page_size, bytes_per_position, _WORKSPACE_BYTES)
     chunk_size = pages_per_chunk * page_size
     table = paging.pad_to_chunks(page_table, pages_per_chunk)
 
@@ -106,6 +113,6 @@ def paged_flash_attention(
         return keys, values
 
     def attend(q: jax.Array, last_visible: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _attend(q, load_chunk, last_visible, chunk_size, scale=scale)
+        return _attend(q, load_chunk, last_visible, chunk_size, table.shape[1] // pages_per_chunk, scale=scale)
 
     return _map_query_chunks(attend, q, query_start[:, None] + jnp.arange(queries))

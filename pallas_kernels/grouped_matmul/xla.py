@@ -1,4 +1,4 @@
-"""Portable grouped matmul: a loop over blocks of rows of one group.
+"""Portable grouped matmul: a loop over blocks of rows of one group, or, for a few rows, one product for each row.
 
 `lax.ragged_dot` multiplies every row by every group's matrix on CPU and GPU, which this avoids.
 """
@@ -7,10 +7,16 @@ import jax
 import jax.numpy as jnp
 
 _BLOCK_ROWS = 128
+_FEW_ROWS = 16
 
 
 def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
     rows, groups = lhs.shape[0], rhs.shape[0]
+    if rows <= _FEW_ROWS:
+        # Each row by its own matrix: no loop, whose every turn costs an accelerator a round trip to the host.
+        group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")
+        matrices = jnp.take(rhs, group, axis=0, mode="clip")
+        return jnp.einsum("mk,mkn->mn", lhs, matrices, preferred_element_type=jnp.float32).astype(lhs.dtype)
     block = min(_BLOCK_ROWS, max(8, 1 << (rows // groups).bit_length()))
     group_ends = jnp.cumsum(group_sizes)
     group_starts = group_ends - group_sizes

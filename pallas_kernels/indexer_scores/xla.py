@@ -5,31 +5,35 @@ import jax.numpy as jnp
 
 from pallas_kernels import paging
 
-_KEY_CHUNK = 512
+_WORKSPACE_BYTES = 8 * 2**20
 
 
 def indexer_scores(
     q: jax.Array, weights: jax.Array, keys: jax.Array, page_table: jax.Array, query_start: jax.Array, *, scale: float
 ) -> jax.Array:
-    batch, queries, _, _ = q.shape
+    batch, queries, heads, _ = q.shape
     page_size = keys.shape[1]
     capacity = page_table.shape[1] * page_size
-    pages_per_chunk = max(1, _KEY_CHUNK // page_size)
+    pages_per_chunk = paging.pages_per_chunk(page_table, page_size, batch * queries * heads * 4, _WORKSPACE_BYTES)
     chunk_size = pages_per_chunk * page_size
     table = paging.pad_to_chunks(page_table, pages_per_chunk)
     query_positions = query_start[:, None] + jnp.arange(queries)
     gates = weights.astype(jnp.float32) * scale
 
-    def score_chunk(chunk: jax.Array, scores: jax.Array) -> jax.Array:
+    def score_chunk(chunk: jax.Array | int) -> jax.Array:
         chunk_keys = keys[paging.pages_of_chunk(table, chunk, pages_per_chunk)].reshape(batch, chunk_size, -1)
         dots = jnp.einsum("btnd,bsd->btns", q, chunk_keys, preferred_element_type=jnp.float32)
         chunk_scores = jnp.einsum("btns,btn->bts", jax.nn.relu(dots), gates)
         positions = chunk * chunk_size + jnp.arange(chunk_size)
         visible = positions <= query_positions[..., None]
-        chunk_scores = jnp.where(visible, chunk_scores, -jnp.inf)
-        return jax.lax.dynamic_update_slice_in_dim(scores, chunk_scores, chunk * chunk_size, axis=2)
+        return jnp.where(visible, chunk_scores, -jnp.inf)
 
+    def write_chunk(chunk: jax.Array, scores: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(scores, score_chunk(chunk), chunk * chunk_size, axis=2)
+
+    if chunk_size >= capacity:
+        return score_chunk(0)
     seen = jnp.max(query_start) + queries
     chunks = jnp.minimum((seen + chunk_size - 1) // chunk_size, table.shape[1] // pages_per_chunk)
     scores = jnp.full((batch, queries, table.shape[1] * page_size), -jnp.inf, jnp.float32)
-    return jax.lax.fori_loop(0, chunks, score_chunk, scores)[..., :capacity]
+    return jax.lax.fori_loop(0, chunks, write_chunk, scores)[..., :capacity]
