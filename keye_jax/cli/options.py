@@ -29,12 +29,12 @@ Dtype = Annotated[str, typer.Option(help="'checkpoint', 'bfloat16' or 'float32':
 def attention_options(attention: str, implementation: str | None) -> AttentionOptions:
     """Checked attention options. Raises UserError for an unknown name."""
     from keye_jax.model.attention import AttentionOptions
-    from pallas_kernels.dispatch import IMPLEMENTATIONS
+    from pallas_kernels.dispatch import available
 
     if attention not in ("sparse", "dense"):
         raise UserError(f"--attention is {attention!r}; it must be 'sparse' or 'dense'")
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise UserError(f"--implementation is {implementation!r}; it must be one of: {', '.join(IMPLEMENTATIONS)}")
+    if implementation is not None and implementation not in available():
+        raise UserError(f"--implementation is {implementation!r}; it must be one of: {', '.join(available())}")
     return AttentionOptions(attention, implementation)
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from keye_jax.config import KeyeConfig
 from keye_jax.model.layers import Linear, param
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import expert_mlp
 
 
 class MoE(nnx.Module):
@@ -53,10 +53,7 @@ class MoE(nnx.Module):
         order = jnp.argsort(flat, stable=True)
         group_sizes = jnp.bincount(flat, length=num_experts).astype(jnp.int32)
         rows = x[order // self.experts_per_token]
-        gate_up = grouped_matmul(rows, self.gate_up_proj[...], group_sizes, implementation=implementation)
-        gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-        inner = (jax.nn.silu(gate) * up).astype(x.dtype)
-        out = grouped_matmul(inner, self.down_proj[...], group_sizes, implementation=implementation)
+        out = expert_mlp(rows, self.gate_up_proj[...], self.down_proj[...], group_sizes, implementation=implementation)
         out = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(tokens, -1, x.shape[-1])
         weights = jnp.where(valid[:, None], weights, 0.0)
         return jnp.einsum("tkd,tk->td", out.astype(jnp.float32), weights).astype(x.dtype), experts

@@ -23,3 +23,23 @@ def grouped_matmul(
       `[rows, out]` in the dtype of lhs; rows behind the last group are finite but mean nothing.
     """
     return dispatch("grouped_matmul", {"xla": xla.grouped_matmul}, implementation)(lhs, rhs, group_sizes)
+
+
+def expert_mlp(
+    lhs: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array, *, implementation: str | None = None
+) -> jax.Array:
+    """SwiGLU experts: `silu(lhs @ gate) * (lhs @ up) @ down` with the matrices of each row's group.
+
+    The nonlinearity is computed in float32.
+
+    Args:
+      lhs: `[rows, in]`, sorted by group.
+      gate_up: `[e, in, 2 * f]`; gate is the first f columns, up the last.
+      down: `[e, f, in]`.
+      group_sizes: int32 `[e]`, rows of each group, in order; they sum to at most `rows`.
+      implementation: None or "xla".
+
+    Returns:
+      `[rows, in]` in the dtype of lhs; rows behind the last group are finite but mean nothing.
+    """
+    return dispatch("expert_mlp", {"xla": xla.expert_mlp}, implementation)(lhs, gate_up, down, group_sizes)

@@ -36,3 +36,8 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> ja
 
     out = jnp.zeros((rows + block, rhs.shape[2]), lhs.dtype)
     return jax.lax.fori_loop(0, block_ends[-1], multiply, out)[:rows]
+
+
+def expert_mlp(lhs: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    gate, up = jnp.split(grouped_matmul(lhs, gate_up, group_sizes).astype(jnp.float32), 2, axis=-1)
+    return grouped_matmul((jax.nn.silu(gate) * up).astype(lhs.dtype), down, group_sizes)

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from pallas_kernels.dispatch import available
 
-@pytest.fixture(params=["xla"])
+
+@pytest.fixture(params=available())
 def implementation(request):
     return request.param
 
