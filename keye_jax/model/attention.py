@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from keye_jax.cache import LayerCache
+from keye_jax.cache import PAGE_SIZE, LayerCache
 from keye_jax.config import KeyeConfig
 from keye_jax.model.indexer import Indexer
 from keye_jax.model.layers import Linear, RMSNorm
@@ -17,10 +18,10 @@ from keye_jax.model.rope import apply_rope
 from pallas_kernels.flash_attention import paged_flash_attention
 from pallas_kernels.indexer_scores import indexer_scores
 from pallas_kernels.select_topk import select_topk
-from pallas_kernels.sparse_attention import sparse_attention
+from pallas_kernels.topk_attention import topk_attention
 
-_QUERIES_AT_ONCE = 128
-"""Queries whose scores against the whole context are held at a time: 64 MiB at 128K tokens."""
+_SCORE_BYTES = 64 * 2**20
+"""What the scores of one block of queries may take: those of 128 queries at 128K tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +147,7 @@ def attend_sparse(
 ) -> tuple[AttentionIntermediates, jax.Array]:
     """Scores, selects and attends, a block of queries at a time.
 
-    Memory: the scores of one block of queries, which grow with the context; never those of all queries.
+    Memory: the scores of one block of queries, the smaller the longer the context; never those of all queries.
 
     Args:
       q: `[b, t, n, d]` queries.
@@ -164,16 +165,17 @@ def attend_sparse(
         start = placement.start + offset
         scores = indexer_scores(index_q, gates, cache.index_keys, table, start, scale=index_scale, **kwargs)
         lengths = jnp.minimum(start[:, None] + jnp.arange(q.shape[1]) + 1, scores.shape[-1])
-        selected = select_topk(scores, lengths, top_k, **kwargs)
-        out, lse = sparse_attention(q, cache.kv, selected, table, scale=scale, **kwargs)
+        out, lse = topk_attention(q, scores, lengths, cache.kv, table, top_k=top_k, scale=scale, **kwargs)
+        selected = select_topk(scores, lengths, top_k, **kwargs) if options.intermediates else None
         return AttentionIntermediates(q, lse, scores, selected), out
 
     batch, queries = q.shape[:2]
-    block = max(1, _QUERIES_AT_ONCE // batch)
+    block = max(1, _SCORE_BYTES // (4 * batch * table.shape[1] * PAGE_SIZE))
     if options.intermediates or queries <= block:
         return attend(q, index_q, gates, 0)
 
-    blocks = -(-queries // block)
+    blocks = math.ceil(queries / block)
+    block = math.ceil(queries / blocks)
 
     def split(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, blocks * block - queries)) + ((0, 0),) * (x.ndim - 2))

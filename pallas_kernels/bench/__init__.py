@@ -1,0 +1,1 @@
+"""Measures every operation beside its baselines: `python -m pallas_kernels.bench`."""
