@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-gpu lint clean
 
 setup: $(VENV)/.installed-dev
 
@@ -23,6 +23,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# The operations' tests, with the compiled kernels, on a Hopper GPU. PY names a Python with JAX for CUDA.
+test-gpu:
+	$(or $(PY),$(BIN)/python) -m pytest tests/pallas_kernels
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,11 +1,14 @@
 """Choosing an implementation of an operation."""
 
 import functools
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.errors import UnsupportedError
 
 IMPLEMENTATIONS = ("mosaic_gpu", "xla")
 """Names an operation may have implementations under, best first."""
@@ -21,36 +24,39 @@ def _on_hopper() -> bool:
     return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
 
 
-def dispatch(operation: str, candidates: Mapping[str, Callable[..., Any]], implementation: str | None) -> Callable:
+def dispatch(operation: str, candidates: Sequence[str], implementation: str | None) -> Callable:
     """Returns a function that calls the first of `candidates` that supports its arguments: arrays, then keywords.
 
     Args:
-      operation: name for error messages.
-      candidates: implementations by name, best first; one that does not support its arguments raises
-        NotImplementedError.
-      implementation: a name that forces one, wherever the program is to run; None takes those that this machine's
-        default device can run.
+      operation: "folder.function"; an implementation is the function of that name in the folder's module of its name,
+        imported when it is first tried, so that no platform needs what another one's kernels import.
+      candidates: names of the implementations that there are, best first; one that does not support its arguments
+        raises NotImplementedError.
+      implementation: a name that forces one, wherever the program is to run, or the portable one where the operation
+        has none of that name; None takes those that this machine's default device can run.
 
     Raises (when called):
-      ValueError: `implementation` is not the name of a candidate.
-      NotImplementedError: every candidate refused; the message lists each one's reason.
+      ValueError: `implementation` is no implementation's name.
+      UnsupportedError: every candidate refused.
     """
+    folder, function = operation.split(".")
     if implementation is None:
-        chosen = {name: function for name, function in candidates.items() if name in available()}
-    elif implementation in candidates:
-        chosen = {implementation: candidates[implementation]}
+        chosen = [name for name in candidates if name in available()]
+    elif implementation in IMPLEMENTATIONS:
+        chosen = [implementation if implementation in candidates else "xla"]
     else:
-        names = ", ".join(candidates)
-        raise ValueError(f"implementation of {operation} is {implementation!r}; it must be one of: {names}")
+        names = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"implementation of {function} is {implementation!r}; it must be one of: {names}")
 
     def call(*arrays: Any, **kwargs: Any) -> Any:
         arrays = tuple(jnp.asarray(array) for array in arrays)
         reasons = []
-        for name, function in chosen.items():
+        for name in chosen:
+            module = importlib.import_module(f"pallas_kernels.{folder}.{name}")
             try:
-                return function(*arrays, **kwargs)
+                return getattr(module, function)(*arrays, **kwargs)
             except NotImplementedError as error:
                 reasons.append(f"{name}: {error}")
-        raise NotImplementedError(f"no implementation of {operation} supports these arguments ({'; '.join(reasons)})")
+        raise UnsupportedError(f"no implementation of {function} supports these arguments ({'; '.join(reasons)})")
 
     return call

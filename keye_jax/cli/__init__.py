@@ -8,6 +8,7 @@ import typer
 
 from keye_jax.cli import convert, generate, inspect, verify
 from keye_jax.errors import UserError
+from pallas_kernels.errors import UnsupportedError
 
 app = typer.Typer(
     name="keye-jax",
@@ -28,7 +29,14 @@ def run(command: typer.Typer, arguments: list[str]) -> int:
     except typer.TyperException as error:
         print(f"keye-jax: {error.format_message()}", file=sys.stderr)
         return error.exit_code
-    except (UserError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+    except (
+        UserError,
+        UnsupportedError,
+        FileNotFoundError,
+        PermissionError,
+        NotADirectoryError,
+        IsADirectoryError,
+    ) as error:
         print(f"keye-jax: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):

@@ -20,8 +20,8 @@ from pallas_kernels.indexer_scores import indexer_scores
 from pallas_kernels.select_topk import select_topk
 from pallas_kernels.topk_attention import topk_attention
 
-_SCORE_BYTES = 64 * 2**20
-"""What the scores of one block of queries may take: those of 128 queries at 128K tokens."""
+_SCORE_BYTES = {"mosaic_gpu": 2**30, "xla": 64 * 2**20}
+"""What the scores of one block of queries may take: at 128K tokens those of 2,048, enough to fill a GPU, or of 128."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ def attend_sparse(
         return AttentionIntermediates(q, lse, scores, selected), out
 
     batch, queries = q.shape[:2]
-    block = max(1, _SCORE_BYTES // (4 * batch * table.shape[1] * PAGE_SIZE))
+    block = max(1, _SCORE_BYTES[options.implementation or "xla"] // (4 * batch * table.shape[1] * PAGE_SIZE))
     if options.intermediates or queries <= block:
         return attend(q, index_q, gates, 0)
 

@@ -3,7 +3,6 @@
 import jax
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.flash_attention import xla
 
 
 def flash_attention(
@@ -29,7 +28,7 @@ def flash_attention(
     Returns:
       `[b, t, n, d]` in the dtype of q.
     """
-    return dispatch("flash_attention", {"xla": xla.flash_attention}, implementation)(q, k, v, lengths, scale=scale)
+    return dispatch("flash_attention.flash_attention", ("xla",), implementation)(q, k, v, lengths, scale=scale)
 
 
 def paged_flash_attention(
@@ -54,5 +53,5 @@ def paged_flash_attention(
     Returns:
       `[b, t, n, d]` in the dtype of q, and the log-sum-exp of the scaled dot products, float32 `[b, t, n]`.
     """
-    run = dispatch("paged_flash_attention", {"xla": xla.paged_flash_attention}, implementation)
+    run = dispatch("flash_attention.paged_flash_attention", ("xla",), implementation)
     return run(q, kv, page_table, query_start, scale=scale)

@@ -3,7 +3,6 @@
 import jax
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.grouped_matmul import xla
 
 
 def grouped_matmul(
@@ -17,12 +16,12 @@ def grouped_matmul(
       lhs: `[rows, in]`, sorted by group.
       rhs: `[e, in, out]`.
       group_sizes: int32 `[e]`, rows of each group, in order; they sum to at most `rows`.
-      implementation: None or "xla".
+      implementation: None, "mosaic_gpu" or "xla".
 
     Returns:
       `[rows, out]` in the dtype of lhs; rows behind the last group are finite but mean nothing.
     """
-    return dispatch("grouped_matmul", {"xla": xla.grouped_matmul}, implementation)(lhs, rhs, group_sizes)
+    return dispatch("grouped_matmul.grouped_matmul", ("mosaic_gpu", "xla"), implementation)(lhs, rhs, group_sizes)
 
 
 def expert_mlp(
@@ -37,9 +36,9 @@ def expert_mlp(
       gate_up: `[e, in, 2 * f]`; gate is the first f columns, up the last.
       down: `[e, f, in]`.
       group_sizes: int32 `[e]`, rows of each group, in order; they sum to at most `rows`.
-      implementation: None or "xla".
+      implementation: None, "mosaic_gpu" or "xla".
 
     Returns:
       `[rows, in]` in the dtype of lhs; rows behind the last group are finite but mean nothing.
     """
-    return dispatch("expert_mlp", {"xla": xla.expert_mlp}, implementation)(lhs, gate_up, down, group_sizes)
+    return dispatch("grouped_matmul.expert_mlp", ("mosaic_gpu", "xla"), implementation)(lhs, gate_up, down, group_sizes)

@@ -3,7 +3,9 @@
 import jax
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.indexer_scores import xla
+
+# The Hopper kernel runs by its name alone, until the whole model has been run with it.
+_IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 
 
 def indexer_scores(
@@ -28,10 +30,10 @@ def indexer_scores(
       query_start: int32 `[b]`, position of each sequence's first query; query t stands at `query_start + t` and sees
         positions up to its own.
       scale: factor on the sum.
-      implementation: None or "xla".
+      implementation: None, "mosaic_gpu" or "xla".
 
     Returns:
       float32 `[b, t, m * page_size]`; -inf after a query's own position.
     """
-    run = dispatch("indexer_scores", {"xla": xla.indexer_scores}, implementation)
+    run = dispatch("indexer_scores.indexer_scores", _IMPLEMENTATIONS, implementation)
     return run(q, weights, keys, page_table, query_start, scale=scale)

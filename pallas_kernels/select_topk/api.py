@@ -3,7 +3,9 @@
 import jax
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.select_topk import xla
+
+# The Hopper kernel runs by its name alone, until the whole model has been run with it.
+_IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 
 
 def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, implementation: str | None = None) -> jax.Array:
@@ -15,9 +17,9 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, implementation
       scores: float32 `[..., s]`.
       lengths: int32 `[...]`, from 0 to s.
       k: how many to select.
-      implementation: None or "xla".
+      implementation: None, "mosaic_gpu" or "xla".
 
     Returns:
       int32 `[..., k]` positions in ascending order, then -1 where a row has fewer than k.
     """
-    return dispatch("select_topk", {"xla": xla.select_topk}, implementation)(scores, lengths, k=k)
+    return dispatch("select_topk.select_topk", _IMPLEMENTATIONS, implementation)(scores, lengths, k=k)

@@ -3,7 +3,9 @@
 import jax
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.sparse_attention import xla
+
+# The Hopper kernel runs by its name alone, until the whole model has been run with it.
+_IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 
 
 def sparse_attention(
@@ -25,11 +27,11 @@ def sparse_attention(
       indices: int32 `[b, t, top_k]` positions each query attends to, all its heads alike; -1 is ignored.
       page_table: int32 `[b, m]`.
       scale: factor on the dot products.
-      implementation: None or "xla".
+      implementation: None, "mosaic_gpu" or "xla".
 
     Returns:
       `[b, t, n, d]` in the dtype of q, and the log-sum-exp of the scaled dot products, float32 `[b, t, n]`. A query
       with no selected position gets zeros and -inf.
     """
-    run = dispatch("sparse_attention", {"xla": xla.sparse_attention}, implementation)
+    run = dispatch("sparse_attention.sparse_attention", _IMPLEMENTATIONS, implementation)
     return run(q, kv, indices, page_table, scale=scale)

@@ -3,7 +3,9 @@
 import jax
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.topk_attention import xla
+
+# The Hopper kernel runs by its name alone, until the whole model has been run with it.
+_IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 
 
 def topk_attention(
@@ -27,10 +29,10 @@ def topk_attention(
       page_table: int32 `[b, m]`.
       top_k: how many positions a query attends to; all it sees when they are fewer.
       scale: factor on the dot products.
-      implementation: None or "xla".
+      implementation: None, "mosaic_gpu" or "xla".
 
     Returns:
       `[b, t, n, d]` in the dtype of q, and the log-sum-exp of the scaled dot products, float32 `[b, t, n]`.
     """
-    run = dispatch("topk_attention", {"xla": xla.topk_attention}, implementation)
+    run = dispatch("topk_attention.topk_attention", _IMPLEMENTATIONS, implementation)
     return run(q, scores, lengths, kv, page_table, top_k=top_k, scale=scale)

@@ -1,0 +1,434 @@
+"""Grouped matmul for Hopper GPUs (Pallas Mosaic GPU, sm_90a).
+
+One persistent kernel serves prefill and decode. The rows of each group are cut into row tiles that start at the group's
+first row, so no tile holds rows of two groups, and each row tile is crossed with column tiles: a (row tile, column
+tile) pair is one unit of work. Every block of the grid first turns `group_sizes` into two prefix sums in shared memory
+(rows and row tiles before each group: one scan over 128 threads), then walks units `block, block + grid, ...`, finding
+a unit's group by binary search. So nothing about the routing is computed on the host or in another kernel, empty groups
+cost nothing, and only matrices of groups with rows are read.
+
+A block is one producer warpgroup and `consumers` consumer warpgroups. The producer streams [rows, 64] tiles of lhs and
+[64, columns] tiles of rhs through a ring of shared-memory stages with TMA and runs ahead into the next unit while the
+consumers store the last one. Each consumer multiplies 64 rows by all columns with wgmma (accumulators in registers) and
+skips the arithmetic when the group has no rows left for it.
+
+The last row tile of a group reads rows of the next group too (or zeros behind the array); what is computed from them is
+never stored: a consumer with 64 valid rows stores through shared memory with TMA, one with fewer stores straight from
+registers under a row mask. Rows behind the last group form one more group that reads nothing and stores zeros.
+
+Decode uses one consumer (64 rows, nearly all of them padding) and many small column tiles: tensor-core time is then
+still far below the time to read the weights, each weight is read once from memory, and of lhs only 8 rows are fetched
+if a group has no more.
+
+`gate_up_silu` is the same kernel with two column ranges per unit (gate and up) and silu(gate) * up in the epilogue.
+"""
+
+# The types of Pallas' decorators and transforms are not yet complete.
+# pyright: reportAbstractUsage=false, reportCallIssue=false, reportPrivateImportUsage=false
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend import backend
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, memref, nvvm
+
+_SLAB = 64  # Elements in one 128-byte swizzled row: the step along the contracted axis, and the columns of one store.
+_WARPGROUP_ROWS = 64
+_SHARED_MEMORY = 227 * 1024
+_MAX_GROUPS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the kernel is tiled.
+
+    Attributes:
+      consumers: 1 or 2 consumer warpgroups per block; a row tile has 64 rows for each.
+      columns: output columns per unit (of each of gate and up when they are fused).
+      stages: tiles of lhs and rhs in flight, or None for as many as fit.
+    """
+
+    consumers: int
+    columns: int
+    stages: int | None = None
+
+
+def grouped_matmul(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, config: Config | None = None
+) -> jax.Array:
+    """Multiplies consecutive groups of rows of `lhs` by the matrix of their group.
+
+    Args:
+      lhs: bf16 `[rows, in]`, sorted by group.
+      rhs: bf16 `[e, in, out]`.
+      group_sizes: int32 `[e]`, rows of each group, in order; they sum to at most `rows`.
+      config: tiling, chosen from the shapes if None.
+
+    Returns:
+      bf16 `[rows, out]`, accumulated in fp32; rows behind the last group are zero.
+    """
+    return _call(lhs, rhs, group_sizes, fused=False, config=config)
+
+
+def gate_up_silu(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, config: Config | None = None) -> jax.Array:
+    """`silu(gate) * up` of the two halves of `grouped_matmul(lhs, rhs, group_sizes)`'s columns, in fp32 until the end.
+
+    Args:
+      lhs: bf16 `[rows, in]`, sorted by group.
+      rhs: bf16 `[e, in, 2f]`: the first f columns are the gate's, the last f are up's.
+      group_sizes: int32 `[e]`, rows of each group, in order; they sum to at most `rows`.
+      config: tiling, chosen from the shapes if None.
+
+    Returns:
+      bf16 `[rows, f]`; rows behind the last group are zero.
+    """
+    return _call(lhs, rhs, group_sizes, fused=True, config=config)
+
+
+def expert_mlp(lhs: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """`gate_up_silu` and `grouped_matmul`: see `api.expert_mlp`. bf16 only; rows behind the last group are zero."""
+    return grouped_matmul(gate_up_silu(lhs, gate_up, group_sizes), down, group_sizes)
+
+
+def default_config(rows: int, groups: int, columns: int, fused: bool) -> Config:
+    """The tiling that measured fastest; `columns` are those of the output."""
+    if rows <= 24 * groups:
+        preferred, consumers = ((64,) if fused else (128, 64)), 1
+    else:
+        preferred, consumers = ((128, 64) if fused else (256, 128, 64)), 2
+    for width in preferred:
+        if columns % width == 0:
+            return Config(consumers, width)
+    raise NotImplementedError(f"the output's columns ({columns}) must be a multiple of {preferred[-1]}")
+
+
+def _call(lhs, rhs, group_sizes, *, fused, config):
+    (rows, k), (groups, k_rhs, n) = lhs.shape, rhs.shape
+    if k != k_rhs or group_sizes.shape != (groups,):
+        raise ValueError(f"shapes do not fit: {lhs.shape}, {rhs.shape}, {group_sizes.shape}")
+    if lhs.dtype != jnp.bfloat16 or rhs.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"only bfloat16, not {lhs.dtype} and {rhs.dtype}")
+    if group_sizes.dtype != jnp.int32:
+        raise NotImplementedError(f"group_sizes must be int32, not {group_sizes.dtype}")
+    if not 1 <= groups <= _MAX_GROUPS:
+        raise NotImplementedError(f"at most {_MAX_GROUPS} groups, not {groups}")
+    if rows == 0 or k == 0 or k % _SLAB:
+        raise NotImplementedError(f"needs a row, and a multiple of {_SLAB} contracted elements, not {lhs.shape}")
+    if fused and n % 2:
+        raise ValueError(f"gate and up must be of one size, got {n} columns")
+    columns = n // 2 if fused else n
+    if config and config.consumers not in (1, 2):
+        raise ValueError(f"1 or 2 consumers, not {config.consumers}")
+    config = config or default_config(rows, groups, columns, fused)
+    if columns % config.columns or config.columns % _SLAB:
+        raise NotImplementedError(
+            f"{columns} columns cannot be cut into tiles of {config.columns}, a multiple of {_SLAB}"
+        )
+    return _build(rows, k, groups, columns, fused, config, _num_blocks())(group_sizes, lhs, rhs)
+
+
+def _num_blocks() -> int:
+    if device := jax.sharding.get_abstract_mesh().abstract_device:
+        return device.num_cores
+    device = backend.get_default_device()
+    return device.core_count if device.platform == "gpu" else 132
+
+
+@functools.lru_cache
+def _build(rows, k, groups, columns, fused, config, num_blocks):
+    """Returns the kernel `(group_sizes, lhs, rhs) -> out` for these sizes."""
+    bf16 = jnp.dtype(jnp.bfloat16)
+    consumers, tile_n = config.consumers, config.columns
+    tile_m = consumers * _WARPGROUP_ROWS
+    halves = 2 if fused else 1
+    k_steps, column_tiles = k // _SLAB, columns // tile_n
+    # With one consumer most groups are tiny: then fetch 8 rows of lhs instead of 64.
+    lhs_boxes = (8, tile_m) if consumers == 1 else (tile_m,)
+
+    stage_bytes = (tile_m + halves * tile_n) * _SLAB * bf16.itemsize
+    store_slots = 2 if consumers > 1 else 1
+    store_bytes = consumers * store_slots * _WARPGROUP_ROWS * _SLAB * bf16.itemsize
+    table_size = 2 * (groups + 2) + 8
+    free_bytes = _SHARED_MEMORY - store_bytes - pl.cdiv(4 * table_size, 1024) * 1024 - 512
+    stages = config.stages or min(free_bytes // stage_bytes, 2 * k_steps, 16)
+    if stages < 2:
+        raise NotImplementedError(f"tiles of {tile_m} x {halves} x {tile_n} do not fit into shared memory")
+
+    def tiled(shape):
+        """Shared memory as wgmma reads it and its results are written."""
+        return plgpu.SMEM(shape, bf16, transforms=(plgpu.TilingTransform((8, _SLAB)), plgpu.SwizzleTransform(128)))
+
+    def both_views(shape):
+        """The same memory twice, for tiles of one slab's width: tiled, and as plain rows.
+
+        The bytes are the same, but a TMA copy of the tiled view is one of whole blocks of 8 rows and can begin only at
+        a multiple of 8.
+        """
+        return plgpu.RefUnion(tiled(shape), plgpu.SMEM(shape, bf16, transforms=(plgpu.SwizzleTransform(128),)))
+
+    def body(sizes, lhs, rhs, out, lhs_views, rhs_smem, out_views, table, full, free, ready):
+        (lhs_smem, lhs_rows), (out_smem, out_rows) = lhs_views, out_views
+        block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+
+        def rows_before(group):
+            return table[group]
+
+        def tiles_before(group):
+            return table[group + (groups + 2)]
+
+        @pl.when(warpgroup == 0)
+        def _():
+            _scan_groups(sizes, table, rows, tile_m)
+            plgpu.barrier_arrive(ready)
+
+        plgpu.barrier_wait(ready)
+        units = tiles_before(groups + 1) * column_tiles
+        my_units = lax.div(units - block + (num_blocks - 1), jnp.int32(num_blocks))
+
+        def locate(index):
+            """The unit's group, first row, rows left in its group from there, and column tile."""
+            unit = block + index * num_blocks
+            tile = lax.div(unit, jnp.int32(column_tiles))
+            group, step = jnp.int32(0), 1 << (groups.bit_length() - 1)
+            while step:
+                ahead = group + step
+                inside = (ahead <= groups) & (tiles_before(jnp.minimum(ahead, groups)) <= tile)
+                group, step = jnp.where(inside, ahead, group), step // 2
+            row = rows_before(group) + (tile - tiles_before(group)) * tile_m
+            return group, row, rows_before(group + 1) - row, unit - tile * column_tiles
+
+        @pl.when(warpgroup == consumers)
+        def _produce():
+            if consumers > 1:
+                plgpu.set_max_registers(40, action="decrease")
+
+            @pl.loop(0, my_units)
+            def _unit(index):
+                group, row, left, column_tile = locate(index)
+
+                @pl.when(group < groups)
+                def _():
+                    @pl.loop(0, k_steps)
+                    def _load(step):
+                        slot = lax.rem(index * k_steps + step, jnp.int32(stages))
+                        at_k = pl.ds(step * _SLAB, _SLAB)
+                        plgpu.barrier_wait(free.at[slot])
+                        for half in range(halves):
+                            plgpu.copy_gmem_to_smem(
+                                rhs.at[group, at_k, pl.ds(half * columns + column_tile * tile_n, tile_n)],
+                                rhs_smem.at[slot, half],
+                                full.at[slot],
+                            )
+                        for i, box in enumerate(lhs_boxes):
+                            fits = None
+                            if len(lhs_boxes) > 1:
+                                fits = (left <= box) if i == 0 else (left > lhs_boxes[0])
+                            plgpu.copy_gmem_to_smem(
+                                lhs.at[pl.ds(row, box), at_k],
+                                lhs_rows.at[slot, pl.ds(0, box)],
+                                full.at[slot],
+                                predicate=fits,
+                            )
+
+        @pl.when(warpgroup < consumers)
+        def _consume():
+            if consumers > 1:
+                plgpu.set_max_registers(232, action="increase")
+            for slot in range(stages):
+                plgpu.barrier_arrive(free.at[slot])
+
+            @pl.loop(0, my_units)
+            def _unit(index):
+                group, row, left, column_tile = locate(index)
+                row, left = row + warpgroup * _WARPGROUP_ROWS, left - warpgroup * _WARPGROUP_ROWS
+                column = column_tile * tile_n
+                has_matrix = group < groups
+
+                @pl.when(has_matrix & (left > 0))
+                def _multiply():
+                    def accumulate(*accs):
+                        @pl.loop(0, k_steps)
+                        def _step(step):
+                            at = index * k_steps + step
+                            slot = lax.rem(at, jnp.int32(stages))
+                            plgpu.barrier_wait(full.at[slot])
+                            lhs_tile = lhs_smem.at[slot, pl.ds(warpgroup * _WARPGROUP_ROWS, _WARPGROUP_ROWS)]
+                            for half, acc in enumerate(accs):
+                                plgpu.wgmma(acc, lhs_tile, rhs_smem.at[slot, half])
+                            plgpu.wgmma_wait(halves)  # The step before this one is done.
+                            before = lax.rem(at + (stages - 1), jnp.int32(stages))
+                            plgpu.barrier_arrive(free.at[before], predicate=step > 0)
+
+                        return tuple(acc[...] for acc in accs)
+
+                    accs = pl.run_scoped(accumulate, *[plgpu.ACC((_WARPGROUP_ROWS, tile_n), jnp.float32)] * halves)
+                    plgpu.barrier_arrive(free.at[lax.rem(index * k_steps + (k_steps - 1), jnp.int32(stages))])
+                    if fused:
+                        gate, up = accs
+                        result = (gate / (1.0 + jnp.exp(-gate)) * up).astype(bf16)
+                    else:
+                        result = accs[0].astype(bf16)
+
+                    @pl.when(left >= _WARPGROUP_ROWS)
+                    def _store_tile():
+                        for i in range(tile_n // _SLAB):
+                            plgpu.wait_smem_to_gmem(store_slots - 1, wait_read_only=True)
+                            out_smem[warpgroup, i % store_slots] = result[:, i * _SLAB : (i + 1) * _SLAB]
+                            plgpu.commit_smem()
+                            plgpu.copy_smem_to_gmem(
+                                out_rows.at[warpgroup, i % store_slots],
+                                out.at[pl.ds(row, _WARPGROUP_ROWS), pl.ds(column + i * _SLAB, _SLAB)],
+                            )
+
+                    @pl.when(left < _WARPGROUP_ROWS)
+                    def _store_rows():
+                        _store_masked(out, result, row, column, left)
+
+                @pl.when(has_matrix & (left <= 0))
+                def _skip():
+                    @pl.loop(0, k_steps)
+                    def _step(step):
+                        slot = lax.rem(index * k_steps + step, jnp.int32(stages))
+                        plgpu.barrier_wait(full.at[slot])
+                        plgpu.barrier_arrive(free.at[slot])
+
+                @pl.when(jnp.logical_not(has_matrix) & (left > 0))
+                def _clear():
+                    zeros = plgpu.layout_cast(jnp.zeros((_WARPGROUP_ROWS, tile_n), bf16), plgpu.Layout.WGMMA)
+                    _store_masked(out, zeros, row, column, left)
+
+            plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((rows, columns), bf16),
+        grid=(num_blocks,),
+        grid_names=("block",),
+        num_threads=consumers + 1,
+        thread_name="warpgroup",
+        scratch_types=[
+            both_views((stages, tile_m, _SLAB)),
+            tiled((stages, halves, _SLAB, tile_n)),
+            both_views((consumers, store_slots, _WARPGROUP_ROWS, _SLAB)),
+            plgpu.SMEM((table_size,), jnp.int32),
+            plgpu.Barrier(num_arrivals=halves + len(lhs_boxes), num_barriers=stages),
+            plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+            plgpu.Barrier(),
+        ],
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+    )
+
+
+def _scan_groups(sizes, table, rows, tile_m):
+    """Fills `table` with the rows (first groups + 2 entries) and row tiles (as many more) in front of each group.
+
+    Entry `groups` of either stands for the rows behind the last group, the one after it for the end of the array; the
+    last 8 words of `table` are scratch. Run by one warpgroup; thread t takes care of consecutive groups.
+    """
+    groups = sizes.shape[0]
+    per_thread = pl.cdiv(groups, 128)
+    tiles_at, scratch_at = groups + 2, 2 * (groups + 2)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 2)
+    def run(_, sizes, table):
+        i32 = ir.IntegerType.get_signless(32)
+
+        def const(value):
+            return arith.constant(i32, value)
+
+        def load(ref, at):
+            return memref.load(ref, [arith.index_cast(ir.IndexType.get(), at)])
+
+        def store(value, at):
+            memref.store(value, table, [arith.index_cast(ir.IndexType.get(), at)])
+
+        def tiles_of(size):
+            return arith.divui(arith.addi(size, const(tile_m - 1)), const(tile_m))
+
+        def less(a, b):
+            return arith.cmpi(arith.CmpIPredicate.slt, a, b)
+
+        thread = arith.remui(utils.thread_idx(), const(128))
+        lane, warp = arith.remui(thread, const(32)), arith.divui(thread, const(32))
+        first = arith.muli(thread, const(per_thread))
+        own = []
+        for i in range(per_thread):
+            at = arith.addi(first, const(i))
+            size = load(sizes, arith.minui(at, const(groups - 1)))
+            size = arith.select(less(at, const(groups)), size, const(0))
+            own.append((size, tiles_of(size)))
+        sums = [functools.reduce(arith.addi, column) for column in zip(*own, strict=True)]
+        inclusive = list(sums)
+        for distance in (1, 2, 4, 8, 16):
+            for j in range(2):
+                below = nvvm.shfl_sync(const(-1), inclusive[j], const(distance), const(0), nvvm.ShflKind.up)
+                inclusive[j] = arith.addi(inclusive[j], arith.select(less(lane, const(distance)), const(0), below))
+        with utils.when(arith.cmpi(arith.CmpIPredicate.eq, lane, const(31))):
+            for j in range(2):
+                store(inclusive[j], arith.addi(arith.muli(warp, const(2)), const(scratch_at + j)))
+        utils.warpgroup_barrier()
+        before = [arith.subi(a, b) for a, b in zip(inclusive, sums, strict=True)]
+        totals = [const(0), const(0)]
+        for other in range(4):
+            for j in range(2):
+                part = load(table, const(scratch_at + 2 * other + j))
+                totals[j] = arith.addi(totals[j], part)
+                before[j] = arith.addi(before[j], arith.select(less(const(other), warp), part, const(0)))
+        for i in range(per_thread):
+            at = arith.addi(first, const(i))
+            with utils.when(less(at, const(groups))):
+                store(before[0], at)
+                store(before[1], arith.addi(at, const(tiles_at)))
+            before = [arith.addi(a, b) for a, b in zip(before, own[i], strict=True)]
+        with utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread, const(0))):
+            behind = arith.maxsi(arith.subi(const(rows), totals[0]), const(0))
+            store(totals[0], const(groups))
+            store(totals[1], const(tiles_at + groups))
+            store(const(rows), const(groups + 1))
+            store(arith.addi(totals[1], tiles_of(behind)), const(tiles_at + groups + 1))
+
+    run(sizes, table)
+
+
+def _store_masked(out, values, row, column, count):
+    """`out[row : row + count, column : column + width] = values[:count]`; `values` are bf16 [64, width] of wgmma."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA) + (plgpu.Layout.WG_SPLAT,) * 3)
+    def run(_, out, values, row, column, count):
+        i32, i64, i8 = (ir.IntegerType.get_signless(bits) for bits in (32, 64, 8))
+        row, column, count = (x.registers.item() for x in (row, column, count))
+        width, pitch = values.shape[1], ir.MemRefType(out.type).shape[1]
+        # A register holds two neighbours in a row; where it lies is a thread's own offset plus one known here.
+        strides = values.layout.tiling.tile_strides((width, 1))
+        own_row, own_column = (arith.index_cast(i32, x) for x in next(iter(values.layout.thread_idxs(values.shape))))
+        element = arith.addi(
+            arith.muli(arith.extui(i64, arith.addi(row, own_row)), arith.constant(i64, pitch)),
+            arith.extui(i64, arith.addi(column, own_column)),
+        )
+        base = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(out))
+        base = utils.getelementptr(base, [arith.muli(element, arith.constant(i64, 2))], i8)
+        room = arith.subi(count, own_row)
+        for at, register in np.ndenumerate(values.registers):
+            rows_on, columns_on = divmod(sum(i * s for i, s in zip(at, strides, strict=True)), width)
+            utils.inline_ptx(
+                "st.global.b32 [$0], $1;",
+                utils.getelementptr(base, [arith.constant(i64, 2 * (rows_on * pitch + columns_on))], i8),
+                utils.bitcast(register, i32),
+                predicate=arith.cmpi(arith.CmpIPredicate.slt, arith.constant(i32, rows_on), room),
+                has_side_effects=True,
+            )
+
+    run(out, values, row, column, count)

@@ -1,0 +1,127 @@
+"""Sparse attention over unions and over lists, and selection with attention, against the portable ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import topk_attention
+from pallas_kernels.sparse_attention import mosaic_gpu, xla
+
+SCALE = 128**-0.5
+TWO_TILES = mosaic_gpu.Config()
+ONE_TILE = mosaic_gpu.Config(tiles=1)
+
+
+def pool_and_pages(key: jax.Array, context: int, kv_heads: int, page_size: int = 64, extra: int = 3):
+    """A pool of keys and values of one sequence, and its page table: pages in random order, some unused."""
+    pages = -(-context // page_size)
+    data, order = jax.random.split(key)
+    kv = jax.random.normal(data, (pages + extra, page_size, 2 * kv_heads, 128), jnp.bfloat16)
+    return kv, jax.random.permutation(order, pages + extra)[:pages].astype(jnp.int32)
+
+
+def relative_error(value, reference):
+    value, reference = np.asarray(value, np.float64), np.asarray(reference, np.float64)
+    assert np.array_equal(np.isfinite(value), np.isfinite(reference))
+    finite = np.isfinite(reference)
+    return np.linalg.norm((value - reference)[finite]) / np.linalg.norm(reference[finite])
+
+
+def make_indices(key, queries, context, top_k):
+    """Random distinct positions; each query has a different number of them, one has none."""
+    keys = jax.random.split(key, queries)
+    indices = jax.vmap(lambda k: jax.random.permutation(k, context)[:top_k])(keys).astype(jnp.int32)
+    used = jax.random.randint(key, (queries, 1), 1, top_k + 1).at[queries // 2].set(0)
+    return jnp.where(jnp.arange(top_k) < used, indices, -1)
+
+
+@pytest.mark.parametrize("config", [TWO_TILES, ONE_TILE], ids=["two_tiles", "one_tile"])
+@pytest.mark.parametrize(
+    "queries,heads,kv_heads,context,top_k", [(41, 32, 4, 700, 200), (16, 32, 4, 64, 30), (100, 32, 4, 3000, 300)]
+)
+def test_union_matches_xla(config, queries, heads, kv_heads, context, top_k):
+    key = jax.random.key(0)
+    kv, pages = pool_and_pages(key, context, kv_heads)
+    q = jax.random.normal(key, (queries, heads, 128), jnp.bfloat16)
+    indices = make_indices(key, queries, context, top_k)
+    lists = mosaic_gpu.unions_from_indices(indices, pages, page_size=64, size=-(-context // 64) * 64)
+    out, lse = jax.jit(lambda *x: mosaic_gpu.union_attention(*x, scale=SCALE, config=config))(q, kv, *lists)
+    expected_out, expected_lse = xla.sparse_attention(q[None], kv, indices[None], pages[None], scale=SCALE)
+    assert relative_error(out, expected_out[0]) < 5e-3
+    assert relative_error(lse, expected_lse[0]) < 1e-5
+    assert np.all(np.asarray(out[queries // 2], np.float32) == 0)
+
+
+@pytest.mark.parametrize("heads,kv_heads", [(2, 2), (4, 2), (8, 2), (32, 2)])
+def test_union_groups_of_heads(heads, kv_heads):
+    key = jax.random.key(1)
+    kv, pages = pool_and_pages(key, 400, kv_heads)
+    q = jax.random.normal(key, (37, heads, 128), jnp.bfloat16)
+    indices = make_indices(key, 37, 400, 150)
+    lists = mosaic_gpu.unions_from_indices(indices, pages, page_size=64, size=448)
+    out, lse = mosaic_gpu.union_attention(q, kv, *lists, scale=SCALE)
+    expected_out, expected_lse = xla.sparse_attention(q[None], kv, indices[None], pages[None], scale=SCALE)
+    assert relative_error(out, expected_out[0]) < 5e-3
+    assert relative_error(lse, expected_lse[0]) < 1e-5
+
+
+def test_union_reads_nothing_behind_count():
+    """Entries behind `counts` are wild, and rows that no list names hold NaN."""
+    key = jax.random.key(2)
+    kv, pages = pool_and_pages(key, 1024, 4)
+    q = jax.random.normal(key, (32, 32, 128), jnp.bfloat16)
+    indices = make_indices(key, 32, 500, 200)
+    slots, members, counts = mosaic_gpu.unions_from_indices(indices, pages, page_size=64, size=1024)
+    expected = mosaic_gpu.union_attention(q, kv, slots, members, counts, scale=SCALE)
+    behind = jnp.arange(1024) >= counts[:, None]
+    named = jnp.zeros(kv.shape[0] * 64, bool).at[jnp.where(behind, 2**30, slots)].set(True, mode="drop")
+    poisoned = jnp.where(named.reshape(-1, 64, 1, 1), kv, jnp.nan)
+    out = mosaic_gpu.union_attention(
+        q, poisoned, jnp.where(behind, 2**31 - 1, slots), jnp.where(behind, -1, members), counts, scale=SCALE
+    )
+    for a, b in zip(out, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.parametrize(
+    "batch,length,heads,kv_heads,top_k,splits",
+    [(3, 1, 32, 4, 200, None), (2, 1, 32, 4, 2048, 16), (2, 5, 8, 2, 130, 1)],
+)
+def test_single_queries_match_xla(batch, length, heads, kv_heads, top_k, splits):
+    key = jax.random.key(3)
+    kv, pages = pool_and_pages(key, 4096, kv_heads)
+    q = jax.random.normal(key, (batch, length, heads, 128), jnp.bfloat16)
+    tables = jnp.stack([jax.random.permutation(k, pages) for k in jax.random.split(key, batch)])
+    indices = make_indices(key, batch * length, 4096, top_k).reshape(batch, length, top_k)
+    out, lse = mosaic_gpu.sparse_attention(q, kv, indices, tables, scale=SCALE, splits=splits)
+    expected_out, expected_lse = xla.sparse_attention(q, kv, indices, tables, scale=SCALE)
+    assert relative_error(out, expected_out) < 5e-3
+    assert relative_error(lse, expected_lse) < 1e-5
+
+
+def test_refuses():
+    q, kv = jnp.zeros((16, 8, 64), jnp.bfloat16), jnp.zeros((1, 64, 4, 64), jnp.bfloat16)
+    lists = jnp.zeros((1, 64), jnp.int32), jnp.zeros((1, 64), jnp.int32), jnp.zeros((1,), jnp.int32)
+    with pytest.raises(NotImplementedError):
+        mosaic_gpu.union_attention(q, kv, *lists, scale=SCALE)
+    with pytest.raises(NotImplementedError):
+        mosaic_gpu.union_attention(
+            jnp.zeros((16, 8, 128), jnp.float32), jnp.zeros((1, 64, 4, 128), jnp.float32), *lists, scale=SCALE
+        )
+
+
+@pytest.mark.parametrize(("batch", "queries", "top_k"), [(1, 40, 256), (2, 16, 64), (3, 1, 2048)])
+def test_selection_with_attention_matches_portable(batch, queries, top_k):
+    key = jax.random.key(4)
+    kv, pages = pool_and_pages(key, 4096, 4)
+    tables = jnp.stack([jax.random.permutation(k, pages) for k in jax.random.split(key, batch)])
+    q = jax.random.normal(key, (batch, queries, 32, 128), jnp.bfloat16)
+    scores = jnp.round(jax.random.normal(key, (batch, queries, 4096)) * 8)
+    lengths = jax.random.randint(key, (batch, queries), 1, 4097)
+    arguments = (q, scores, lengths, kv, tables)
+    run = jax.jit(topk_attention.topk_attention, static_argnames=("top_k", "scale", "implementation"))
+    out, lse = run(*arguments, top_k=top_k, scale=SCALE, implementation="mosaic_gpu")
+    expected_out, expected_lse = run(*arguments, top_k=top_k, scale=SCALE, implementation="xla")
+    assert relative_error(out, expected_out) < 5e-3
+    assert relative_error(lse, expected_lse) < 1e-5

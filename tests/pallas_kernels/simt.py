@@ -1,0 +1,191 @@
+"""A NumPy machine that runs the bodies of `select_topk/mosaic_gpu.py`, all threads of a cluster in lockstep."""
+
+import contextlib
+
+import numpy as np
+
+from pallas_kernels.select_topk.emit import Value
+
+U32 = np.uint32
+
+
+class NumpyMachine:
+    """Same methods as `emit.Machine`. Reads outside an array by an active thread raise."""
+
+    def __init__(self, threads, cluster, shared_words, seed=0):
+        self.threads, self.cluster = threads, cluster
+        lanes = np.arange(threads * cluster)
+        self.block = lanes // threads
+        self.memory = np.random.default_rng(seed).integers(0, 1 << 32, (cluster, shared_words), dtype=U32)
+        self.active = np.ones(lanes.size, bool)
+        self.thread = self._value(lanes % threads)
+        self.lane, self.warp = self.thread & 31, self.thread >> 5
+        self.rank = self._value(self.block)
+
+    def _value(self, raw):
+        raw = np.asarray(raw)
+        return Value(self, raw if raw.dtype == bool else raw.astype(U32))
+
+    def word(self, value):
+        return (
+            value if isinstance(value, Value) else self._value(np.full(self.active.size, value, np.int64) & 0xFFFFFFFF)
+        )
+
+    def binary(self, name, a, b):
+        a, b = a.raw, self.word(b).raw
+
+        def wide(v):
+            return v.astype(np.int64)
+
+        with np.errstate(all="ignore"):
+            match name:
+                case "add":
+                    r = a + b
+                case "sub":
+                    r = a - b
+                case "mul":
+                    r = a * b
+                case "div":
+                    r = a // np.maximum(b, 1)
+                case "and":
+                    r = a & b
+                case "or":
+                    r = a | b
+                case "xor":
+                    r = a ^ b
+                case "shl":
+                    assert (b[self.active] < 32).all()
+                    r = wide(a) << wide(np.minimum(b, 31)) & 0xFFFFFFFF
+                case "shr":
+                    assert (b[self.active] < 32).all()
+                    r = a >> np.minimum(b, 31)
+                case "sar":
+                    r = a.astype(np.int32) >> b.astype(np.int32)
+        return self._value(r.view(U32) if r.dtype == np.int32 else r)
+
+    def compare(self, name, a, b):
+        a, b = a.raw, self.word(b).raw
+        return self._value({"lt": a < b, "le": a <= b, "gt": a > b, "ge": a >= b, "eq": a == b, "ne": a != b}[name])
+
+    def compare_floats(self, name, a, b):
+        a, b = a.raw.view(np.float32), self.word(b).raw.view(np.float32)
+        return self._value(a > b if name == "gt" else a == b)
+
+    def select(self, condition, a, b):
+        return self._value(np.where(condition.raw, self.word(a).raw, self.word(b).raw))
+
+    def leading_zeros(self, a):
+        return self._value(np.array([32 - int(x).bit_length() for x in a.raw]))
+
+    def square_root(self, a):
+        return self._value(np.sqrt(a.raw.astype(np.float32)).astype(np.int64))
+
+    def row(self, ref, index, size):
+        return ref.reshape(-1, size), self.word(index).raw
+
+    def load_global(self, row, index):
+        array, rows = row
+        index = self.word(index).raw.astype(np.int64)
+        assert (index[self.active] < array.shape[1]).all(), "read outside a row"
+        return self._value(array[rows, np.minimum(index, array.shape[1] - 1)])
+
+    def load_global4(self, row, index):
+        assert (self.word(index).raw[self.active] % 4 == 0).all()
+        return [self.load_global(row, index + i) for i in range(4)]
+
+    def store_global(self, row, index, value):
+        array, rows = row
+        at = self.active
+        array[rows[at], self.word(index).raw[at]] = self.word(value).raw[at]
+
+    def _where(self, address):
+        address = self.word(address).raw.astype(np.int64)
+        assert (address[self.active] < self.memory.shape[1]).all()
+        return np.minimum(address, self.memory.shape[1] - 1)
+
+    def load_shared(self, address):
+        return self._value(self.memory[self.block, self._where(address)])
+
+    def load_shared_vector(self, address, size):
+        assert (self.word(address).raw[self.active] % size == 0).all()
+        return [self.load_shared(address + i) for i in range(size)]
+
+    def store_shared(self, address, value):
+        at = self.active
+        self.memory[self.block[at], self._where(self.word(address))[at]] = self.word(value).raw[at]
+
+    def store_shared_pair_where(self, address, a, b, condition):
+        with self.when(condition):
+            self.store_shared_vector(address, [a, b])
+
+    def store_shared_vector(self, address, values):
+        assert (self.word(address).raw[self.active] % len(values) == 0).all()
+        for i, value in enumerate(values):
+            self.store_shared(address + i, value)
+
+    def count_shared(self, address, condition):
+        with self.when(condition):
+            self.add_shared(address, 1)
+
+    def add_shared(self, address, value):
+        at = self.active
+        np.add.at(self.memory, (self.block[at], self._where(address)[at]), self.word(value).raw[at])
+
+    def add_first(self, address, value):
+        at = self.active
+        np.add.at(self.memory[0], self._where(address)[at], self.word(value).raw[at])
+
+    def load_peer(self, address, rank):
+        rank = self.word(rank).raw
+        assert (rank[self.active] < self.cluster).all()
+        return self._value(self.memory[np.minimum(rank, self.cluster - 1), self._where(address)])
+
+    def barrier(self):
+        full = self.active.reshape(self.cluster, -1)
+        assert (full.all(1) | ~full.any(1)).all(), "barrier in divergent code"
+
+    def cluster_barrier(self):
+        assert self.active.all() or not self.active.any(), "cluster barrier in divergent code"
+
+    def _warps(self, value):
+        warps = self.active.reshape(-1, 32)
+        assert (warps.all(1) | ~warps.any(1)).all(), "shuffle in divergent code"
+        return value.raw.reshape(-1, 32)
+
+    def shuffle_up(self, value, distance):
+        v = self._warps(value).copy()
+        v[:, distance:] = v[:, :-distance].copy()
+        return self._value(v.reshape(-1))
+
+    def warp_sum(self, value):
+        return self._value(np.repeat(self._warps(value).sum(1, dtype=np.int64) & 0xFFFFFFFF, 32))
+
+    @contextlib.contextmanager
+    def when(self, condition):
+        saved = self.active
+        self.active = saved & condition.raw
+        yield
+        self.active = saved
+
+    def branch(self, condition, body, carry):
+        carry = [self.word(v) for v in carry]
+        if not (self.active & condition.raw).any():
+            return carry
+        with self.when(condition):
+            new = body(*carry)
+        return [self.select(condition, n, c) for n, c in zip(new, carry, strict=True)]
+
+    def loop(self, start, stop, step, body, carry=()):
+        i, stop = self.word(start), self.word(stop)
+        return self.while_loop(lambda i, *_: i < stop, lambda i, *c: [i + step, *(body(i, *c) or ())], [i, *carry])[1:]
+
+    def while_loop(self, condition, body, carry):
+        carry, saved = [self.word(v) for v in carry], self.active
+        while True:
+            going = condition(*carry).raw & self.active
+            if not going.any():
+                self.active = saved
+                return carry
+            self.active = going
+            keep = self._value(going)
+            carry = [self.select(keep, n, c) for n, c in zip(body(*carry), carry, strict=True)]
