@@ -49,13 +49,15 @@ class GenerationDefaults:
     end_tokens: frozenset[int]
 
     @classmethod
-    def from_checkpoint(cls, directory: Path, *, fallback_end: int | list[int] | None = None) -> GenerationDefaults:
+    def from_checkpoint(
+        cls, directory: str | Path, *, fallback_end: int | list[int] | None = None
+    ) -> GenerationDefaults:
         """Reads `directory/generation_config.json`; without one, `fallback_end` (the model config's) ends answers.
 
         Raises:
           UserError: the file is not JSON, or a value in it is impossible.
         """
-        path = directory / "generation_config.json"
+        path = Path(directory) / "generation_config.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -57,7 +57,7 @@ def test_defaults_come_from_the_checkpoint(tmp_path):
     assert defaults.sampling.temperature == 0
     assert defaults.end_tokens == {9}
     file.unlink()
-    assert GenerationDefaults.from_checkpoint(tmp_path).sampling == Sampling(0.6, 0.95, 20)
+    assert GenerationDefaults.from_checkpoint(str(tmp_path)).sampling == Sampling(0.6, 0.95, 20)
     file.write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         GenerationDefaults.from_checkpoint(tmp_path)
