@@ -25,7 +25,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # The operations' tests, with the compiled kernels, on a Hopper GPU. PY names a Python with JAX for CUDA.
-test-gpu:
+test-gpu: $(if $(PY),,$(VENV)/.installed-dev)
 	$(or $(PY),$(BIN)/python) -m pytest tests/pallas_kernels
 
 lint: $(VENV)/.installed-dev

@@ -130,18 +130,6 @@ class Plan:
     def num_frames(self) -> int:
         return sum(video.frames for video in self.videos)
 
-    def describe(self) -> list[str]:
-        """One line for each image and video, and one for the whole."""
-        lines = [f"image: {image.width}x{image.height} pixels, {image.num_tokens} tokens" for image in self.images]
-        for video in self.videos:
-            info = video.source.info
-            lines.append(
-                f"video: {video.frames} of {info.num_frames} frames ({info.duration:.1f} s at {info.native_fps:.4g} "
-                f"fps), {video.width}x{video.height} pixels, {video.tokens_per_frame} tokens a frame, "
-                f"{video.num_tokens} tokens"
-            )
-        return [*lines, f"prompt: {self.num_tokens} tokens, {self.text_tokens} of them text"]
-
     def close(self) -> None:
         """Removes what was downloaded."""
         for download in self.downloads:

@@ -171,40 +171,6 @@ def sparse_attention(
     return out[:, :, :share].reshape(q.shape), lse[:, :, :share].reshape(q.shape[:3])
 
 
-def unions_from_indices(
-    indices: jax.Array, page_table: jax.Array, *, page_size: int, size: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Builds the inputs of `union_attention` from index lists. Slow: for tests and benchmarks.
-
-    Args:
-      indices: int32 `[t, top_k]` positions each query attends to, none twice; -1 is ignored.
-      page_table: int32 `[m]` of the sequence.
-      page_size: positions a page holds.
-      size: entries kept per group, a multiple of 64; larger unions lose their last keys.
-
-    Returns:
-      slots and members int32 `[ceil(t / 16), size]`, counts int32 `[ceil(t / 16)]`.
-    """
-    queries, top_k = indices.shape
-    context = page_table.shape[0] * page_size
-    grouped = jnp.pad(indices, ((0, -queries % GROUP), (0, 0)), constant_values=-1).reshape(-1, GROUP * top_k)
-    bits = jnp.repeat(1 << jnp.arange(GROUP, dtype=jnp.int32), top_k)
-
-    def one(group: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        words = jnp.zeros(context, jnp.int32).at[jnp.where(group >= 0, group, context)].add(bits, mode="drop")
-        positions = jnp.nonzero(words, size=size, fill_value=context)[0]
-        used = positions < context
-        positions = jnp.minimum(positions, context - 1)
-        slots = paging.slots(page_table[None], positions[None], page_size)[0]
-        return (
-            jnp.where(used, slots, 0).astype(jnp.int32),
-            jnp.where(used, words[positions], 0),
-            jnp.sum(used, dtype=jnp.int32),
-        )
-
-    return jax.lax.map(one, grouped)
-
-
 def _check(q: jax.Array, kv: jax.Array, scale: float) -> int:
     """Returns the number of KV heads, or refuses."""
     heads, dim = q.shape[-2:]

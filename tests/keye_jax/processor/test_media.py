@@ -380,9 +380,8 @@ def test_plan_tells_the_length_without_decoding(processor, clip, monkeypatch):
     made = plan(processor, *parts)
     assert made.num_tokens == made.text_tokens + made.image_tokens + made.video_tokens
     assert made.num_frames == 8
-    lines = made.describe()
-    assert len(lines) == 3
-    assert "8 of 40 frames (4.0 s at 10 fps)" in lines[1]
+    [video], info = made.videos, made.videos[0].source.info
+    assert (video.frames, info.num_frames, info.duration, info.native_fps) == (8, 40, 4.0, 10)
     seen = []
     inputs = processor.process(made, progress=lambda done, total: seen.append((done, total)))
     assert inputs.input_ids.shape == (made.num_tokens,)

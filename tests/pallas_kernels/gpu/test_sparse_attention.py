@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import topk_attention
+from pallas_kernels import paging, topk_attention
 from pallas_kernels.sparse_attention import mosaic_gpu, xla
 
 SCALE = 128**-0.5
@@ -19,6 +19,42 @@ def pool_and_pages(key: jax.Array, context: int, kv_heads: int, page_size: int =
     data, order = jax.random.split(key)
     kv = jax.random.normal(data, (pages + extra, page_size, 2 * kv_heads, 128), jnp.bfloat16)
     return kv, jax.random.permutation(order, pages + extra)[:pages].astype(jnp.int32)
+
+
+def unions_from_indices(
+    indices: jax.Array, page_table: jax.Array, *, page_size: int, size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Builds the inputs of `union_attention` from index lists. Slow.
+
+    Args:
+      indices: int32 `[t, top_k]` positions each query attends to, none twice; -1 is ignored.
+      page_table: int32 `[m]` of the sequence.
+      page_size: positions a page holds.
+      size: entries kept per group, a multiple of 64; larger unions lose their last keys.
+
+    Returns:
+      slots and members int32 `[ceil(t / 16), size]`, counts int32 `[ceil(t / 16)]`.
+    """
+    queries, top_k = indices.shape
+    context = page_table.shape[0] * page_size
+    grouped = jnp.pad(indices, ((0, -queries % mosaic_gpu.GROUP), (0, 0)), constant_values=-1).reshape(
+        -1, mosaic_gpu.GROUP * top_k
+    )
+    bits = jnp.repeat(1 << jnp.arange(mosaic_gpu.GROUP, dtype=jnp.int32), top_k)
+
+    def one(group: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        words = jnp.zeros(context, jnp.int32).at[jnp.where(group >= 0, group, context)].add(bits, mode="drop")
+        positions = jnp.nonzero(words, size=size, fill_value=context)[0]
+        used = positions < context
+        positions = jnp.minimum(positions, context - 1)
+        slots = paging.slots(page_table[None], positions[None], page_size)[0]
+        return (
+            jnp.where(used, slots, 0).astype(jnp.int32),
+            jnp.where(used, words[positions], 0),
+            jnp.sum(used, dtype=jnp.int32),
+        )
+
+    return jax.lax.map(one, grouped)
 
 
 def relative_error(value, reference):
@@ -45,7 +81,7 @@ def test_union_matches_xla(config, queries, heads, kv_heads, context, top_k):
     kv, pages = pool_and_pages(key, context, kv_heads)
     q = jax.random.normal(key, (queries, heads, 128), jnp.bfloat16)
     indices = make_indices(key, queries, context, top_k)
-    lists = mosaic_gpu.unions_from_indices(indices, pages, page_size=64, size=-(-context // 64) * 64)
+    lists = unions_from_indices(indices, pages, page_size=64, size=-(-context // 64) * 64)
     out, lse = jax.jit(lambda *x: mosaic_gpu.union_attention(*x, scale=SCALE, config=config))(q, kv, *lists)
     expected_out, expected_lse = xla.sparse_attention(q[None], kv, indices[None], pages[None], scale=SCALE)
     assert relative_error(out, expected_out[0]) < 5e-3
@@ -59,7 +95,7 @@ def test_union_groups_of_heads(heads, kv_heads):
     kv, pages = pool_and_pages(key, 400, kv_heads)
     q = jax.random.normal(key, (37, heads, 128), jnp.bfloat16)
     indices = make_indices(key, 37, 400, 150)
-    lists = mosaic_gpu.unions_from_indices(indices, pages, page_size=64, size=448)
+    lists = unions_from_indices(indices, pages, page_size=64, size=448)
     out, lse = mosaic_gpu.union_attention(q, kv, *lists, scale=SCALE)
     expected_out, expected_lse = xla.sparse_attention(q[None], kv, indices[None], pages[None], scale=SCALE)
     assert relative_error(out, expected_out[0]) < 5e-3
@@ -72,7 +108,7 @@ def test_union_reads_nothing_behind_count():
     kv, pages = pool_and_pages(key, 1024, 4)
     q = jax.random.normal(key, (32, 32, 128), jnp.bfloat16)
     indices = make_indices(key, 32, 500, 200)
-    slots, members, counts = mosaic_gpu.unions_from_indices(indices, pages, page_size=64, size=1024)
+    slots, members, counts = unions_from_indices(indices, pages, page_size=64, size=1024)
     expected = mosaic_gpu.union_attention(q, kv, slots, members, counts, scale=SCALE)
     behind = jnp.arange(1024) >= counts[:, None]
     named = jnp.zeros(kv.shape[0] * 64, bool).at[jnp.where(behind, 2**30, slots)].set(True, mode="drop")
