@@ -74,6 +74,11 @@ class Cache:
     page_table: jax.Array
     lengths: jax.Array
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that a sequence can have."""
+        return self.page_table.shape[1] * PAGE_SIZE
+
     @classmethod
     def create(cls, config: KeyeConfig, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> Cache:
         """An empty cache for `batch` sequences of up to `capacity` tokens each, in `dtype` (the config's)."""
