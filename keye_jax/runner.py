@@ -118,7 +118,9 @@ class Runner:
 
     def new_cache(self, capacity: int, batch: int = 1) -> Cache:
         """An empty cache for `batch` sequences of at least `capacity` tokens each."""
-        return Cache.create(self.config, batch, round_up(capacity), self.dtype)
+        return Cache.create(
+            self.config, batch, round_up(capacity), self.dtype, indexer_dtype=self.options.indexer_dtype
+        )
 
     def encode(
         self,

@@ -23,10 +23,14 @@ Implementation = Annotated[
 PrefillChunk = Annotated[
     int | None, typer.Option(help="Prompt tokens read in one step; the answer does not depend on it.")
 ]
+IndexerDtype = Annotated[
+    str | None,
+    typer.Option(help="'float8_e4m3fn': an indexer as the publisher serves it; the weights' dtype if left out."),
+]
 Dtype = Annotated[str, typer.Option(help="'checkpoint', 'bfloat16' or 'float32': what the parameters are cast to.")]
 
 
-def attention_options(attention: str, implementation: str | None) -> AttentionOptions:
+def attention_options(attention: str, implementation: str | None, indexer_dtype: str | None = None) -> AttentionOptions:
     """Checked attention options. Raises UserError for an unknown name."""
     from keye_jax.model.attention import AttentionOptions
     from pallas_kernels.dispatch import available
@@ -35,7 +39,9 @@ def attention_options(attention: str, implementation: str | None) -> AttentionOp
         raise UserError(f"--attention is {attention!r}; it must be 'sparse' or 'dense'")
     if implementation is not None and implementation not in available():
         raise UserError(f"--implementation is {implementation!r}; it must be one of: {', '.join(available())}")
-    return AttentionOptions(attention, implementation)
+    if indexer_dtype not in (None, "float8_e4m3fn"):
+        raise UserError(f"--indexer-dtype is {indexer_dtype!r}; it must be 'float8_e4m3fn' or left out")
+    return AttentionOptions(attention, implementation, indexer_dtype)
 
 
 def prefill_chunk_size(value: int | None) -> int:

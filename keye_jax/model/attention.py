@@ -31,11 +31,14 @@ class AttentionOptions:
     Attributes:
       attention: "sparse", the model as released, or "dense", every visible key, for comparison.
       implementation: name of the kernels' implementation, or None for the best there is.
+      indexer_dtype: of index queries and keys, and of the cache's: "float8_e4m3fn", as the publisher serves them, less
+        exact, or None for the parameters'.
       intermediates: whether layers also return what they computed on the way (needs memory for all scores).
     """
 
     attention: Literal["sparse", "dense"] = "sparse"
     implementation: str | None = None
+    indexer_dtype: Literal["float8_e4m3fn"] | None = None
     intermediates: bool = False
 
 
@@ -106,8 +109,10 @@ class Attention(nnx.Module):
         """
         q = apply_rope(self.q_norm(self.q_proj(x)), angles)
         k = apply_rope(self.k_norm(self.k_proj(x)), angles)
-        index_q, gates, index_keys = indexer(x, index_angles)
-        cache = cache.append(placement.page_table, placement.start, placement.count, k, self.v_proj(x), index_keys)
+        index_q, gates, index_keys, index_scales = indexer(x, index_angles, dtype=options.indexer_dtype)
+        cache = cache.append(
+            placement.page_table, placement.start, placement.count, k, self.v_proj(x), index_keys, index_scales
+        )
         if options.attention == "dense":
             out, lse = paged_flash_attention(
                 q,
@@ -151,7 +156,7 @@ def attend_sparse(
 
     Args:
       q: `[b, t, n, d]` queries.
-      index_q, gates: index queries `[b, t, ni, di]` and their gates float32 `[b, t, ni]`.
+      index_q, gates: index queries `[b, t, ni, di]` and their gates float32 `[b, t, ni]`, times float8 queries' scales.
       cache: holds the keys of the whole context, the new tokens' included.
 
     Returns:
@@ -163,7 +168,16 @@ def attend_sparse(
         q: jax.Array, index_q: jax.Array, gates: jax.Array, offset: jax.Array | int
     ) -> tuple[AttentionIntermediates, jax.Array]:
         start = placement.start + offset
-        scores = indexer_scores(index_q, gates, cache.index_keys, table, start, scale=index_scale, **kwargs)
+        scores = indexer_scores(
+            index_q,
+            gates,
+            cache.index_keys,
+            table,
+            start,
+            scale=index_scale,
+            key_scales=cache.index_scales,
+            **kwargs,
+        )
         lengths = jnp.minimum(start[:, None] + jnp.arange(q.shape[1]) + 1, scores.shape[-1])
         out, lse = topk_attention(q, scores, lengths, cache.kv, table, top_k=top_k, scale=scale, **kwargs)
         selected = select_topk(scores, lengths, top_k, **kwargs) if options.intermediates else None

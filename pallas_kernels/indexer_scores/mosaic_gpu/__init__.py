@@ -13,7 +13,14 @@ from pallas_kernels.indexer_scores.mosaic_gpu.products import ROWS
 
 
 def indexer_scores(
-    q: jax.Array, weights: jax.Array, keys: jax.Array, page_table: jax.Array, query_start: jax.Array, *, scale: float
+    q: jax.Array,
+    weights: jax.Array,
+    keys: jax.Array,
+    page_table: jax.Array,
+    query_start: jax.Array,
+    *,
+    scale: float,
+    key_scales: jax.Array | None = None,
 ) -> jax.Array:
     """`scale * sum_n weights[b,t,n] * relu(q[b,t,n] . keys[b,s])`, causal; see `api.indexer_scores`.
 
@@ -31,22 +38,31 @@ def indexer_scores(
     Raises:
       NotImplementedError: dtypes or sizes this kernel is not made for (it does not look at the device).
     """
-    return _dispatch(q, weights, keys, page_table, query_start, scale=scale, fill=True)
+    return _dispatch(q, weights, keys, page_table, query_start, scale=scale, key_scales=key_scales, fill=True)
 
 
 def indexer_scores_unfilled(
-    q: jax.Array, weights: jax.Array, keys: jax.Array, page_table: jax.Array, query_start: jax.Array, *, scale: float
+    q: jax.Array,
+    weights: jax.Array,
+    keys: jax.Array,
+    page_table: jax.Array,
+    query_start: jax.Array,
+    *,
+    scale: float,
+    key_scales: jax.Array | None = None,
 ) -> jax.Array:
     """`indexer_scores` for a caller that reads only positions up to each query's own; the others are undefined.
 
     Worth it where the page table reaches far beyond the queries: nothing is written there.
     """
-    return _dispatch(q, weights, keys, page_table, query_start, scale=scale, fill=False)
+    return _dispatch(q, weights, keys, page_table, query_start, scale=scale, key_scales=key_scales, fill=False)
 
 
-def _dispatch(q, weights, keys, page_table, query_start, *, scale, fill):
+def _dispatch(q, weights, keys, page_table, query_start, *, scale, key_scales, fill):
     _, queries, heads, dim = q.shape
     page_size = keys.shape[1]
+    if key_scales is not None:
+        raise NotImplementedError("takes no scales of keys")
     length = page_table.shape[1] * page_size
     if q.dtype != jnp.bfloat16 or keys.dtype != jnp.bfloat16 or weights.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"takes bf16 queries and keys, not {q.dtype} and {keys.dtype}, gates {weights.dtype}")
