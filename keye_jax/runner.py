@@ -144,7 +144,9 @@ class Runner:
 
     def new_cache(self, capacity: int, batch: int = 1) -> Cache:
         """An empty cache for `batch` sequences of at least `capacity` tokens each."""
-        return Cache.create(self.config, batch, round_up(capacity), self.dtype)
+        return Cache.create(
+            self.config, batch, round_up(capacity), self.dtype, indexer_dtype=self.options.indexer_dtype
+        )
 
     def compile_prefill(self, tokens: int) -> int:
         """Compiles the steps that `prefill` takes for a prompt of so many tokens, in a cache made for just these.

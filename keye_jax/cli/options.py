@@ -29,10 +29,16 @@ DenseBelow = Annotated[
         help="Attend densely while the context has at most so many tokens; where that is faster if left out, 0 never."
     ),
 ]
+IndexerDtype = Annotated[
+    str | None,
+    typer.Option(help="'float8_e4m3fn': an indexer as the publisher serves it; the weights' dtype if left out."),
+]
 Dtype = Annotated[str, typer.Option(help="'checkpoint', 'bfloat16' or 'float32': what the parameters are cast to.")]
 
 
-def attention_options(attention: str, implementation: str | None, dense_below: int | None = 0) -> AttentionOptions:
+def attention_options(
+    attention: str, implementation: str | None, dense_below: int | None = 0, indexer_dtype: str | None = None
+) -> AttentionOptions:
     """Checked attention options. Raises UserError for an unknown name or a negative number of tokens."""
     from keye_jax.model.attention import AttentionOptions
     from pallas_kernels.dispatch import available
@@ -43,7 +49,9 @@ def attention_options(attention: str, implementation: str | None, dense_below: i
         raise UserError(f"--implementation is {implementation!r}; it must be one of: {', '.join(available())}")
     if dense_below is not None and dense_below < 0:
         raise UserError(f"--dense-below is {dense_below}; it must be 0 or more")
-    return AttentionOptions(attention, implementation, dense_below)
+    if indexer_dtype not in (None, "float8_e4m3fn"):
+        raise UserError(f"--indexer-dtype is {indexer_dtype!r}; it must be 'float8_e4m3fn' or left out")
+    return AttentionOptions(attention, implementation, dense_below, indexer_dtype)
 
 
 def prefill_chunk_size(value: int | None) -> int | None:

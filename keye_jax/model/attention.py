@@ -38,12 +38,15 @@ class AttentionOptions:
       implementation: name of the kernels' implementation, or None for the best there is.
       dense_below: contexts of up to so many tokens are attended to densely by a "sparse" model; None takes what was
         measured to be faster (`DENSE_BELOW`), 0 always selects, as released.
+      indexer_dtype: of index queries and keys, and of the cache's: "float8_e4m3fn", as the publisher serves them, less
+        exact, or None for the parameters'.
       intermediates: whether layers also return what they computed on the way (needs memory for all scores).
     """
 
     attention: Literal["sparse", "dense"] = "sparse"
     implementation: str | None = None
     dense_below: int | None = None
+    indexer_dtype: Literal["float8_e4m3fn"] | None = None
     intermediates: bool = False
 
     @property
@@ -126,8 +129,10 @@ class Attention(nnx.Module):
         q = apply_rope(self.q_norm(self.q_proj(x)), angles)
         k = apply_rope(self.k_norm(self.k_proj(x)), angles)
         with jax.named_scope("indexer"):
-            index_q, gates, index_keys = indexer(x, index_angles)
-        cache = cache.append(placement.page_table, placement.start, placement.count, k, self.v_proj(x), index_keys)
+            index_q, gates, index_keys, index_scales = indexer(x, index_angles, dtype=options.indexer_dtype)
+        cache = cache.append(
+            placement.page_table, placement.start, placement.count, k, self.v_proj(x), index_keys, index_scales
+        )
         if options.attention == "dense":
             with jax.named_scope("attention"):
                 out, lse = paged_flash_attention(
@@ -172,7 +177,7 @@ def attend_sparse(
 
     Args:
       q: `[b, t, n, d]` queries.
-      index_q, gates: index queries `[b, t, ni, di]` and their gates float32 `[b, t, ni]`.
+      index_q, gates: index queries `[b, t, ni, di]` and their gates float32 `[b, t, ni]`, times float8 queries' scales.
       cache: holds the keys of the whole context, the new tokens' included.
 
     Returns:
@@ -185,7 +190,16 @@ def attend_sparse(
     ) -> tuple[AttentionIntermediates, jax.Array]:
         start = placement.start + offset
         with jax.named_scope("indexer"):
-            scores = indexer_scores(index_q, gates, cache.index_keys, table, start, scale=index_scale, **kwargs)
+            scores = indexer_scores(
+                index_q,
+                gates,
+                cache.index_keys,
+                table,
+                start,
+                scale=index_scale,
+                key_scales=cache.index_scales,
+                **kwargs,
+            )
         lengths = jnp.minimum(start[:, None] + jnp.arange(q.shape[1]) + 1, scores.shape[-1])
         with jax.named_scope("attention"):
             out, lse = topk_attention(q, scores, lengths, cache.kv, table, top_k=top_k, scale=scale, **kwargs)
