@@ -24,7 +24,7 @@ _FEWEST_CALLS = 4
 _PROGRAM_SECONDS = 4e-3
 _SAMPLES = 7
 _SAMPLE_SECONDS = 0.02
-_SLOW_SECONDS = 0.1
+_SLOW_SECONDS, _VERY_SLOW_SECONDS = 0.1, 1.0
 
 Arguments = tuple[Any, ...]
 
@@ -88,6 +88,8 @@ def median_seconds(run: Callable[[], Any], wait: Callable[[Any], Any] = jax.bloc
 
     sample(1)
     once = sample(1)
+    if once > _VERY_SLOW_SECONDS:
+        return once
     runs = max(1, round(_SAMPLE_SECONDS / once))
     return statistics.median(sample(runs) for _ in range(3 if once > _SLOW_SECONDS else _SAMPLES))
 
