@@ -12,7 +12,7 @@ FLOAT8_RTOL, FLOAT8_ATOL = 1e-5, 1e-3
 
 def oracle(q, weights, keys, query_start, scale):
     """The formula in float64; -inf after a query's own position."""
-    dots = np.einsum("btnd,bsd->btns", q, keys, dtype=np.float64)
+    dots = np.einsum("btnd,bsd->btns", q.astype(np.float64), keys, optimize=True)
     scores = np.einsum("btns,btn->bts", np.maximum(dots, 0), weights) * scale
     visible = np.arange(keys.shape[1]) <= (query_start[:, None] + np.arange(q.shape[1]))[..., None]
     return np.where(visible, scores, -np.inf)
@@ -106,3 +106,52 @@ class TestIndexerScores:
         np.testing.assert_allclose(
             got[..., : keys.shape[1]][seen], expected[seen], rtol=1e-6, atol=2e-5 * np.sqrt(q.shape[2] * 64)
         )
+
+
+CASES = {  # batch, queries, heads, dim, length, page size, starts
+    "of the model": (1, 256, 16, 64, 4096, 64, [3840]),
+    "ragged starts": (3, 104, 16, 64, 2048, 64, [0, 777, 1944]),
+    "queries no multiple of 8": (2, 101, 16, 64, 2048, 64, [0, 1500]),
+    "few queries": (2, 3, 16, 64, 2048, 64, [0, 2045]),
+    "past the end": (1, 64, 16, 64, 1024, 64, [1000]),
+    "pages of 16": (2, 104, 16, 64, 2048, 16, [1944, 777]),
+    "pages of 256": (2, 104, 16, 64, 2048, 256, [1944, 777]),
+    "odd number of pages": (2, 104, 16, 64, 1984, 64, [1880, 0]),
+    "8 heads of 32": (2, 104, 8, 32, 2048, 64, [1944, 777]),
+    "9 heads of 48": (1, 50, 9, 48, 2048, 64, [1000]),
+    "32 heads of 128": (1, 104, 32, 128, 2048, 64, [1944]),
+    "64 heads of 128": (1, 104, 64, 128, 1024, 64, [920]),
+    "decode": (5, 1, 16, 64, 4096, 64, [0, 63, 64, 3000, 4095]),
+    "decode, pages of 16": (3, 1, 16, 64, 2048, 16, [0, 1000, 2047]),
+    "decode, odd number of pages": (2, 1, 16, 64, 1984, 64, [1983, 5]),
+    "decode, 64 heads of 128": (2, 1, 64, 128, 2048, 64, [2047, 100]),
+    "decode, 12 heads": (2, 1, 12, 64, 2048, 64, [2047, 100]),
+}
+
+run = jax.jit(indexer_scores, static_argnames=("scale", "implementation"))
+
+
+class TestBfloat16:
+    """Bfloat16 queries and keys, in every shape that kernels treat in a way of its own."""
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_matches_the_formula(self, rng, case, implementation):
+        self.check(rng, CASES[case], jnp.float32, implementation)
+
+    @pytest.mark.parametrize("case", ["of the model", "decode"])
+    def test_gates_of_bfloat16(self, rng, case, implementation):
+        self.check(rng, CASES[case], jnp.bfloat16, implementation)
+
+    @staticmethod
+    def check(rng, case, gate_dtype, implementation):
+        batch, queries, heads, dim, length, page_size, starts = case
+        q, gates, keys = make(rng, batch=batch, queries=queries, heads=heads, dim=dim, length=length)
+        pages, table = to_pages(rng, keys, page_size)
+        q, pages = (jnp.asarray(x, jnp.bfloat16) for x in (q, pages))
+        gates, starts = jnp.asarray(gates, gate_dtype), np.asarray(starts, np.int32)
+        got = np.asarray(run(q, gates, pages, table, starts, scale=0.125, implementation=implementation))
+        keys = np.asarray(pages, np.float32)[table].reshape(batch, length, dim)
+        expected = oracle(np.asarray(q, np.float32), np.asarray(gates, np.float32), keys, starts, 0.125)
+        np.testing.assert_array_equal(np.isneginf(got), np.isneginf(expected))
+        seen = np.isfinite(expected)
+        np.testing.assert_allclose(got[seen], expected[seen], rtol=1e-5, atol=2e-5 * np.sqrt(heads * dim))
