@@ -10,8 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import paging
-from pallas_kernels.select_topk.mosaic_gpu import build_unions, select_threshold, select_topk
-from pallas_kernels.sparse_attention.mosaic_gpu import GROUP, sparse_attention, union_attention
+from pallas_kernels.select_topk.mosaic_gpu import select_topk
+from pallas_kernels.select_topk.thresholds import select_threshold
+from pallas_kernels.select_topk.unions import build_unions
+from pallas_kernels.sparse_attention.gather import GROUP
+from pallas_kernels.sparse_attention.mosaic_gpu import sparse_attention
+from pallas_kernels.sparse_attention.unions import union_attention
 
 _LIST_MULTIPLE = 128
 """Lists of this many entries, or a multiple, need not be copied."""

@@ -1,16 +1,16 @@
-"""A NumPy machine that runs the bodies of `select_topk/mosaic_gpu.py`, all threads of a cluster in lockstep."""
+"""A NumPy machine that runs the bodies of the selection kernels, all threads of a cluster in lockstep."""
 
 import contextlib
 
 import numpy as np
 
-from pallas_kernels.select_topk.emit import Value
+from pallas_kernels.simt import Value
 
 U32 = np.uint32
 
 
 class NumpyMachine:
-    """Same methods as `emit.Machine`. Reads outside an array by an active thread raise."""
+    """Same methods as `pallas_kernels.simt.Machine`. Reads outside an array by an active thread raise."""
 
     def __init__(self, threads, cluster, shared_words, seed=0):
         self.threads, self.cluster = threads, cluster

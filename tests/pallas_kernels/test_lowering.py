@@ -8,8 +8,11 @@ import pytest
 
 from pallas_kernels.grouped_matmul.mosaic_gpu import expert_mlp, gate_up_silu, grouped_matmul
 from pallas_kernels.indexer_scores.mosaic_gpu import indexer_scores, indexer_scores_unfilled
-from pallas_kernels.select_topk.mosaic_gpu import build_unions, select_threshold, select_topk
-from pallas_kernels.sparse_attention.mosaic_gpu import sparse_attention, union_attention
+from pallas_kernels.select_topk.mosaic_gpu import select_topk
+from pallas_kernels.select_topk.thresholds import select_threshold
+from pallas_kernels.select_topk.unions import build_unions
+from pallas_kernels.sparse_attention.mosaic_gpu import sparse_attention
+from pallas_kernels.sparse_attention.unions import union_attention
 from pallas_kernels.topk_attention.mosaic_gpu import topk_attention
 
 PAGE, TOP_K = 64, 2048

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from pallas_kernels.select_topk import mosaic_gpu
+from pallas_kernels.select_topk import thresholds as threshold_kernel
+from pallas_kernels.select_topk import unions as union_kernel
 from tests.pallas_kernels.simt import NumpyMachine
 
 ROWS, SIZE, K, THREADS, CAPACITY, SAMPLES = 4, 6004, 100, 128, 512, 512
@@ -39,8 +40,8 @@ def oracle(scores, lengths):
 def thresholds(scores, lengths, cluster):
     threshold, last_tie = np.zeros(ROWS, np.uint32), np.zeros(ROWS, np.uint32)
     for row in range(ROWS):
-        machine = NumpyMachine(THREADS, cluster, mosaic_gpu.BUFFER + 2 * CAPACITY + mosaic_gpu.BINS, row)
-        mosaic_gpu.threshold_body(
+        machine = NumpyMachine(THREADS, cluster, threshold_kernel.BUFFER + 2 * CAPACITY + threshold_kernel.BINS, row)
+        threshold_kernel.threshold_body(
             machine,
             scores.view(np.uint32),
             lengths.astype(np.uint32),
@@ -62,10 +63,10 @@ def unions(scores, lengths, threshold, last_tie, group, cluster):
     limit = group * K
     positions, members = (np.full((ROWS // group, limit), 7, np.uint32) for _ in range(2))
     counts = np.zeros(ROWS // group, np.uint32)
-    cluster, words = mosaic_gpu._union_cluster(ROWS // group, group, SIZE, cluster, THREADS)
+    cluster, words = union_kernel.union_cluster(ROWS // group, group, SIZE, cluster, THREADS)
     for index in range(ROWS // group):
         machine = NumpyMachine(THREADS, cluster, words, index)
-        mosaic_gpu.union_body(
+        union_kernel.union_body(
             machine,
             scores.view(np.uint32),
             threshold,

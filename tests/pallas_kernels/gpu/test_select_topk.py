@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.select_topk import mosaic_gpu, xla
+from pallas_kernels.select_topk.thresholds import select_threshold
+from pallas_kernels.select_topk.unions import build_unions
 
 KINDS = ("random", "clustered", "ties", "zeros", "constant", "infinite", "blocks", "front", "one_ulp")
 
@@ -66,7 +68,7 @@ def test_all(kind, rows, size, cluster):
         scores[row, length:] = np.where(np.arange(size - length) % 2, np.nan, np.inf)
     expected = np.asarray(xla.select_topk(jnp.asarray(scores), jnp.asarray(lengths), k))
     mask = as_mask(expected, size)
-    run = jax.jit(lambda s, n: mosaic_gpu.select_threshold(s, n, k, cluster=cluster))
+    run = jax.jit(lambda s, n: select_threshold(s, n, k, cluster=cluster))
     threshold, last_tie = run(scores, lengths)
     np.testing.assert_array_equal(selected(scores, lengths, np.asarray(threshold), np.asarray(last_tie)), mask)
     again = run(scores, lengths)
@@ -77,7 +79,7 @@ def test_all(kind, rows, size, cluster):
     for group in (4, 16):
         if rows % group:
             continue
-        unions = jax.jit(functools.partial(mosaic_gpu.build_unions, group=group, limit=group * k))
+        unions = jax.jit(functools.partial(build_unions, group=group, limit=group * k))
         positions, members, counts = map(np.asarray, unions(scores, threshold, last_tie, lengths))
         for i in range(rows // group):
             part = mask[i * group : (i + 1) * group]
@@ -97,9 +99,9 @@ def test_leading_dimensions_and_short_rows():
 
 def test_limit_drops_the_rest():
     scores, lengths = make_scores("random", 16, 8192), np.full(16, 8192, np.int32)
-    threshold, last_tie = mosaic_gpu.select_threshold(jnp.asarray(scores), jnp.asarray(lengths), 64)
+    threshold, last_tie = select_threshold(jnp.asarray(scores), jnp.asarray(lengths), 64)
     mask = selected(scores, lengths, np.asarray(threshold), np.asarray(last_tie))
-    positions, _, counts = mosaic_gpu.build_unions(scores, threshold, last_tie, lengths, limit=128)
+    positions, _, counts = build_unions(scores, threshold, last_tie, lengths, limit=128)
     union = np.flatnonzero(mask.any(0))
     assert counts[0] == len(union) > 128
     np.testing.assert_array_equal(positions[0], union[:128])
@@ -110,4 +112,4 @@ def test_limit_drops_the_rest():
 )
 def test_refuses(shape, dtype, k):
     with pytest.raises(NotImplementedError):
-        mosaic_gpu.select_threshold(jnp.zeros(shape, dtype), jnp.ones(shape[0], jnp.int32), k)
+        select_threshold(jnp.zeros(shape, dtype), jnp.ones(shape[0], jnp.int32), k)

@@ -11,7 +11,10 @@ All integers are unsigned 32-bit words. Shared memory is addressed in words from
 import contextlib
 import typing
 
+import jax.numpy as jnp
+from jax import lax
 from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 
@@ -312,3 +315,38 @@ class Machine:
         with ir.InsertionPoint(after):
             scf.yield_([self.word(v).raw for v in body(*(Value(self, v) for v in after.arguments))])
         return [Value(self, v) for v in operation.results]
+
+
+def launch(body, out_type, rows, cluster, threads, shared_words, teams=1):
+    """A kernel that runs `body(machine, *refs, row, rank)` in every thread of each row's team or cluster."""
+
+    def kernel(*refs):
+        *refs, shared = refs
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (len(refs) + 1) + (plgpu.Layout.WG_SPLAT,) * 2)
+        def run(_, *args):
+            *args, shared, block, rank = args
+            machine = Machine(threads, cluster, shared, teams, shared_words)
+            block, rank = (Value(machine, v.registers.item()) for v in (block, rank))
+            if teams == 1:
+                body(machine, *args, block, rank)
+            else:
+                row = block * teams + machine.team
+                with machine.when(row < rows):
+                    body(machine, *args, row, rank)
+
+        rank = lax.axis_index("part") if cluster > 1 else jnp.int32(0)
+        run(*refs, shared, lax.axis_index("block"), rank)
+
+    clustered = {"cluster": (cluster,), "cluster_names": ("part",)} if cluster > 1 else {}
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        grid=(-(-rows // teams),),
+        grid_names=("block",),
+        num_threads=teams * threads // 128,
+        thread_name="warpgroup",
+        scratch_types=[plgpu.SMEM((teams * shared_words,), jnp.int32)],
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        **clustered,
+    )
