@@ -1,24 +1,9 @@
-"""Per-thread (SIMT) code in Mosaic GPU kernels: 32-bit values with operators, as MLIR inside `plgpu.inline_mgpu`.
+"""Per-thread (SIMT) kernel bodies: 32-bit values with operators, and sums over threads.
 
 A kernel body is an ordinary Python function over `Value`s and a machine that knows how to load, store, branch and
-synchronise. `Machine` emits MLIR; the tests run the same bodies on a NumPy machine with the same methods.
+synchronise: `simt_machine.Machine` emits instructions for a GPU, and the tests have one that computes with NumPy.
 All integers are unsigned 32-bit words. Shared memory is addressed in words from the start of one scratch buffer.
 """
-
-# The types of Pallas' decorators and transforms are not yet complete.
-# pyright: reportAbstractUsage=false, reportCallIssue=false, reportPrivateImportUsage=false, reportArgumentType=false
-
-import contextlib
-import typing
-
-import jax.numpy as jnp
-from jax import lax
-from jax.experimental.mosaic.gpu import utils
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
-
-ALL_LANES = 0xFFFFFFFF
 
 
 class Value:
@@ -86,267 +71,32 @@ class Value:
         return self.machine.select(self > other, self, other)
 
 
-class Machine:
-    """Emits MLIR for a thread of a team of `threads`; `teams` share a block, or `cluster` blocks are one team each."""
-
-    _BINARY: typing.ClassVar = {
-        "add": arith.addi,
-        "sub": arith.subi,
-        "mul": arith.muli,
-        "div": arith.divui,
-        "and": arith.andi,
-        "or": arith.ori,
-        "xor": arith.xori,
-        "shl": arith.shli,
-        "shr": arith.shrui,
-        "sar": arith.shrsi,
-    }
-    _COMPARE: typing.ClassVar = {
-        "lt": arith.CmpIPredicate.ult,
-        "le": arith.CmpIPredicate.ule,
-        "gt": arith.CmpIPredicate.ugt,
-        "ge": arith.CmpIPredicate.uge,
-        "eq": arith.CmpIPredicate.eq,
-        "ne": arith.CmpIPredicate.ne,
-    }
-    _FLOAT: typing.ClassVar = {"gt": arith.CmpFPredicate.OGT, "eq": arith.CmpFPredicate.OEQ}
-
-    def __init__(self, threads, cluster, shared, teams=1, shared_words=0):
-        self.threads, self.cluster, self.teams = threads, cluster, teams
-        self.i32, self.i64, self.f32 = (
-            ir.IntegerType.get_signless(32),
-            ir.IntegerType.get_signless(64),
-            ir.F32Type.get(),
-        )
-        self.shared = utils.memref_ptr(shared)
-        self.thread, self.warp, self.team = Value(self, utils.thread_idx()), Value(self, utils.warp_idx()), self.word(0)
-        if teams > 1:
-            self.team = self.warp // (threads // 32)
-            self.thread, self.warp = self.thread - self.team * threads, self.warp - self.team * (threads // 32)
-            self.shared = self._shared_at(self.team * shared_words)
-        self.lane = self.thread & 31
-
-    # Values.
-
-    def word(self, value):
-        if isinstance(value, Value):
-            return value
-        return Value(self, arith.constant(self.i32, value - (1 << 32) if value >= 1 << 31 else value))
-
-    def binary(self, name, a, b):
-        return Value(self, self._BINARY[name](a.raw, self.word(b).raw))
-
-    def compare(self, name, a, b):
-        return Value(self, arith.cmpi(self._COMPARE[name], a.raw, self.word(b).raw))
-
-    def compare_floats(self, name, a, b):
-        """Compares two words as float32."""
-        a, b = (arith.bitcast(self.f32, self.word(v).raw) for v in (a, b))
-        return Value(self, arith.cmpf(self._FLOAT[name], a, b))
-
-    def select(self, condition, a, b):
-        return Value(self, arith.select(condition.raw, self.word(a).raw, self.word(b).raw))
-
-    def leading_zeros(self, a):
-        return Value(self, utils.inline_ptx("clz.b32 $0, $1;", a.raw, result_types=self.i32))
-
-    def square_root(self, a):
-        root = utils.inline_ptx("sqrt.approx.f32 $0, $1;", arith.uitofp(self.f32, a.raw), result_types=self.f32)
-        return Value(self, arith.fptoui(self.i32, root))
-
-    # Global memory: an array seen as rows of words.
-
-    def row(self, ref, index, size):
-        """Pointer to row `index` of `ref`, rows of `size` words."""
-        base = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(ref))
-        offset = arith.muli(arith.extui(self.i64, self.word(index).raw), arith.constant(self.i64, 4 * size))
-        return utils.getelementptr(base, [offset], ir.IntegerType.get_signless(8))
-
-    def _at(self, pointer, index):
-        offset = arith.muli(arith.extui(self.i64, self.word(index).raw), arith.constant(self.i64, 4))
-        return utils.getelementptr(pointer, [offset], ir.IntegerType.get_signless(8))
-
-    def load_global(self, row, index):
-        return Value(self, llvm.load(self.i32, self._at(row, index), alignment=4, invariant=True))
-
-    def load_global4(self, row, index):
-        """Four words from a multiple of four, read once and not kept in L1."""
-        words = utils.inline_ptx(
-            "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];",
-            self._at(row, index),
-            result_types=[self.i32] * 4,
-            has_side_effects=True,
-        )
-        return [Value(self, w) for w in words]
-
-    def store_global(self, row, index, value):
-        llvm.store(self.word(value).raw, self._at(row, index), alignment=4)
-
-    # Shared memory.
-
-    def _shared_at(self, address):
-        return utils.getelementptr(self.shared, [self.word(address).raw], self.i32)
-
-    def load_shared(self, address):
-        return Value(self, llvm.load(self.i32, self._shared_at(address), alignment=4))
-
-    def load_shared_vector(self, address, size):
-        """`size` (a power of two) words from a multiple of `size`."""
-        if size == 1:
-            return [self.load_shared(address)]
-        if size > 4:
-            return [v for i in range(0, size, 4) for v in self.load_shared_vector(self.word(address) + i, 4)]
-        vector = llvm.load(ir.VectorType.get((size,), self.i32), self._shared_at(address), alignment=4 * size)
-        return [Value(self, llvm.extractelement(vector, arith.constant(self.i32, i))) for i in range(size)]
-
-    def store_shared(self, address, value):
-        llvm.store(self.word(value).raw, self._shared_at(address), alignment=4)
-
-    def store_shared_pair_where(self, address, a, b, condition):
-        """Stores two words at an even address, with no branch."""
-        utils.inline_ptx(
-            "st.shared.v2.b32 [$0], {$1, $2};", self._shared_at(address), a.raw, b.raw, predicate=condition.raw
-        )
-
-    def store_shared_vector(self, address, values):
-        if len(values) == 1:
-            return self.store_shared(address, values[0])
-        if len(values) > 4:
-            for i in range(0, len(values), 4):
-                self.store_shared_vector(self.word(address) + i, values[i : i + 4])
-            return None
-        vector = llvm.mlir_undef(ir.VectorType.get((len(values),), self.i32))
-        for i, value in enumerate(values):
-            vector = llvm.insertelement(vector, self.word(value).raw, arith.constant(self.i32, i))
-        llvm.store(vector, self._shared_at(address), alignment=4 * len(values))
-
-    def count_shared(self, address, condition):
-        """Adds one to a word of shared memory, atomically, where `condition` holds."""
-        utils.inline_ptx("red.shared.add.u32 [$0], 1;", self._shared_at(address), predicate=condition.raw)
-
-    def add_shared(self, address, value):
-        utils.inline_ptx("red.shared.add.u32 [$0], $1;", self._shared_at(address), self.word(value).raw)
-
-    def load_peer(self, address, rank):
-        """A word of the shared memory of block `rank` of the cluster."""
-        pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(rank).raw, generic=False)
-        return Value(
-            self,
-            utils.inline_ptx("ld.shared::cluster.u32 $0, [$1];", pointer, result_types=self.i32, has_side_effects=True),
-        )
-
-    def add_first(self, address, value):
-        """Adds to a word of the shared memory of the cluster's first block, atomically."""
-        pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(0).raw, generic=False)
-        utils.inline_ptx("red.shared::cluster.add.u32 [$0], $1;", pointer, self.word(value).raw)
-
-    # Other threads.
-
-    def barrier(self):
-        """Barrier of the team's threads in this block."""
-        if self.teams == 1:
-            gpu.barrier()
-        else:  # Barriers below 9 are Mosaic's.
-            utils.inline_ptx(
-                f"bar.sync $0, {self.threads};", (self.team + 9).raw, has_side_effects=True, convergent=True
-            )
-
-    def cluster_barrier(self):
-        """Barrier of all threads of the cluster, ordering their shared memory; of the team if the block is alone."""
-        if self.cluster == 1:
-            return self.barrier()
-        nvvm.cluster_arrive(aligned=True)
-        nvvm.cluster_wait(aligned=True)
-
-    def shuffle_up(self, value, distance):
-        """The value of the lane `distance` below; the lane's own where there is none."""
-        return Value(
-            self,
-            nvvm.shfl_sync(
-                utils.c(ALL_LANES - (1 << 32), self.i32),
-                value.raw,
-                self.word(distance).raw,
-                utils.c(0, self.i32),
-                nvvm.ShflKind.up,
-            ),
-        )
-
-    def warp_sum(self, value):
-        mask = utils.c(ALL_LANES - (1 << 32), self.i32)
-        return Value(self, utils.redux(value.raw, mask, nvvm.ReductionKind.ADD))
-
-    # Control flow.
-
-    @contextlib.contextmanager
-    def when(self, condition):
-        with utils.when(condition.raw):
-            yield
-
-    def branch(self, condition, body, carry):
-        """`body(*carry)` where the condition holds, else `carry`."""
-        carry = [self.word(v) for v in carry]
-        operation = scf.IfOp(condition.raw, [v.raw.type for v in carry], has_else=True)
-        with ir.InsertionPoint(operation.then_block):
-            scf.yield_([self.word(v).raw for v in body(*carry)])
-        with ir.InsertionPoint(operation.else_block):
-            scf.yield_([v.raw for v in carry])
-        return [Value(self, v) for v in operation.results]
-
-    def loop(self, start, stop, step, body, carry=()):
-        """`carry = body(i, *carry)` for i from start below stop."""
-        start, stop, step = (self.word(v).raw for v in (start, stop, step))
-        operation = scf.ForOp(start, stop, step, [self.word(v).raw for v in carry])
-        with ir.InsertionPoint(operation.body):
-            result = body(
-                Value(self, operation.induction_variable), *(Value(self, v) for v in operation.inner_iter_args)
-            )
-            scf.yield_([self.word(v).raw for v in result or ()])
-        return [Value(self, v) for v in operation.results]
-
-    def while_loop(self, condition, body, carry):
-        """`carry = body(*carry)` while `condition(*carry)` holds."""
-        carry = [self.word(v).raw for v in carry]
-        types = [v.type for v in carry]
-        operation = scf.WhileOp(types, carry)
-        before, after = operation.before.blocks.append(*types), operation.after.blocks.append(*types)
-        with ir.InsertionPoint(before):
-            values = list(before.arguments)
-            scf.condition(condition(*(Value(self, v) for v in values)).raw, values)
-        with ir.InsertionPoint(after):
-            scf.yield_([self.word(v).raw for v in body(*(Value(self, v) for v in after.arguments))])
-        return [Value(self, v) for v in operation.results]
+def warp_scan(machine, value):
+    """The sum of `value` over the lanes up to this one."""
+    for distance in (1, 2, 4, 8, 16):
+        lower = machine.shuffle_up(value, distance)
+        value = value + machine.select(machine.lane >= distance, lower, 0)
+    return value
 
 
-def launch(body, out_type, rows, cluster, threads, shared_words, teams=1):
-    """A kernel that runs `body(machine, *refs, row, rank)` in every thread of each row's team or cluster."""
+def count_before(machine, count, scratch, rank):
+    """The sum of `count` over the lanes of all earlier warps of the cluster, and over all its warps.
 
-    def kernel(*refs):
-        *refs, shared = refs
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (len(refs) + 1) + (plgpu.Layout.WG_SPLAT,) * 2)
-        def run(_, *args):
-            *args, shared, block, rank = args
-            machine = Machine(threads, cluster, shared, teams, shared_words)
-            block, rank = (Value(machine, v.registers.item()) for v in (block, rank))
-            if teams == 1:
-                body(machine, *args, block, rank)
-            else:
-                row = block * teams + machine.team
-                with machine.when(row < rows):
-                    body(machine, *args, row, rank)
-
-        rank = lax.axis_index("part") if cluster > 1 else jnp.int32(0)
-        run(*refs, shared, lax.axis_index("block"), rank)
-
-    clustered = {"cluster": (cluster,), "cluster_names": ("part",)} if cluster > 1 else {}
-    return plgpu.kernel(
-        kernel,
-        out_type=out_type,
-        grid=(-(-rows // teams),),
-        grid_names=("block",),
-        num_threads=teams * threads // 128,
-        thread_name="warpgroup",
-        scratch_types=[plgpu.SMEM((teams * shared_words,), jnp.int32)],
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        **clustered,
-    )
+    Uses 33 words of shared memory from `scratch` on; `rank` is the block's number in the cluster.
+    """
+    warps = machine.threads // 32
+    count = machine.warp_sum(count)
+    with machine.when(machine.lane.eq(0)):
+        machine.store_shared(machine.warp + scratch, count)
+    machine.barrier()
+    count = machine.load_shared(machine.lane.min(warps - 1) + scratch)
+    before = machine.warp_sum(machine.select(machine.lane < machine.warp, count, 0))
+    total = machine.warp_sum(machine.select(machine.lane < warps, count, 0))
+    if machine.cluster > 1:
+        machine.store_shared(scratch + 32, total)
+        machine.cluster_barrier()
+        count = machine.load_peer(scratch + 32, machine.lane.min(machine.cluster - 1))
+        before = before + machine.warp_sum(machine.select(machine.lane < rank, count, 0))
+        total = machine.warp_sum(machine.select(machine.lane < machine.cluster, count, 0))
+        machine.cluster_barrier()
+    return before, total

@@ -1,17 +1,39 @@
-"""Sparse attention on Hopper GPUs (Pallas Mosaic GPU), one query at a time."""
+"""Sparse attention on Hopper GPUs (Pallas Mosaic GPU): unions of neighbouring queries, or one query at a time."""
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import paging
 from pallas_kernels.sparse_attention.attend import Config, attend, check
-from pallas_kernels.sparse_attention.gather import DIM, TILE
+from pallas_kernels.sparse_attention.gather import DIM, GROUP, TILE
+from pallas_kernels.sparse_attention.prefill import sparse_prefill
 
 _SM_COUNT = 132
 _CONFIG = Config(tiles=1, stages=3)
 
 
 def sparse_attention(
+    q: jax.Array, kv: jax.Array, indices: jax.Array, page_table: jax.Array, *, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention over the selected positions, which neighbouring queries are best to share.
+
+    Args:
+      q: bfloat16 `[b, t, n, 128]`.
+      kv: bfloat16 `[p, page_size, 2 * k, 128]` pages; a row holds the keys of all k heads, then their values.
+        n / k is at most 64.
+      indices: int32 `[b, t, top_k]` positions each query attends to, all its heads alike, none twice; -1 is ignored.
+      page_table: int32 `[b, m]`.
+      scale: factor on the dot products, above 0.
+
+    Returns:
+      bfloat16 `[b, t, n, 128]`, and the log-sum-exp of the scaled dot products, float32 `[b, t, n]`. A query with no
+      selected position gets zeros and -inf.
+    """
+    run = single_queries if q.shape[1] < GROUP else sparse_prefill
+    return run(q, kv, indices, page_table, scale=scale)
+
+
+def single_queries(
     q: jax.Array,
     kv: jax.Array,
     indices: jax.Array,
@@ -21,21 +43,11 @@ def sparse_attention(
     splits: int | None = None,
     config: Config = _CONFIG,
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention over the selected positions, one query at a time: for decode, and where queries share no keys.
+    """`sparse_attention` one query at a time: for decode.
 
     Args:
-      q: bfloat16 `[b, t, n, 128]`.
-      kv: bfloat16 `[p, page_size, 2 * k, 128]` pages; a row holds the keys of all k heads, then their values.
-        n / k is at most 64.
-      indices: int32 `[b, t, top_k]` positions each query attends to, all its heads alike; -1 is ignored.
-      page_table: int32 `[b, m]`.
-      scale: factor on the dot products, above 0.
       splits: CTAs that share the keys of one query and KV head; None chooses.
       config: tuning.
-
-    Returns:
-      bfloat16 `[b, t, n, 128]`, and the log-sum-exp of the scaled dot products, float32 `[b, t, n]`. A query with no
-      selected position gets zeros and -inf.
     """
     batch, length, heads, _ = q.shape
     kv_heads = check(q, kv, scale)

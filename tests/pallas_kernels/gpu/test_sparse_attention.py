@@ -9,7 +9,8 @@ from pallas_kernels import paging, topk_attention
 from pallas_kernels.sparse_attention import mosaic_gpu, xla
 from pallas_kernels.sparse_attention.attend import Config
 from pallas_kernels.sparse_attention.gather import GROUP
-from pallas_kernels.sparse_attention.unions import union_attention
+from pallas_kernels.sparse_attention.prefill import union_attention
+from pallas_kernels.sparse_attention.unions import build_unions
 
 SCALE = 128**-0.5
 TWO_TILES = Config()
@@ -73,6 +74,32 @@ def make_indices(key, queries, context, top_k):
     return jnp.where(jnp.arange(top_k) < used, indices, -1)
 
 
+@pytest.mark.parametrize(
+    ("batch", "queries", "pages", "page_size", "top_k"),
+    [(1, 48, 600, 64, 2048), (2, 32, 300, 64, 500), (1, 16, 70, 20, 33), (1, 16, 4096, 64, 2048), (1, 16, 1, 64, 8)],
+)
+def test_unions(batch, queries, pages, page_size, top_k):
+    key = jax.random.key(5)
+    tables = jnp.stack([jax.random.permutation(k, pages + 3)[:pages] for k in jax.random.split(key, batch)])
+    indices = make_indices(key, batch * queries, pages * page_size, top_k).reshape(batch, queries, top_k)
+    limit = 16 * top_k
+    unions = jax.jit(build_unions, static_argnames=("page_size", "limit"))
+    result = unions(indices, tables, page_size=page_size, limit=limit)
+    expected = [
+        unions_from_indices(own, table, page_size=page_size, size=limit)
+        for own, table in zip(indices, tables, strict=True)
+    ]
+    slots, members, counts = (np.concatenate(x) for x in zip(*expected, strict=True))
+    np.testing.assert_array_equal(result[2], counts)
+    used = np.arange(limit) < counts[:, None]
+    for value, reference in zip(result[:2], (slots, members), strict=True):
+        np.testing.assert_array_equal(np.where(used, value, 0), np.where(used, reference, 0))
+    dropped = unions(indices, tables, page_size=page_size, limit=128)
+    np.testing.assert_array_equal(dropped[2], counts)
+    few = min(128, limit)
+    np.testing.assert_array_equal((used * result[0])[:, :few], used[:, :few] * dropped[0][:, :few])
+
+
 @pytest.mark.parametrize("config", [TWO_TILES, ONE_TILE], ids=["two_tiles", "one_tile"])
 @pytest.mark.parametrize(
     "queries,heads,kv_heads,context,top_k", [(41, 32, 4, 700, 200), (16, 32, 4, 64, 30), (100, 32, 4, 3000, 300)]
@@ -131,7 +158,7 @@ def test_single_queries_match_xla(batch, length, heads, kv_heads, top_k, splits)
     q = jax.random.normal(key, (batch, length, heads, 128), jnp.bfloat16)
     tables = jnp.stack([jax.random.permutation(k, pages) for k in jax.random.split(key, batch)])
     indices = make_indices(key, batch * length, 4096, top_k).reshape(batch, length, top_k)
-    out, lse = mosaic_gpu.sparse_attention(q, kv, indices, tables, scale=SCALE, splits=splits)
+    out, lse = mosaic_gpu.single_queries(q, kv, indices, tables, scale=SCALE, splits=splits)
     expected_out, expected_lse = xla.sparse_attention(q, kv, indices, tables, scale=SCALE)
     assert relative_error(out, expected_out) < 5e-3
     assert relative_error(lse, expected_lse) < 1e-5
