@@ -1,16 +1,16 @@
-"""A NumPy machine that runs the bodies of `select_topk/mosaic_gpu.py`, all threads of a cluster in lockstep."""
+"""A NumPy machine that runs the bodies of the selection kernels, all threads of a cluster in lockstep."""
 
 import contextlib
 
 import numpy as np
 
-from pallas_kernels.select_topk.emit import Value
+from pallas_kernels.simt import Value
 
 U32 = np.uint32
 
 
 class NumpyMachine:
-    """Same methods as `emit.Machine`. Reads outside an array by an active thread raise."""
+    """Same methods as `pallas_kernels.simt.Machine`. Reads outside an array by an active thread raise."""
 
     def __init__(self, threads, cluster, shared_words, seed=0):
         self.threads, self.cluster = threads, cluster
@@ -21,6 +21,7 @@ class NumpyMachine:
         self.thread = self._value(lanes % threads)
         self.lane, self.warp = self.thread & 31, self.thread >> 5
         self.rank = self._value(self.block)
+        self.batch, self.copies = np.zeros(lanes.size, int), []
 
     def _value(self, raw):
         raw = np.asarray(raw)
@@ -67,15 +68,14 @@ class NumpyMachine:
         a, b = a.raw, self.word(b).raw
         return self._value({"lt": a < b, "le": a <= b, "gt": a > b, "ge": a >= b, "eq": a == b, "ne": a != b}[name])
 
-    def compare_floats(self, name, a, b):
-        a, b = a.raw.view(np.float32), self.word(b).raw.view(np.float32)
-        return self._value(a > b if name == "gt" else a == b)
-
     def select(self, condition, a, b):
         return self._value(np.where(condition.raw, self.word(a).raw, self.word(b).raw))
 
     def leading_zeros(self, a):
         return self._value(np.array([32 - int(x).bit_length() for x in a.raw]))
+
+    def bit_count(self, a):
+        return self._value(np.bitwise_count(a.raw))
 
     def square_root(self, a):
         return self._value(np.sqrt(a.raw.astype(np.float32)).astype(np.int64))
@@ -92,6 +92,26 @@ class NumpyMachine:
     def load_global4(self, row, index):
         assert (self.word(index).raw[self.active] % 4 == 0).all()
         return [self.load_global(row, index + i) for i in range(4)]
+
+    def copy_shared4(self, address, row, index, condition):
+        with self.when(condition):
+            lanes, where, words = np.flatnonzero(self.active), self._where(address), self.load_global4(row, index)
+            assert (where[lanes] % 4 == 0).all()
+            for i, word in enumerate(words):
+                self.copies.append((lanes, self.batch[lanes], where[lanes] + i, word.raw[lanes]))
+                self.memory[self.block[lanes], where[lanes] + i] = 0xFFFFFFFF  # what a read before the wait finds
+
+    def commit_copies(self):
+        self.batch[self.active] += 1
+
+    def wait_copies(self, pending):
+        left = []
+        for lanes, batch, where, words in self.copies:
+            done = self.active[lanes] & (batch < self.batch[lanes] - pending)
+            self.memory[self.block[lanes[done]], where[done]] = words[done]
+            if not done.all():
+                left.append((lanes[~done], batch[~done], where[~done], words[~done]))
+        self.copies = left
 
     def store_global(self, row, index, value):
         array, rows = row
@@ -131,6 +151,18 @@ class NumpyMachine:
         at = self.active
         np.add.at(self.memory, (self.block[at], self._where(address)[at]), self.word(value).raw[at])
 
+    def fetch_add_shared(self, address, value):
+        where, value, before = self._where(address), self.word(value).raw, np.zeros(self.active.size, U32)
+        for lane in np.flatnonzero(self.active):
+            before[lane] = self.memory[self.block[lane], where[lane]]
+            self.memory[self.block[lane], where[lane]] += value[lane]
+        return self._value(before)
+
+    def or_shared_where(self, address, value, condition):
+        with self.when(condition):
+            at = self.active
+            np.bitwise_or.at(self.memory, (self.block[at], self._where(address)[at]), self.word(value).raw[at])
+
     def add_first(self, address, value):
         at = self.active
         np.add.at(self.memory[0], self._where(address)[at], self.word(value).raw[at])
@@ -159,6 +191,9 @@ class NumpyMachine:
 
     def warp_sum(self, value):
         return self._value(np.repeat(self._warps(value).sum(1, dtype=np.int64) & 0xFFFFFFFF, 32))
+
+    def warp_max(self, value):
+        return self._value(np.repeat(self._warps(value).max(1), 32))
 
     @contextlib.contextmanager
     def when(self, condition):

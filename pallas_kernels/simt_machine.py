@@ -1,9 +1,4 @@
-"""Per-thread (SIMT) code in Mosaic GPU kernels: 32-bit values with operators, as MLIR inside `plgpu.inline_mgpu`.
-
-A kernel body is an ordinary Python function over `Value`s and a machine that knows how to load, store, branch and
-synchronise. `Machine` emits MLIR; the tests run the same bodies on a NumPy machine with the same methods.
-All integers are unsigned 32-bit words. Shared memory is addressed in words from the start of one scratch buffer.
-"""
+"""Per-thread code in Mosaic GPU kernels, as MLIR inside one `plgpu.inline_mgpu`."""
 
 # The types of Pallas' decorators and transforms are not yet complete.
 # pyright: reportAbstractUsage=false, reportCallIssue=false, reportPrivateImportUsage=false, reportArgumentType=false
@@ -11,76 +6,18 @@ All integers are unsigned 32-bit words. Shared memory is addressed in words from
 import contextlib
 import typing
 
+import jax.numpy as jnp
+from jax import lax
 from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 
+from pallas_kernels.simt import Value
+
 ALL_LANES = 0xFFFFFFFF
-
-
-class Value:
-    """A 32-bit word or a boolean of the running thread."""
-
-    def __init__(self, machine, raw):
-        self.machine, self.raw = machine, raw
-
-    def _binary(self, name, other):
-        return self.machine.binary(name, self, other)
-
-    def __add__(self, other):
-        return self._binary("add", other)
-
-    def __sub__(self, other):
-        return self._binary("sub", other)
-
-    def __mul__(self, other):
-        return self._binary("mul", other)
-
-    def __floordiv__(self, other):
-        return self._binary("div", other)
-
-    def __and__(self, other):
-        return self._binary("and", other)
-
-    def __or__(self, other):
-        return self._binary("or", other)
-
-    def __xor__(self, other):
-        return self._binary("xor", other)
-
-    def __lshift__(self, other):
-        return self._binary("shl", other)
-
-    def __rshift__(self, other):
-        return self._binary("shr", other)
-
-    def sar(self, other):
-        """Arithmetic shift to the right."""
-        return self._binary("sar", other)
-
-    def __lt__(self, other):
-        return self.machine.compare("lt", self, other)
-
-    def __le__(self, other):
-        return self.machine.compare("le", self, other)
-
-    def __gt__(self, other):
-        return self.machine.compare("gt", self, other)
-
-    def __ge__(self, other):
-        return self.machine.compare("ge", self, other)
-
-    def eq(self, other):
-        return self.machine.compare("eq", self, other)
-
-    def ne(self, other):
-        return self.machine.compare("ne", self, other)
-
-    def min(self, other):
-        return self.machine.select(self < other, self, other)
-
-    def max(self, other):
-        return self.machine.select(self > other, self, other)
+SHARED_WORDS = 227 * 256
+"""Words of shared memory that a block can have."""
 
 
 class Machine:
@@ -106,7 +43,6 @@ class Machine:
         "eq": arith.CmpIPredicate.eq,
         "ne": arith.CmpIPredicate.ne,
     }
-    _FLOAT: typing.ClassVar = {"gt": arith.CmpFPredicate.OGT, "eq": arith.CmpFPredicate.OEQ}
 
     def __init__(self, threads, cluster, shared, teams=1, shared_words=0):
         self.threads, self.cluster, self.teams = threads, cluster, teams
@@ -136,16 +72,14 @@ class Machine:
     def compare(self, name, a, b):
         return Value(self, arith.cmpi(self._COMPARE[name], a.raw, self.word(b).raw))
 
-    def compare_floats(self, name, a, b):
-        """Compares two words as float32."""
-        a, b = (arith.bitcast(self.f32, self.word(v).raw) for v in (a, b))
-        return Value(self, arith.cmpf(self._FLOAT[name], a, b))
-
     def select(self, condition, a, b):
         return Value(self, arith.select(condition.raw, self.word(a).raw, self.word(b).raw))
 
     def leading_zeros(self, a):
         return Value(self, utils.inline_ptx("clz.b32 $0, $1;", a.raw, result_types=self.i32))
+
+    def bit_count(self, a):
+        return Value(self, utils.inline_ptx("popc.b32 $0, $1;", a.raw, result_types=self.i32))
 
     def square_root(self, a):
         root = utils.inline_ptx("sqrt.approx.f32 $0, $1;", arith.uitofp(self.f32, a.raw), result_types=self.f32)
@@ -175,6 +109,23 @@ class Machine:
             has_side_effects=True,
         )
         return [Value(self, w) for w in words]
+
+    def copy_shared4(self, address, row, index, condition):
+        """Starts to copy four words from a multiple of four in a row to shared memory, with no branch."""
+        utils.inline_ptx(
+            "cp.async.cg.shared.global [$0], [$1], 16;",
+            self._shared_at(address),
+            self._at(row, index),
+            predicate=condition.raw,
+        )
+
+    def commit_copies(self):
+        """Makes a batch of the copies that this thread has started since the last one."""
+        nvvm.cp_async_commit_group()
+
+    def wait_copies(self, pending):
+        """Waits until at most `pending` batches of this thread's copies are under way."""
+        nvvm.cp_async_wait_group(pending)
 
     def store_global(self, row, index, value):
         llvm.store(self.word(value).raw, self._at(row, index), alignment=4)
@@ -224,6 +175,25 @@ class Machine:
     def add_shared(self, address, value):
         utils.inline_ptx("red.shared.add.u32 [$0], $1;", self._shared_at(address), self.word(value).raw)
 
+    def fetch_add_shared(self, address, value):
+        """Adds to a word of shared memory, atomically; what it was before."""
+        return Value(
+            self,
+            utils.inline_ptx(
+                "atom.shared.add.u32 $0, [$1], $2;",
+                self._shared_at(address),
+                self.word(value).raw,
+                result_types=self.i32,
+                has_side_effects=True,
+            ),
+        )
+
+    def or_shared_where(self, address, value, condition):
+        """Sets bits of a word of shared memory, atomically, where `condition` holds."""
+        utils.inline_ptx(
+            "red.shared.or.b32 [$0], $1;", self._shared_at(address), self.word(value).raw, predicate=condition.raw
+        )
+
     def load_peer(self, address, rank):
         """A word of the shared memory of block `rank` of the cluster."""
         pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(rank).raw, generic=False)
@@ -272,6 +242,10 @@ class Machine:
         mask = utils.c(ALL_LANES - (1 << 32), self.i32)
         return Value(self, utils.redux(value.raw, mask, nvvm.ReductionKind.ADD))
 
+    def warp_max(self, value):
+        mask = utils.c(ALL_LANES - (1 << 32), self.i32)
+        return Value(self, utils.redux(value.raw, mask, nvvm.ReductionKind.UMAX))
+
     # Control flow.
 
     @contextlib.contextmanager
@@ -312,3 +286,38 @@ class Machine:
         with ir.InsertionPoint(after):
             scf.yield_([self.word(v).raw for v in body(*(Value(self, v) for v in after.arguments))])
         return [Value(self, v) for v in operation.results]
+
+
+def launch(body, out_type, rows, cluster, threads, shared_words, teams=1):
+    """A kernel that runs `body(machine, *refs, row, rank)` in every thread of each row's team or cluster."""
+
+    def kernel(*refs):
+        *refs, shared = refs
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (len(refs) + 1) + (plgpu.Layout.WG_SPLAT,) * 2)
+        def run(_, *args):
+            *args, shared, block, rank = args
+            machine = Machine(threads, cluster, shared, teams, shared_words)
+            block, rank = (Value(machine, v.registers.item()) for v in (block, rank))
+            if teams == 1:
+                body(machine, *args, block, rank)
+            else:
+                row = block * teams + machine.team
+                with machine.when(row < rows):
+                    body(machine, *args, row, rank)
+
+        rank = lax.axis_index("part") if cluster > 1 else jnp.int32(0)
+        run(*refs, shared, lax.axis_index("block"), rank)
+
+    clustered = {"cluster": (cluster,), "cluster_names": ("part",)} if cluster > 1 else {}
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        grid=(-(-rows // teams),),
+        grid_names=("block",),
+        num_threads=teams * threads // 128,
+        thread_name="warpgroup",
+        scratch_types=[plgpu.SMEM((teams * shared_words,), jnp.int32)],
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        **clustered,
+    )
