@@ -146,9 +146,15 @@ class RowReader:
 
         carry = machine.loop(0, turns, 1, visit_turn, carry)
         machine.wait_copies(0)
+        each = self.plan.threads * 4
         for stage, position in enumerate(self.positions(turns)):
-            scores = machine.load_shared_vector(self.stage(stage), 4)
-            carry = visit(position, scores, [position + i < self.end for i in range(4)], *carry) or ()
+
+            def visit_rest(*carry, stage=stage, position=position):
+                scores = machine.load_shared_vector(self.stage(stage), 4)
+                return visit(position, scores, [position + i < self.end for i in range(4)], *carry) or ()
+
+            rest = self.begin + (turns * stages + stage) * each < self.end
+            carry = machine.branch(rest, visit_rest, carry)
         return carry
 
     def count_row(self, bin_of):

@@ -166,22 +166,26 @@ class RowSelection(RowReader):
             if valid:
                 inside = [a & b for a, b in zip(inside, valid, strict=True)]
 
-            def with_room(free):
-                for wanted, entry in zip(inside, entries, strict=True):
-                    machine.store_pair_where(free, *entry, wanted)
-                    free = free + machine.select(wanted, each, 0)
-                return [free]
+            places = [free]
+            for wanted in inside:
+                places.append(places[-1] + machine.select(wanted, each, 0))
+            stores = list(zip(places, entries, inside, strict=False))
 
-            def without_room(free):
-                for wanted, entry in zip(inside, entries, strict=True):
-                    machine.store_pair_where(free, *entry, wanted & (free < limit))
-                    with machine.when(wanted & (free >= limit)):
+            def with_room():
+                for place, entry, wanted in stores:
+                    machine.store_pair_where(place, *entry, wanted)
+                return []
+
+            def without_room():
+                for place, entry, wanted in stores:
+                    machine.store_pair_where(place, *entry, wanted & (place < limit))
+                    with machine.when(wanted & (place >= limit)):
                         at = machine.fetch_add_shared(COUNTERS + 1, 1)
                         machine.store_pair_where(limit + at * 8, *entry, at < plan.spill)
-                    free = free + machine.select(wanted, each, 0)
-                return [free]
+                return []
 
-            return machine.branch(free + 3 * each < limit, with_room, [free], without_room)
+            machine.branch((places[-1] >= limit + each) & places[-1].ne(free), without_room, [], with_room)
+            return [places[-1]]
 
         [free] = self.visit_row(visit, [first], started)
         found = (free - first) // each
