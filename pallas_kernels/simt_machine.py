@@ -131,6 +131,10 @@ class Machine:
     def store_global(self, row, index, value):
         llvm.store(self.word(value).raw, self._at(row, index), alignment=4)
 
+    def store_global_where(self, row, index, value, condition):
+        """Stores a word where `condition` holds, with no branch."""
+        utils.inline_ptx("st.global.b32 [$0], $1;", self._at(row, index), self.word(value).raw, predicate=condition.raw)
+
     # Shared memory.
 
     def _shared_at(self, address):
@@ -205,10 +209,58 @@ class Machine:
             utils.inline_ptx("ld.shared::cluster.u32 $0, [$1];", pointer, result_types=self.i32, has_side_effects=True),
         )
 
+    def load_peer_vector(self, address, size, rank):
+        """`size` (1, 2 or a multiple of 4) words of the shared memory of block `rank` from a multiple of `size`."""
+        if size == 1:
+            return [self.load_peer(address, rank)]
+        if size > 4:
+            return [v for i in range(0, size, 4) for v in self.load_peer_vector(self.word(address) + i, 4, rank)]
+        pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(rank).raw, generic=False)
+        places = ", ".join(f"${i}" for i in range(size))
+        words = utils.inline_ptx(
+            f"ld.shared::cluster.v{size}.u32 {{{places}}}, [${size}];",
+            pointer,
+            result_types=[self.i32] * size,
+            has_side_effects=True,
+        )
+        return [Value(self, w) for w in words]
+
+    def store_peer(self, address, rank, value):
+        self.store_peer_vector(address, rank, [value])
+
+    def store_peer_vector(self, address, rank, values):
+        """Stores 1, 2 or 4 words at a multiple of as many in the shared memory of block `rank` of the cluster."""
+        pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(rank).raw, generic=False)
+        kind = f".v{len(values)}" if len(values) > 1 else ""
+        places = ", ".join(f"${i + 1}" for i in range(len(values)))
+        utils.inline_ptx(
+            f"st.shared::cluster{kind}.u32 [$0], {{{places}}};" if kind else "st.shared::cluster.u32 [$0], $1;",
+            pointer,
+            *(self.word(v).raw for v in values),
+        )
+
+    def add_peer(self, address, rank, value):
+        """Adds to a word of the shared memory of block `rank` of the cluster, atomically."""
+        pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(rank).raw, generic=False)
+        utils.inline_ptx("red.shared::cluster.add.u32 [$0], $1;", pointer, self.word(value).raw)
+
+    def fetch_add_peer(self, address, rank, value):
+        """As `add_peer`; what the word was before."""
+        pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(rank).raw, generic=False)
+        return Value(
+            self,
+            utils.inline_ptx(
+                "atom.shared::cluster.add.u32 $0, [$1], $2;",
+                pointer,
+                self.word(value).raw,
+                result_types=self.i32,
+                has_side_effects=True,
+            ),
+        )
+
     def add_first(self, address, value):
         """Adds to a word of the shared memory of the cluster's first block, atomically."""
-        pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(0).raw, generic=False)
-        utils.inline_ptx("red.shared::cluster.add.u32 [$0], $1;", pointer, self.word(value).raw)
+        self.add_peer(address, 0, value)
 
     # Other threads.
 
@@ -255,6 +307,19 @@ class Machine:
             ),
         )
 
+    def shuffle(self, value, lane):
+        """The value of lane `lane`."""
+        return Value(
+            self,
+            nvvm.shfl_sync(
+                utils.c(ALL_LANES - (1 << 32), self.i32),
+                value.raw,
+                self.word(lane).raw,
+                utils.c(31, self.i32),
+                nvvm.ShflKind.idx,
+            ),
+        )
+
     def warp_sum(self, value):
         mask = utils.c(ALL_LANES - (1 << 32), self.i32)
         return Value(self, utils.redux(value.raw, mask, nvvm.ReductionKind.ADD))
@@ -262,6 +327,10 @@ class Machine:
     def warp_max(self, value):
         mask = utils.c(ALL_LANES - (1 << 32), self.i32)
         return Value(self, utils.redux(value.raw, mask, nvvm.ReductionKind.UMAX))
+
+    def warp_min(self, value):
+        mask = utils.c(ALL_LANES - (1 << 32), self.i32)
+        return Value(self, utils.redux(value.raw, mask, nvvm.ReductionKind.UMIN))
 
     # Control flow.
 
@@ -304,7 +373,7 @@ class Machine:
         return [Value(self, v) for v in operation.results]
 
 
-def launch(body, out_type, rows, cluster, threads, shared_words, teams=1):
+def launch(body, out_type, rows, cluster, threads, shared_words, teams=1, machine_type=Machine):
     """A kernel that runs `body(machine, *refs, row, rank)` in every thread of each row's team or cluster.
 
     Teams work on several rows in turn; their machine's `turn` says how many they have had before.
@@ -317,7 +386,7 @@ def launch(body, out_type, rows, cluster, threads, shared_words, teams=1):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (len(refs) + 1) + (plgpu.Layout.WG_SPLAT,) * 2)
         def run(_, *args):
             *args, shared, block, rank = args
-            machine = Machine(threads, cluster, shared, teams, shared_words)
+            machine = machine_type(threads, cluster, shared, teams, shared_words)
             block, rank = (Value(machine, v.registers.item()) for v in (block, rank))
             if teams == 1:
                 body(machine, *args, block, rank)

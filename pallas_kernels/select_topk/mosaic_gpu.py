@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.select_topk import few_rows
 from pallas_kernels.select_topk.row_reader import HIGHEST, Plan
 from pallas_kernels.select_topk.row_selection import RowSelection
 from pallas_kernels.simt_machine import MULTIPROCESSORS, SHARED_WORDS, launch
@@ -56,7 +57,7 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, cluster: int |
       scores: float32 `[..., s]`, s a multiple of 4; no NaN among the first `lengths`.
       lengths: int32 `[...]`, from 0 to s.
       k: how many to select, from 1 to 4096.
-      cluster: blocks that work on a row; None chooses.
+      cluster: blocks that read a row part by part; None chooses, and few rows are held in registers.
 
     Returns:
       int32 `[..., k]` positions in ascending order, then -1 where a row has fewer than k.
@@ -71,8 +72,13 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, cluster: int |
     if not 1 <= k <= _MAX_K:
         raise NotImplementedError(f"k must be from 1 to {_MAX_K}")
     rows = scores.size // size
-    plan, teams = make_plan(rows, size, k, cluster)
-    body = functools.partial(row_body, rows=rows, plan=plan)
     out_type = jax.ShapeDtypeStruct((rows, k), jnp.int32)
-    run = launch(body, out_type, rows, plan.cluster, plan.threads, plan.words, teams)
+    held = few_rows.few_rows_plan(rows, size, k, _MULTIPROCESSORS) if cluster is None else None
+    if held is not None:
+        body = functools.partial(few_rows.few_rows_body, rows=rows, plan=held)
+        run = launch(body, out_type, rows, held.cluster, held.threads, few_rows.WORDS)
+    else:
+        plan, teams = make_plan(rows, size, k, cluster)
+        body = functools.partial(row_body, rows=rows, plan=plan)
+        run = launch(body, out_type, rows, plan.cluster, plan.threads, plan.words, teams)
     return run(scores.reshape(rows, size), lengths.reshape(rows)).reshape(*lengths.shape, k)
