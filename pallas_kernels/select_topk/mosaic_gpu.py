@@ -36,8 +36,8 @@ def row_body(machine, scores, lengths, positions, row, rank, *, rows, plan):
 def make_plan(rows: int, size: int, k: int, cluster: int | None = None) -> tuple[Plan, int]:
     """How rows are worked on, and the rows of a block; or refuses."""
     cluster = cluster or next((c for c in (8, 4, 2) if rows * c <= MULTIPROCESSORS), 1)
-    # As many as let some 64 of the k highest be among them.
-    samples = next((n for n in (1024, 2048) if n * k >= 64 * size), 4096)
+    # As many as let some 32 of the k highest be among them.
+    samples = next((n for n in (1024, 2048) if n * k >= 32 * size), 4096)
     plan = Plan(size, k, cluster=cluster, spill=max(2048, k), samples=samples)
     if cluster == 1 and rows > MULTIPROCESSORS and 2 * plan.words <= SHARED_WORDS:
         return plan, 2
