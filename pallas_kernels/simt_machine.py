@@ -16,6 +16,7 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 from pallas_kernels.simt import Value
 
 ALL_LANES = 0xFFFFFFFF
+MULTIPROCESSORS = 132
 SHARED_WORDS = 227 * 256
 """Words of shared memory that a block can have."""
 
@@ -57,7 +58,7 @@ class Machine:
             self.team = self.warp // (threads // 32)
             self.thread, self.warp = self.thread - self.team * threads, self.warp - self.team * (threads // 32)
             self.shared = self._shared_at(self.team * shared_words)
-        self.lane = self.thread & 31
+        self.lane, self.turn = self.thread & 31, self.word(0)
 
     # Values.
 
@@ -130,6 +131,10 @@ class Machine:
     def store_global(self, row, index, value):
         llvm.store(self.word(value).raw, self._at(row, index), alignment=4)
 
+    def store_global_where(self, row, index, value, condition):
+        """Stores a word where `condition` holds, with no branch."""
+        utils.inline_ptx("st.global.b32 [$0], $1;", self._at(row, index), self.word(value).raw, predicate=condition.raw)
+
     # Shared memory.
 
     def _shared_at(self, address):
@@ -150,11 +155,13 @@ class Machine:
     def store_shared(self, address, value):
         llvm.store(self.word(value).raw, self._shared_at(address), alignment=4)
 
-    def store_shared_pair_where(self, address, a, b, condition):
-        """Stores two words at an even address, with no branch."""
-        utils.inline_ptx(
-            "st.shared.v2.b32 [$0], {$1, $2};", self._shared_at(address), a.raw, b.raw, predicate=condition.raw
-        )
+    def address_of(self, address):
+        """The byte address of a word of shared memory, for `store_pair_where`."""
+        return Value(self, llvm.ptrtoint(self.i32, self._shared_at(address)))
+
+    def store_pair_where(self, byte_address, a, b, condition):
+        """Stores two words at a byte address, a multiple of 8, with no branch."""
+        utils.inline_ptx("st.shared.v2.b32 [$0], {$1, $2};", byte_address.raw, a.raw, b.raw, predicate=condition.raw)
 
     def store_shared_vector(self, address, values):
         if len(values) == 1:
@@ -202,10 +209,58 @@ class Machine:
             utils.inline_ptx("ld.shared::cluster.u32 $0, [$1];", pointer, result_types=self.i32, has_side_effects=True),
         )
 
+    def load_peer_vector(self, address, size, rank):
+        """`size` (1, 2 or a multiple of 4) words of the shared memory of block `rank` from a multiple of `size`."""
+        if size == 1:
+            return [self.load_peer(address, rank)]
+        if size > 4:
+            return [v for i in range(0, size, 4) for v in self.load_peer_vector(self.word(address) + i, 4, rank)]
+        pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(rank).raw, generic=False)
+        places = ", ".join(f"${i}" for i in range(size))
+        words = utils.inline_ptx(
+            f"ld.shared::cluster.v{size}.u32 {{{places}}}, [${size}];",
+            pointer,
+            result_types=[self.i32] * size,
+            has_side_effects=True,
+        )
+        return [Value(self, w) for w in words]
+
+    def store_peer(self, address, rank, value):
+        self.store_peer_vector(address, rank, [value])
+
+    def store_peer_vector(self, address, rank, values):
+        """Stores 1, 2 or 4 words at a multiple of as many in the shared memory of block `rank` of the cluster."""
+        pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(rank).raw, generic=False)
+        kind = f".v{len(values)}" if len(values) > 1 else ""
+        places = ", ".join(f"${i + 1}" for i in range(len(values)))
+        utils.inline_ptx(
+            f"st.shared::cluster{kind}.u32 [$0], {{{places}}};" if kind else "st.shared::cluster.u32 [$0], $1;",
+            pointer,
+            *(self.word(v).raw for v in values),
+        )
+
+    def add_peer(self, address, rank, value):
+        """Adds to a word of the shared memory of block `rank` of the cluster, atomically."""
+        pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(rank).raw, generic=False)
+        utils.inline_ptx("red.shared::cluster.add.u32 [$0], $1;", pointer, self.word(value).raw)
+
+    def fetch_add_peer(self, address, rank, value):
+        """As `add_peer`; what the word was before."""
+        pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(rank).raw, generic=False)
+        return Value(
+            self,
+            utils.inline_ptx(
+                "atom.shared::cluster.add.u32 $0, [$1], $2;",
+                pointer,
+                self.word(value).raw,
+                result_types=self.i32,
+                has_side_effects=True,
+            ),
+        )
+
     def add_first(self, address, value):
         """Adds to a word of the shared memory of the cluster's first block, atomically."""
-        pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(0).raw, generic=False)
-        utils.inline_ptx("red.shared::cluster.add.u32 [$0], $1;", pointer, self.word(value).raw)
+        self.add_peer(address, 0, value)
 
     # Other threads.
 
@@ -217,6 +272,20 @@ class Machine:
             utils.inline_ptx(
                 f"bar.sync $0, {self.threads};", (self.team + 9).raw, has_side_effects=True, convergent=True
             )
+
+    def delay(self, cycles):
+        """Waits for about so many cycles."""
+
+        def clock():
+            words = utils.inline_ptx("mov.u32 $0, %clock;", result_types=self.i32, has_side_effects=True)
+            return Value(self, words)
+
+        def sleep(_):
+            utils.inline_ptx("nanosleep.u32 500;")
+            return [clock()]
+
+        start = clock()
+        self.while_loop(lambda now: now - start < cycles, sleep, [start])
 
     def cluster_barrier(self):
         """Barrier of all threads of the cluster, ordering their shared memory; of the team if the block is alone."""
@@ -238,6 +307,19 @@ class Machine:
             ),
         )
 
+    def shuffle(self, value, lane):
+        """The value of lane `lane`."""
+        return Value(
+            self,
+            nvvm.shfl_sync(
+                utils.c(ALL_LANES - (1 << 32), self.i32),
+                value.raw,
+                self.word(lane).raw,
+                utils.c(31, self.i32),
+                nvvm.ShflKind.idx,
+            ),
+        )
+
     def warp_sum(self, value):
         mask = utils.c(ALL_LANES - (1 << 32), self.i32)
         return Value(self, utils.redux(value.raw, mask, nvvm.ReductionKind.ADD))
@@ -246,6 +328,10 @@ class Machine:
         mask = utils.c(ALL_LANES - (1 << 32), self.i32)
         return Value(self, utils.redux(value.raw, mask, nvvm.ReductionKind.UMAX))
 
+    def warp_min(self, value):
+        mask = utils.c(ALL_LANES - (1 << 32), self.i32)
+        return Value(self, utils.redux(value.raw, mask, nvvm.ReductionKind.UMIN))
+
     # Control flow.
 
     @contextlib.contextmanager
@@ -253,14 +339,13 @@ class Machine:
         with utils.when(condition.raw):
             yield
 
-    def branch(self, condition, body, carry):
-        """`body(*carry)` where the condition holds, else `carry`."""
+    def branch(self, condition, body, carry, otherwise=lambda *carry: carry):
+        """`body(*carry)` where the condition holds, else `otherwise(*carry)`."""
         carry = [self.word(v) for v in carry]
         operation = scf.IfOp(condition.raw, [v.raw.type for v in carry], has_else=True)
-        with ir.InsertionPoint(operation.then_block):
-            scf.yield_([self.word(v).raw for v in body(*carry)])
-        with ir.InsertionPoint(operation.else_block):
-            scf.yield_([v.raw for v in carry])
+        for block, run in ((operation.then_block, body), (operation.else_block, otherwise)):
+            with ir.InsertionPoint(block):
+                scf.yield_([self.word(v).raw for v in run(*carry)])
         return [Value(self, v) for v in operation.results]
 
     def loop(self, start, stop, step, body, carry=()):
@@ -288,8 +373,12 @@ class Machine:
         return [Value(self, v) for v in operation.results]
 
 
-def launch(body, out_type, rows, cluster, threads, shared_words, teams=1):
-    """A kernel that runs `body(machine, *refs, row, rank)` in every thread of each row's team or cluster."""
+def launch(body, out_type, rows, cluster, threads, shared_words, teams=1, machine_type=Machine):
+    """A kernel that runs `body(machine, *refs, row, rank)` in every thread of each row's team or cluster.
+
+    Teams work on several rows in turn; their machine's `turn` says how many they have had before.
+    """
+    blocks = rows if teams == 1 else min(rows, MULTIPROCESSORS)
 
     def kernel(*refs):
         *refs, shared = refs
@@ -297,14 +386,19 @@ def launch(body, out_type, rows, cluster, threads, shared_words, teams=1):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (len(refs) + 1) + (plgpu.Layout.WG_SPLAT,) * 2)
         def run(_, *args):
             *args, shared, block, rank = args
-            machine = Machine(threads, cluster, shared, teams, shared_words)
+            machine = machine_type(threads, cluster, shared, teams, shared_words)
             block, rank = (Value(machine, v.registers.item()) for v in (block, rank))
             if teams == 1:
                 body(machine, *args, block, rank)
-            else:
-                row = block * teams + machine.team
-                with machine.when(row < rows):
-                    body(machine, *args, row, rank)
+                return
+            start, stride = machine.team * blocks + block, blocks * teams
+
+            def run_row(row):
+                machine.turn = (row - start) // stride
+                body(machine, *args, row, rank)
+                machine.barrier()
+
+            machine.loop(start, rows, stride, run_row)
 
         rank = lax.axis_index("part") if cluster > 1 else jnp.int32(0)
         run(*refs, shared, lax.axis_index("block"), rank)
@@ -313,7 +407,7 @@ def launch(body, out_type, rows, cluster, threads, shared_words, teams=1):
     return plgpu.kernel(
         kernel,
         out_type=out_type,
-        grid=(-(-rows // teams),),
+        grid=(blocks,),
         grid_names=("block",),
         num_threads=teams * threads // 128,
         thread_name="warpgroup",

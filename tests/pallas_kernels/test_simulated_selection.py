@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
+from pallas_kernels.select_topk import few_rows
 from pallas_kernels.select_topk.mosaic_gpu import row_body
 from pallas_kernels.select_topk.row_reader import Plan
 from pallas_kernels.sparse_attention.unions import BITS, union_body
 from tests.pallas_kernels.simt import NumpyMachine
 
 ROWS, SIZE, K, THREADS = 4, 6004, 100, 128
+KINDS = ("normal", "clustered", "ties", "zeros", "constant", "infinite", "front", "periodic")
 
 
 def make_scores(kind, rng):
@@ -40,12 +42,11 @@ def oracle(scores, lengths):
     return selected
 
 
-def select(scores, lengths, cluster, slots):
-    plan = Plan(SIZE, K, THREADS, cluster, slots=slots, spill=160, stages=3, samples=512)
+def select(scores, lengths, body, plan, words):
     positions = np.full((ROWS, K), 7, np.uint32)
     for row in range(ROWS):
-        machine = NumpyMachine(THREADS, cluster, plan.words, row)
-        row_body(
+        machine = NumpyMachine(THREADS, plan.cluster, words, row)
+        body(
             machine,
             scores.view(np.uint32),
             lengths.astype(np.uint32),
@@ -58,18 +59,30 @@ def select(scores, lengths, cluster, slots):
     return positions.view(np.int32)
 
 
-@pytest.mark.parametrize(("cluster", "slots"), [(1, 4), (1, 8), (2, 4)])
-@pytest.mark.parametrize("kind", ["normal", "clustered", "ties", "zeros", "constant", "infinite", "front", "periodic"])
-def test_selection(kind, cluster, slots):
+def check_selection(kind, cluster, body, plan, words):
     rng = np.random.default_rng(cluster)
     scores = make_scores(kind, rng)
-    lengths = np.array([SIZE, SIZE - 3, K + 1, 50] if cluster == 1 else [0, 1, SIZE - 1, 5001])
+    lengths = np.array([0, 1, SIZE - 1, 5001] if cluster == 2 else [SIZE, SIZE - 3, K + 1, 50])
     for row, length in enumerate(lengths):
         scores[row, length:] = np.nan
-    positions = select(scores, lengths, cluster, slots)
+    positions = select(scores, lengths, body, plan, words)
     for own, expected in zip(positions, oracle(scores, lengths), strict=True):
         expected = np.flatnonzero(expected)
         np.testing.assert_array_equal(own, np.pad(expected, (0, K - len(expected)), constant_values=-1))
+
+
+@pytest.mark.parametrize(("cluster", "slots"), [(1, 4), (1, 8), (2, 4)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_selection(kind, cluster, slots):
+    plan = Plan(SIZE, K, THREADS, cluster, slots=slots, spill=160, stages=3, samples=512)
+    check_selection(kind, cluster, row_body, plan, plan.words)
+
+
+@pytest.mark.parametrize("cluster", [2, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_selection_of_few_rows(kind, cluster):
+    plan = few_rows.Plan(SIZE, K, cluster, THREADS)
+    check_selection(kind, cluster, few_rows.few_rows_body, plan, few_rows.WORDS)
 
 
 @pytest.mark.parametrize("cluster", [1, 2])
