@@ -200,10 +200,9 @@ def attend_sparse(
     q: Any, kv: Any, table: Any, start: Any, index_q: Any, gates: Any, keys: Any, *, implementation: str
 ) -> Any:
     """Scores, selection and attention, as the model puts them together."""
-    kwargs = {"implementation": implementation}
-    scores = indexer_scores(index_q, gates, keys, table, start, scale=INDEX_SCALE, **kwargs)
+    scores = indexer_scores(index_q, gates, keys, table, start, scale=INDEX_SCALE, implementation=implementation)
     lengths = start[:, None] + jnp.arange(q.shape[1]) + 1
-    return topk_attention(q, scores, lengths, kv, table, top_k=TOP_K, scale=SCALE, **kwargs)
+    return topk_attention(q, scores, lengths, kv, table, top_k=TOP_K, scale=SCALE, implementation=implementation)
 
 
 @functools.cache

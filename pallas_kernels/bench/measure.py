@@ -78,9 +78,12 @@ def measure(case: Case, programs: Programs, ceilings: dict[str, float | None]) -
     work, unit = (case.flops, "flops") if case.flops else (case.nbytes, "bytes")
     assert work is not None, case
     base: dict[str, Any] = {"operation": case.operation, "size": case.size, "unit": unit}
-    arguments = programs.make(case)
-    if case.union:
-        base["union"] = programs.union(case, arguments)
+    try:
+        arguments = programs.make(case)
+        if case.union:
+            base["union"] = programs.union(case, arguments)
+    except _FAILURES as error:
+        return [base | {"candidate": "inputs", "failed": _reason(error)}]
     rows, ceiling = [], ceilings[unit]
     for name, function in case.candidates.items():
         row: dict[str, Any] = base | {"candidate": name}
@@ -93,11 +96,15 @@ def measure(case: Case, programs: Programs, ceilings: dict[str, float | None]) -
         except UnsupportedError:
             continue
         except _FAILURES as error:
-            rows.append(row | {"failed": (str(error).splitlines() or [type(error).__name__])[0][:100]})
+            rows.append(row | {"failed": _reason(error)})
             continue
         rate = work / row["seconds"]
         rows.append(row | {"rate": rate} | ({"share_of_ceiling": rate / ceiling} if ceiling else {}))
     return rows
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:100]
 
 
 def _time(compiled: Any, arguments: Arguments, calls: int, case: Case) -> dict[str, Any]:
