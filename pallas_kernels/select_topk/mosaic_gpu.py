@@ -73,7 +73,7 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, cluster: int |
         raise NotImplementedError(f"k must be from 1 to {_MAX_K}")
     rows = scores.size // size
     out_type = jax.ShapeDtypeStruct((rows, k), jnp.int32)
-    held = few_rows.few_rows_plan(rows, size, k, _MULTIPROCESSORS) if cluster is None else None
+    held = few_rows.few_rows_plan(rows, size, k, MULTIPROCESSORS) if cluster is None else None
     if held is not None:
         body = functools.partial(few_rows.few_rows_body, rows=rows, plan=held)
         run = launch(body, out_type, rows, held.cluster, held.threads, few_rows.WORDS)
