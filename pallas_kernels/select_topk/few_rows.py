@@ -14,9 +14,14 @@ of the row.
 """
 
 import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
 
 from pallas_kernels.select_topk.row_reader import HIGHEST, sort_key
 from pallas_kernels.simt import warp_scan
+from pallas_kernels.simt_machine import launch
 
 BINS = 2048
 FINALISTS = 32
@@ -63,6 +68,14 @@ def few_rows_plan(rows: int, size: int, k: int, multiprocessors: int) -> Plan | 
         if rows * cluster <= multiprocessors and plan.chunks <= MAX_CHUNKS:
             return plan
     return None
+
+
+def select_few_rows(scores: jax.Array, lengths: jax.Array, plan: Plan) -> jax.Array:
+    """`mosaic_gpu.select_topk` of scores `[rows, size]` and lengths `[rows]`, spread as `plan` says."""
+    rows = len(scores)
+    body = functools.partial(few_rows_body, rows=rows, plan=plan)
+    out_type = jax.ShapeDtypeStruct((rows, plan.k), jnp.int32)
+    return launch(body, out_type, rows, plan.cluster, plan.threads, WORDS)(scores, lengths)
 
 
 def few_rows_body(machine, scores, lengths, positions, row, rank, *, rows, plan):
