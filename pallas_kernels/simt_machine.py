@@ -16,6 +16,7 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 from pallas_kernels.simt import Value
 
 ALL_LANES = 0xFFFFFFFF
+MULTIPROCESSORS = 132
 SHARED_WORDS = 227 * 256
 """Words of shared memory that a block can have."""
 
@@ -57,7 +58,7 @@ class Machine:
             self.team = self.warp // (threads // 32)
             self.thread, self.warp = self.thread - self.team * threads, self.warp - self.team * (threads // 32)
             self.shared = self._shared_at(self.team * shared_words)
-        self.lane = self.thread & 31
+        self.lane, self.turn = self.thread & 31, self.word(0)
 
     # Values.
 
@@ -154,11 +155,13 @@ class Machine:
     def store_shared(self, address, value):
         llvm.store(self.word(value).raw, self._shared_at(address), alignment=4)
 
-    def store_shared_pair_where(self, address, a, b, condition):
-        """Stores two words at an even address, with no branch."""
-        utils.inline_ptx(
-            "st.shared.v2.b32 [$0], {$1, $2};", self._shared_at(address), a.raw, b.raw, predicate=condition.raw
-        )
+    def address_of(self, address):
+        """The byte address of a word of shared memory, for `store_pair_where`."""
+        return Value(self, llvm.ptrtoint(self.i32, self._shared_at(address)))
+
+    def store_pair_where(self, byte_address, a, b, condition):
+        """Stores two words at a byte address, a multiple of 8, with no branch."""
+        utils.inline_ptx("st.shared.v2.b32 [$0], {$1, $2};", byte_address.raw, a.raw, b.raw, predicate=condition.raw)
 
     def store_shared_vector(self, address, values):
         if len(values) == 1:
@@ -270,6 +273,20 @@ class Machine:
                 f"bar.sync $0, {self.threads};", (self.team + 9).raw, has_side_effects=True, convergent=True
             )
 
+    def delay(self, cycles):
+        """Waits for about so many cycles."""
+
+        def clock():
+            words = utils.inline_ptx("mov.u32 $0, %clock;", result_types=self.i32, has_side_effects=True)
+            return Value(self, words)
+
+        def sleep(_):
+            utils.inline_ptx("nanosleep.u32 500;")
+            return [clock()]
+
+        start = clock()
+        self.while_loop(lambda now: now - start < cycles, sleep, [start])
+
     def cluster_barrier(self):
         """Barrier of all threads of the cluster, ordering their shared memory; of the team if the block is alone."""
         if self.cluster == 1:
@@ -322,14 +339,13 @@ class Machine:
         with utils.when(condition.raw):
             yield
 
-    def branch(self, condition, body, carry):
-        """`body(*carry)` where the condition holds, else `carry`."""
+    def branch(self, condition, body, carry, otherwise=lambda *carry: carry):
+        """`body(*carry)` where the condition holds, else `otherwise(*carry)`."""
         carry = [self.word(v) for v in carry]
         operation = scf.IfOp(condition.raw, [v.raw.type for v in carry], has_else=True)
-        with ir.InsertionPoint(operation.then_block):
-            scf.yield_([self.word(v).raw for v in body(*carry)])
-        with ir.InsertionPoint(operation.else_block):
-            scf.yield_([v.raw for v in carry])
+        for block, run in ((operation.then_block, body), (operation.else_block, otherwise)):
+            with ir.InsertionPoint(block):
+                scf.yield_([self.word(v).raw for v in run(*carry)])
         return [Value(self, v) for v in operation.results]
 
     def loop(self, start, stop, step, body, carry=()):
@@ -358,7 +374,11 @@ class Machine:
 
 
 def launch(body, out_type, rows, cluster, threads, shared_words, teams=1, machine_type=Machine):
-    """A kernel that runs `body(machine, *refs, row, rank)` in every thread of each row's team or cluster."""
+    """A kernel that runs `body(machine, *refs, row, rank)` in every thread of each row's team or cluster.
+
+    Teams work on several rows in turn; their machine's `turn` says how many they have had before.
+    """
+    blocks = rows if teams == 1 else min(rows, MULTIPROCESSORS)
 
     def kernel(*refs):
         *refs, shared = refs
@@ -370,10 +390,15 @@ def launch(body, out_type, rows, cluster, threads, shared_words, teams=1, machin
             block, rank = (Value(machine, v.registers.item()) for v in (block, rank))
             if teams == 1:
                 body(machine, *args, block, rank)
-            else:
-                row = block * teams + machine.team
-                with machine.when(row < rows):
-                    body(machine, *args, row, rank)
+                return
+            start, stride = machine.team * blocks + block, blocks * teams
+
+            def run_row(row):
+                machine.turn = (row - start) // stride
+                body(machine, *args, row, rank)
+                machine.barrier()
+
+            machine.loop(start, rows, stride, run_row)
 
         rank = lax.axis_index("part") if cluster > 1 else jnp.int32(0)
         run(*refs, shared, lax.axis_index("block"), rank)
@@ -382,7 +407,7 @@ def launch(body, out_type, rows, cluster, threads, shared_words, teams=1, machin
     return plgpu.kernel(
         kernel,
         out_type=out_type,
-        grid=(-(-rows // teams),),
+        grid=(blocks,),
         grid_names=("block",),
         num_threads=teams * threads // 128,
         thread_name="warpgroup",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from keye_jax.runner import Runner
 
 _RELEASED = Path(__file__).parents[2] / "configs" / "model" / "keye_vl_2_30b_a3b.json"
-_ATTENTIONS = ("sparse", "dense")
+_DENSE, _SPARSE, _FP8 = "dense", "sparse", "sparse, fp8 indexer"
 
 
 def bench(
@@ -36,6 +36,7 @@ def bench(
     unrelated: Annotated[
         bool, typer.Option(help="Also read prompts whose tokens have nothing to do with each other.")
     ] = True,
+    fp8: Annotated[bool, typer.Option(help="Also measure with an indexer in float8.")] = True,
     breakdown: Annotated[
         bool,
         typer.Option("--breakdown", help="Instead, show where the GPU's time goes, at the first length of each list."),
@@ -74,12 +75,17 @@ def bench(
     for tokens in (*lengths, *(context for _, context in batches)):
         if tokens > sizes.max_position_embeddings:
             raise UserError(f"{tokens:,} tokens are more than this model takes, {sizes.max_position_embeddings:,}")
-    chosen = {name: options.attention_options(name, implementation, dense_below) for name in _ATTENTIONS}
+    chosen = {
+        _DENSE: options.attention_options("dense", implementation),
+        _SPARSE: options.attention_options("sparse", implementation, dense_below),
+    }
+    if fp8:
+        chosen[_FP8] = dataclasses.replace(chosen[_SPARSE], indexer_dtype="float8_e4m3fn")
     _refuse_if_weights_do_not_fit(sizes)
-    _print_setting(sizes, chosen["sparse"].for_context)
+    _print_setting(sizes, chosen[_SPARSE].for_context)
 
     model = random_model(sizes)
-    runners = {name: Runner(model, sizes, options=chosen[name], prefill_chunk=chunk) for name in _ATTENTIONS}
+    runners = {name: Runner(model, sizes, options=chosen[name], prefill_chunk=chunk) for name in chosen}
     if breakdown:
         rows = list(_parts(runners, sizes, lengths[:1], batches[:1]))
     else:
@@ -105,17 +111,21 @@ def _prefill_rows(
         if _refused(config, what, 1, tokens, 2 * tokens * config.hidden_size):
             continue
         # Dense attention takes the same time however tokens are related.
-        dense = time_prefill(runners["dense"], Prompt.video(config, tokens), repeats)
-        yield _report(f"{what}, dense", dense, {"tokens": tokens, "attention": "dense"})
+        dense = None
         kinds = {"video": NOISE} | ({"unrelated tokens": 1.0} if unrelated else {})
         for kind, noise in kinds.items():
             prompt = Prompt.video(config, tokens, noise=noise)
-            sizes = {"tokens": tokens, "attention": "sparse", "noise": noise}
-            timing = time_prefill(runners["sparse"], prompt, repeats)
-            unions = union_sizes(runners["sparse"], prompt)
-            yield _report(f"{what}, sparse, {kind}", timing, sizes | {"unions": unions.tolist()}, dense)
+            for name, runner in runners.items():
+                if noise != NOISE and name != _SPARSE:
+                    continue
+                timing = time_prefill(runner, prompt, repeats)
+                sizes = {"tokens": tokens, "attention": name, "noise": noise}
+                yield _report(f"{what}, {name}, {kind}", timing, sizes, dense)
+                dense = timing if name == _DENSE else dense
+            unions = union_sizes(runners[_SPARSE], prompt)
             quartiles = ", ".join(f"{x:,.0f}" for x in np.quantile(unions, [0, 0.25, 0.5, 0.75, 1]))
             print(f"    keys that 16 neighbouring queries select: {quartiles} (quartiles of the layers)", flush=True)
+            yield {"what": f"unions of {what}, {kind}", "tokens": tokens, "noise": noise, "unions": unions.tolist()}
 
 
 def _decode_rows(
@@ -128,10 +138,11 @@ def _decode_rows(
         if _refused(config, what, batch, context, 0):
             continue
         sizes = {"batch": batch, "context": context}
-        dense = time_decode(runners["dense"], batch, context)
-        yield _report(f"{what}, dense", dense, sizes | {"attention": "dense"})
-        sparse = time_decode(runners["sparse"], batch, context)
-        yield _report(f"{what}, sparse", sparse, sizes | {"attention": "sparse"}, dense)
+        dense = None
+        for name, runner in runners.items():
+            timing = time_decode(runner, batch, context)
+            yield _report(f"{what}, {name}", timing, sizes | {"attention": name}, dense)
+            dense = timing if name == _DENSE else dense
 
 
 def _parts(

@@ -26,6 +26,7 @@ from pallas_kernels.bench.inputs import (
     INDEX_HEADS,
     INDEX_SCALE,
     KV_HEADS,
+    NEIGHBOURS,
     SCALE,
     TOP_K,
     UNRELATED,
@@ -34,7 +35,8 @@ from pallas_kernels.bench.inputs import (
 )
 from pallas_kernels.bench.timing import Arguments
 from pallas_kernels.dispatch import available
-from pallas_kernels.indexer_scores import indexer_scores
+from pallas_kernels.indexer_scores import hadamard, indexer_scores, quantize
+from pallas_kernels.select_topk import select_topk
 from pallas_kernels.topk_attention import topk_attention
 
 KINDS = {"clustered": CLUSTERED, "uniform": UNRELATED}
@@ -96,11 +98,6 @@ def implementations(operation: str, **kwargs: Any) -> dict[str, Callable[..., An
     return found
 
 
-def hopper_parts() -> Any:
-    """The module of the selection's Hopper-only parts, or None on other devices."""
-    return importlib.import_module("pallas_kernels.select_topk.mosaic_gpu") if "mosaic_gpu" in available() else None
-
-
 def _indexer_cases(contexts: list[int], queries: int) -> Iterator[Case]:
     for context in contexts:
 
@@ -110,14 +107,29 @@ def _indexer_cases(contexts: list[int], queries: int) -> Iterator[Case]:
             keys = inputs.pages(2, 1, context, INDEX_DIM)
             return q, gates.astype(jnp.float32), keys, inputs.page_table(1, context), start
 
-        seen = queries * (context - queries / 2)
-        yield Case(
-            "indexer_scores",
-            f"{queries:,} queries x {size_name(context)} keys",
-            implementations("indexer_scores.indexer_scores", scale=INDEX_SCALE),
-            make,
-            flops=2 * seen * INDEX_HEADS * INDEX_DIM,
+        def make_float8(make: Any = make) -> Arguments:
+            q, gates, keys, table, start = make()
+            (q, q_scales), (keys, key_scales) = quantize(hadamard(q)), quantize(hadamard(keys))
+            return q, gates * q_scales, keys, table, start, key_scales
+
+        size = f"{queries:,} queries x {size_name(context)} keys"
+        exact = implementations("indexer_scores.indexer_scores", scale=INDEX_SCALE)
+        work = 2.0 * queries * (context - queries / 2) * INDEX_HEADS * INDEX_DIM
+        yield Case("indexer_scores", size, exact, make, flops=work)
+        yield Case("indexer_scores", f"{size}, float8", _float8_scores(), make_float8, flops=work)
+
+
+@functools.cache
+def _float8_scores() -> dict[str, Callable[..., Any]]:
+    def scores(
+        q: Any, gates: Any, keys: Any, table: Any, start: Any, key_scales: Any, *, implementation: str
+    ) -> jax.Array:
+        return indexer_scores(
+            q, gates, keys, table, start, scale=INDEX_SCALE, key_scales=key_scales, implementation=implementation
         )
+
+    names = implementations("indexer_scores.indexer_scores")
+    return {name: functools.partial(scores, implementation=name) for name in names}
 
 
 def _lax_top_k(scores: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -142,8 +154,6 @@ def _selection_cases(sizes: list[tuple[int, int]]) -> Iterator[Case]:
         "lax.top_k": _lax_top_k,
         **({"torch.topk": TorchCall(_torch_topk)} if _has_torch() else {}),
     }
-    parts = hopper_parts()
-    threshold = {"mosaic_gpu": functools.partial(parts.select_threshold, k=TOP_K)} if parts else {}
     for rows, context in sizes:
 
         def make(clustered: int, rows: int = rows, context: int = context) -> Arguments:
@@ -154,33 +164,7 @@ def _selection_cases(sizes: list[tuple[int, int]]) -> Iterator[Case]:
 
         for kind in ("random", "close") if rows == 1024 else ("random",):
             size = f"{rows} x {size_name(context)} {kind}"
-            settings, nbytes = (int(kind == "close"),), 4.0 * rows * context
-            yield Case("select_topk", size, candidates, make, settings, nbytes=nbytes)
-            if threshold:
-                yield Case("select_threshold", size, threshold, make, settings, nbytes=nbytes)
-
-
-def _union_cases(sizes: list[tuple[int, int]]) -> Iterator[Case]:
-    """Unions of neighbours' selections: what lies between the threshold and the attention of `topk_attention`."""
-    parts = hopper_parts()
-    if not parts:
-        return
-    for rows, context in sizes:
-
-        def make(rows: int = rows, context: int = context) -> Arguments:
-            scores, lengths = inputs.normal(0, rows, context, dtype=jnp.float32), jnp.full(rows, context, jnp.int32)
-            # Of a normal distribution the share of TOP_K in context, near enough for a threshold.
-            threshold = jnp.full(rows, jax.scipy.stats.norm.ppf(1 - TOP_K / context), jnp.float32)
-            return scores, threshold, lengths - 1, lengths
-
-        limit = min(16 * TOP_K, context)
-        yield Case(
-            "build_unions",
-            f"{rows} x {size_name(context)} random",
-            {"mosaic_gpu": functools.partial(parts.build_unions, limit=limit)},
-            make,
-            nbytes=4.0 * rows * context,
-        )
+            yield Case("select_topk", size, candidates, make, (int(kind == "close"),), nbytes=4.0 * rows * context)
 
 
 @functools.cache
@@ -216,41 +200,50 @@ def attend_sparse(
     q: Any, kv: Any, table: Any, start: Any, index_q: Any, gates: Any, keys: Any, *, implementation: str
 ) -> Any:
     """Scores, selection and attention, as the model puts them together."""
-    kwargs = {"implementation": implementation}
-    scores = indexer_scores(index_q, gates, keys, table, start, scale=INDEX_SCALE, **kwargs)
+    scores = indexer_scores(index_q, gates, keys, table, start, scale=INDEX_SCALE, implementation=implementation)
     lengths = start[:, None] + jnp.arange(q.shape[1]) + 1
-    return topk_attention(q, scores, lengths, kv, table, top_k=TOP_K, scale=SCALE, **kwargs)
+    return topk_attention(q, scores, lengths, kv, table, top_k=TOP_K, scale=SCALE, implementation=implementation)
 
 
 @functools.cache
 def sparse_candidates() -> dict[str, Callable[..., Any]]:
-    return {name: functools.partial(attend_sparse, implementation=name) for name in available()}
+    names = implementations("topk_attention.topk_attention")
+    return {name: functools.partial(attend_sparse, implementation=name) for name in names}
 
 
-def _composite_cases(contexts: list[int], queries: int) -> Iterator[Case]:
-    """`topk_attention` on the scores that related and unrelated queries have."""
+def _prefill_cases(contexts: list[int], queries: int) -> Iterator[Case]:
+    """`topk_attention` on the scores that related and unrelated queries have, and attention to what they select."""
     for context in contexts:
 
-        def make(start: jax.Array, union: jax.Array, context: int = context) -> Arguments:
+        def scored(start: jax.Array, union: jax.Array, context: int = context) -> Arguments:
             q, kv, table, start, index_q, gates, keys = sequence(queries, context)(start, union)
             scores = indexer_scores(index_q, gates, keys, table, start, scale=INDEX_SCALE, implementation="xla")
             return q, scores, start[:, None] + jnp.arange(queries) + 1, kv, table
 
-        def union(q: Any, scores: jax.Array, lengths: Any, kv: Any, table: Any) -> jax.Array:
-            lowest = jax.lax.top_k(scores[0, :64], TOP_K)[0][:, -1:]
-            chosen = (scores[0, :64] >= lowest).reshape(4, 16, -1)
-            return jnp.mean(jnp.sum(jnp.any(chosen, axis=1), axis=-1).astype(jnp.float32))
+        def selected(start: jax.Array, union: jax.Array, scored: Any = scored) -> Arguments:
+            q, scores, lengths, kv, table = scored(start, union)
+            return q, kv, select_topk(scores, lengths, TOP_K, implementation="xla"), table
 
-        for kind, size in KINDS.items():
-            yield Case(
-                "topk_attention",
-                f"{queries:,} queries, {size_name(context)} keys, {kind}",
-                implementations("topk_attention.topk_attention", top_k=TOP_K, scale=SCALE),
-                make,
-                (context - queries, size),
-                flops=4 * queries * TOP_K * HEADS * HEAD_DIM,
-                union=union,
+        def union_of_scores(q: Any, scores: jax.Array, lengths: jax.Array, kv: Any, table: Any) -> jax.Array:
+            return mean_of_lists(select_topk(scores[:, :64], lengths[:, :64], TOP_K, implementation="xla"))
+
+        def union_of_lists(q: Any, kv: Any, indices: jax.Array, table: Any) -> jax.Array:
+            return mean_of_lists(indices[:, :64])
+
+        def mean_of_lists(indices: jax.Array, context: int = context) -> jax.Array:
+            rows = jnp.arange(len(indices[0]))[:, None]
+            chosen = jnp.zeros((len(indices[0]), context), bool).at[rows, indices[0]].set(True, mode="drop")
+            return jnp.mean(
+                jnp.sum(jnp.any(chosen.reshape(-1, NEIGHBOURS, context), axis=1), axis=1, dtype=jnp.float32)
             )
+
+        composite = implementations("topk_attention.topk_attention", top_k=TOP_K, scale=SCALE)
+        attention = implementations("sparse_attention.sparse_attention", scale=SCALE)
+        for kind, size in KINDS.items():
+            name, settings = f"{queries:,} queries, {size_name(context)} keys, {kind}", (context - queries, size)
+            work = 4.0 * queries * TOP_K * HEADS * HEAD_DIM
+            yield Case("topk_attention", name, composite, scored, settings, flops=work, union=union_of_scores)
+            yield Case("sparse_attention", name, attention, selected, settings, flops=work, union=union_of_lists)
 
 
 def _decode_cases(sizes: list[tuple[int, int]]) -> Iterator[Case]:
@@ -360,13 +353,10 @@ def _vision_cases(frames: int, patches: int) -> Iterator[Case]:
         shape = frames, patches, VISION_HEADS, VISION_DIM
         return (*(inputs.normal(seed, *shape) for seed in range(3)), jnp.full(frames, patches, jnp.int32))
 
-    def baseline(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
-        return dense_attention(q, k, v, causal=False)
-
     yield Case(
         "flash_attention",
         f"vision, {frames} frames of {patches:,} patches",
-        {**implementations("flash_attention.flash_attention", scale=VISION_DIM**-0.5), dense_baseline(): baseline},
+        implementations("flash_attention.flash_attention", scale=VISION_DIM**-0.5),
         make,
         flops=4.0 * frames * patches**2 * VISION_HEADS * VISION_DIM,
     )
@@ -378,8 +368,7 @@ def cases(*, quick: bool) -> list[Case]:
         return [
             *_indexer_cases([4096], 64),
             *_selection_cases([(16, 8192)]),
-            *_union_cases([(16, 8192)]),
-            *_composite_cases([8192], 64),
+            *_prefill_cases([8192], 64),
             *_decode_cases([(1, 8192)]),
             *_expert_cases([1, 16]),
             *_vision_cases(1, 256),
@@ -387,8 +376,7 @@ def cases(*, quick: bool) -> list[Case]:
     return [
         *_indexer_cases([32_768, 131_072, 262_144], 2048),
         *_selection_cases([(1024, 131_072), (4096, 32_768), (64, 262_144), (1, 131_072)]),
-        *_union_cases([(1024, 131_072), (4096, 32_768)]),
-        *_composite_cases([32_768, 131_072], 2048),
+        *_prefill_cases([32_768, 131_072], 2048),
         *_decode_cases([(1, 131_072), (8, 131_072), (64, 131_072)]),
         *_expert_cases([1, 16, 64, 2048, 16_384]),
         *_vision_cases(16, 1024),

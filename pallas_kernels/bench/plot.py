@@ -6,8 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-_INK = "#7d8590"  # Readable on white and on black.
-_COLOURS = {"dense": "#8b949e", "clustered": "#2f81f7", "uniform": "#db6d28"}
+_PAPER, _INK, _FAINT = "#292929", "#c5c8c6", "#8a8a8a"  # Those of docs/demo.svg: readable on a page of any colour.
+_COLOURS = {"dense": "#d0b344", "clustered": "#68a0b3", "uniform": "#98a84b"}
 
 
 def problem(file: Path) -> str | None:
@@ -38,8 +38,14 @@ def draw(result: dict[str, Any], file: Path) -> None:
         if "ratio" in layer and layer["selections"] == "clustered":
             ratios.append((layer["tokens"], layer["dsa_seconds"], layer["ratio"]))
 
-    style = {"font.family": "sans-serif", "font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "bench"}
-    style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
+    style: dict[Any, Any] = {
+        "font.family": "sans-serif",
+        "font.size": 11,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "bench",
+    }
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), _INK)
+    style |= {"axes.edgecolor": _FAINT, "axes.facecolor": _PAPER, "figure.facecolor": _PAPER}
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
         for name, points in lines.items():
@@ -57,10 +63,10 @@ def draw(result: dict[str, Any], file: Path) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel("tokens")
         axes.set_ylabel("ms")
-        axes.set_title(f"Attention of one layer, {result['device']}", color=_INK)
-        axes.grid(color=_INK, alpha=0.25, linewidth=0.6)
+        axes.set_title(f"Attention of one layer, {result['device']}")
+        axes.grid(color=_FAINT, alpha=0.3, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
         metadata = {"Date": None} if file.suffix == ".svg" else None
-        figure.savefig(file, transparent=True, dpi=160, metadata=metadata)
+        figure.savefig(file, dpi=160, metadata=metadata)
         pyplot.close(figure)

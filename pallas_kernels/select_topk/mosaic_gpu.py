@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from pallas_kernels.select_topk.few_rows import few_rows_plan, select_few_rows
 from pallas_kernels.select_topk.row_reader import HIGHEST, Plan
 from pallas_kernels.select_topk.row_selection import RowSelection
-from pallas_kernels.simt_machine import SHARED_WORDS, launch
+from pallas_kernels.simt_machine import MULTIPROCESSORS, SHARED_WORDS, launch
 
-_MULTIPROCESSORS = 132
 _MAX_K = 4096
 
 
@@ -20,6 +19,9 @@ def row_body(machine, scores, lengths, positions, row, rank, *, rows, plan):
     row, rank = machine.word(row), machine.word(rank)
     length = machine.load_global(machine.row(lengths, 0, rows), row)
     out = machine.row(positions, row, plan.k)
+    if machine.teams > 1:
+        with machine.when(machine.team.eq(1) & machine.turn.eq(0)):
+            machine.delay(length // 4)
     with machine.when(length <= plan.k):
 
         def put(at):
@@ -33,11 +35,11 @@ def row_body(machine, scores, lengths, positions, row, rank, *, rows, plan):
 
 def make_plan(rows: int, size: int, k: int, cluster: int | None = None) -> tuple[Plan, int]:
     """How rows are worked on, and the rows of a block; or refuses."""
-    cluster = cluster or next((c for c in (8, 4, 2) if rows * c <= _MULTIPROCESSORS), 1)
-    # As many as let some 64 of the k highest be among them.
-    samples = next((n for n in (1024, 2048) if n * k >= 64 * size), 4096)
+    cluster = cluster or next((c for c in (8, 4, 2) if rows * c <= MULTIPROCESSORS), 1)
+    # As many as let some 32 of the k highest be among them.
+    samples = next((n for n in (1024, 2048) if n * k >= 32 * size), 4096)
     plan = Plan(size, k, cluster=cluster, spill=max(2048, k), samples=samples)
-    if cluster == 1 and rows > _MULTIPROCESSORS and 2 * plan.words <= SHARED_WORDS:
+    if cluster == 1 and rows > MULTIPROCESSORS and 2 * plan.words <= SHARED_WORDS:
         return plan, 2
     plan = dataclasses.replace(plan, stages=8)
     if plan.words > SHARED_WORDS:
@@ -71,7 +73,7 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, cluster: int |
         raise NotImplementedError(f"k must be from 1 to {_MAX_K}")
     rows = scores.size // size
     flat, limits = scores.reshape(rows, size), lengths.reshape(rows)
-    held = few_rows_plan(rows, size, k, _MULTIPROCESSORS) if cluster is None else None
+    held = few_rows_plan(rows, size, k, MULTIPROCESSORS) if cluster is None else None
     if held is not None:
         return select_few_rows(flat, limits, held).reshape(*lengths.shape, k)
     plan, teams = make_plan(rows, size, k, cluster)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
+
+from pallas_kernels.simt import Value
 
 HIGHEST = 0xFFFFFFFF
 BINS = 2048
@@ -71,6 +74,24 @@ def join_zeros(key):
     return key.machine.select(key.eq(0x7FFFFFFF), 0x80000000, key)
 
 
+class Collected(NamedTuple):
+    """What a pass over a row has left in shared memory.
+
+    Attributes:
+      inside: how many scores of the row it was after.
+      fits: 1 if all blocks had room for theirs, else 0.
+      held: how many this thread holds in its slots.
+      spilled: how many this block has spilled.
+      flip: what the scores are xored with.
+    """
+
+    inside: Value
+    fits: Value
+    held: Value
+    spilled: Value
+    flip: Value
+
+
 class RowReader:
     """A row, as each thread of the blocks of a cluster sees it."""
 
@@ -83,45 +104,58 @@ class RowReader:
 
     # Ways to visit scores.
 
-    def position(self, step):
-        """The first of the four scores that this thread reads in a step.
+    def positions(self, turn):
+        """The first of the four scores that this thread reads in each step of a turn of `stages` steps.
 
         Which thread reads which four changes from step to step, or what repeats along a row would fill a few threads'
         slots.
         """
-        each = self.plan.threads * 4
-        return self.begin + step * each + (self.machine.thread * 4 ^ (step * 148 & (each - 4)))
+        each, stages = self.plan.threads * 4, self.plan.stages
+        start = self.begin + turn * (each * stages)
+        offset = self.machine.thread * 4 ^ (turn * 148 & (each - 4))
+        return [start + i * each + (offset ^ (i * 212 & (each - 4))) for i in range(stages)]
 
-    def stage(self, stage):
-        return (stage * self.plan.threads + self.machine.thread) * 4 + RING
+    def stage(self, i):
+        return (self.machine.thread + i * self.plan.threads) * 4 + RING
 
-    def copy_step(self, step, stage):
-        position = self.position(step)
+    def copy(self, stage, position):
+        """Starts to copy to a stage; each thread copies what it reads itself."""
         self.machine.copy_shared4(self.stage(stage), self.row, position, position < self.end)
         self.machine.commit_copies()
 
     def start_copies(self):
-        for step in range(self.plan.stages):
-            self.copy_step(self.machine.word(step), self.machine.word(step))
+        for stage, position in enumerate(self.positions(self.machine.word(0))):
+            self.copy(stage, position)
 
     def visit_row(self, visit, carry=(), started=False):
         """`carry = visit(position, [4 scores], [4 conditions] or None, *carry)` over this block's part of the row."""
         machine, stages = self.machine, self.plan.stages
         if not started:
             self.start_copies()
-        steps = (self.end - self.begin) // (self.plan.threads * 4)
+        turns = (self.end - self.begin) // (self.plan.threads * 4 * stages)
 
-        def visit_step(step, stage, *carry):
-            machine.wait_copies(stages - 1)
-            scores = machine.load_shared_vector(self.stage(stage), 4)
-            carry = visit(self.position(step), scores, None, *carry) or ()
-            self.copy_step(step + stages, stage)
-            return [machine.select(stage.eq(stages - 1), 0, stage + 1), *carry]
+        def visit_turn(turn, *carry):
+            for stage, (position, following) in enumerate(
+                zip(self.positions(turn), self.positions(turn + 1), strict=True)
+            ):
+                machine.wait_copies(stages - 1)
+                scores = machine.load_shared_vector(self.stage(stage), 4)
+                carry = visit(position, scores, None, *carry) or ()
+                self.copy(stage, following)
+            return carry
 
-        stage, *carry = machine.loop(0, steps, 1, visit_step, [0, *carry])
+        carry = machine.loop(0, turns, 1, visit_turn, carry)
         machine.wait_copies(0)
-        position, scores = self.position(steps), machine.load_shared_vector(self.stage(stage), 4)
-        return visit(position, scores, [position + i < self.end for i in range(4)], *carry)
+        each = self.plan.threads * 4
+        for stage, position in enumerate(self.positions(turns)):
+
+            def visit_rest(*carry, stage=stage, position=position):
+                scores = machine.load_shared_vector(self.stage(stage), 4)
+                return visit(position, scores, [position + i < self.end for i in range(4)], *carry) or ()
+
+            rest = self.begin + (turns * stages + stage) * each < self.end
+            carry = machine.branch(rest, visit_rest, carry)
+        return carry
 
     def count_row(self, bin_of):
         """Adds the row's scores to the histogram; `bin_of(position, key) -> (bin, condition)`."""
@@ -137,20 +171,22 @@ class RowReader:
         """Address of the i-th score, and behind it its position, that this thread holds."""
         return (i * self.plan.threads + self.machine.thread) * 2 + self.plan.buffer
 
-    def visit_collected(self, held, spilled, visit):
+    def visit_collected(self, collected, visit):
         """`visit(position, key)` for everything collected by this block."""
         machine = self.machine
 
         def visit_at(address):
-            score, position = machine.load_shared_vector(address, 2)
-            visit(position, sort_key(score))
+            flipped, position = machine.load_shared_vector(address, 2)
+            visit(position, sort_key(flipped ^ collected.flip))
 
-        machine.loop(0, held, 1, lambda i: visit_at(self.slot(i)))
-        machine.loop(machine.thread, spilled, self.plan.threads, lambda i: visit_at(i * 2 + self.plan.spilled))
+        machine.loop(0, collected.held, 1, lambda i: visit_at(self.slot(i)))
+        machine.loop(
+            machine.thread, collected.spilled, self.plan.threads, lambda i: visit_at(i * 2 + self.plan.spilled)
+        )
 
-    def count_collected(self, held, spilled, bin_of):
+    def count_collected(self, collected, bin_of):
         """Adds what was collected to the histogram."""
-        self.visit_collected(held, spilled, lambda *entry: self.machine.count_shared(*bin_of(*entry)))
+        self.visit_collected(collected, lambda *entry: self.machine.count_shared(*bin_of(*entry)))
 
     def count_samples(self, bin_of):
         machine, threads = self.machine, self.plan.threads

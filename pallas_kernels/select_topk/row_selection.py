@@ -13,15 +13,26 @@ Nothing depends on luck. When fewer than k scores were collected, or more than s
 say), histograms over the whole row narrow down the k-th highest by 2048x a pass until what lies above fits or the k-th
 is known, and the row is read again. Scores are compared as order-preserving integers, -0.0 as 0.0.
 
-A row is worked on by a team of 512 threads. Two teams share a block, each with its own barrier and shared memory, so
-that one reads while the other is in its short steps. With too few rows to fill the GPU, a cluster of up to 8 blocks
-works on a row instead: each reads a part of it, and histograms and counts are added up through distributed shared
-memory.
+A row is worked on by a team of 512 threads. Two teams share a block, each with its own rows, barrier and shared memory.
+The second starts later by about the time that reading a row takes, so that one reads while the other is in its short
+steps; reading slows down when both do, which keeps them apart. With too few rows to fill the GPU, a cluster of up to 8
+blocks works on a row instead: each reads a part of it, and histograms and counts are added up through distributed
+shared memory.
 """
 
 import functools
 
-from pallas_kernels.select_topk.row_reader import BINS, COUNTERS, FOUND, HIGHEST, RING, WARP_SUMS, RowReader, sort_key
+from pallas_kernels.select_topk.row_reader import (
+    BINS,
+    COUNTERS,
+    FOUND,
+    HIGHEST,
+    RING,
+    WARP_SUMS,
+    Collected,
+    RowReader,
+    sort_key,
+)
 from pallas_kernels.simt import Value, count_before, warp_scan
 
 
@@ -31,13 +42,13 @@ class RowSelection(RowReader):
     # Histograms.
 
     def clear_bins(self):
+        """Empties the histograms, once, up to the next barrier; `find_bin` leaves them empty."""
         machine = self.machine
         each = BINS // machine.threads
         zeros = [machine.word(0)] * each
         machine.store_shared_vector(machine.thread * each, zeros)
         if machine.cluster > 1:
             machine.store_shared_vector(machine.thread * each + self.plan.totals, zeros)
-        machine.barrier()
 
     def find_bin(self, rank, together=True):
         """Counting from the highest bin down: the bin that holds the `rank`-th, how many are in higher bins, and in it.
@@ -49,7 +60,9 @@ class RowSelection(RowReader):
         together = together and machine.cluster > 1
         base = machine.word(BINS - each) - machine.thread * each
         machine.barrier()
+        zeros = [machine.word(0)] * each
         bins = machine.load_shared_vector(base, each)
+        machine.store_shared_vector(base, zeros)
         if together:  # The first block adds up, and looks; the others look too, but find nothing that is used.
             machine.cluster_barrier()
             for i in range(each):
@@ -57,14 +70,15 @@ class RowSelection(RowReader):
                     machine.add_first(base + (self.plan.totals + i), bins[i])
             machine.cluster_barrier()
             bins = machine.load_shared_vector(base + self.plan.totals, each)
+            machine.store_shared_vector(base + self.plan.totals, zeros)
         own = functools.reduce(Value.__add__, bins)
         inclusive = warp_scan(machine, own)
         with machine.when(machine.lane.eq(31)):
             machine.store_shared(machine.warp + WARP_SUMS, inclusive)
         machine.barrier()
-        above = inclusive - own
-        for warp in range(machine.threads // 32):
-            above = above + machine.select(machine.warp > warp, machine.load_shared(WARP_SUMS + warp), 0)
+        warps = machine.threads // 32
+        sums = machine.load_shared(machine.lane.min(warps - 1) + WARP_SUMS)
+        above = machine.warp_sum(machine.select(machine.lane < machine.warp, sums, 0)) + inclusive - own
         with machine.when((above < rank) & (above + own >= rank)):
             for i in reversed(range(each)):
                 with machine.when((above < rank) & (above + bins[i] >= rank)):
@@ -88,7 +102,6 @@ class RowSelection(RowReader):
         machine = self.machine
         zeros = machine.leading_zeros(high - low)
         shift = machine.select(zeros < 21, machine.word(21) - zeros, 0)
-        self.clear_bins()
 
         def bin_of(position, key):
             if measure is None:
@@ -103,9 +116,10 @@ class RowSelection(RowReader):
         return low, machine.select(high - low > width, low + width, high), above + higher, inside
 
     def narrow_until(self, enough, count, rank, low, high, above, inside=HIGHEST, **options):
-        """Narrows until there is one value left or at most `enough` keys inside."""
+        """Narrows until there is one value left, at most `enough` keys are inside, or all inside are wanted."""
+        wanted = self.machine.word(rank)
         return self.machine.while_loop(
-            lambda low, high, above, inside: low.ne(high) & (inside > enough),
+            lambda low, high, above, inside: low.ne(high) & (inside > enough) & (above + inside).ne(wanted),
             lambda low, high, above, inside: self.narrow(count, rank, low, high, above, **options),
             [low, high, above, inside],
         )
@@ -129,43 +143,52 @@ class RowSelection(RowReader):
             else:
                 with machine.when(machine.thread < points - first):
                     sample(machine.thread + first)
+        machine.barrier()
         expected = machine.word(self.plan.k * samples) // self.length
         rank = expected + machine.square_root(expected) * 5 + 8
         low, _, _, _ = self.narrow_until(4, self.count_samples, rank.min(samples), 0, HIGHEST, 0, together=False)
         return machine.select(rank >= samples, 0, low)
 
     def collect(self, low, started=False):
-        """Collects the scores whose keys are `low` or higher, and their positions.
-
-        Returns how many there are in the row, whether all blocks had room for theirs, how many this thread holds in its
-        slots, and how many this block has spilled.
-        """
+        """Collects the scores whose keys are `low` or higher, and their positions, in shared memory."""
         machine, plan = self.machine, self.plan
         with machine.when(machine.thread.eq(0)):
             machine.store_shared_vector(COUNTERS, [machine.word(0)] * 4)
         machine.barrier()
-        # A score that `flip` gives the key of is compared as its key; one of the other sign comes out on the right side
-        # all the same. Both zeros are inside, or neither is.
+        # Scores are xored with what makes one with the sign of `low` its key; one with the other sign comes out on the
+        # right side all the same. Both zeros are inside, or neither is.
         low = machine.select(low.eq(0x80000000), 0x7FFFFFFF, low)
         flip = machine.select(low >= 0x80000000, 0x80000000, HIGHEST)
-        first, each = self.slot(machine.word(0)), 2 * plan.threads
-        limit = machine.word(plan.spilled)
+        # The next free slot is kept as a byte address.
+        first, each = machine.address_of(self.slot(machine.word(0))), 8 * plan.threads
+        limit = machine.address_of(machine.word(plan.spilled))
 
         def visit(position, scores, valid, free):
-            before, entries = free, []
-            for i, score in enumerate(scores):
-                inside = (score ^ flip) >= low
-                if valid:
-                    inside = inside & valid[i]
-                machine.store_shared_pair_where(free, score, position + i, inside & (free < limit))
-                entries.append((inside & (free >= limit), score, position + i))
-                free = free + machine.select(inside, each, 0)
-            with machine.when(free.ne(before) & (free >= limit + each)):
-                for without_room, score, position in entries:
-                    with machine.when(without_room):
+            entries = [(score ^ flip, position + i) for i, score in enumerate(scores)]
+            inside = [flipped >= low for flipped, _ in entries]
+            if valid:
+                inside = [a & b for a, b in zip(inside, valid, strict=True)]
+
+            places = [free]
+            for wanted in inside:
+                places.append(places[-1] + machine.select(wanted, each, 0))
+            stores = list(zip(places, entries, inside, strict=False))
+
+            def with_room():
+                for place, entry, wanted in stores:
+                    machine.store_pair_where(place, *entry, wanted)
+                return []
+
+            def without_room():
+                for place, entry, wanted in stores:
+                    machine.store_pair_where(place, *entry, wanted & (place < limit))
+                    with machine.when(wanted & (place >= limit)):
                         at = machine.fetch_add_shared(COUNTERS + 1, 1)
-                        machine.store_shared_pair_where(at * 2 + plan.spilled, score, position, at < plan.spill)
-            return [free]
+                        machine.store_pair_where(limit + at * 8, *entry, at < plan.spill)
+                return []
+
+            machine.branch((places[-1] >= limit + each) & places[-1].ne(free), without_room, [], with_room)
+            return [places[-1]]
 
         [free] = self.visit_row(visit, [first], started)
         found = (free - first) // each
@@ -180,17 +203,16 @@ class RowSelection(RowReader):
             inside = functools.reduce(Value.__add__, (count for count, _ in peers))
             over = functools.reduce(Value.__or__, (machine.select(count > plan.spill, 1, 0) for _, count in peers))
         machine.cluster_barrier()
-        return inside, machine.select(over.eq(0), 1, 0), found.min(plan.slots), spilled.min(plan.spill)
+        fits = machine.select(over.eq(0), 1, 0)
+        return Collected(inside, fits, found.min(plan.slots), spilled.min(plan.spill), flip)
 
     def last_tie(self, threshold, rank):
         """Position of the `rank`-th score equal to `threshold`."""
         machine = self.machine
         shift = machine.select(self.length > BINS, machine.word(21) - machine.leading_zeros(self.length - 1), 0)
-        self.clear_bins()
         self.count_row(lambda position, key: (machine.word(BINS - 1) - (position >> shift), key.eq(threshold)))
         found, earlier, _ = self.find_bin(rank)
         start = (machine.word(BINS - 1) - found) << shift
-        self.clear_bins()
 
         def visit(offset):
             with machine.when(start + offset < self.length):
@@ -204,16 +226,16 @@ class RowSelection(RowReader):
     def find(self):
         """What the row's selection is: position s is in it if its key is above `threshold`, or equal and s <= `last`.
 
-        Returns threshold, last, and the last three of `collect`.
+        Returns threshold, last, and what was collected.
         """
         machine, k = self.machine, self.plan.k
 
         def state(low, high, above, started=False):
-            inside, fits, held, spilled = self.collect(low, started)
-            done = (inside >= k) & (low.eq(high) | fits.ne(0))
-            return low, high, above, inside, fits, held, spilled, machine.select(done, 1, 0)
+            collected = self.collect(low, started)
+            done = (collected.inside >= k) & (low.eq(high) | collected.fits.ne(0))
+            return machine.select(done, 1, 0), low, high, above, *collected
 
-        def retry(low, high, above, inside, *_):
+        def retry(_, low, high, above, inside, *__):
             missed = inside < k
             above, low, high = (
                 machine.select(missed, inside, above),
@@ -224,13 +246,15 @@ class RowSelection(RowReader):
             return state(low, high, above)
 
         self.start_copies()
+        self.clear_bins()
         room = self.plan.slots * self.plan.threads
         [low] = machine.branch(self.length > room, lambda _: [self.lower_bound()], [0])
-        low, high, above, inside, fits, held, spilled, _ = machine.while_loop(
-            lambda *carry: carry[-1].eq(0), retry, state(low, machine.word(HIGHEST), machine.word(0), True)
+        _, low, high, above, *collected = machine.while_loop(
+            lambda done, *_: done.eq(0), retry, state(low, machine.word(HIGHEST), machine.word(0), True)
         )
-        count = functools.partial(self.count_collected, held, spilled)
-        threshold, _, above, equal = self.narrow_until(0, count, k, low, high, above, inside - above)
+        collected = Collected(*collected)
+        count = functools.partial(self.count_collected, collected)
+        threshold, _, above, equal = self.narrow_until(0, count, k, low, high, above, collected.inside - above)
         kept = machine.word(k) - above
 
         def last_collected(_):
@@ -246,18 +270,17 @@ class RowSelection(RowReader):
             return [machine.word(HIGHEST) - last]
 
         tied = kept.ne(equal)
-        [last] = machine.branch(tied & fits.ne(0), last_collected, [self.length - 1])
-        [last] = machine.branch(tied & fits.eq(0), lambda _: [self.last_tie(threshold, kept)], [last])
-        return threshold, last, fits, held, spilled
+        [last] = machine.branch(tied & collected.fits.ne(0), last_collected, [self.length - 1])
+        [last] = machine.branch(tied & collected.fits.eq(0), lambda _: [self.last_tie(threshold, kept)], [last])
+        return threshold, last, collected
 
-    def write(self, out, threshold, last, fits, held, spilled):
+    def write(self, out, threshold, last, collected):
         """Writes the selected positions to the row `out`, ascending."""
-        machine = self.machine
+        machine, fits = self.machine, collected.fits
         # The bitmap takes the place of the ring, or of the buffer if that did not hold all and the row is read again.
         bitmap = machine.select(fits.ne(0), RING, self.plan.buffer)
         chunks = (self.end - self.begin + 1023) >> 10  # of 32 words, one a lane
         zeros = [machine.word(0)] * 4
-        machine.barrier()
 
         def clear(i):
             machine.store_shared_vector(bitmap + i * 4, zeros)
@@ -279,7 +302,7 @@ class RowSelection(RowReader):
             self.visit_row(visit)
 
         with machine.when(fits.ne(0)):
-            self.visit_collected(held, spilled, mark)
+            self.visit_collected(collected, mark)
         with machine.when(fits.eq(0)):
             mark_row()
         machine.barrier()

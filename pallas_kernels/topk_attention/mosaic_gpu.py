@@ -17,4 +17,6 @@ def topk_attention(
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.topk_attention`; bfloat16 queries, keys and values of 128 elements a head."""
-    return sparse_attention(q, kv, select_topk(scores, lengths, top_k), page_table, scale=scale)
+    with jax.named_scope("selection"):
+        indices = select_topk(scores, lengths, top_k)
+    return sparse_attention(q, kv, indices, page_table, scale=scale)

@@ -14,7 +14,7 @@ class NumpyMachine:
     """Same methods as `pallas_kernels.simt.Machine`. Reads outside an array by an active thread raise."""
 
     def __init__(self, threads, cluster, shared_words, seed=0):
-        self.threads, self.cluster = threads, cluster
+        self.threads, self.cluster, self.teams = threads, cluster, 1
         lanes = np.arange(threads * cluster)
         self.block = lanes // threads
         self.memory = np.random.default_rng(seed).integers(0, 1 << 32, (cluster, shared_words), dtype=U32)
@@ -139,9 +139,12 @@ class NumpyMachine:
         at = self.active
         self.memory[self.block[at], self._where(self.word(address))[at]] = self.word(value).raw[at]
 
-    def store_shared_pair_where(self, address, a, b, condition):
+    def address_of(self, address):
+        return self.word(address) * 4
+
+    def store_pair_where(self, byte_address, a, b, condition):
         with self.when(condition):
-            self.store_shared_vector(address, [a, b])
+            self.store_shared_vector(byte_address >> 2, [a, b])
 
     def store_shared_vector(self, address, values):
         assert (self.word(address).raw[self.active] % len(values) == 0).all()
@@ -241,13 +244,16 @@ class NumpyMachine:
         yield
         self.active = saved
 
-    def branch(self, condition, body, carry):
+    def branch(self, condition, body, carry, otherwise=lambda *carry: carry):
         carry = [self.word(v) for v in carry]
-        if not (self.active & condition.raw).any():
-            return carry
-        with self.when(condition):
-            new = body(*carry)
-        return [self.select(condition, n, c) for n, c in zip(new, carry, strict=True)]
+        results = []
+        for taken, run in ((condition.raw, body), (~condition.raw, otherwise)):
+            if (self.active & taken).any():
+                with self.when(self._value(taken)):
+                    results.append((self._value(taken), run(*carry)))
+        for taken, new in results:
+            carry = [self.select(taken, n, c) for n, c in zip(new, carry, strict=True)]
+        return carry
 
     def loop(self, start, stop, step, body, carry=()):
         i, stop = self.word(start), self.word(stop)

@@ -1,4 +1,4 @@
-"""What only the Hopper index scores have: an entry that leaves out what is not seen. The rest is tested one folder up."""
+"""What only the Hopper index scores have: an entry that leaves out what is not seen."""
 
 import functools
 
