@@ -73,7 +73,7 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, cluster: int |
         raise NotImplementedError(f"k must be from 1 to {_MAX_K}")
     rows = scores.size // size
     flat, limits = scores.reshape(rows, size), lengths.reshape(rows)
-    held = few_rows_plan(rows, size, k, MULTIPROCESSORS) if cluster is None else None
+    held = few_rows_plan(rows, size, k) if cluster is None else None
     if held is not None:
         return select_few_rows(flat, limits, held).reshape(*lengths.shape, k)
     plan, teams = make_plan(rows, size, k, cluster)

@@ -72,7 +72,14 @@ few = jax.jit(few_rows.select_few_rows, static_argnames="plan")
 
 @pytest.mark.parametrize(
     ("rows", "size", "k", "cluster"),
-    [(10, 131_072, 2048, 8), (10, 32_768, 2048, 8), (10, 40_004, 2048, 4), (10, 20_000, 4096, 2), (6, 1024, 100, 8)],
+    [
+        (10, 131_072, 2048, 16),
+        (10, 131_072, 2048, 8),
+        (10, 32_768, 2048, 8),
+        (10, 40_004, 2048, 4),
+        (10, 20_000, 4096, 2),
+        (6, 1024, 100, 8),
+    ],
 )
 def test_few_rows(rows, size, k, cluster):
     plan = few_rows.Plan(size, k, cluster)

@@ -177,7 +177,7 @@ def test_single_queries_match_xla(batch, length, heads, kv_heads, top_k, cluster
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
-@pytest.mark.parametrize("batch,kv_heads,cluster", [(3, 4, None), (2, 2, 1), (70, 1, 2)])
+@pytest.mark.parametrize("batch,kv_heads,cluster", [(3, 4, None), (2, 2, 1), (70, 1, 2), (4, 4, 16)])
 def test_dense_decode_matches_xla(batch, kv_heads, cluster):
     key = jax.random.key(5)
     kv, pages = pool_and_pages(key, 4096, kv_heads)
