@@ -25,12 +25,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import STAGE_TRANSFORMS, load_gates, stage, store, sum_heads
+from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import load_gates, load_scales, store, sum_heads
 from pallas_kernels.indexer_scores.mosaic_gpu.products import CTAS, ROWS, finish_dots, start_dots, sync_warpgroup
 
 _WIDTH = 8  # queries of one warpgroup
 _COLUMNS = 128  # largest N of one product
+_MOST_COPIED = 256  # elements of an axis that one TMA copies
 _SHARED_BYTES = 225 * 1024
+_REGISTERS = {2: (40, 232), 3: (32, 160)}
+"""Registers of a producer's and a consumer's thread; together no more than a block of that many warpgroups has."""
 
 
 def _cdiv(a, b):
@@ -45,23 +48,27 @@ class _Config:
     depth: int  # products in flight in a warpgroup
 
 
-def _choose(heads: int, dim: int, length: int) -> _Config:
+def _choose(queries: int, heads: int, row_bytes: int, length: int) -> _Config:
     depth = 2 if heads <= 16 else 1
+    # No more warpgroups than there are groups of queries: TMA does not clip an axis of one tile, it leaves it out.
+    most = _cdiv(queries, _WIDTH)
     for groups, tiles, stages in ((2, 4, 3), (2, 4, 2), (2, 2, 4), (2, 2, 2), (2, 1, 4), (1, 2, 2), (1, 1, 2)):
         step = tiles * ROWS
-        shared = groups * heads * _WIDTH * dim * 2 + stages * step * dim * 2 + (2 * groups + 1) * _WIDTH * step * 4
-        if length % step == 0 and shared <= _SHARED_BYTES:
+        shared = (
+            groups * heads * _WIDTH * row_bytes + stages * step * (row_bytes + 4) + _WIDTH * min(step, _MOST_COPIED) * 4
+        )
+        if groups <= most and length % step == 0 and shared <= _SHARED_BYTES:
             return _Config(groups, tiles, stages, depth)
-    raise NotImplementedError(f"{heads} heads of {dim} do not fit shared memory")
+    raise NotImplementedError(f"{heads} heads of {row_bytes} bytes do not fit shared memory")
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "fill"))
-def prefill_scores(q, weights, keys, page_table, query_start, *, scale, fill):
+def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, scale, fill):
     batch, queries, heads, dim = q.shape
     _, page_size, _ = keys.shape
     length = page_table.shape[1] * page_size
-    c = _choose(heads, dim, length)
-    staged = queries % 8 == 0
+    itemsize, scaled = keys.dtype.itemsize, key_scales is not None
+    c = _choose(queries, heads, dim * itemsize, length)
     q = jnp.pad(
         q, ((0, 0), (0, -queries % 8), (0, 0), (0, 0))
     )  # TMA wants whole groups of 8; gates and stores are clipped
@@ -71,27 +78,16 @@ def prefill_scores(q, weights, keys, page_table, query_start, *, scale, fill):
     head_parts = [(h, min(most_heads, heads - h)) for h in range(0, heads, most_heads)]
     block = c.groups * _WIDTH
     blocks = _cdiv(queries, block)
-    swizzle = plgpu.find_swizzle(dim * 16)
-    transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
-    copy_rows = min(page_size, step)
+    swizzle = plgpu.find_swizzle(dim * itemsize * 8)
+    transforms = (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
+    copy_rows = min(page_size, step, _MOST_COPIED)
+    fill_keys = min(step, _MOST_COPIED)
     copies = step // copy_rows
     int32 = jnp.int32
 
-    def kernel(
-        q_ref,
-        weights_ref,
-        keys_ref,
-        table_ref,
-        start_ref,
-        out_ref,
-        q_smem,
-        k_smem,
-        stage_smem,
-        inf_smem,
-        q_barrier,
-        full,
-        empty,
-    ):
+    def kernel(q_ref, weights_ref, keys_ref, table_ref, start_ref, *refs):
+        scales_ref = refs[0] if scaled else None
+        out_ref, q_smem, k_smem, scale_smem, inf_smem, q_barrier, full, empty = refs[scaled:]
         cta = lax.axis_index("cta")
         wg = lax.axis_index("wg")
 
@@ -133,8 +129,8 @@ def prefill_scores(q, weights, keys, page_table, query_start, *, scale, fill):
 
         @pl.when(wg == c.groups)
         def _producer():
-            if c.groups == 2:
-                plgpu.set_max_registers(40, action="decrease")
+            if c.groups in _REGISTERS:
+                plgpu.set_max_registers(_REGISTERS[c.groups][0], action="decrease")
 
             def load_segment(b, i, lo, hi, done):
                 hi = jnp.maximum(jnp.minimum(hi, seen_steps(b, i)), lo)
@@ -158,6 +154,12 @@ def prefill_scores(q, weights, keys, page_table, query_start, *, scale, fill):
                             k_smem.at[slot, pl.ds(i * copy_rows, copy_rows)],
                             full.at[slot],
                         )
+                        if scaled:
+                            plgpu.copy_gmem_to_smem(
+                                scales_ref.at[page, pl.ds(row, copy_rows)],
+                                scale_smem.at[slot, pl.ds(i * copy_rows, copy_rows)],
+                                full.at[slot],
+                            )
                     return following
 
                 lax.fori_loop(lo, hi, load, addresses(jnp.minimum(lo, steps - 1)))
@@ -171,9 +173,13 @@ def prefill_scores(q, weights, keys, page_table, query_start, *, scale, fill):
                 def fill_steps(b, i, lo, hi):
                     def fill_step(s, _):
                         for j in range(block // _WIDTH):
-                            plgpu.copy_smem_to_gmem(
-                                inf_smem, out_ref.at[b, pl.ds(i * block + j * _WIDTH, _WIDTH), pl.ds(s * step, step)]
-                            )
+                            for first in range(0, step, fill_keys):
+                                plgpu.copy_smem_to_gmem(
+                                    inf_smem,
+                                    out_ref.at[
+                                        b, pl.ds(i * block + j * _WIDTH, _WIDTH), pl.ds(s * step + first, fill_keys)
+                                    ],
+                                )
 
                     lax.fori_loop(lo, hi, fill_step, None)
 
@@ -191,8 +197,8 @@ def prefill_scores(q, weights, keys, page_table, query_start, *, scale, fill):
 
         @pl.when(wg < c.groups)
         def _consumer():
-            if c.groups == 2:
-                plgpu.set_max_registers(232, action="increase")
+            if c.groups in _REGISTERS:
+                plgpu.set_max_registers(_REGISTERS[c.groups][1], action="increase")
 
             def score_segment(b, i, lo, hi, done):
                 hi = jnp.maximum(jnp.minimum(hi, seen_steps(b, i)), lo)
@@ -211,9 +217,9 @@ def prefill_scores(q, weights, keys, page_table, query_start, *, scale, fill):
                 def score(s, _, *, masked):
                     at = done + s - lo
                     slot = lax.rem(at, int32(c.stages))
-                    out_slot = lax.rem(at, int32(2))
                     plgpu.barrier_wait(full.at[slot])
                     work = [(tile, part) for tile in range(c.tiles) for part in range(len(head_parts))]
+                    factors = [load_scales(scale_smem.at[slot], tile) if scaled else None for tile in range(c.tiles)]
                     running = []
                     sums = None
 
@@ -225,13 +231,9 @@ def prefill_scores(q, weights, keys, page_table, query_start, *, scale, fill):
                             plgpu.barrier_arrive(empty.at[slot])
                         sums = sum_heads(dots, gates[part], _WIDTH, sums if part else None)
                         if part == len(head_parts) - 1:
-                            first_key = s * step + tile * ROWS
-                            if staged:
-                                if tile == 0:
-                                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                                stage(stage_smem.at[wg, out_slot], sums, tile, first_key, first_position, masked=masked)
-                            else:
-                                store(out_ref.at[b], sums, first_query, first_key, first_position, masked=masked)
+                            if scaled:
+                                sums = sums * factors[tile]
+                            store(out_ref.at[b], sums, first_query, s * step, tile, first_position, masked=masked)
 
                     for item in work:
                         tile, part = item
@@ -248,12 +250,6 @@ def prefill_scores(q, weights, keys, page_table, query_start, *, scale, fill):
                             finish_one(last=item == work[-1] and len(running) == 1)
                     while running:
                         finish_one(last=len(running) == 1)
-                    if staged:
-                        plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(
-                            stage_smem.at[wg, out_slot],
-                            out_ref.at[b, pl.ds(first_query, _WIDTH), pl.ds(s * step, step)],
-                        )
 
                 unmasked = jnp.clip((first_position + 1) // step, lo, hi)
                 lax.fori_loop(lo, unmasked, functools.partial(score, masked=False), None)
@@ -261,8 +257,6 @@ def prefill_scores(q, weights, keys, page_table, query_start, *, scale, fill):
                 return done + hi - lo
 
             segments(score_segment, reach)
-            if staged:
-                plgpu.wait_smem_to_gmem(0)
 
     call = plgpu.kernel(
         kernel,
@@ -272,13 +266,13 @@ def prefill_scores(q, weights, keys, page_table, query_start, *, scale, fill):
         num_threads=c.groups + 1,
         thread_name="wg",
         scratch_types=[
-            plgpu.SMEM((c.groups, heads * _WIDTH, dim), jnp.bfloat16, transforms=transforms),
-            plgpu.SMEM((c.stages, step, dim), jnp.bfloat16, transforms=transforms),
-            plgpu.SMEM((c.groups, 2, _WIDTH, step), jnp.float32, transforms=STAGE_TRANSFORMS),
-            plgpu.SMEM((_WIDTH, step), jnp.float32),
+            plgpu.SMEM((c.groups, heads * _WIDTH, dim), q.dtype, transforms=transforms),
+            plgpu.SMEM((c.stages, step, dim), keys.dtype, transforms=transforms),
+            plgpu.SMEM((c.stages, step), jnp.float32),
+            plgpu.SMEM((_WIDTH, fill_keys), jnp.float32),
             plgpu.Barrier(num_arrivals=heads, num_barriers=c.groups),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=c.stages),
+            plgpu.Barrier(num_arrivals=copies * (1 + scaled), num_barriers=c.stages),
             plgpu.Barrier(num_arrivals=c.groups, num_barriers=c.stages),
         ],
     )
-    return call(q, weights, keys, page_table, query_start)
+    return call(q, weights, keys, page_table, query_start, *([key_scales] if scaled else []))
