@@ -82,6 +82,11 @@ class Cache:
     page_table: jax.Array
     lengths: jax.Array
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that a sequence can have."""
+        return self.page_table.shape[1] * PAGE_SIZE
+
     @classmethod
     def create(
         cls,

@@ -60,6 +60,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     attention: options.Attention = "sparse",
     implementation: options.Implementation = None,
+    dense_below: options.DenseBelow = None,
     indexer_dtype: options.IndexerDtype = None,
     prefill_chunk: options.PrefillChunk = None,
     dtype: options.Dtype = "checkpoint",
@@ -68,7 +69,7 @@ def generate(
 
     The answer goes to stdout; reasoning, progress and a summary go to stderr.
     """
-    chosen = options.attention_options(attention, implementation, indexer_dtype)
+    chosen = options.attention_options(attention, implementation, dense_below, indexer_dtype)
     chunk = options.prefill_chunk_size(prefill_chunk)
     cast = options.parameter_dtype(dtype)
     conversation = _conversation(prompt, image or [], video or [], ctx.meta["media"], messages)

@@ -27,7 +27,7 @@ def verify(
     Prints the largest absolute error of each array and whether the selected sets and experts are identical. Exits
     with 1 if anything is beyond the tolerance.
     """
-    chosen = options.attention_options(attention, implementation, indexer_dtype)
+    chosen = options.attention_options(attention, implementation, indexer_dtype=indexer_dtype)
     chunk = options.prefill_chunk_size(prefill_chunk)
     cast = options.parameter_dtype(dtype)
     if not atol >= 0:

@@ -4,9 +4,6 @@ import jax
 
 from pallas_kernels.dispatch import dispatch
 
-# The Hopper kernel runs by its name alone, until the whole model has been run with it.
-_IMPLEMENTATIONS = ("xla", "mosaic_gpu")
-
 
 def indexer_scores(
     q: jax.Array,
@@ -40,5 +37,5 @@ def indexer_scores(
     Returns:
       float32 `[b, t, m * page_size]`; -inf after a query's own position.
     """
-    run = dispatch("indexer_scores.indexer_scores", _IMPLEMENTATIONS, implementation)
+    run = dispatch("indexer_scores.indexer_scores", ("mosaic_gpu", "xla"), implementation)
     return run(q, weights, keys, page_table, query_start, scale=scale, key_scales=key_scales)

@@ -1,5 +1,6 @@
 """Every operation's tests run against every implementation that works on this machine."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,6 +22,13 @@ def pytest_pyfunc_call():
 @pytest.fixture(params=available())
 def implementation(request):
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """Float32 matrices are multiplied as such: left to itself, JAX rounds them on a GPU."""
+    with jax.default_matmul_precision("highest" if jax.default_backend() == "gpu" else None):
+        yield
 
 
 @pytest.fixture
