@@ -62,8 +62,10 @@ def _measure(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
     programs = Programs([*chosen, *(case for layer in whole for case in (*layer.chunks, layer.dense))])
 
     def rows_of(case: Case) -> list[dict[str, Any]]:
-        print(f"{case.operation}: {case.size}", file=sys.stderr)
-        return measure(case, programs, ceilings)
+        rows = measure(case, programs, ceilings)
+        times = ", ".join(f"{row['candidate']} {row['seconds'] * 1e3:.3f} ms" for row in rows if "seconds" in row)
+        print(f"{case.operation}, {case.size}: {times}", file=sys.stderr, flush=True)
+        return rows
 
     dense: dict[int, list[dict[str, Any]]] = {}
 

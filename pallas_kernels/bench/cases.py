@@ -35,7 +35,7 @@ from pallas_kernels.bench.inputs import (
 )
 from pallas_kernels.bench.timing import Arguments
 from pallas_kernels.dispatch import available
-from pallas_kernels.indexer_scores import indexer_scores
+from pallas_kernels.indexer_scores import hadamard, indexer_scores, quantize
 from pallas_kernels.select_topk import select_topk
 from pallas_kernels.topk_attention import topk_attention
 
@@ -107,14 +107,29 @@ def _indexer_cases(contexts: list[int], queries: int) -> Iterator[Case]:
             keys = inputs.pages(2, 1, context, INDEX_DIM)
             return q, gates.astype(jnp.float32), keys, inputs.page_table(1, context), start
 
-        seen = queries * (context - queries / 2)
-        yield Case(
-            "indexer_scores",
-            f"{queries:,} queries x {size_name(context)} keys",
-            implementations("indexer_scores.indexer_scores", scale=INDEX_SCALE),
-            make,
-            flops=2 * seen * INDEX_HEADS * INDEX_DIM,
+        def make_float8(make: Any = make) -> Arguments:
+            q, gates, keys, table, start = make()
+            (q, q_scales), (keys, key_scales) = quantize(hadamard(q)), quantize(hadamard(keys))
+            return q, gates * q_scales, keys, table, start, key_scales
+
+        size = f"{queries:,} queries x {size_name(context)} keys"
+        exact = implementations("indexer_scores.indexer_scores", scale=INDEX_SCALE)
+        work = 2.0 * queries * (context - queries / 2) * INDEX_HEADS * INDEX_DIM
+        yield Case("indexer_scores", size, exact, make, flops=work)
+        yield Case("indexer_scores", f"{size}, float8", _float8_scores(), make_float8, flops=work)
+
+
+@functools.cache
+def _float8_scores() -> dict[str, Callable[..., Any]]:
+    def scores(
+        q: Any, gates: Any, keys: Any, table: Any, start: Any, key_scales: Any, *, implementation: str
+    ) -> jax.Array:
+        return indexer_scores(
+            q, gates, keys, table, start, scale=INDEX_SCALE, key_scales=key_scales, implementation=implementation
         )
+
+    names = implementations("indexer_scores.indexer_scores")
+    return {name: functools.partial(scores, implementation=name) for name in names}
 
 
 def _lax_top_k(scores: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -185,15 +200,15 @@ def attend_sparse(
     q: Any, kv: Any, table: Any, start: Any, index_q: Any, gates: Any, keys: Any, *, implementation: str
 ) -> Any:
     """Scores, selection and attention, as the model puts them together."""
-    kwargs = {"implementation": implementation}
-    scores = indexer_scores(index_q, gates, keys, table, start, scale=INDEX_SCALE, **kwargs)
+    scores = indexer_scores(index_q, gates, keys, table, start, scale=INDEX_SCALE, implementation=implementation)
     lengths = start[:, None] + jnp.arange(q.shape[1]) + 1
-    return topk_attention(q, scores, lengths, kv, table, top_k=TOP_K, scale=SCALE, **kwargs)
+    return topk_attention(q, scores, lengths, kv, table, top_k=TOP_K, scale=SCALE, implementation=implementation)
 
 
 @functools.cache
 def sparse_candidates() -> dict[str, Callable[..., Any]]:
-    return {name: functools.partial(attend_sparse, implementation=name) for name in available()}
+    names = implementations("topk_attention.topk_attention")
+    return {name: functools.partial(attend_sparse, implementation=name) for name in names}
 
 
 def _prefill_cases(contexts: list[int], queries: int) -> Iterator[Case]:
@@ -338,13 +353,10 @@ def _vision_cases(frames: int, patches: int) -> Iterator[Case]:
         shape = frames, patches, VISION_HEADS, VISION_DIM
         return (*(inputs.normal(seed, *shape) for seed in range(3)), jnp.full(frames, patches, jnp.int32))
 
-    def baseline(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
-        return dense_attention(q, k, v, causal=False)
-
     yield Case(
         "flash_attention",
         f"vision, {frames} frames of {patches:,} patches",
-        {**implementations("flash_attention.flash_attention", scale=VISION_DIM**-0.5), dense_baseline(): baseline},
+        implementations("flash_attention.flash_attention", scale=VISION_DIM**-0.5),
         make,
         flops=4.0 * frames * patches**2 * VISION_HEADS * VISION_DIM,
     )

@@ -22,9 +22,12 @@ from pallas_kernels.bench.timing import (
     program,
     torch_seconds_per_call,
 )
+from pallas_kernels.errors import UnsupportedError
 
 _PORTABLE_CALLS = 2
 """Most calls of what is no accelerated implementation in one program: it may take very long."""
+
+_FAST = ("mosaic_gpu", "cudnn", "cuDNN", "dsa", "scores")
 
 _SHORT_SECONDS = 1e-4
 """What takes less at the least is mostly launches: then the time on the device is taken too."""
@@ -71,13 +74,16 @@ class Programs:
 
 
 def measure(case: Case, programs: Programs, ceilings: dict[str, float | None]) -> list[dict[str, Any]]:
-    """A row for each candidate; one that fails has its reason in place of a time."""
+    """A row for each candidate that supports the arguments; one that fails has its reason in place of a time."""
     work, unit = (case.flops, "flops") if case.flops else (case.nbytes, "bytes")
     assert work is not None, case
     base: dict[str, Any] = {"operation": case.operation, "size": case.size, "unit": unit}
-    arguments = programs.make(case)
-    if case.union:
-        base["union"] = programs.union(case, arguments)
+    try:
+        arguments = programs.make(case)
+        if case.union:
+            base["union"] = programs.union(case, arguments)
+    except _FAILURES as error:
+        return [base | {"candidate": "inputs", "failed": _reason(error)}]
     rows, ceiling = [], ceilings[unit]
     for name, function in case.candidates.items():
         row: dict[str, Any] = base | {"candidate": name}
@@ -87,12 +93,18 @@ def measure(case: Case, programs: Programs, ceilings: dict[str, float | None]) -
                 row["seconds"] = torch_seconds_per_call(function.function, *arguments, calls=calls)
             else:
                 row |= _time(programs.candidate(function, calls, arguments), arguments, calls, case)
+        except UnsupportedError:
+            continue
         except _FAILURES as error:
-            rows.append(row | {"failed": (str(error).splitlines() or [type(error).__name__])[0][:100]})
+            rows.append(row | {"failed": _reason(error)})
             continue
         rate = work / row["seconds"]
         rows.append(row | {"rate": rate} | ({"share_of_ceiling": rate / ceiling} if ceiling else {}))
     return rows
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:100]
 
 
 def _time(compiled: Any, arguments: Arguments, calls: int, case: Case) -> dict[str, Any]:
@@ -109,7 +121,7 @@ def _time(compiled: Any, arguments: Arguments, calls: int, case: Case) -> dict[s
 
 def _calls(case: Case, name: str, specs: Any) -> int:
     calls = case.calls or number_of_calls(case.floor_seconds, specs)
-    return calls if name.startswith("mosaic") or name in ("dsa", "scores", "cuDNN") else min(calls, _PORTABLE_CALLS)
+    return calls if name in _FAST else min(calls, _PORTABLE_CALLS)
 
 
 def _settings(case: Case) -> tuple[jax.Array, ...]:

@@ -38,7 +38,12 @@ def draw(result: dict[str, Any], file: Path) -> None:
         if "ratio" in layer and layer["selections"] == "clustered":
             ratios.append((layer["tokens"], layer["dsa_seconds"], layer["ratio"]))
 
-    style = {"font.family": "sans-serif", "font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "bench"}
+    style: dict[Any, Any] = {
+        "font.family": "sans-serif",
+        "font.size": 11,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "bench",
+    }
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), _INK)
     style |= {"axes.edgecolor": _FAINT, "axes.facecolor": _PAPER, "figure.facecolor": _PAPER}
     with pyplot.rc_context(style):

@@ -1,5 +1,7 @@
 """Dense attention through cuDNN's fused kernels, on NVIDIA GPUs since Ampere."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -40,9 +42,11 @@ def paged_flash_attention(
 
     def attend(keys: jax.Array, values: jax.Array, mask: MaskType, lengths: jax.Array | None = None):
         each = None if lengths is None else jnp.full(batch, queries, jnp.int32)
-        out, lse = dot_product_attention(
+        # The library's types do not tell that it returns two arrays here.
+        out_and_lse: Any = dot_product_attention(
             q, keys, values, q_seqlen=each, kv_seqlen=lengths, scale=scale, mask_type=mask, return_residual=True
         )
+        out, lse = out_and_lse
         return out.astype(jnp.float32), lse.swapaxes(1, 2)
 
     own = query_start[:, None] + jnp.arange(queries)

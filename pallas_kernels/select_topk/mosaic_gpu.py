@@ -36,8 +36,8 @@ def row_body(machine, scores, lengths, positions, row, rank, *, rows, plan):
 def make_plan(rows: int, size: int, k: int, cluster: int | None = None) -> tuple[Plan, int]:
     """How rows are worked on, and the rows of a block; or refuses."""
     cluster = cluster or next((c for c in (8, 4, 2) if rows * c <= MULTIPROCESSORS), 1)
-    # As many as let some 64 of the k highest be among them.
-    samples = next((n for n in (1024, 2048) if n * k >= 64 * size), 4096)
+    # As many as let some 32 of the k highest be among them.
+    samples = next((n for n in (1024, 2048) if n * k >= 32 * size), 4096)
     plan = Plan(size, k, cluster=cluster, spill=max(2048, k), samples=samples)
     if cluster == 1 and rows > MULTIPROCESSORS and 2 * plan.words <= SHARED_WORDS:
         return plan, 2
@@ -73,7 +73,7 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, cluster: int |
         raise NotImplementedError(f"k must be from 1 to {_MAX_K}")
     rows = scores.size // size
     out_type = jax.ShapeDtypeStruct((rows, k), jnp.int32)
-    held = few_rows.few_rows_plan(rows, size, k, _MULTIPROCESSORS) if cluster is None else None
+    held = few_rows.few_rows_plan(rows, size, k, MULTIPROCESSORS) if cluster is None else None
     if held is not None:
         body = functools.partial(few_rows.few_rows_body, rows=rows, plan=held)
         run = launch(body, out_type, rows, held.cluster, held.threads, few_rows.WORDS)

@@ -42,13 +42,13 @@ class RowSelection(RowReader):
     # Histograms.
 
     def clear_bins(self):
+        """Empties the histograms, once, up to the next barrier; `find_bin` leaves them empty."""
         machine = self.machine
         each = BINS // machine.threads
         zeros = [machine.word(0)] * each
         machine.store_shared_vector(machine.thread * each, zeros)
         if machine.cluster > 1:
             machine.store_shared_vector(machine.thread * each + self.plan.totals, zeros)
-        machine.barrier()
 
     def find_bin(self, rank, together=True):
         """Counting from the highest bin down: the bin that holds the `rank`-th, how many are in higher bins, and in it.
@@ -60,7 +60,9 @@ class RowSelection(RowReader):
         together = together and machine.cluster > 1
         base = machine.word(BINS - each) - machine.thread * each
         machine.barrier()
+        zeros = [machine.word(0)] * each
         bins = machine.load_shared_vector(base, each)
+        machine.store_shared_vector(base, zeros)
         if together:  # The first block adds up, and looks; the others look too, but find nothing that is used.
             machine.cluster_barrier()
             for i in range(each):
@@ -68,6 +70,7 @@ class RowSelection(RowReader):
                     machine.add_first(base + (self.plan.totals + i), bins[i])
             machine.cluster_barrier()
             bins = machine.load_shared_vector(base + self.plan.totals, each)
+            machine.store_shared_vector(base + self.plan.totals, zeros)
         own = functools.reduce(Value.__add__, bins)
         inclusive = warp_scan(machine, own)
         with machine.when(machine.lane.eq(31)):
@@ -99,7 +102,6 @@ class RowSelection(RowReader):
         machine = self.machine
         zeros = machine.leading_zeros(high - low)
         shift = machine.select(zeros < 21, machine.word(21) - zeros, 0)
-        self.clear_bins()
 
         def bin_of(position, key):
             if measure is None:
@@ -141,6 +143,7 @@ class RowSelection(RowReader):
             else:
                 with machine.when(machine.thread < points - first):
                     sample(machine.thread + first)
+        machine.barrier()
         expected = machine.word(self.plan.k * samples) // self.length
         rank = expected + machine.square_root(expected) * 5 + 8
         low, _, _, _ = self.narrow_until(4, self.count_samples, rank.min(samples), 0, HIGHEST, 0, together=False)
@@ -207,11 +210,9 @@ class RowSelection(RowReader):
         """Position of the `rank`-th score equal to `threshold`."""
         machine = self.machine
         shift = machine.select(self.length > BINS, machine.word(21) - machine.leading_zeros(self.length - 1), 0)
-        self.clear_bins()
         self.count_row(lambda position, key: (machine.word(BINS - 1) - (position >> shift), key.eq(threshold)))
         found, earlier, _ = self.find_bin(rank)
         start = (machine.word(BINS - 1) - found) << shift
-        self.clear_bins()
 
         def visit(offset):
             with machine.when(start + offset < self.length):
@@ -245,6 +246,7 @@ class RowSelection(RowReader):
             return state(low, high, above)
 
         self.start_copies()
+        self.clear_bins()
         room = self.plan.slots * self.plan.threads
         [low] = machine.branch(self.length > room, lambda _: [self.lower_bound()], [0])
         _, low, high, above, *collected = machine.while_loop(
@@ -279,7 +281,6 @@ class RowSelection(RowReader):
         bitmap = machine.select(fits.ne(0), RING, self.plan.buffer)
         chunks = (self.end - self.begin + 1023) >> 10  # of 32 words, one a lane
         zeros = [machine.word(0)] * 4
-        machine.barrier()
 
         def clear(i):
             machine.store_shared_vector(bitmap + i * 4, zeros)

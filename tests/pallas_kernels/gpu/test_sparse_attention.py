@@ -149,16 +149,16 @@ def test_union_reads_nothing_behind_count():
 
 
 @pytest.mark.parametrize(
-    "batch,length,heads,kv_heads,top_k,splits",
-    [(3, 1, 32, 4, 200, None), (2, 1, 32, 4, 2048, 16), (2, 5, 8, 2, 130, 1)],
+    "batch,length,heads,kv_heads,top_k",
+    [(3, 1, 32, 4, 200), (2, 1, 32, 4, 2048), (2, 5, 8, 2, 130)],
 )
-def test_single_queries_match_xla(batch, length, heads, kv_heads, top_k, splits):
+def test_single_queries_match_xla(batch, length, heads, kv_heads, top_k):
     key = jax.random.key(3)
     kv, pages = pool_and_pages(key, 4096, kv_heads)
     q = jax.random.normal(key, (batch, length, heads, 128), jnp.bfloat16)
     tables = jnp.stack([jax.random.permutation(k, pages) for k in jax.random.split(key, batch)])
     indices = make_indices(key, batch * length, 4096, top_k).reshape(batch, length, top_k)
-    out, lse = mosaic_gpu.single_queries(q, kv, indices, tables, scale=SCALE, splits=splits)
+    out, lse = mosaic_gpu.sparse_attention(q, kv, indices, tables, scale=SCALE)
     expected_out, expected_lse = xla.sparse_attention(q, kv, indices, tables, scale=SCALE)
     assert relative_error(out, expected_out) < 5e-3
     assert relative_error(lse, expected_lse) < 1e-5
