@@ -7,8 +7,8 @@ import pytest
 from pallas_kernels.indexer_scores import indexer_scores
 from tests.pallas_kernels.paged import to_pages
 
-FLOAT8_ERROR = {"xla": 2.0**-20, "mosaic_gpu": 2.0**-12}
-"""Of the sum of all terms' magnitudes. Hopper's tensor cores keep about 14 bits where they add float8 products."""
+FLOAT8_ERROR = {"xla": 2.0**-20, "mosaic_gpu": 2.0**-11}
+"""Of the sum of the terms' magnitudes. Hopper's tensor cores add float8 products in fewer bits than float32 has."""
 
 
 def oracle(q, weights, keys, query_start, scale):

@@ -12,13 +12,7 @@ from jaxlib.mlir.dialects import arith, llvm
 from pallas_kernels.indexer_scores.mosaic_gpu.products import FRAGMENT, ROWS, const, fragment, scalars, thread_position
 
 SPLAT = plgpu.Layout.WG_SPLAT
-
-
-SAT = "none"
-
-
-def saturates(head):
-    return {"none": False, "all": True, "odd": head % 2 == 1, "third": head % 3 == 1}[SAT]
+STAGE_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
 
 def load_gates(weights, first_query, first_head, heads, width, scale):
@@ -33,9 +27,8 @@ def load_gates(weights, first_query, first_head, heads, width, scale):
         f32, kind = ir.F32Type.get(), ir.MemRefType(weights.type).element_type
         queries, all_heads = ir.MemRefType(weights.type).shape
         _, column = thread_position()
-        values = []
+        values, factor = [], arith.constant(f32, scale)
         for head in range(first_head, first_head + heads):
-            factor = arith.constant(f32, scale * (2.0**25 if saturates(head) else 1.0))
             for group in range(width // 8):
                 pair = []
                 for i in range(2):
@@ -66,60 +59,89 @@ def sum_heads(dots, gates, width, before):
         zero = arith.constant(ir.F32Type.get(), 0.0)
         sums = scalars(before[0]) if before else [None] * each
         for i, (dot, gate) in enumerate(zip(dots, gates, strict=True)):
-            if saturates(i // each):
-                dot = llvm.inline_asm(
-                    ir.F32Type.get(), [dot], "mul.rn.sat.f32 $0, $1, 0f33000000;", "=f,f", asm_dialect=0
-                )
-            else:
-                dot = arith.maximumf(dot, zero)
-            term = fragmented_array.mulf(dot, gate)
+            term = fragmented_array.mulf(arith.maximumf(dot, zero), gate)
             sums[i % each] = term if sums[i % each] is None else fragmented_array.addf(sums[i % each], term)
         return fragment(sums, width)
 
     return head_sum(dots, gates, *((before,) if has_before else ()))
 
 
-def store(out, scores, first_query, first_key, tile, first_position, *, masked):
-    """Writes a tile's scores[64 keys, 8 queries] to out[queries, keys] in GMEM; queries beyond its end are left out.
-
-    `first_key` is the first of the tile's step. A warp's store fills sectors of 32 bytes: 8 keys of 4 queries.
-    """
+def store(out, scores, first_query, first_key, first_position, *, masked):
+    """Writes scores[64 keys, queries] to out[queries, keys] in GMEM, rows beyond its end left out."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), FRAGMENT) + (SPLAT,) * 3)
-    def write(ctx, out, scores, first_query, first_key, first_position):
+    def store(ctx, out, scores, first_query, first_key, first_position):
         del ctx
         i64, f32 = ir.IntegerType.get_signless(64), ir.F32Type.get()
         first_query, first_key, first_position = (v.registers.item() for v in (first_query, first_key, first_position))
         queries, length = ir.MemRefType(out.type).shape
         row, column = thread_position()
-        query = arith.addi(first_query, column)
-        base = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(out))
-        place = arith.addi(arith.muli(arith.extui(i64, query), const(length, 64)), arith.extui(i64, row))
-        pointer = utils.getelementptr(utils.getelementptr(base, [place], f32), [arith.extui(i64, first_key)], f32)
-        values = scalars(scores)
-        if masked:
-            infinity = arith.constant(f32, float("-inf"))
-            # last visible key of this thread's first query, relative to its first key
-            reach = arith.subi(arith.addi(first_position, column), arith.addi(first_key, row))
-            for i, value in enumerate(values):
-                half, pair = i // 2, i % 2
-                visible = arith.cmpi(arith.CmpIPredicate.sge, reach, const(ROWS * tile + 8 * half - pair))
-                values[i] = arith.select(visible, value, infinity)
-        lines = ["{ .reg .pred p, q;", "setp.gt.s32 p, $5, 0;", "setp.gt.s32 q, $5, 1;"]
-        for i in range(4):
-            half, pair = i // 2, i % 2
-            offset = (pair * length + ROWS * tile + 8 * half) * 4
-            lines.append(f"@{'pq'[pair]} st.global.f32 [$0 + {offset}], ${i + 1};")
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"),
-            [pointer, *values, arith.subi(const(queries), query)],
-            "\n".join([*lines, "}"]),
-            "l,f,f,f,f,r",
-            has_side_effects=True,
-            asm_dialect=0,
-        )
+        key = arith.addi(first_key, row)
 
-    write(out, scores, first_query, first_key, first_position)
+        def wide(v):
+            return arith.extui(i64, v)
+
+        base = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(out))
+        lane_offset = arith.addi(arith.muli(wide(arith.addi(first_query, column)), const(length, 64)), wide(row))
+        pointer = utils.getelementptr(utils.getelementptr(base, [lane_offset], f32), [wide(first_key)], f32)
+        infinity = arith.constant(f32, float("-inf"))
+        # last visible key of this thread's first query, relative to its first key
+        reach = arith.subi(arith.addi(first_position, column), key) if masked else None
+        room = arith.subi(const(queries), arith.addi(first_query, column))
+        for i, value in enumerate(scalars(scores)):
+            group, half, pair = i // 4, i // 2 % 2, i % 2
+            if masked:
+                visible = arith.cmpi(arith.CmpIPredicate.sge, reach, const(8 * half - 8 * group - pair))
+                value = arith.select(visible, value, infinity)
+            offset = ((8 * group + pair) * length + 8 * half) * 4
+            inside = arith.extui(
+                ir.IntegerType.get_signless(32),
+                arith.cmpi(arith.CmpIPredicate.sgt, room, const(8 * group + pair)),
+            )
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [pointer, value, inside],
+                f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0 + {offset}], $1; }}",
+                "l,f,r",
+                has_side_effects=True,
+                asm_dialect=0,
+            )
+
+    store(out, scores, first_query, first_key, first_position)
+
+
+def stage(stage, scores, tile, first_key, first_position, *, masked):
+    """Writes scores[64 keys, queries] to stage[queries, keys], tiled (8, 32) and swizzled for the copy engine."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(STAGE_TRANSFORMS), FRAGMENT) + (SPLAT,) * 2)
+    def store(ctx, stage, scores, first_key, first_position):
+        del ctx
+        f32 = ir.F32Type.get()
+        first_key, first_position = (v.registers.item() for v in (first_key, first_position))
+        _, key_tiles, _, _ = ir.MemRefType(stage.type).shape
+        row, column = thread_position()
+        base = utils.memref_ptr(stage)
+        infinity = arith.constant(f32, float("-inf"))
+        reach = arith.subi(arith.addi(first_position, column), arith.addi(first_key, row)) if masked else None
+        # 16-byte chunk c of the 128-byte row of query q lies at chunk c ^ q
+        chunk = arith.divui(arith.remui(row, const(32)), const(4))
+        start = arith.addi(
+            arith.muli(arith.divui(row, const(32)), const(256)),
+            arith.addi(arith.muli(column, const(32)), arith.remui(row, const(4))),
+        )
+        for i, value in enumerate(scalars(scores)):
+            group, half, pair = i // 4, i // 2 % 2, i % 2
+            if masked:
+                visible = arith.cmpi(arith.CmpIPredicate.sge, reach, const(8 * half - 8 * group - pair))
+                value = arith.select(visible, value, infinity)
+            place = arith.xori(arith.xori(chunk, column), const(2 * half + pair))
+            at = arith.addi(
+                arith.addi(start, arith.muli(place, const(4))),
+                const((group * key_tiles + tile * 2) * 256 + 32 * pair),
+            )
+            llvm.store(value, utils.getelementptr(base, [at], f32))
+
+    store(stage, scores, first_key, first_position)
 
 
 def load_scales(scales, tile):

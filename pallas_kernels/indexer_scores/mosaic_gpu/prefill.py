@@ -8,6 +8,7 @@ table with TMA; two consumer warpgroups read the same keys, each for 8 queries o
   N, so the 16 terms of one score lie in one thread's registers and their sum needs no exchange between threads.
 * relu and gate are one max and one fma a term, in fp32. The gates are constant for a block and stay in registers.
 * A warpgroup keeps two products in flight: while the tensor cores multiply one tile, it sums the heads of the other.
+* Scales of keys, if there are any, come with the keys and multiply a key's sums.
 * The scores of a step go through swizzled shared memory to a TMA store; where the number of queries is no multiple of 8
   (TMA could not clip there), threads store them directly.
 * Steps that no query of a block sees are not computed; TMA fills them with -inf.
@@ -25,15 +26,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import load_gates, load_scales, store, sum_heads
+from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import (
+    STAGE_TRANSFORMS,
+    load_gates,
+    load_scales,
+    stage,
+    store,
+    sum_heads,
+)
 from pallas_kernels.indexer_scores.mosaic_gpu.products import CTAS, ROWS, finish_dots, start_dots, sync_warpgroup
 
 _WIDTH = 8  # queries of one warpgroup
 _COLUMNS = 128  # largest N of one product
-_MOST_COPIED = 256  # elements of an axis that one TMA copies
 _SHARED_BYTES = 225 * 1024
-_REGISTERS = {2: (40, 232), 3: (32, 160)}
-"""Registers of a producer's and a consumer's thread; together no more than a block of that many warpgroups has."""
 
 
 def _cdiv(a, b):
@@ -55,7 +60,7 @@ def _choose(queries: int, heads: int, row_bytes: int, length: int) -> _Config:
     for groups, tiles, stages in ((2, 4, 3), (2, 4, 2), (2, 2, 4), (2, 2, 2), (2, 1, 4), (1, 2, 2), (1, 1, 2)):
         step = tiles * ROWS
         shared = (
-            groups * heads * _WIDTH * row_bytes + stages * step * (row_bytes + 4) + _WIDTH * min(step, _MOST_COPIED) * 4
+            groups * heads * _WIDTH * row_bytes + stages * step * (row_bytes + 4) + (2 * groups + 1) * _WIDTH * step * 4
         )
         if groups <= most and length % step == 0 and shared <= _SHARED_BYTES:
             return _Config(groups, tiles, stages, depth)
@@ -69,6 +74,7 @@ def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, sca
     length = page_table.shape[1] * page_size
     itemsize, scaled = keys.dtype.itemsize, key_scales is not None
     c = _choose(queries, heads, dim * itemsize, length)
+    staged = queries % 8 == 0
     q = jnp.pad(
         q, ((0, 0), (0, -queries % 8), (0, 0), (0, 0))
     )  # TMA wants whole groups of 8; gates and stores are clipped
@@ -80,14 +86,13 @@ def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, sca
     blocks = _cdiv(queries, block)
     swizzle = plgpu.find_swizzle(dim * itemsize * 8)
     transforms = (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
-    copy_rows = min(page_size, step, _MOST_COPIED)
-    fill_keys = min(step, _MOST_COPIED)
+    copy_rows = min(page_size, step)
     copies = step // copy_rows
     int32 = jnp.int32
 
     def kernel(q_ref, weights_ref, keys_ref, table_ref, start_ref, *refs):
         scales_ref = refs[0] if scaled else None
-        out_ref, q_smem, k_smem, scale_smem, inf_smem, q_barrier, full, empty = refs[scaled:]
+        out_ref, q_smem, k_smem, scale_smem, stage_smem, inf_smem, q_barrier, full, empty = refs[scaled:]
         cta = lax.axis_index("cta")
         wg = lax.axis_index("wg")
 
@@ -129,8 +134,8 @@ def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, sca
 
         @pl.when(wg == c.groups)
         def _producer():
-            if c.groups in _REGISTERS:
-                plgpu.set_max_registers(_REGISTERS[c.groups][0], action="decrease")
+            if c.groups == 2:
+                plgpu.set_max_registers(40, action="decrease")
 
             def load_segment(b, i, lo, hi, done):
                 hi = jnp.maximum(jnp.minimum(hi, seen_steps(b, i)), lo)
@@ -173,13 +178,9 @@ def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, sca
                 def fill_steps(b, i, lo, hi):
                     def fill_step(s, _):
                         for j in range(block // _WIDTH):
-                            for first in range(0, step, fill_keys):
-                                plgpu.copy_smem_to_gmem(
-                                    inf_smem,
-                                    out_ref.at[
-                                        b, pl.ds(i * block + j * _WIDTH, _WIDTH), pl.ds(s * step + first, fill_keys)
-                                    ],
-                                )
+                            plgpu.copy_smem_to_gmem(
+                                inf_smem, out_ref.at[b, pl.ds(i * block + j * _WIDTH, _WIDTH), pl.ds(s * step, step)]
+                            )
 
                     lax.fori_loop(lo, hi, fill_step, None)
 
@@ -197,8 +198,8 @@ def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, sca
 
         @pl.when(wg < c.groups)
         def _consumer():
-            if c.groups in _REGISTERS:
-                plgpu.set_max_registers(_REGISTERS[c.groups][1], action="increase")
+            if c.groups == 2:
+                plgpu.set_max_registers(232, action="increase")
 
             def score_segment(b, i, lo, hi, done):
                 hi = jnp.maximum(jnp.minimum(hi, seen_steps(b, i)), lo)
@@ -217,6 +218,7 @@ def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, sca
                 def score(s, _, *, masked):
                     at = done + s - lo
                     slot = lax.rem(at, int32(c.stages))
+                    out_slot = lax.rem(at, int32(2))
                     plgpu.barrier_wait(full.at[slot])
                     work = [(tile, part) for tile in range(c.tiles) for part in range(len(head_parts))]
                     factors = [load_scales(scale_smem.at[slot], tile) if scaled else None for tile in range(c.tiles)]
@@ -233,7 +235,13 @@ def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, sca
                         if part == len(head_parts) - 1:
                             if scaled:
                                 sums = sums * factors[tile]
-                            store(out_ref.at[b], sums, first_query, s * step, tile, first_position, masked=masked)
+                            first_key = s * step + tile * ROWS
+                            if staged:
+                                if tile == 0:
+                                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                                stage(stage_smem.at[wg, out_slot], sums, tile, first_key, first_position, masked=masked)
+                            else:
+                                store(out_ref.at[b], sums, first_query, first_key, first_position, masked=masked)
 
                     for item in work:
                         tile, part = item
@@ -250,6 +258,12 @@ def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, sca
                             finish_one(last=item == work[-1] and len(running) == 1)
                     while running:
                         finish_one(last=len(running) == 1)
+                    if staged:
+                        plgpu.commit_smem()
+                        plgpu.copy_smem_to_gmem(
+                            stage_smem.at[wg, out_slot],
+                            out_ref.at[b, pl.ds(first_query, _WIDTH), pl.ds(s * step, step)],
+                        )
 
                 unmasked = jnp.clip((first_position + 1) // step, lo, hi)
                 lax.fori_loop(lo, unmasked, functools.partial(score, masked=False), None)
@@ -257,6 +271,8 @@ def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, sca
                 return done + hi - lo
 
             segments(score_segment, reach)
+            if staged:
+                plgpu.wait_smem_to_gmem(0)
 
     call = plgpu.kernel(
         kernel,
@@ -269,7 +285,8 @@ def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, sca
             plgpu.SMEM((c.groups, heads * _WIDTH, dim), q.dtype, transforms=transforms),
             plgpu.SMEM((c.stages, step, dim), keys.dtype, transforms=transforms),
             plgpu.SMEM((c.stages, step), jnp.float32),
-            plgpu.SMEM((_WIDTH, fill_keys), jnp.float32),
+            plgpu.SMEM((c.groups, 2, _WIDTH, step), jnp.float32, transforms=STAGE_TRANSFORMS),
+            plgpu.SMEM((_WIDTH, step), jnp.float32),
             plgpu.Barrier(num_arrivals=heads, num_barriers=c.groups),
             plgpu.Barrier(num_arrivals=copies * (1 + scaled), num_barriers=c.stages),
             plgpu.Barrier(num_arrivals=c.groups, num_barriers=c.stages),
