@@ -44,6 +44,19 @@ def test_indexer_scores(function, batch, queries, context):
     lower(functools.partial(function, scale=0.125), *index_arguments(batch, queries, context))
 
 
+@pytest.mark.parametrize(
+    ("batch", "queries", "context"), [(1, 2048, 131_072), (1, 8, 131_072), (1, 1001, 262_144), (8, 1, 131_072)]
+)
+def test_float8_indexer_scores(batch, queries, context):
+    q, gates, keys, table, start = index_arguments(batch, queries, context)
+    q, keys = (spec(*x.shape, dtype=jnp.float8_e4m3fn) for x in (q, keys))
+
+    def score(*arguments):
+        return indexer_scores(*arguments[:5], scale=0.125, key_scales=arguments[5])
+
+    lower(score, q, gates, keys, table, start, floats(*keys.shape[:2]))
+
+
 @pytest.mark.parametrize(("heads", "dim"), [(8, 32), (24, 96), (32, 128), (64, 64)])
 def test_indexer_scores_of_other_models(heads, dim):
     arguments = spec(2, 100, heads, dim), floats(2, 100, heads), spec(128, PAGE, dim), integers(2, 64), integers(2)
