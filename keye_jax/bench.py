@@ -8,7 +8,8 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -28,8 +29,8 @@ WEIGHT_SCALE = 0.02
 FRAME = 16
 """Side of a frame of the made-up video, in tokens."""
 
-NOISE = 0.23
-"""Share of each token's embedding that is its own; with 0.23 sixteen neighbouring queries of a model with random
+NOISE = 0.3
+"""Share of each token's embedding that is its own; with 0.3 sixteen neighbouring queries of a model with random
 weights select about 8,192 of 131,072 keys together, with 1 tokens are unrelated."""
 
 PARTS = ("indexer", "selection", "attention", "experts")
@@ -134,6 +135,17 @@ class Timing:
     seconds: float
     tokens_per_second: float
     workspace_bytes: int
+
+
+def compile_steps(runners: Iterable[Runner], prompts: Iterable[int], batches: Iterable[tuple[int, int]]) -> None:
+    """Compiles side by side all that reading prompts of so many tokens and writing to (batch, context) will need."""
+    compiling = [
+        *(functools.partial(runner.compile_prefill, tokens) for runner in runners for tokens in prompts),
+        *(functools.partial(runner.compile_decode, *sizes) for runner in runners for sizes in batches),
+    ]
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(compile_one) for compile_one in compiling]:
+            done.result()
 
 
 def time_prefill(runner: Runner, prompt: Prompt, repeats: int) -> Timing:

@@ -62,7 +62,7 @@ def bench(
         # Kernels in CUDA graphs do not say which part of the model they belong to.
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
 
-    from keye_jax.bench import random_model
+    from keye_jax.bench import compile_steps, random_model
     from keye_jax.config import KeyeConfig
     from keye_jax.runner import Runner
 
@@ -86,12 +86,23 @@ def bench(
 
     model = random_model(sizes)
     runners = {name: Runner(model, sizes, options=chosen[name], prefill_chunk=chunk) for name in chosen}
+    lengths = [
+        tokens
+        for tokens in lengths[: 1 if breakdown else None]
+        if not _refused(sizes, f"prefill {_size(tokens)}", 1, tokens, 2 * tokens * sizes.hidden_size)
+    ]
+    batches = [
+        (batch, context)
+        for batch, context in batches[: 1 if breakdown else None]
+        if not _refused(sizes, f"decode, {batch} x {_size(context)}", batch, context, 0)
+    ]
+    compile_steps(runners.values(), lengths, batches)
     if breakdown:
-        rows = list(_parts(runners, sizes, lengths[:1], batches[:1]))
+        rows = list(_parts(runners, sizes, lengths, batches))
     else:
         rows = [
             *_prefill_rows(runners, sizes, lengths, repeats, unrelated=unrelated),
-            *_decode_rows(runners, sizes, batches),
+            *_decode_rows(runners, batches),
         ]
     _print_peak()
     if as_json:
@@ -108,8 +119,6 @@ def _prefill_rows(
 
     for tokens in lengths:
         what = f"prefill {_size(tokens)}"
-        if _refused(config, what, 1, tokens, 2 * tokens * config.hidden_size):
-            continue
         # Dense attention takes the same time however tokens are related.
         dense = None
         kinds = {"video": NOISE} | ({"unrelated tokens": 1.0} if unrelated else {})
@@ -128,15 +137,11 @@ def _prefill_rows(
             yield {"what": f"unions of {what}, {kind}", "tokens": tokens, "noise": noise, "unions": unions.tolist()}
 
 
-def _decode_rows(
-    runners: dict[str, Runner], config: KeyeConfig, batches: list[tuple[int, int]]
-) -> Iterator[dict[str, Any]]:
+def _decode_rows(runners: dict[str, Runner], batches: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
     from keye_jax.bench import time_decode
 
     for batch, context in batches:
         what = f"decode, {batch} x {_size(context)}"
-        if _refused(config, what, batch, context, 0):
-            continue
         sizes = {"batch": batch, "context": context}
         dense = None
         for name, runner in runners.items():
@@ -156,13 +161,11 @@ def _parts(
         raise UserError("--breakdown needs an NVIDIA GPU, whose profiler tells kernels apart")
     for name, runner in runners.items():
         for tokens in lengths:
-            if not _refused(config, f"prefill {_size(tokens)}", 1, tokens, 2 * tokens * config.hidden_size):
-                seconds = prefill_parts(runner, Prompt.video(config, tokens))
-                yield _report_parts(f"prefill {_size(tokens)}, {name}", seconds)
+            seconds = prefill_parts(runner, Prompt.video(config, tokens))
+            yield _report_parts(f"prefill {_size(tokens)}, {name}", seconds)
         for batch, context in batches:
-            if not _refused(config, f"decode, {batch} x {_size(context)}", batch, context, 0):
-                seconds = decode_parts(runner, batch, context)
-                yield _report_parts(f"decode, {batch} x {_size(context)}, {name}", seconds)
+            seconds = decode_parts(runner, batch, context)
+            yield _report_parts(f"decode, {batch} x {_size(context)}, {name}", seconds)
 
 
 def _report(what: str, timing: Timing, sizes: dict[str, Any], dense: Timing | None = None) -> dict[str, Any]:
@@ -218,7 +221,7 @@ def _print_setting(config: KeyeConfig, for_context: Any) -> None:
     dense = max((tokens for tokens in powers if for_context(tokens).attention == "dense"), default=0)
     print(
         f"{jax.devices()[0].device_kind}, {config.num_hidden_layers} layers, {weight_bytes(config) / 1e9:.1f} GB of "
-        f"random {config.dtype} weights; sparse is dense up to {_size(dense)} tokens",
+        f"random {config.dtype} weights" + (f"; sparse is dense up to {_size(dense)} tokens" if dense else ""),
         flush=True,
     )
 

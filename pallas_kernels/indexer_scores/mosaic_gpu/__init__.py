@@ -21,6 +21,7 @@ def indexer_scores(
     *,
     scale: float,
     key_scales: jax.Array | None = None,
+    fill: bool = True,
 ) -> jax.Array:
     """`scale * sum_n weights[b,t,n] * relu(q[b,t,n] . keys[b,s])`, causal; see `api.indexer_scores`.
 
@@ -32,6 +33,7 @@ def indexer_scores(
       query_start: int32 `[b]`.
       scale: factor on the sum.
       key_scales: fp32 `[p, page_size]`, or None.
+      fill: whether positions after a query's own are written.
 
     Returns:
       float32 `[b, t, m * page_size]`; -inf after a query's own position.
@@ -39,27 +41,6 @@ def indexer_scores(
     Raises:
       NotImplementedError: dtypes or sizes this kernel is not made for (it does not look at the device).
     """
-    return _dispatch(q, weights, keys, page_table, query_start, scale=scale, key_scales=key_scales, fill=True)
-
-
-def indexer_scores_unfilled(
-    q: jax.Array,
-    weights: jax.Array,
-    keys: jax.Array,
-    page_table: jax.Array,
-    query_start: jax.Array,
-    *,
-    scale: float,
-    key_scales: jax.Array | None = None,
-) -> jax.Array:
-    """`indexer_scores` for a caller that reads only positions up to each query's own; the others are undefined.
-
-    Worth it where the page table reaches far beyond the queries: nothing is written there.
-    """
-    return _dispatch(q, weights, keys, page_table, query_start, scale=scale, key_scales=key_scales, fill=False)
-
-
-def _dispatch(q, weights, keys, page_table, query_start, *, scale, key_scales, fill):
     _, queries, heads, dim = q.shape
     page_size = keys.shape[1]
     length = page_table.shape[1] * page_size
