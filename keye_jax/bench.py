@@ -22,6 +22,7 @@ from keye_jax.config import KeyeConfig
 from keye_jax.model.keye import Keye
 from keye_jax.model.positions import mrope_positions
 from keye_jax.runner import Runner, round_up
+from keye_jax.sampling import Sampling
 
 WEIGHT_SCALE = 0.02
 """Standard deviation of random matrices, as such models are initialised with."""
@@ -29,12 +30,14 @@ WEIGHT_SCALE = 0.02
 FRAME = 16
 """Side of a frame of the made-up video, in tokens."""
 
-NOISE = 0.3
-"""Share of each token's embedding that is its own; with 0.3 sixteen neighbouring queries of a model with random
+NOISE = 0.33
+"""Share of each token's embedding that is its own; with 0.33 sixteen neighbouring queries of a model with random
 weights select about 8,192 of 131,072 keys together, with 1 tokens are unrelated."""
 
 PARTS = ("indexer", "selection", "attention", "experts")
 """Named scopes of the model that device time is told apart by; what is in none of them is the rest."""
+
+GREEDY = Sampling(temperature=0.0)
 
 _GROUP = 16
 _DECODE_STEPS = 16
@@ -141,7 +144,7 @@ def compile_steps(runners: Iterable[Runner], prompts: Iterable[int], batches: It
     """Compiles side by side all that reading prompts of so many tokens and writing to (batch, context) will need."""
     compiling = [
         *(functools.partial(runner.compile_prefill, tokens) for runner in runners for tokens in prompts),
-        *(functools.partial(runner.compile_decode, *sizes) for runner in runners for sizes in batches),
+        *(functools.partial(runner.compile_write, *sizes, GREEDY) for runner in runners for sizes in batches),
     ]
     with ThreadPoolExecutor() as pool:
         for done in [pool.submit(compile_one) for compile_one in compiling]:
@@ -193,12 +196,13 @@ def random_cache(runner: Runner, batch: int, context: int, length: int, seed: in
 
 @functools.partial(jax.jit, donate_argnums=1)
 def _fill(key: jax.Array, x: jax.Array) -> jax.Array:
-    return jax.random.normal(key, x.shape).astype(x.dtype)
+    # An argument that is not read would not be donated.
+    return (jax.random.normal(key, x.shape) + x.astype(jnp.float32)).astype(x.dtype)
 
 
 def time_decode(runner: Runner, batch: int, context: int) -> Timing:
     """Writes a few dozen tokens to each of `batch` sequences, the last of them with `context` tokens before it."""
-    workspace = runner.compile_decode(batch, context)
+    workspace = runner.compile_write(batch, context, GREEDY)
     cache = random_cache(runner, batch, context, context - (_DECODE_SAMPLES + 1) * _DECODE_STEPS)
     tokens = jnp.zeros(batch, jnp.int32)
     times = []
@@ -210,14 +214,10 @@ def time_decode(runner: Runner, batch: int, context: int) -> Timing:
     return Timing(seconds, batch / seconds, workspace)
 
 
-_likeliest = jax.jit(lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32))
-
-
 def _write(runner: Runner, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    delta = jnp.zeros_like(tokens)
+    delta, keys = jnp.zeros_like(tokens), jax.random.split(jax.random.key(0), len(tokens))
     for _ in range(_DECODE_STEPS):
-        logits, cache = runner.decode(tokens, delta, cache)
-        tokens = _likeliest(logits)
+        tokens, cache = runner.write(tokens, delta, cache, keys, GREEDY)
     return jax.block_until_ready(tokens), cache
 
 
