@@ -26,7 +26,7 @@ test: $(VENV)/.installed-dev
 
 # The operations' tests, with the compiled kernels, on a Hopper GPU. PY names a Python with JAX for CUDA.
 test-gpu: $(if $(PY),,$(VENV)/.installed-dev)
-	$(or $(PY),$(BIN)/python) -m pytest tests/pallas_kernels
+	$(or $(PY),$(BIN)/python) -m pytest tests/pallas_kernels tests/keye_jax/gpu
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ PARTS = ("indexer", "selection", "attention", "experts")
 
 GREEDY = Sampling(temperature=0.0)
 
-_GROUP = 16
+_GROUP, _TAIL = 16, 64
 _DECODE_STEPS = 16
 _DECODE_SAMPLES = 5
 
@@ -140,9 +140,12 @@ class Timing:
     workspace_bytes: int
 
 
-def compile_steps(runners: Iterable[Runner], prompts: Iterable[int], batches: Iterable[tuple[int, int]]) -> None:
-    """Compiles side by side all that reading prompts of so many tokens and writing to (batch, context) will need."""
+def compile_steps(
+    runners: Iterable[Runner], prompts: Iterable[int], batches: Iterable[tuple[int, int]], *, traced: Runner
+) -> None:
+    """Compiles side by side all that `time_prefill`, `union_sizes` (of `traced`) and `time_decode` will need."""
     compiling = [
+        *(functools.partial(traced.compile_trace, _TAIL, tokens) for tokens in prompts),
         *(functools.partial(runner.compile_prefill, tokens) for runner in runners for tokens in prompts),
         *(functools.partial(runner.compile_write, *sizes, GREEDY) for runner in runners for sizes in batches),
     ]
@@ -151,19 +154,21 @@ def compile_steps(runners: Iterable[Runner], prompts: Iterable[int], batches: It
             done.result()
 
 
-def time_prefill(runner: Runner, prompt: Prompt, repeats: int) -> Timing:
-    """Reads `prompt` into an empty cache `repeats` times, compiled and warmed up before."""
+def time_prefill(runner: Runner, prompt: Prompt, repeats: int) -> tuple[Timing, Cache]:
+    """Reads `prompt` into an empty cache `repeats` times, compiled and warmed up before; also gives the last cache."""
     tokens = len(prompt.input_ids)
     workspace = runner.compile_prefill(tokens)
     read_prompt(runner, prompt.upto(min(tokens, runner.prefill_chunk)), capacity=tokens)
-    times = []
+    times, cache = [], None
     for _ in range(repeats):
+        del cache
         cache = jax.block_until_ready(runner.new_cache(tokens))
         start = time.perf_counter()
-        jax.block_until_ready(runner.prefill(prompt.input_ids, prompt.positions, prompt.embeds, cache)[0])
+        _, cache = jax.block_until_ready(runner.prefill(prompt.input_ids, prompt.positions, prompt.embeds, cache))
         times.append(time.perf_counter() - start)
+    assert cache is not None, "repeats is 0"
     seconds = statistics.median(times)
-    return Timing(seconds, tokens / seconds, workspace)
+    return Timing(seconds, tokens / seconds, workspace), cache
 
 
 def read_prompt(runner: Runner, prompt: Prompt, *, capacity: int | None = None) -> Cache:
@@ -172,16 +177,20 @@ def read_prompt(runner: Runner, prompt: Prompt, *, capacity: int | None = None) 
     return jax.block_until_ready(runner.prefill(prompt.input_ids, prompt.positions, prompt.embeds, cache)[1])
 
 
-def union_sizes(runner: Runner, prompt: Prompt) -> np.ndarray:
-    """Distinct keys that 16 neighbouring queries select together, float `[layers]`: means over the last 64 queries."""
-    before = len(prompt.input_ids) - 4 * _GROUP
-    cache = read_prompt(runner, prompt.upto(before), capacity=len(prompt.input_ids))
+def union_sizes(runner: Runner, prompt: Prompt, cache: Cache) -> np.ndarray:
+    """Distinct keys that 16 neighbouring queries select together, float `[layers]`: means over the last 64 queries.
+
+    Args:
+      cache: holds `prompt`, whose last tokens are read into it once more; donated.
+    """
+    before = len(prompt.input_ids) - _TAIL
+    cache = dataclasses.replace(cache, lengths=jnp.full_like(cache.lengths, before))
     tail = prompt.input_ids[before:], prompt.positions[:, before:], prompt.embeds[before:]
     ((_, _, found, _),) = runner.trace(*tail, cache)
     sizes = []
     for layer in found:
         assert layer.attention.selected is not None
-        groups = np.asarray(layer.attention.selected[0]).reshape(4, -1)
+        groups = np.asarray(layer.attention.selected[0]).reshape(_TAIL // _GROUP, -1)
         sizes.append(np.mean([len(np.unique(group[group >= 0])) for group in groups]))
     return np.asarray(sizes)
 

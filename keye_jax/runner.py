@@ -132,8 +132,14 @@ def _write(
     return sample(logits, jax.vmap(jax.random.fold_in)(keys, cache.lengths), sampling), cache
 
 
-_COMPILER_OPTIONS = {"gpu": {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}}
-"""A step of decoding is one CUDA graph of some 1,500 short kernels; where they may, they run side by side."""
+_COMPILER_OPTIONS = {
+    "gpu": {
+        # A step of decoding is one CUDA graph of some 1,500 short kernels: where they may, they run side by side.
+        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+        # Projections of one input are not made one product, for which their weights would be copied at every step.
+        "xla_gpu_dot_merger_threshold_mb": "0",
+    }
+}
 
 
 @functools.cache
@@ -196,13 +202,26 @@ class Runner:
           the most bytes that a step needs beyond its arguments and results.
         """
         chunk = min(self.prefill_chunk, round_up(tokens))
-        x = jax.ShapeDtypeStruct((1, chunk, self.config.hidden_size), self.dtype)
-        positions, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3, 1, chunk), (1,)))
-        cache = jax.eval_shape(lambda: self.new_cache(tokens))
         ends = [min(start + chunk, tokens) for start in range(0, tokens, chunk)]
         return max(
-            _workspace(_read.lower(self._structure, self._arrays, x, positions, count, cache, options=options))
+            _workspace(self._lower_read(chunk, tokens, options))
             for options in {self.options.for_context(end) for end in ends}
+        )
+
+    def compile_trace(self, tokens: int, capacity: int) -> int:
+        """Compiles the step of `trace` for a prompt of one chunk; returns what `compile_prefill` does."""
+        chunk = round_up(tokens)
+        options = dataclasses.replace(self.options, intermediates=True).for_context(tokens)
+        return _workspace(self._lower_read(chunk, capacity, options, all_logits=True))
+
+    def _lower_read(
+        self, chunk: int, capacity: int, options: AttentionOptions, *, all_logits: bool = False
+    ) -> jax.stages.Lowered:
+        x = jax.ShapeDtypeStruct((1, chunk, self.config.hidden_size), self.dtype)
+        positions, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3, 1, chunk), (1,)))
+        cache = jax.eval_shape(lambda: self.new_cache(capacity))
+        return _read.lower(
+            self._structure, self._arrays, x, positions, count, cache, options=options, all_logits=all_logits
         )
 
     def compile_write(self, batch: int, capacity: int, sampling: Sampling) -> int:

@@ -34,8 +34,8 @@ def bench(
     ] = "1x32K,4x32K,16x32K,1x128K,4x128K",
     repeats: Annotated[int, typer.Option(help="Times that each prompt is read; the median counts.")] = 3,
     unrelated: Annotated[
-        bool, typer.Option(help="Also read prompts whose tokens have nothing to do with each other.")
-    ] = True,
+        str, typer.Option(help="Prompt lengths to read also with tokens that have nothing to do with each other.")
+    ] = "128K",
     fp8: Annotated[bool, typer.Option(help="Also measure with an indexer in float8.")] = True,
     breakdown: Annotated[
         bool,
@@ -52,6 +52,7 @@ def bench(
     about 8,192 of 131,072 keys together. What does not fit the device is refused before it is tried.
     """
     lengths = [_tokens("--prefill", text) for text in _items(prefill)]
+    no_video = [_tokens("--unrelated", text) for text in _items(unrelated)]
     batches = [_batch_and_context(text) for text in _items(decode)]
     chunk = options.prefill_chunk_size(prefill_chunk)
     if repeats < 1:
@@ -96,12 +97,12 @@ def bench(
         for batch, context in batches[: 1 if breakdown else None]
         if not _refused(sizes, f"decode, {batch} x {_size(context)}", batch, context, 0)
     ]
-    compile_steps(runners.values(), lengths, batches)
+    compile_steps(runners.values(), lengths, batches, traced=runners[_SPARSE])
     if breakdown:
         rows = list(_parts(runners, sizes, lengths, batches))
     else:
         rows = [
-            *_prefill_rows(runners, sizes, lengths, repeats, unrelated=unrelated),
+            *_prefill_rows(runners, sizes, lengths, repeats, no_video),
             *_decode_rows(runners, batches),
         ]
     _print_peak()
@@ -111,7 +112,7 @@ def bench(
 
 
 def _prefill_rows(
-    runners: dict[str, Runner], config: KeyeConfig, lengths: list[int], repeats: int, *, unrelated: bool
+    runners: dict[str, Runner], config: KeyeConfig, lengths: list[int], repeats: int, no_video: list[int]
 ) -> Iterator[dict[str, Any]]:
     import numpy as np
 
@@ -121,17 +122,20 @@ def _prefill_rows(
         what = f"prefill {_size(tokens)}"
         # Dense attention takes the same time however tokens are related.
         dense = None
-        kinds = {"video": NOISE} | ({"unrelated tokens": 1.0} if unrelated else {})
+        kinds = {"video": NOISE} | ({"unrelated tokens": 1.0} if tokens in no_video else {})
         for kind, noise in kinds.items():
-            prompt = Prompt.video(config, tokens, noise=noise)
+            prompt, unions = Prompt.video(config, tokens, noise=noise), None
             for name, runner in runners.items():
                 if noise != NOISE and name != _SPARSE:
                     continue
-                timing = time_prefill(runner, prompt, repeats)
+                timing, cache = time_prefill(runner, prompt, repeats)
                 sizes = {"tokens": tokens, "attention": name, "noise": noise}
                 yield _report(f"{what}, {name}, {kind}", timing, sizes, dense)
                 dense = timing if name == _DENSE else dense
-            unions = union_sizes(runners[_SPARSE], prompt)
+                if name == _SPARSE:
+                    unions = union_sizes(runner, prompt, cache)
+                del cache
+            assert unions is not None
             quartiles = ", ".join(f"{x:,.0f}" for x in np.quantile(unions, [0, 0.25, 0.5, 0.75, 1]))
             print(f"    keys that 16 neighbouring queries select: {quartiles} (quartiles of the layers)", flush=True)
             yield {"what": f"unions of {what}, {kind}", "tokens": tokens, "noise": noise, "unions": unions.tolist()}
