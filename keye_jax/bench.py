@@ -158,7 +158,11 @@ def time_prefill(runner: Runner, prompt: Prompt, repeats: int) -> tuple[Timing, 
     """Reads `prompt` into an empty cache `repeats` times, compiled and warmed up before; also gives the last cache."""
     tokens = len(prompt.input_ids)
     workspace = runner.compile_prefill(tokens)
-    read_prompt(runner, prompt.upto(min(tokens, runner.prefill_chunk)), capacity=tokens)
+    # As far as every program that is needed has run once.
+    ends = [*range(runner.prefill_chunk, tokens, runner.prefill_chunk), tokens]
+    last = runner.options.for_context(tokens)
+    warm = next(end for end in ends if runner.options.for_context(end) == last)
+    read_prompt(runner, prompt.upto(warm), capacity=tokens)
     times, cache = [], None
     for _ in range(repeats):
         del cache

@@ -25,7 +25,7 @@ _SCORE_BYTES = {"mosaic_gpu": 2**30}
 _FEW_SCORE_BYTES = 64 * 2**20
 """What the scores of one block of queries may take: at 128K tokens those of 2,048, enough to fill a GPU, or of 128."""
 
-DENSE_BELOW = {"mosaic_gpu": 8192}
+DENSE_BELOW = {"mosaic_gpu": 16_384}
 """Longest context, in tokens, at which dense attention is the faster one, by the implementation of the sparse one."""
 
 

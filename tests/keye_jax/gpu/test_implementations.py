@@ -2,7 +2,8 @@
 
 Both round to 8 bits of mantissa (relative error 2 ** -9 each time) but add in other orders, so values that were equal
 in exact arithmetic differ by a rounding here and there, and each of two layers rounds some ten times between its input
-and its output: 2e-2 of the norm. Scores that close change places in the selection: 97% of the positions are the same.
+and its output: 2e-2 of the norm. It is 4e-2 where float8 scores, which tensor cores add in fewer bits, select a little
+differently. Scores that close change places in the selection: 97% of the positions are the same.
 """
 
 import dataclasses
@@ -46,24 +47,22 @@ def difference(value, reference):
     return np.linalg.norm(value - reference) / np.linalg.norm(reference)
 
 
-@pytest.mark.parametrize("indexer_dtype", [None, "float8_e4m3fn"])
-def test_sparse_model_agrees_with_portable_operations(run, indexer_dtype):
+@pytest.mark.parametrize(("indexer_dtype", "tolerance"), [(None, 2e-2), ("float8_e4m3fn", 4e-2)])
+def test_sparse_model_agrees_with_portable_operations(run, indexer_dtype, tolerance):
     (logits, layers, written), (expected, expected_layers, expected_written) = (
         run(name, indexer_dtype=indexer_dtype, dense_below=0) for name in ("mosaic_gpu", "xla")
     )
     for layer, reference in zip(layers, expected_layers, strict=True):
-        assert difference(layer.hidden[0, :TOKENS], reference.hidden[0, :TOKENS]) < 2e-2
+        assert difference(layer.hidden[0, :TOKENS], reference.hidden[0, :TOKENS]) < tolerance
         sets, expected_sets = (np.asarray(x.attention.selected[0, TOP_K:TOKENS]) for x in (layer, reference))
         same = np.mean([len(np.intersect1d(a, b)) / TOP_K for a, b in zip(sets, expected_sets, strict=True)])
         assert same > 0.97
-    assert difference(logits, expected) < 2e-2
-    assert difference(written, expected_written) < 2e-2
+    assert difference(logits, expected) < tolerance
+    assert difference(written, expected_written) < tolerance
 
 
-@pytest.mark.parametrize("implementation", ["mosaic_gpu", "cudnn"])
-def test_dense_model_agrees_with_portable_operations(run, implementation):
-    (logits, _, written), (expected, _, expected_written) = (
-        run(name, attention="dense") for name in (implementation, "xla")
-    )
+def test_dense_model_agrees_with_portable_operations(run):
+    """What is best for each step: cuDNN reads the prompt, the Hopper kernel the cache."""
+    (logits, _, written), (expected, _, expected_written) = (run(name, attention="dense") for name in (None, "xla"))
     assert difference(logits, expected) < 2e-2
     assert difference(written, expected_written) < 2e-2
