@@ -10,14 +10,15 @@ import jax.numpy as jnp
 
 from pallas_kernels.errors import UnsupportedError
 
-IMPLEMENTATIONS = ("mosaic_gpu", "xla")
+IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_tpu", "xla")
 """Names an operation may have implementations under, best first."""
 
 
 @functools.cache
 def available() -> tuple[str, ...]:
     """The implementations that this machine's default device can run, best first."""
-    return tuple(name for name in IMPLEMENTATIONS if name != "mosaic_gpu" or _on_hopper())
+    runnable = {"mosaic_gpu": _on_hopper(), "mosaic_tpu": jax.default_backend() == "tpu", "xla": True}
+    return tuple(name for name in IMPLEMENTATIONS if runnable[name])
 
 
 def _on_hopper() -> bool:

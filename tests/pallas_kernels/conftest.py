@@ -1,7 +1,10 @@
 """Every operation's tests run against every implementation that works on this machine."""
 
+import contextlib
+
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import available
 from pallas_kernels.errors import UnsupportedError
@@ -18,9 +21,12 @@ def pytest_pyfunc_call():
         pytest.skip(str(error))
 
 
-@pytest.fixture(params=available())
+@pytest.fixture(params=dict.fromkeys([*available(), "mosaic_tpu"]))
 def implementation(request):
-    return request.param
+    """Each name in turn; what is for a TPU is interpreted elsewhere, its memories, copies and semaphores simulated."""
+    interpreted = request.param == "mosaic_tpu" and "mosaic_tpu" not in available()
+    with pltpu.force_tpu_interpret_mode() if interpreted else contextlib.nullcontext():
+        yield request.param
 
 
 @pytest.fixture
