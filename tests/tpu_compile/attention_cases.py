@@ -1,0 +1,5 @@
+"""Attention and experts."""
+
+from tests.tpu_compile.cases import Case
+
+CASES: list[Case] = []
