@@ -4,8 +4,9 @@ import jax
 
 from pallas_kernels.dispatch import dispatch
 
-# The Hopper kernel runs by its name alone, until the whole model has been run with it.
-_IMPLEMENTATIONS = ("xla", "mosaic_gpu")
+# The kernels run by their names alone: that for Hopper until the whole model has been run with it, that for TPUs until a
+# TPU has run it.
+_IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu")
 
 
 def indexer_scores(
@@ -30,7 +31,7 @@ def indexer_scores(
       query_start: int32 `[b]`, position of each sequence's first query; query t stands at `query_start + t` and sees
         positions up to its own.
       scale: factor on the sum.
-      implementation: None, "mosaic_gpu" or "xla".
+      implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
     Returns:
       float32 `[b, t, m * page_size]`; -inf after a query's own position.

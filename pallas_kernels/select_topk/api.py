@@ -4,8 +4,9 @@ import jax
 
 from pallas_kernels.dispatch import dispatch
 
-# The Hopper kernel runs by its name alone, until the whole model has been run with it.
-_IMPLEMENTATIONS = ("xla", "mosaic_gpu")
+# The kernels run by their names alone: that for Hopper until the whole model has been run with it, that for TPUs until a
+# TPU has run it.
+_IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu")
 
 
 def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, implementation: str | None = None) -> jax.Array:
@@ -17,7 +18,7 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, implementation
       scores: float32 `[..., s]`.
       lengths: int32 `[...]`, from 0 to s.
       k: how many to select.
-      implementation: None, "mosaic_gpu" or "xla".
+      implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
     Returns:
       int32 `[..., k]` positions in ascending order, then -1 where a row has fewer than k.

@@ -26,19 +26,24 @@ class TestIndexerScores:
     def test_shapes(self, rng, heads, dim, implementation):
         self.check(make(rng, queries=40, heads=heads, dim=dim, length=40), [0], implementation)
 
-    @pytest.mark.parametrize(("queries", "length"), [(1, 1), (1, 700), (3, 700), (70, 1300), (513, 513)])
+    @pytest.mark.parametrize(("queries", "length"), [(1, 1), (1, 700), (3, 700), (70, 1300), (513, 513), (300, 5000)])
     def test_lengths(self, rng, queries, length, implementation):
         self.check(make(rng, queries=queries, length=length), [length - queries], implementation)
 
     def test_sequences_of_different_lengths(self, rng, implementation):
         self.check(make(rng, batch=3, queries=5, length=900), [895, 0, 411], implementation)
 
-    def test_bfloat16_is_accumulated_in_float32(self, rng, implementation):
-        inputs = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in make(rng, queries=8, length=600)]
-        self.check(inputs, [592], implementation, dtype=jnp.bfloat16)
+    def test_decode(self, rng, implementation):
+        self.check(make(rng, batch=3, queries=1, length=9000), [8999, 0, 4095], implementation)
 
-    def check(self, inputs, start, implementation, dtype=jnp.float32):
-        q, weights, keys = inputs
+    def test_bfloat16_is_accumulated_in_float32(self, rng, implementation):
+        self.check(make(rng, queries=8, length=600), [592], implementation, dtype=jnp.bfloat16)
+
+    def check(self, inputs, start, implementation, dtype=None):
+        """The portable implementation in float32 if not said otherwise, the kernels in the bfloat16 they are for."""
+        dtype = dtype or (jnp.float32 if implementation == "xla" else jnp.bfloat16)
+        q, keys = (np.asarray(jnp.asarray(x, dtype), np.float32) for x in (inputs[0], inputs[2]))
+        weights = inputs[1]
         start = np.asarray(start, np.int32)
         pages, table = to_pages(np.random.default_rng(1), keys, 64)
         args = (jnp.asarray(q, dtype), jnp.asarray(weights), jnp.asarray(pages, dtype), table, start)

@@ -33,11 +33,11 @@ def main() -> int:
             parser.error(f"--kernel is {kernel!r}; it must be one of: {', '.join(kernels)}")
 
     compiler, rows = Compiler(path), []
-    for case in cases:
-        if arguments.kernel and case.kernel not in arguments.kernel:
+    for number, case in enumerate(all_cases()):
+        if case not in cases or (arguments.kernel and case.kernel not in arguments.kernel):
             continue
         for generation in arguments.generation or TOPOLOGIES:
-            rows.append(_row(case, generation, compiler))
+            rows.append(_row(number, case, generation, compiler, simulate=not arguments.quick))
             print(_line(rows[-1]), file=sys.stderr, flush=True)
     _print(rows)
     if arguments.json:
@@ -49,14 +49,18 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _row(case: Case, generation: str, compiler: Compiler) -> dict:
+def _row(number: int, case: Case, generation: str, compiler: Compiler, *, simulate: bool) -> dict:
     row = {"kernel": case.kernel, "shape": case.shape, "generation": generation}
     try:
-        figures = compiler.compile(case, generation)
-    except Exception as error:  # Whatever stops a program from compiling is a result.
-        return row | {"problem": f"{type(error).__name__}: {str(error)[:600]}"}
-    work = {"useful_flops": case.flops, "useful_bytes": case.nbytes}
-    return row | dataclasses.asdict(figures) | work | {"problem": _excess(case, figures)}
+        figures = compiler.figures(number, generation)
+    except RuntimeError as error:
+        return row | {"problem": str(error)[:600]}
+    row |= dataclasses.asdict(figures) | {"useful_flops": case.flops, "useful_bytes": case.nbytes}
+    row["cycles"] = row["seconds"] = None
+    if simulate and case.simulation and (cycles := compiler.kernel_cycles(number, generation)):
+        row["cycles"] = cycles * -(-case.simulation.units // figures.cores)
+        row["seconds"] = row["cycles"] / CLOCK_HZ[generation]
+    return row | {"problem": _excess(case, figures)}
 
 
 def _excess(case: Case, figures: Figures) -> str:
@@ -68,12 +72,11 @@ def _excess(case: Case, figures: Figures) -> str:
 
 
 def _cells(row: dict) -> list[str]:
-    if "cycles" not in row:
+    if "vmem" not in row:
         return ["does not compile"]
-    milliseconds = f"{row['cycles'] / CLOCK_HZ[row['generation']] * 1e3:.3f}" if row["cycles"] else ""
     return [
         f"{row['cycles']:,}" if row["cycles"] else "",
-        milliseconds,
+        f"{row['seconds'] * 1e3:.3f}" if row["seconds"] else "",
         f"{row['roofline_seconds'] * 1e3:.3f}",
         f"{row['flops'] / 1e9:.1f}",
         f"{row['nbytes'] / 1e6:.1f}",

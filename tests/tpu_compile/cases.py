@@ -21,6 +21,23 @@ HBM_SCRATCH_BYTES = 3 * 10**9
 
 
 @dataclasses.dataclass(frozen=True)
+class Simulation:
+    """What the compiler's simulation is asked for in place of a whole program.
+
+    It takes every number that an operand holds for 0, and needs minutes for a large grid. So it gets one unit of the
+    work, one block of queries or one sequence, with constants in place of the numbers that decide how much there is to do.
+
+    Attributes:
+      function, arguments: the unit.
+      units: how many of them the case has; a chip's cores share them.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    units: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """One program to compile for each generation.
 
@@ -28,10 +45,9 @@ class Case:
       kernel: name of the operation.
       shape: what is distinctive about the arguments.
       function: of arrays.
-      simulated: the same with the values in place of the scalars that decide how much there is to do, which the
-        compiler's simulation cannot know; None where there are none.
       arguments: pytrees of `jax.ShapeDtypeStruct`.
       flops, nbytes: useful work and necessary HBM traffic, our own arithmetic, for the roofline; None to leave it out.
+      simulation: what is simulated; None for nothing.
       quick: compiled in `make test` as well.
       scratch: most HBM in bytes, beyond arguments and results, that it may take.
     """
@@ -42,7 +58,7 @@ class Case:
     arguments: tuple[Any, ...]
     flops: float | None = None
     nbytes: float | None = None
-    simulated: Callable[..., Any] | None = None
+    simulation: Simulation | None = None
     quick: bool = False
     scratch: int = HBM_SCRATCH_BYTES
 
