@@ -160,7 +160,13 @@ def _kernel(
             keys = buffer[slot, pl.ds(pl.multiple_of(first * dim // _LANES, _TILE // 2), _TILE * dim // _LANES)]
             keys = keys if dim == _LANES else _one_key_a_row(keys)
             q = q_ref[...].reshape(-1, _LANES)
-            dots = lax.dot_general(q, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+            dots = lax.dot_general(
+                q,
+                keys,
+                (((1,), (1,)), ((), ())),
+                precision=lax.Precision.DEFAULT,
+                preferred_element_type=jnp.float32,
+            )
             dots = jnp.maximum(dots.reshape(*spread.shape[:2], _TILE), 0.0)
             parts = [dots[..., lanes : lanes + _LANES] * spread[...] for lanes in range(0, _TILE, _LANES)]
             scores = jnp.concatenate([jnp.sum(part, axis=0 if block > 1 else 1) for part in parts], axis=1)

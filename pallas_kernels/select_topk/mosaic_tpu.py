@@ -228,8 +228,8 @@ def _list_kernel(threshold_ref, last_ref, lengths_ref, scores_ref, positions_ref
     square = (_LANES, _LANES)
     earlier = lax.broadcasted_iota(jnp.int32, square, 0) <= lax.broadcasted_iota(jnp.int32, square, 1)
     earlier = jnp.where(earlier, 1.0, 0.0)
-    within = jnp.dot(chosen, earlier, preferred_element_type=jnp.float32)
-    totals = jnp.dot(chosen, jnp.ones(square), preferred_element_type=jnp.float32)
+    within = jnp.dot(chosen, earlier, precision=lax.Precision.DEFAULT)
+    totals = jnp.dot(chosen, jnp.ones(square), precision=lax.Precision.DEFAULT)
     upto = totals.astype(jnp.int32)
     distance = 1
     while distance < tiles:
@@ -244,7 +244,7 @@ def _list_kernel(threshold_ref, last_ref, lengths_ref, scores_ref, positions_ref
         own_tile = jnp.sum(jnp.where(holds, tile, 0), axis=0, keepdims=True)
         own_before = jnp.sum(jnp.where(holds, before, 0), axis=0, keepdims=True)
         one_hot = jnp.where(holds, 1.0, 0.0)
-        sums = jnp.dot(within, one_hot, preferred_element_type=jnp.float32).astype(jnp.int32)
+        sums = jnp.dot(within, one_hot, precision=lax.Precision.DEFAULT).astype(jnp.int32)
         offset = jnp.sum(jnp.where(sums <= rank - own_before, 1, 0), axis=0, keepdims=True)
         found = jnp.sum(jnp.where(holds, 1, 0), axis=0, keepdims=True) > 0
         positions_ref[:, pl.ds(first, _LANES)] = jnp.where(found, own_tile * _LANES + offset, -1)

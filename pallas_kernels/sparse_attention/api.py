@@ -5,7 +5,7 @@ import jax
 from pallas_kernels.dispatch import dispatch
 
 # The Hopper kernel runs by its name alone, until the whole model has been run with it.
-_IMPLEMENTATIONS = ("xla", "mosaic_gpu")
+_IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu")
 
 
 def sparse_attention(
@@ -27,7 +27,7 @@ def sparse_attention(
       indices: int32 `[b, t, top_k]` positions each query attends to, all its heads alike; -1 is ignored.
       page_table: int32 `[b, m]`.
       scale: factor on the dot products.
-      implementation: None, "mosaic_gpu" or "xla".
+      implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
     Returns:
       `[b, t, n, d]` in the dtype of q, and the log-sum-exp of the scaled dot products, float32 `[b, t, n]`. A query

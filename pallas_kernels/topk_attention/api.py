@@ -5,7 +5,7 @@ import jax
 from pallas_kernels.dispatch import dispatch
 
 # The Hopper kernel runs by its name alone, until the whole model has been run with it.
-_IMPLEMENTATIONS = ("xla", "mosaic_gpu")
+_IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu")
 
 
 def topk_attention(
@@ -29,7 +29,7 @@ def topk_attention(
       page_table: int32 `[b, m]`.
       top_k: how many positions a query attends to; all it sees when they are fewer.
       scale: factor on the dot products.
-      implementation: None, "mosaic_gpu" or "xla".
+      implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
     Returns:
       `[b, t, n, d]` in the dtype of q, and the log-sum-exp of the scaled dot products, float32 `[b, t, n]`.

@@ -39,6 +39,7 @@ def main() -> int:
         for generation in arguments.generation or TOPOLOGIES:
             rows.append(_row(number, case, generation, compiler, simulate=not arguments.quick))
             print(_line(rows[-1]), file=sys.stderr, flush=True)
+    compiler.close()
     _print(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
@@ -77,7 +78,7 @@ def _cells(row: dict) -> list[str]:
     return [
         f"{row['cycles']:,}" if row["cycles"] else "",
         f"{row['seconds'] * 1e3:.3f}" if row["seconds"] else "",
-        f"{row['roofline_seconds'] * 1e3:.3f}",
+        f"{row['roofline_seconds'] * 1e3:.3f}" if row["roofline_seconds"] is not None else "",
         f"{row['flops'] / 1e9:.1f}",
         f"{row['nbytes'] / 1e6:.1f}",
         f"{row['vmem'] / 2**20:.1f} of {row['vmem_capacity'] / 2**20:.0f}",
@@ -96,7 +97,7 @@ def _print(rows: list[dict]) -> None:
         column.justify = "right"
     for row in rows:
         table.add_row(row["kernel"], row["shape"], row["generation"], *_cells(row))
-    Console(width=160).print(table)
+    Console(width=170).print(table)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class Case:
       arguments: pytrees of `jax.ShapeDtypeStruct`.
       flops, nbytes: useful work and necessary HBM traffic, our own arithmetic, for the roofline; None to leave it out.
       simulation: what is simulated; None for nothing.
+      donated: numbers of the arguments whose memory the results take over.
       quick: compiled in `make test` as well.
       scratch: most HBM in bytes, beyond arguments and results, that it may take.
     """
@@ -59,6 +60,7 @@ class Case:
     flops: float | None = None
     nbytes: float | None = None
     simulation: Simulation | None = None
+    donated: tuple[int, ...] = ()
     quick: bool = False
     scratch: int = HBM_SCRATCH_BYTES
 

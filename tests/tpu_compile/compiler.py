@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -53,7 +54,8 @@ class Figures:
 
     Attributes:
       compile_seconds: how long it took.
-      roofline_seconds: its cost model's bound; for a Pallas kernel from the kernel's own `pl.CostEstimate`.
+      roofline_seconds: its cost model's bound; for a Pallas kernel from the kernel's own `pl.CostEstimate`; None where it
+        has none.
       flops, nbytes: what that bound counts.
       vmem, vmem_capacity: bytes that the largest operation takes, spilled registers included, and of a core.
       scratch: bytes of HBM beyond arguments and results.
@@ -61,7 +63,7 @@ class Figures:
     """
 
     compile_seconds: float
-    roofline_seconds: float
+    roofline_seconds: float | None
     flops: float
     nbytes: float
     vmem: int
@@ -98,14 +100,19 @@ class Compiler:
                 1, multiprocessing.get_context("spawn"), _start, (self._path, simulates)
             )
         worker = self._workers[simulates]
+        process = worker.submit(os.getpid).result()
         try:
             return worker.submit(function, *arguments).result(SIMULATION_SECONDS if simulates else None)
         except (concurrent.futures.BrokenExecutor, TimeoutError) as error:
-            for process in multiprocessing.active_children() if isinstance(error, TimeoutError) else ():
-                process.kill()
+            if isinstance(error, TimeoutError):
+                os.kill(process, signal.SIGKILL)
             worker.shutdown(wait=False, cancel_futures=True)
             del self._workers[simulates]
             raise RuntimeError("the compiler ended or took too long") from error
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.shutdown()
 
 
 def _start(path: Path, simulates: bool) -> None:
@@ -131,7 +138,7 @@ def _start(path: Path, simulates: bool) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
 
 
-def _compile_for(generation: str, function, arguments) -> tuple[jax.stages.Compiled, int]:
+def _compile_for(generation: str, function, arguments, donated=()) -> tuple[jax.stages.Compiled, int]:
     """The program, and how many cores of a device it runs on."""
     device = topologies.get_topology_desc(topology_name=TOPOLOGIES[generation], platform="tpu").devices[0]
     mesh = jax.sharding.Mesh([device], ("device",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -141,14 +148,14 @@ def _compile_for(generation: str, function, arguments) -> tuple[jax.stages.Compi
         report.unlink()
     # Pallas asks the mesh what it lowers for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(function).lower(*placed).compile(), device.num_cores
+        return jax.jit(function, donate_argnums=donated).lower(*placed).compile(), device.num_cores
 
 
 def _compile(case: int, generation: str) -> Figures:
     wanted = all_cases()[case]
     start = time.perf_counter()
     try:
-        program, cores = _compile_for(generation, wanted.function, wanted.arguments)
+        program, cores = _compile_for(generation, wanted.function, wanted.arguments, wanted.donated)
     except Exception as error:  # Its own type may not survive the way between processes.
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
     seconds = time.perf_counter() - start
@@ -156,7 +163,8 @@ def _compile(case: int, generation: str) -> Figures:
     used, capacity = _vmem()
     return Figures(
         compile_seconds=seconds,
-        roofline_seconds=cost.get("optimal_seconds", 0.0),
+        # Negative where the model has no answer for some operation.
+        roofline_seconds=bound if (bound := cost.get("optimal_seconds", -1.0)) >= 0 else None,
         flops=cost.get("flops", 0.0),
         nbytes=cost.get("bytes accessed", 0.0),
         vmem=used,

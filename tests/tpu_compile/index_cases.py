@@ -10,13 +10,14 @@ from pallas_kernels.select_topk import mosaic_tpu as select_kernel
 from tests.tpu_compile.cases import PAGE, TOP_K, Case, Simulation, floats, integers, spec
 
 HEADS, DIM = 16, 64
-BLOCK = 256  # queries
+BLOCK, UNIT_KEYS = 256, 16_384
+"""Queries, and keys, of what is simulated of a prefill."""
 PASSES = 10
 """Of a selection's search, as the simulation has it; how many there are depends on the scores."""
 
 
 def _scores(batch: int, queries: int, context: int, *, quick: bool = False) -> Case:
-    def arguments(batch, queries):
+    def arguments(batch, queries, context):
         return (
             spec(batch, queries, HEADS, DIM),
             floats(batch, queries, HEADS),
@@ -26,20 +27,20 @@ def _scores(batch: int, queries: int, context: int, *, quick: bool = False) -> C
         )
 
     function = functools.partial(scores_kernel.indexer_scores, scale=DIM**-0.5)
-    unit = min(queries, BLOCK)
+    unit, keys = min(queries, BLOCK), context if queries == 1 else UNIT_KEYS
 
     def simulated(*arguments):
-        with mock.patch.object(scores_kernel, "_query_start", lambda *_: context - unit):
+        with mock.patch.object(scores_kernel, "_query_start", lambda *_: keys - unit):
             return function(*arguments)
 
     return Case(
         "indexer_scores",
         f"{batch} x {queries} queries, {context // 1024}K",
         function,
-        arguments(batch, queries),
+        arguments(batch, queries, context),
         flops=2 * batch * queries * context * HEADS * DIM,
         nbytes=batch * context * (2 * DIM + 4 * queries),
-        simulation=Simulation(simulated, arguments(1, unit), batch * queries // unit),
+        simulation=Simulation(simulated, arguments(1, unit, keys), batch * queries // unit * (context // keys)),
         quick=quick,
     )
 
