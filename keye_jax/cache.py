@@ -23,10 +23,12 @@ class LayerCache:
     Attributes:
       kv: `[pages, PAGE_SIZE, 2 * kv_heads, head_dim]`; a token's row holds its keys, then its values, of all heads.
       index_keys: `[pages, PAGE_SIZE, indexer_head_dim]`.
+      index_scales: float32 `[pages, PAGE_SIZE]`, a factor on each index key; None unless they are float8.
     """
 
     kv: jax.Array
     index_keys: jax.Array
+    index_scales: jax.Array | None = None
 
     def append(
         self,
@@ -36,6 +38,7 @@ class LayerCache:
         k: jax.Array,
         v: jax.Array,
         index_keys: jax.Array,
+        index_scales: jax.Array | None = None,
     ) -> LayerCache:
         """Writes the first `count` of t new tokens of each sequence at positions `start` and on.
 
@@ -44,6 +47,7 @@ class LayerCache:
           start, count: int32 `[b]`.
           k, v: `[b, t, kv_heads, head_dim]`.
           index_keys: `[b, t, indexer_head_dim]`.
+          index_scales: float32 `[b, t]`, where the cache has them.
         """
         pages = self.kv.shape[0]
         offsets = jnp.arange(k.shape[1])
@@ -54,8 +58,12 @@ class LayerCache:
             rows = stored.reshape(pages * PAGE_SIZE, *stored.shape[2:])
             return rows.at[slots].set(new.astype(stored.dtype), mode="drop").reshape(stored.shape)
 
+        scales = self.index_scales
+        assert (scales is None) == (index_scales is None)
         return LayerCache(
-            kv=write(self.kv, jnp.concatenate([k, v], axis=2)), index_keys=write(self.index_keys, index_keys)
+            kv=write(self.kv, jnp.concatenate([k, v], axis=2)),
+            index_keys=write(self.index_keys, index_keys),
+            index_scales=None if scales is None or index_scales is None else write(scales, index_scales),
         )
 
 
@@ -74,16 +82,35 @@ class Cache:
     page_table: jax.Array
     lengths: jax.Array
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that a sequence can have."""
+        return self.page_table.shape[1] * PAGE_SIZE
+
     @classmethod
-    def create(cls, config: KeyeConfig, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> Cache:
-        """An empty cache for `batch` sequences of up to `capacity` tokens each, in `dtype` (the config's)."""
+    def create(
+        cls,
+        config: KeyeConfig,
+        batch: int,
+        capacity: int,
+        dtype: jnp.dtype | None = None,
+        *,
+        indexer_dtype: str | None = None,
+    ) -> Cache:
+        """An empty cache for `batch` sequences of up to `capacity` tokens each.
+
+        Args:
+          dtype: of keys and values; the config's if left out.
+          indexer_dtype: of index keys, "float8_e4m3fn", or None for `dtype`.
+        """
         dtype = dtype or config.jax_dtype
         per_sequence = math.ceil(capacity / PAGE_SIZE)
         pages = batch * per_sequence
         layers = tuple(
             LayerCache(
                 kv=jnp.zeros((pages, PAGE_SIZE, 2 * config.num_key_value_heads, config.head_dim), dtype),
-                index_keys=jnp.zeros((pages, PAGE_SIZE, config.sa_config.indexer_head_dim), dtype),
+                index_keys=jnp.zeros((pages, PAGE_SIZE, config.sa_config.indexer_head_dim), indexer_dtype or dtype),
+                index_scales=jnp.zeros((pages, PAGE_SIZE), jnp.float32) if indexer_dtype else None,
             )
             for _ in range(config.num_hidden_layers)
         )
@@ -91,7 +118,7 @@ class Cache:
         return cls(layers, page_table, jnp.zeros(batch, jnp.int32))
 
 
-def bytes_per_token(config: KeyeConfig, dtype: jnp.dtype | None = None) -> int:
-    """Bytes that one cached token takes in all layers."""
-    numbers = 2 * config.num_key_value_heads * config.head_dim + config.sa_config.indexer_head_dim
-    return config.num_hidden_layers * numbers * jnp.dtype(dtype or config.jax_dtype).itemsize
+def bytes_per_token(config: KeyeConfig, dtype: jnp.dtype | None = None, *, indexer_dtype: str | None = None) -> int:
+    """Bytes that one cached token takes in all layers; arguments as for `Cache.create`."""
+    one = jax.eval_shape(lambda: Cache.create(config, 1, PAGE_SIZE, dtype, indexer_dtype=indexer_dtype).layers)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one)) // PAGE_SIZE

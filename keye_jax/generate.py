@@ -74,6 +74,7 @@ def new_token_limit(
     asked: int | None,
     *,
     dtype: str,
+    indexer_dtype: str | None = None,
     memory_limit: int,
 ) -> int:
     """How many tokens may be generated; refuses a context that does not fit.
@@ -82,6 +83,7 @@ def new_token_limit(
       prompt_tokens: length of the prompt.
       asked: wanted limit, or None for up to `DEFAULT_NEW_TOKENS`.
       dtype: of the parameters and the cache.
+      indexer_dtype: of the cache's index keys, if not `dtype`.
       memory_limit: bytes the device has.
 
     Raises:
@@ -97,7 +99,9 @@ def new_token_limit(
             f"{prompt_tokens + wanted:,}; this model takes at most {limit:,}"
         )
     weight_bytes = Keye.parameter_count(config) * jnp.dtype(dtype).itemsize
-    cache_bytes = round_up(prompt_tokens + wanted) * bytes_per_token(config, jnp.dtype(dtype))
+    cache_bytes = round_up(prompt_tokens + wanted) * bytes_per_token(
+        config, jnp.dtype(dtype), indexer_dtype=indexer_dtype
+    )
     if weight_bytes + cache_bytes > memory_limit:
         gib = 2**30
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,9 @@ from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.decoder import LayerIntermediates
 from keye_jax.model.keye import Keye
 
-PREFILL_CHUNK = 1024
-"""Prompt tokens read in one step."""
+PREFILL_CHUNK = {"gpu": 8192}
+_SMALL_PREFILL_CHUNK = 1024
+"""Prompt tokens read in one step: with 8,192, each of 128 experts has rows enough to keep a GPU's tensor cores busy."""
 
 ENCODE_PATCHES = 8192
 """Patches encoded in one step: whole frames, at least one (the publisher's Chunk ViT)."""
@@ -33,10 +35,31 @@ def round_up(size: int) -> int:
     return -(-size // step) * step
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "implementation", "project"))
+type Arrays = tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Structure:
+    """A model without its arrays.
+
+    Equal to itself alone, and the arrays a flat tuple: a step of decoding looks its program up in microseconds, where
+    comparing and flattening the modules would take longer than the device does.
+    """
+
+    graph: nnx.GraphDef[Keye]
+    tree: Any
+
+    def merge(self, arrays: Arrays) -> Keye:
+        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, arrays))
+
+
+_structure = functools.cache(_Structure)
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "implementation", "project"))
 def _encode(
-    graph: nnx.GraphDef[Keye],
-    state: nnx.State,
+    structure: _Structure,
+    arrays: Arrays,
     pixels: jax.Array,
     sizes: jax.Array,
     scale: jax.Array,
@@ -45,22 +68,22 @@ def _encode(
     implementation: str | None,
     project: bool,
 ) -> jax.Array:
-    model = nnx.merge(graph, state)
+    model = structure.merge(arrays)
     hidden = model.vision(pixels.astype(jnp.float32) * scale + shift, sizes, implementation=implementation)
     return model.projector(hidden, sizes) if project else hidden
 
 
-@functools.partial(jax.jit, static_argnames="graph")
+@functools.partial(jax.jit, static_argnames="structure")
 def _embed(
-    graph: nnx.GraphDef[Keye], state: nnx.State, ids: jax.Array, vision_embeds: jax.Array, vision_index: jax.Array
+    structure: _Structure, arrays: Arrays, ids: jax.Array, vision_embeds: jax.Array, vision_index: jax.Array
 ) -> jax.Array:
-    return nnx.merge(graph, state).embed(ids, vision_embeds, vision_index)
+    return structure.merge(arrays).embed(ids, vision_embeds, vision_index)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "options", "all_logits"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("structure", "options", "all_logits"), donate_argnames="cache")
 def _read(
-    graph: nnx.GraphDef[Keye],
-    state: nnx.State,
+    structure: _Structure,
+    arrays: Arrays,
     x: jax.Array,
     positions: jax.Array,
     count: jax.Array,
@@ -70,24 +93,24 @@ def _read(
     all_logits: bool = False,
 ) -> tuple[jax.Array, Cache, tuple[LayerIntermediates, ...]]:
     """Logits of each sequence's last new token, `[b, vocab]`, or of all, `[b, t, vocab]`."""
-    decoder = nnx.merge(graph, state).decoder
+    decoder = structure.merge(arrays).decoder
     hidden, cache, found = decoder(x, positions, count, cache, options)
     if not all_logits:
         hidden = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     return decoder.logits(hidden), cache, found
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "options"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("structure", "options"), donate_argnames="cache")
 def _decode(
-    graph: nnx.GraphDef[Keye],
-    state: nnx.State,
+    structure: _Structure,
+    arrays: Arrays,
     tokens: jax.Array,
     delta: jax.Array,
     cache: Cache,
     *,
     options: AttentionOptions,
 ) -> tuple[jax.Array, Cache]:
-    decoder = nnx.merge(graph, state).decoder
+    decoder = structure.merge(arrays).decoder
     positions = jnp.broadcast_to((cache.lengths + delta)[None, :, None], (3, tokens.shape[0], 1))
     x = decoder.embed_tokens(tokens[:, None])
     hidden, cache, _ = decoder(x, positions, jnp.ones_like(cache.lengths), cache, options)
@@ -101,7 +124,7 @@ class Runner:
       config: its configuration.
       dtype: of its parameters and cache.
       options: how attention is computed.
-      prefill_chunk: prompt tokens read in one step; the result does not depend on it.
+      prefill_chunk: prompt tokens read in one step, by default what suits the device; the result does not depend on it.
     """
 
     def __init__(
@@ -110,15 +133,43 @@ class Runner:
         config: KeyeConfig,
         *,
         options: AttentionOptions = AttentionOptions(),  # noqa: B008 (frozen)
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
     ):
-        self.config, self.options, self.prefill_chunk = config, options, prefill_chunk
+        self.config, self.options = config, options
+        self.prefill_chunk = prefill_chunk or PREFILL_CHUNK.get(jax.default_backend(), _SMALL_PREFILL_CHUNK)
         self.dtype = model.decoder.embed_tokens.weight.dtype
-        self._graph, self._state = nnx.split(model)
+        graph, state = nnx.split(model)
+        arrays, tree = jax.tree.flatten(state)
+        self._structure, self._arrays = _structure(graph, tree), tuple(arrays)
 
     def new_cache(self, capacity: int, batch: int = 1) -> Cache:
         """An empty cache for `batch` sequences of at least `capacity` tokens each."""
-        return Cache.create(self.config, batch, round_up(capacity), self.dtype)
+        return Cache.create(
+            self.config, batch, round_up(capacity), self.dtype, indexer_dtype=self.options.indexer_dtype
+        )
+
+    def compile_prefill(self, tokens: int) -> int:
+        """Compiles the steps that `prefill` takes for a prompt of so many tokens, in a cache made for just these.
+
+        Returns:
+          the most bytes that a step needs beyond its arguments and results.
+        """
+        chunk = min(self.prefill_chunk, round_up(tokens))
+        x = jax.ShapeDtypeStruct((1, chunk, self.config.hidden_size), self.dtype)
+        positions, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3, 1, chunk), (1,)))
+        cache = jax.eval_shape(lambda: self.new_cache(tokens))
+        ends = [min(start + chunk, tokens) for start in range(0, tokens, chunk)]
+        return max(
+            _workspace(_read.lower(self._structure, self._arrays, x, positions, count, cache, options=options))
+            for options in {self.options.for_context(end) for end in ends}
+        )
+
+    def compile_decode(self, batch: int, capacity: int) -> int:
+        """Compiles the step of `decode` for caches of this size; returns what `compile_prefill` does."""
+        each = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        cache = jax.eval_shape(lambda: self.new_cache(capacity, batch))
+        options = self.options.for_context(cache.capacity)
+        return _workspace(_decode.lower(self._structure, self._arrays, each, each, cache, options=options))
 
     def encode(
         self,
@@ -160,8 +211,8 @@ class Runner:
                 chunk = np.zeros((at_once, padded, flat.shape[1]), flat.dtype)
                 chunk[:here, :each] = flat[done : done + here * each].reshape(here, each, -1)
                 encoded = _encode(
-                    self._graph,
-                    self._state,
+                    self._structure,
+                    self._arrays,
                     jnp.asarray(chunk),
                     jnp.tile(jnp.asarray([height, columns], jnp.int32), (at_once, 1)),
                     jnp.asarray(scale_of),
@@ -199,7 +250,8 @@ class Runner:
         """
         logits = None
         for x, places, count, done in self._chunks(input_ids, positions, vision_embeds):
-            logits, cache, _ = _read(self._graph, self._state, x, places, count, cache, options=self.options)
+            options = self.options.for_context(done)
+            logits, cache, _ = _read(self._structure, self._arrays, x, places, count, cache, options=options)
             if progress:
                 jax.block_until_ready(logits)
                 progress(done, len(input_ids))
@@ -215,10 +267,10 @@ class Runner:
           float32 `[1, chunk, vocab]` logits, the cache, each layer's intermediates, and the tokens done so far; rows
           of the last chunk behind the prompt's end mean nothing.
         """
-        options = dataclasses.replace(self.options, intermediates=True)
+        options = dataclasses.replace(self.options, intermediates=True).for_context(len(input_ids))
         for x, places, count, done in self._chunks(input_ids, positions, vision_embeds):
             logits, cache, found = _read(
-                self._graph, self._state, x, places, count, cache, options=options, all_logits=True
+                self._structure, self._arrays, x, places, count, cache, options=options, all_logits=True
             )
             yield logits, cache, found, done
 
@@ -240,7 +292,7 @@ class Runner:
         for start in range(0, total, chunk):
             part = slice(start, start + chunk)
             here, rows = jnp.asarray(ids[None, part]), jnp.asarray(index[None, part])
-            x = _embed(self._graph, self._state, here, vision_embeds, rows)
+            x = _embed(self._structure, self._arrays, here, vision_embeds, rows)
             count = min(chunk, total - start)
             yield x, jnp.asarray(positions[:, None, part]), jnp.asarray([count], jnp.int32), start + count
 
@@ -255,7 +307,13 @@ class Runner:
         Returns:
           float32 `[b, vocab]` logits of the next tokens, and the cache with `tokens` in it.
         """
-        return _decode(self._graph, self._state, tokens, delta, cache, options=self.options)
+        options = self.options.for_context(cache.capacity)
+        return _decode(self._structure, self._arrays, tokens, delta, cache, options=options)
+
+
+def _workspace(step: jax.stages.Lowered) -> int:
+    analysis = step.compile().memory_analysis()
+    return analysis.temp_size_in_bytes if analysis else 0
 
 
 def vision_rows(input_ids: np.ndarray, config: KeyeConfig) -> np.ndarray:

@@ -12,12 +12,19 @@ import numpy as np
 from keye_jax.cache import Cache
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
+from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.decoder import LayerIntermediates
 from keye_jax.model.rope import mrope_positions
 from keye_jax.runner import Runner
 
 EXACT = "exact"
 """`Comparison.kind` of arrays that must be identical."""
+
+OVERLAP = "overlap"
+"""`Comparison.kind` of selected sets that need not be identical: what a float8 indexer selects."""
+
+MAX_SELECTION_CHANGE = 0.1
+"""Share of the selected positions, over all layers, that may be others with a float8 indexer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +33,9 @@ class Comparison:
 
     Attributes:
       name: of the array.
-      kind: "exact", or "close", within a tolerance.
-      error: largest absolute difference ("close"), or how many entries differ ("exact").
+      kind: "exact", "close", within a tolerance, or "overlap", of selected sets.
+      error: largest absolute difference ("close"), how many entries differ ("exact"), or which share of the selected
+        positions are others, of the queries that see more than they may select ("overlap").
       passed: whether that is allowed.
     """
 
@@ -54,13 +62,17 @@ class _Trace:
 def verify(runner: Runner, golden: Mapping[str, np.ndarray], *, atol: float) -> Iterator[Comparison]:
     """Compares every array of `golden` that this way of running has; names and meanings in docs/correctness.md.
 
-    A sparse runner is held to the sparse arrays, a dense one to the dense ones; both to the vision encoder's.
+    A sparse runner is held to the sparse arrays, a dense one to the dense ones; both to the vision encoder's. Where a
+    float8 indexer selects other positions, all that follows differs: of the sparse arrays only the selected sets are
+    compared then.
 
     Raises:
       UserError: an array has not the shape that this model gives.
     """
     compare, config = _Comparer(golden, atol), runner.config
+    top_k = config.sa_config.topk
     sparse = runner.options.attention == "sparse"
+    float8 = sparse and runner.options.indexer_dtype is not None
     no_vision = jnp.zeros((0, config.hidden_size), runner.dtype)
 
     if "text_ids" in golden:
@@ -68,11 +80,12 @@ def verify(runner: Runner, golden: Mapping[str, np.ndarray], *, atol: float) -> 
         positions = np.broadcast_to(np.arange(len(ids), dtype=np.int32), (3, len(ids)))
         trace = _trace(runner, ids, positions, no_vision)
         if sparse:
-            yield from compare.sparse("text", trace)
+            yield from compare.sparse("text", trace, top_k if float8 else None)
         else:
             yield from compare.close("text_dense_logits", trace.logits)
-        teacher = "head_mean_attention_sparse" if sparse else "head_mean_attention_dense"
-        yield from compare.close(teacher, _head_mean_attention(trace, config))
+        if not float8:
+            teacher = "head_mean_attention_sparse" if sparse else "head_mean_attention_dense"
+            yield from compare.close(teacher, _head_mean_attention(trace, config))
 
     if "pixels" not in golden:
         return
@@ -95,15 +108,17 @@ def verify(runner: Runner, golden: Mapping[str, np.ndarray], *, atol: float) -> 
     )
     yield from compare.exact("mm_positions", positions)
     if sparse:
-        yield from compare.sparse("mm", _trace(runner, ids, positions, embeds))
-        if "mm_greedy" in golden:
+        yield from compare.sparse("mm", _trace(runner, ids, positions, embeds), top_k if float8 else None)
+        if "mm_greedy" in golden and not float8:
             greedy = _greedy(runner, ids, positions, delta, embeds, len(golden["mm_greedy"]))
             yield from compare.exact("mm_greedy", greedy)
 
 
-def skipped(golden: Mapping[str, np.ndarray], *, attention: str) -> tuple[list[str], list[str]]:
-    """Arrays that `golden` lacks, and those it has that are about the other kind of attention."""
-    other = _DENSE_ARRAYS if attention == "sparse" else _SPARSE_ARRAYS
+def skipped(golden: Mapping[str, np.ndarray], options: AttentionOptions) -> tuple[list[str], list[str]]:
+    """Arrays that `golden` lacks, and those it has that are not compared with these options."""
+    other = _DENSE_ARRAYS if options.attention == "sparse" else _SPARSE_ARRAYS
+    if options.attention == "sparse" and options.indexer_dtype is not None:
+        other = other | (_SPARSE_ARRAYS - {"text_selected", "mm_selected"})
     return sorted((_COMMON_ARRAYS | _SPARSE_ARRAYS | _DENSE_ARRAYS) - golden.keys()), sorted(other & golden.keys())
 
 
@@ -131,8 +146,20 @@ class _Comparer:
             differing = int(np.count_nonzero(computed != self.golden[name]))
             yield Comparison(name, EXACT, differing, differing == 0)
 
-    def sparse(self, prompt: str, trace: _Trace) -> Iterator[Comparison]:
+    def overlap(self, name: str, computed: np.ndarray, top_k: int) -> Iterator[Comparison]:
+        if name in self.golden:
+            self._check_shape(name, computed)
+            expected = self.golden[name][:, top_k:]
+            common = np.count_nonzero(expected & computed[:, top_k:])
+            change = 1 - common / max(1, np.count_nonzero(expected))
+            yield Comparison(name, OVERLAP, change, bool(change <= MAX_SELECTION_CHANGE))
+
+    def sparse(self, prompt: str, trace: _Trace, float8_top_k: int | None) -> Iterator[Comparison]:
+        """All sparse arrays of a prompt, or the overlap of its selected sets with those of a float8 indexer."""
         assert trace.index_scores is not None and trace.selected is not None
+        if float8_top_k is not None:
+            yield from self.overlap(f"{prompt}_selected", trace.selected, float8_top_k)
+            return
         yield from self.close(f"{prompt}_logits", trace.logits)
         yield from self.close(f"{prompt}_hidden", trace.hidden)
         yield from self.close(f"{prompt}_index_scores", trace.index_scores)

@@ -10,19 +10,29 @@ import jax.numpy as jnp
 
 from pallas_kernels.errors import UnsupportedError
 
-IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_tpu", "xla")
+IMPLEMENTATIONS = ("mosaic_gpu", "cudnn", "mosaic_tpu", "xla")
 """Names an operation may have implementations under, best first."""
 
 
 @functools.cache
 def available() -> tuple[str, ...]:
     """The implementations that this machine's default device can run, best first."""
-    runnable = {"mosaic_gpu": _on_hopper(), "mosaic_tpu": jax.default_backend() == "tpu", "xla": True}
-    return tuple(name for name in IMPLEMENTATIONS if runnable[name])
+    capability = _cuda_capability()
+    runs = {
+        "mosaic_gpu": capability == (9, 0),
+        "cudnn": capability >= (8, 0),
+        "mosaic_tpu": jax.default_backend() == "tpu",
+        "xla": True,
+    }
+    return tuple(name for name in IMPLEMENTATIONS if runs[name])
 
 
-def _on_hopper() -> bool:
-    return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+def _cuda_capability() -> tuple[int, int]:
+    """Compute capability of the default device; (0, 0) if it is no NVIDIA GPU."""
+    if "cuda" not in jax.devices()[0].client.platform_version:
+        return 0, 0
+    major, minor = jax.devices()[0].compute_capability.split(".")
+    return int(major), int(minor)
 
 
 def dispatch(operation: str, candidates: Sequence[str], implementation: str | None) -> Callable:

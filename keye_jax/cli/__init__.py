@@ -6,19 +6,20 @@ import sys
 
 import typer
 
-from keye_jax.cli import convert, generate, inspect, verify
+from keye_jax.cli import bench, convert, generate, inspect, verify
 from keye_jax.errors import UserError
 from pallas_kernels.errors import UnsupportedError
 
 app = typer.Typer(
     name="keye-jax",
-    help="Keye-VL-2.0-30B-A3B in JAX: convert a checkpoint, look into it, verify it, and ask it about videos.",
+    help="Keye-VL-2.0-30B-A3B in JAX: convert a checkpoint, inspect, verify and measure it, ask about videos.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
+app.command("bench")(bench.bench)
 app.command("generate", cls=generate.InOrder)(generate.generate)
 
 

@@ -60,6 +60,8 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     attention: options.Attention = "sparse",
     implementation: options.Implementation = None,
+    dense_below: options.DenseBelow = None,
+    indexer_dtype: options.IndexerDtype = None,
     prefill_chunk: options.PrefillChunk = None,
     dtype: options.Dtype = "checkpoint",
 ) -> int:
@@ -67,7 +69,7 @@ def generate(
 
     The answer goes to stdout; reasoning, progress and a summary go to stderr.
     """
-    chosen = options.attention_options(attention, implementation)
+    chosen = options.attention_options(attention, implementation, dense_below, indexer_dtype)
     chunk = options.prefill_chunk_size(prefill_chunk)
     cast = options.parameter_dtype(dtype)
     conversation = _conversation(prompt, image or [], video or [], ctx.meta["media"], messages)
@@ -102,7 +104,12 @@ def generate(
     )
     plan = processor.plan(conversation)
     limit = new_token_limit(
-        config, plan.num_tokens, max_new_tokens, dtype=cast or config.dtype, memory_limit=memory_limit_bytes()
+        config,
+        plan.num_tokens,
+        max_new_tokens,
+        dtype=cast or config.dtype,
+        indexer_dtype=chosen.indexer_dtype,
+        memory_limit=memory_limit_bytes(),
     )
 
     start = time.perf_counter()

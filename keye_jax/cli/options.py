@@ -23,11 +23,23 @@ Implementation = Annotated[
 PrefillChunk = Annotated[
     int | None, typer.Option(help="Prompt tokens read in one step; the answer does not depend on it.")
 ]
+DenseBelow = Annotated[
+    int | None,
+    typer.Option(
+        help="Attend densely while the context has at most so many tokens; where that is faster if left out, 0 never."
+    ),
+]
+IndexerDtype = Annotated[
+    str | None,
+    typer.Option(help="'float8_e4m3fn': an indexer as the publisher serves it; the weights' dtype if left out."),
+]
 Dtype = Annotated[str, typer.Option(help="'checkpoint', 'bfloat16' or 'float32': what the parameters are cast to.")]
 
 
-def attention_options(attention: str, implementation: str | None) -> AttentionOptions:
-    """Checked attention options. Raises UserError for an unknown name."""
+def attention_options(
+    attention: str, implementation: str | None, dense_below: int | None = 0, indexer_dtype: str | None = None
+) -> AttentionOptions:
+    """Checked attention options. Raises UserError for an unknown name or a negative number of tokens."""
     from keye_jax.model.attention import AttentionOptions
     from pallas_kernels.dispatch import available
 
@@ -35,16 +47,18 @@ def attention_options(attention: str, implementation: str | None) -> AttentionOp
         raise UserError(f"--attention is {attention!r}; it must be 'sparse' or 'dense'")
     if implementation is not None and implementation not in available():
         raise UserError(f"--implementation is {implementation!r}; it must be one of: {', '.join(available())}")
-    return AttentionOptions(attention, implementation)
+    if dense_below is not None and dense_below < 0:
+        raise UserError(f"--dense-below is {dense_below}; it must be 0 or more")
+    if indexer_dtype not in (None, "float8_e4m3fn"):
+        raise UserError(f"--indexer-dtype is {indexer_dtype!r}; it must be 'float8_e4m3fn' or left out")
+    return AttentionOptions(attention, implementation, dense_below, indexer_dtype)
 
 
-def prefill_chunk_size(value: int | None) -> int:
-    """A checked prefill chunk. Raises UserError if it is not positive."""
-    from keye_jax.runner import PREFILL_CHUNK
-
+def prefill_chunk_size(value: int | None) -> int | None:
+    """A checked prefill chunk; None for the device's own. Raises UserError if it is not positive."""
     if value is not None and value < 1:
         raise UserError(f"--prefill-chunk is {value}; it must be at least 1")
-    return value or PREFILL_CHUNK
+    return value
 
 
 def parameter_dtype(value: str) -> str | None:

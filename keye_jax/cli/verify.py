@@ -18,6 +18,7 @@ def verify(
     atol: Annotated[float, typer.Option(help="Largest absolute error allowed.")] = 5e-4,
     attention: options.Attention = "sparse",
     implementation: options.Implementation = None,
+    indexer_dtype: options.IndexerDtype = None,
     prefill_chunk: options.PrefillChunk = None,
     dtype: options.Dtype = "float32",
 ) -> int:
@@ -26,7 +27,7 @@ def verify(
     Prints the largest absolute error of each array and whether the selected sets and experts are identical. Exits
     with 1 if anything is beyond the tolerance.
     """
-    chosen = options.attention_options(attention, implementation)
+    chosen = options.attention_options(attention, implementation, indexer_dtype=indexer_dtype)
     chunk = options.prefill_chunk_size(prefill_chunk)
     cast = options.parameter_dtype(dtype)
     if not atol >= 0:
@@ -41,7 +42,7 @@ def verify(
     from keye_jax.config import KeyeConfig
     from keye_jax.model.keye import Keye
     from keye_jax.runner import Runner
-    from keye_jax.verify import EXACT, skipped
+    from keye_jax.verify import EXACT, OVERLAP, skipped
     from keye_jax.verify import verify as compare_all
 
     options.enable_compilation_cache()
@@ -50,7 +51,8 @@ def verify(
     model = Keye.from_params(config, load_params(checkpoint, config, dtype=cast))
     runner = Runner(model, config, options=chosen, prefill_chunk=chunk)
 
-    table = Table("array", "compared", "result", "", title=f"{checkpoint} ({kind}, {runner.dtype}, {attention})")
+    how = f"{attention} attention" + (f" and a {indexer_dtype} indexer" if indexer_dtype else "")
+    table = Table("array", "compared", "result", "", title=f"{checkpoint} ({kind}, {runner.dtype}, {how})")
     passed = []
     # Without this, accelerators multiply float32 matrices in lower precision.
     with jax.default_matmul_precision("highest"):
@@ -58,17 +60,19 @@ def verify(
             passed.append(comparison.passed)
             if comparison.kind == EXACT:
                 result = "identical" if comparison.passed else f"{int(comparison.error):,} entries differ"
+            elif comparison.kind == OVERLAP:
+                result = f"{1 - comparison.error:.1%} of the positions in common"
             else:
                 result = f"largest error {comparison.error:.2e}"
             table.add_row(comparison.name, comparison.kind, result, "ok" if comparison.passed else "FAILED")
     rich.print(table)
-    absent, other = skipped(arrays, attention=attention)
+    absent, other = skipped(arrays, chosen)
     if absent:
         print(f"not in the file, skipped: {', '.join(absent)}")
     if other:
-        print(f"not compared with {attention} attention: {', '.join(other)}")
+        print(f"not compared with {how}: {', '.join(other)}")
     if not passed:
-        raise UserError(f"{golden} holds no array that can be compared with {attention} attention")
+        raise UserError(f"{golden} holds no array that can be compared with {how}")
     print(f"{sum(passed)} passed, {len(passed) - sum(passed)} failed (tolerance {atol:g})")
     return 0 if all(passed) else 1
 

@@ -15,13 +15,18 @@ from keye_jax.config import KeyeConfig
 from keye_jax.model.indexer import Indexer
 from keye_jax.model.layers import Linear, RMSNorm
 from keye_jax.model.rope import apply_rope
+from pallas_kernels.dispatch import available
 from pallas_kernels.flash_attention import paged_flash_attention
 from pallas_kernels.indexer_scores import indexer_scores
 from pallas_kernels.select_topk import select_topk
 from pallas_kernels.topk_attention import topk_attention
 
-_SCORE_BYTES = {"mosaic_gpu": 2**30, "mosaic_tpu": 2**30, "xla": 64 * 2**20}
+_SCORE_BYTES = {"mosaic_gpu": 2**30, "mosaic_tpu": 2**30}
+_FEW_SCORE_BYTES = 64 * 2**20
 """What the scores of one block of queries may take: at 128K tokens those of 2,048, enough to fill a GPU, or of 128."""
+
+DENSE_BELOW = {"mosaic_gpu": 8192}
+"""Longest context, in tokens, at which dense attention is the faster one, by the implementation of the sparse one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +36,29 @@ class AttentionOptions:
     Attributes:
       attention: "sparse", the model as released, or "dense", every visible key, for comparison.
       implementation: name of the kernels' implementation, or None for the best there is.
+      dense_below: contexts of up to so many tokens are attended to densely by a "sparse" model; None takes what was
+        measured to be faster (`DENSE_BELOW`), 0 always selects, as released.
+      indexer_dtype: of index queries and keys, and of the cache's: "float8_e4m3fn", as the publisher serves them, less
+        exact, or None for the parameters'.
       intermediates: whether layers also return what they computed on the way (needs memory for all scores).
     """
 
     attention: Literal["sparse", "dense"] = "sparse"
     implementation: str | None = None
+    dense_below: int | None = None
+    indexer_dtype: Literal["float8_e4m3fn"] | None = None
     intermediates: bool = False
+
+    @property
+    def kernels(self) -> str:
+        """Name of the implementation that comes first."""
+        return self.implementation or available()[0]
+
+    def for_context(self, tokens: int) -> AttentionOptions:
+        """The options of a step whose context has at most so many tokens: whether it attends sparsely is settled."""
+        limit = DENSE_BELOW.get(self.kernels, 0) if self.dense_below is None else self.dense_below
+        dense = self.attention == "dense" or (tokens <= limit and not self.intermediates)
+        return dataclasses.replace(self, attention="dense" if dense else "sparse", dense_below=0)
 
 
 @jax.tree_util.register_dataclass
@@ -106,17 +128,21 @@ class Attention(nnx.Module):
         """
         q = apply_rope(self.q_norm(self.q_proj(x)), angles)
         k = apply_rope(self.k_norm(self.k_proj(x)), angles)
-        index_q, gates, index_keys = indexer(x, index_angles)
-        cache = cache.append(placement.page_table, placement.start, placement.count, k, self.v_proj(x), index_keys)
+        with jax.named_scope("indexer"):
+            index_q, gates, index_keys, index_scales = indexer(x, index_angles, dtype=options.indexer_dtype)
+        cache = cache.append(
+            placement.page_table, placement.start, placement.count, k, self.v_proj(x), index_keys, index_scales
+        )
         if options.attention == "dense":
-            out, lse = paged_flash_attention(
-                q,
-                cache.kv,
-                placement.page_table,
-                placement.start,
-                scale=self.scale,
-                implementation=options.implementation,
-            )
+            with jax.named_scope("attention"):
+                out, lse = paged_flash_attention(
+                    q,
+                    cache.kv,
+                    placement.page_table,
+                    placement.start,
+                    scale=self.scale,
+                    implementation=options.implementation,
+                )
             found = AttentionIntermediates(q, lse, None, None)
         else:
             found, out = attend_sparse(
@@ -151,7 +177,7 @@ def attend_sparse(
 
     Args:
       q: `[b, t, n, d]` queries.
-      index_q, gates: index queries `[b, t, ni, di]` and their gates float32 `[b, t, ni]`.
+      index_q, gates: index queries `[b, t, ni, di]` and their gates float32 `[b, t, ni]`, times float8 queries' scales.
       cache: holds the keys of the whole context, the new tokens' included.
 
     Returns:
@@ -163,14 +189,26 @@ def attend_sparse(
         q: jax.Array, index_q: jax.Array, gates: jax.Array, offset: jax.Array | int
     ) -> tuple[AttentionIntermediates, jax.Array]:
         start = placement.start + offset
-        scores = indexer_scores(index_q, gates, cache.index_keys, table, start, scale=index_scale, **kwargs)
+        with jax.named_scope("indexer"):
+            scores = indexer_scores(
+                index_q,
+                gates,
+                cache.index_keys,
+                table,
+                start,
+                scale=index_scale,
+                key_scales=cache.index_scales,
+                **kwargs,
+            )
         lengths = jnp.minimum(start[:, None] + jnp.arange(q.shape[1]) + 1, scores.shape[-1])
-        out, lse = topk_attention(q, scores, lengths, cache.kv, table, top_k=top_k, scale=scale, **kwargs)
+        with jax.named_scope("attention"):
+            out, lse = topk_attention(q, scores, lengths, cache.kv, table, top_k=top_k, scale=scale, **kwargs)
         selected = select_topk(scores, lengths, top_k, **kwargs) if options.intermediates else None
         return AttentionIntermediates(q, lse, scores, selected), out
 
     batch, queries = q.shape[:2]
-    block = max(1, _SCORE_BYTES[options.implementation or "xla"] // (4 * batch * table.shape[1] * PAGE_SIZE))
+    score_bytes = _SCORE_BYTES.get(options.kernels, _FEW_SCORE_BYTES)
+    block = max(1, score_bytes // (4 * batch * table.shape[1] * PAGE_SIZE))
     if options.intermediates or queries <= block:
         return attend(q, index_q, gates, 0)
 

@@ -60,9 +60,12 @@ class DecoderLayer(nnx.Module):
         x = x + attended
         batch, tokens, hidden = x.shape
         valid = jnp.arange(tokens) < placement.count[:, None]
-        mixed, experts = self.moe(
-            self.post_attention_norm(x).reshape(-1, hidden), valid.reshape(-1), implementation=options.implementation
-        )
+        with jax.named_scope("experts"):
+            mixed, experts = self.moe(
+                self.post_attention_norm(x).reshape(-1, hidden),
+                valid.reshape(-1),
+                implementation=options.implementation,
+            )
         x = x + mixed.reshape(x.shape)
         if found is None:
             return x, cache, None

@@ -9,6 +9,7 @@ from flax import nnx
 from keye_jax.config import KeyeConfig
 from keye_jax.model.layers import LayerNorm, Linear, RMSNorm
 from keye_jax.model.rope import apply_rope
+from pallas_kernels.indexer_scores import hadamard, quantize
 
 _NORM_EPS = 1e-6
 
@@ -30,19 +31,28 @@ class Indexer(nnx.Module):
     def scale(self) -> float:
         return self.head_dim**-0.5
 
-    def __call__(self, x: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def __call__(
+        self, x: jax.Array, angles: jax.Array, *, dtype: str | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
         """Index queries, gates and keys of the normed layer input.
 
         Args:
           x: `[b, t, embed]`.
           angles: float32 `[b, t, indexer_head_dim / 2]`.
+          dtype: of queries and keys: "float8_e4m3fn", rotated and scaled first, or None for that of x.
 
         Returns:
-          queries `[b, t, n, d]`, gates float32 `[b, t, n]` (signed), keys `[b, t, d]`.
+          queries `[b, t, n, d]`, gates float32 `[b, t, n]` (signed, times the scales of float8 queries), keys
+          `[b, t, d]`, and the scales of float8 keys, float32 `[b, t]`, or None.
         """
         rows = self.q_proj(x)
         queries, gates = jnp.split(rows, [self.num_heads * self.head_dim], axis=-1)
         queries = self.q_norm(queries.reshape(*x.shape[:2], self.num_heads, self.head_dim))
         keys = self.k_norm(self.k_proj(x))
-        keys = apply_rope(keys[..., None, :], angles)[..., 0, :]
-        return apply_rope(queries, angles), gates.astype(jnp.float32), keys
+        queries, keys = apply_rope(queries, angles), apply_rope(keys[..., None, :], angles)[..., 0, :]
+        gates = gates.astype(jnp.float32)
+        if dtype is None:
+            return queries, gates, keys, None
+        queries, query_scales = quantize(hadamard(queries))
+        keys, key_scales = quantize(hadamard(keys))
+        return queries, gates * query_scales, keys, key_scales

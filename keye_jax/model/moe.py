@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -51,9 +53,11 @@ class MoE(nnx.Module):
         # One row per (token, expert), sorted by expert; rows of invalid tokens go behind the last expert.
         flat = jnp.where(valid[:, None], experts, num_experts).reshape(-1)
         order = jnp.argsort(flat, stable=True)
+        row_of = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True).reshape(tokens, -1)
         group_sizes = jnp.bincount(flat, length=num_experts).astype(jnp.int32)
         rows = x[order // self.experts_per_token]
         out = expert_mlp(rows, self.gate_up_proj[...], self.down_proj[...], group_sizes, implementation=implementation)
-        out = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(tokens, -1, x.shape[-1])
         weights = jnp.where(valid[:, None], weights, 0.0)
-        return jnp.einsum("tkd,tk->td", out.astype(jnp.float32), weights).astype(x.dtype), experts
+        # One term for each of the few experts: XLA gathers and adds in one pass, without an array of all terms.
+        terms = (weights[:, k, None] * out[row_of[:, k]] for k in range(self.experts_per_token))
+        return functools.reduce(jnp.add, terms).astype(x.dtype), experts

@@ -1,34 +1,53 @@
-"""What is measured: operations at the released model's sizes, on random inputs, beside their baselines.
-
-The released model: 32 query heads on 4 key/value heads of 128, an indexer of 16 heads of 64, top_k 2048, 128 experts of
-2048 x 768, 8 a token; bfloat16 in, float32 accumulation.
-"""
+"""What is measured: every operation at the released model's sizes, beside its baselines."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterator
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.bench import inputs
+from pallas_kernels.bench.inputs import (
+    CLUSTERED,
+    EXPERT_HIDDEN,
+    EXPERTS,
+    EXPERTS_PER_TOKEN,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    INDEX_DIM,
+    INDEX_HEADS,
+    INDEX_SCALE,
+    KV_HEADS,
+    NEIGHBOURS,
+    SCALE,
+    TOP_K,
+    UNRELATED,
+    VISION_DIM,
+    VISION_HEADS,
+)
+from pallas_kernels.bench.timing import Arguments
 from pallas_kernels.dispatch import available
-from pallas_kernels.grouped_matmul import expert_mlp
-from pallas_kernels.indexer_scores import indexer_scores
+from pallas_kernels.indexer_scores import hadamard, indexer_scores, quantize
 from pallas_kernels.select_topk import select_topk
-from pallas_kernels.sparse_attention import sparse_attention
+from pallas_kernels.topk_attention import topk_attention
 
-PAGE_SIZE = 64
-TOP_K = 2048
-HEADS, KV_HEADS, HEAD_DIM = 32, 4, 128
-INDEX_HEADS, INDEX_DIM = 16, 64
-EXPERTS, EXPERTS_PER_TOKEN, HIDDEN, EXPERT_HIDDEN = 128, 8, 2048, 768
-NEIGHBOURS, POOL = 16, 8192
-"""Clustered selections: 16 neighbouring queries choose from a pool of 8K keys, as in the released model at 128K."""
+KINDS = {"clustered": CLUSTERED, "uniform": UNRELATED}
+"""Selections that benchmarks use, by the size of the union of 16 neighbours' selections."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchCall:
+    """A baseline of PyTorch: a function of its tensors."""
+
+    function: Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,153 +58,326 @@ class Case:
       operation: its name.
       size: what is distinctive about it.
       candidates: functions by name, implementations and baselines, all of the same arguments.
-      arguments: makes them, on the device.
+      make: makes the arguments out of `settings`; jitted.
+      settings: numbers. Cases that differ in nothing else share their compiled programs.
       flops, nbytes: useful work and memory traffic of one call; what is None is not what limits the operation.
+      union: of queries that select: mean size of the union of 16 neighbours, out of the arguments; jitted.
+      calls: calls in one program; None chooses.
     """
 
     operation: str
     size: str
-    candidates: dict[str, Callable[..., Any]]
-    arguments: Callable[[], tuple[Any, ...]]
+    candidates: Mapping[str, Callable[..., Any] | TorchCall]
+    make: Callable[..., Arguments]
+    settings: tuple[int, ...] = ()
     flops: float | None = None
     nbytes: float | None = None
+    union: Callable[..., jax.Array] | None = None
+    calls: int | None = None
+
+    @property
+    def floor_seconds(self) -> float:
+        """What one call takes at least on the fastest GPU this is likely to run on."""
+        return (self.flops or 0) / 800e12 + (self.nbytes or 0) / 4.5e12
 
 
-def _implementations(function: Callable[..., Any], **kwargs: Any) -> dict[str, Callable[..., Any]]:
-    return {name: functools.partial(function, implementation=name, **kwargs) for name in available()}
+def size_name(count: int) -> str:
+    return f"{count // 1024}K" if count % 1024 == 0 else f"{count:,}"
 
 
-def _normal(seed: int, *shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
-
-
-def _table(batch: int, context: int) -> jax.Array:
-    pages = batch * context // PAGE_SIZE
-    return jax.random.permutation(jax.random.key(9), pages).astype(jnp.int32).reshape(batch, -1)
+@functools.cache
+def implementations(operation: str, **kwargs: Any) -> dict[str, Callable[..., Any]]:
+    """The implementations of "folder.function" that this machine can run, by name; the same objects every time."""
+    folder, name = operation.split(".")
+    function = getattr(importlib.import_module(f"pallas_kernels.{folder}"), name)
+    found = {}
+    for implementation in available():
+        module = f"pallas_kernels.{folder}.{implementation}"
+        if importlib.util.find_spec(module) and hasattr(importlib.import_module(module), name):
+            found[implementation] = functools.partial(function, implementation=implementation, **kwargs)
+    return found
 
 
 def _indexer_cases(contexts: list[int], queries: int) -> Iterator[Case]:
     for context in contexts:
 
-        def arguments(context: int = context) -> tuple[Any, ...]:
-            keys = _normal(2, context // PAGE_SIZE, PAGE_SIZE, INDEX_DIM)
-            start = jnp.asarray([context - queries], jnp.int32)
-            q, gates = _normal(0, 1, queries, INDEX_HEADS, INDEX_DIM), _normal(1, 1, queries, INDEX_HEADS)
-            return q, gates.astype(jnp.float32), keys, _table(1, context), start
+        def make(context: int = context) -> Arguments:
+            q, gates = inputs.normal(0, 1, queries, INDEX_HEADS, INDEX_DIM), inputs.normal(1, 1, queries, INDEX_HEADS)
+            start = jnp.full(1, context - queries, jnp.int32)
+            keys = inputs.pages(2, 1, context, INDEX_DIM)
+            return q, gates.astype(jnp.float32), keys, inputs.page_table(1, context), start
 
-        seen = queries * (context - queries / 2)
-        yield Case(
-            "indexer_scores",
-            f"{queries} queries x {context // 1024}K keys",
-            _implementations(indexer_scores, scale=INDEX_DIM**-0.5),
-            arguments,
-            flops=2 * seen * INDEX_HEADS * INDEX_DIM,
+        def make_float8(make: Any = make) -> Arguments:
+            q, gates, keys, table, start = make()
+            (q, q_scales), (keys, key_scales) = quantize(hadamard(q)), quantize(hadamard(keys))
+            return q, gates * q_scales, keys, table, start, key_scales
+
+        size = f"{queries:,} queries x {size_name(context)} keys"
+        exact = implementations("indexer_scores.indexer_scores", scale=INDEX_SCALE)
+        work = 2.0 * queries * (context - queries / 2) * INDEX_HEADS * INDEX_DIM
+        yield Case("indexer_scores", size, exact, make, flops=work)
+        yield Case("indexer_scores", f"{size}, float8", _float8_scores(), make_float8, flops=work)
+
+
+@functools.cache
+def _float8_scores() -> dict[str, Callable[..., Any]]:
+    def scores(
+        q: Any, gates: Any, keys: Any, table: Any, start: Any, key_scales: Any, *, implementation: str
+    ) -> jax.Array:
+        return indexer_scores(
+            q, gates, keys, table, start, scale=INDEX_SCALE, key_scales=key_scales, implementation=implementation
         )
 
-
-def _topk_cases(sizes: list[tuple[int, int]]) -> Iterator[Case]:
-    for (rows, context), kind in itertools.product(sizes, ("random", "clustered")):
-
-        def arguments(rows: int = rows, context: int = context, kind: str = kind) -> tuple[Any, ...]:
-            scores = _normal(0, rows, context, dtype=jnp.float32)
-            if kind == "clustered":
-                # Values that share their leading bits, so that thousands stand next to the threshold.
-                scores = 1 + jnp.round(scores * 1000) * 2.0**-20
-            return scores, jnp.full(rows, context, jnp.int32)
-
-        yield Case(
-            "select_topk",
-            f"{rows} x {context // 1024}K {kind}",
-            _implementations(select_topk, k=TOP_K)
-            | {"lax.top_k": lambda scores, lengths: jax.lax.top_k(scores, TOP_K)[1]},
-            arguments,
-            nbytes=4 * rows * context,
-        )
+    names = implementations("indexer_scores.indexer_scores")
+    return {name: functools.partial(scores, implementation=name) for name in names}
 
 
-def selections(queries: int, context: int, *, clustered: bool, seed: int = 0) -> np.ndarray:
-    """Positions int32 `[1, queries, TOP_K]`, ascending: of a pool of each 16 neighbours, or of the whole context."""
-    rng = np.random.default_rng(seed)
-    rows = np.empty((queries, TOP_K), np.int32)
-    for first in range(0, queries, NEIGHBOURS):
-        pool = np.sort(rng.choice(context, POOL, replace=False)) if clustered else np.arange(context)
-        for query in range(first, min(first + NEIGHBOURS, queries)):
-            rows[query] = np.sort(pool[rng.choice(len(pool), TOP_K, replace=False)])
-    return rows[None]
+def _lax_top_k(scores: jax.Array, lengths: jax.Array) -> jax.Array:
+    return jax.lax.top_k(scores, TOP_K)[1]
 
 
-def _attention_cases(contexts: list[int], queries: int) -> Iterator[Case]:
-    for context, clustered in itertools.product(contexts, (True, False)):
-
-        def arguments(context: int = context, clustered: bool = clustered) -> tuple[Any, ...]:
-            kv = _normal(1, context // PAGE_SIZE, PAGE_SIZE, 2 * KV_HEADS, HEAD_DIM)
-            indices = jnp.asarray(selections(queries, context, clustered=clustered))
-            return _normal(0, 1, queries, HEADS, HEAD_DIM), kv, indices, _table(1, context)
-
-        yield Case(
-            "sparse_attention",
-            f"{queries} queries, {context // 1024}K keys, {'clustered' if clustered else 'uniform'}",
-            _implementations(sparse_attention, scale=HEAD_DIM**-0.5),
-            arguments,
-            flops=4 * queries * TOP_K * HEADS * HEAD_DIM,
-        )
+def _torch_topk(scores: Any, lengths: Any) -> Any:
+    return scores.topk(TOP_K, dim=-1)
 
 
-def _decode_cases(batches: list[int], context: int) -> Iterator[Case]:
-    for batch in batches:
+def _has_torch() -> bool:
+    if jax.default_backend() != "gpu" or not importlib.util.find_spec("torch"):
+        return False
+    import torch  # pyright: ignore[reportMissingImports]
 
-        def arguments(batch: int = batch) -> tuple[Any, ...]:
-            kv = _normal(1, batch * context // PAGE_SIZE, PAGE_SIZE, 2 * KV_HEADS, HEAD_DIM)
-            indices = np.concatenate([selections(1, context, clustered=False, seed=i) for i in range(batch)])
-            return _normal(0, batch, 1, HEADS, HEAD_DIM), kv, jnp.asarray(indices), _table(batch, context)
+    return torch.cuda.is_available()
 
-        yield Case(
-            "sparse_attention",
-            f"decode, batch {batch}, {context // 1024}K keys",
-            _implementations(sparse_attention, scale=HEAD_DIM**-0.5),
-            arguments,
-            nbytes=batch * TOP_K * 2 * KV_HEADS * HEAD_DIM * 2,
-        )
+
+def _selection_cases(sizes: list[tuple[int, int]]) -> Iterator[Case]:
+    candidates = {
+        **implementations("select_topk.select_topk", k=TOP_K),
+        "lax.top_k": _lax_top_k,
+        **({"torch.topk": TorchCall(_torch_topk)} if _has_torch() else {}),
+    }
+    for rows, context in sizes:
+
+        def make(clustered: int, rows: int = rows, context: int = context) -> Arguments:
+            scores = inputs.normal(0, rows, context, dtype=jnp.float32)
+            # Values that share their leading bits, so that thousands stand next to the threshold.
+            close = 1 + jnp.round(scores * 1000) * 2.0**-20
+            return jnp.where(clustered, close, scores), jnp.full(rows, context, jnp.int32)
+
+        for kind in ("random", "close") if rows == 1024 else ("random",):
+            size = f"{rows} x {size_name(context)} {kind}"
+            yield Case("select_topk", size, candidates, make, (int(kind == "close"),), nbytes=4.0 * rows * context)
+
+
+@functools.cache
+def sequence(queries: int, context: int) -> Callable[..., Arguments]:
+    """A function of (start, union) that makes what sparse attention of some queries of one sequence takes.
+
+    It makes q, kv, page table, start, and the indexer's queries, gates and keys.
+    """
+
+    def make(start: jax.Array, union: jax.Array) -> Arguments:
+        table = inputs.page_table(1, context)
+        keys = inputs.pages(2, 1, context, INDEX_DIM)
+        index_q, gates = inputs.index_queries(queries, keys[table[0]].reshape(context, -1), start + queries, union)
+        q, kv = inputs.normal(0, 1, queries, HEADS, HEAD_DIM), inputs.pages(1, 1, context, 2 * KV_HEADS, HEAD_DIM)
+        return q, kv, table, jnp.full(1, start, jnp.int32), index_q, gates, keys
+
+    return make
+
+
+def mean_union(q: Any, kv: Any, table: Any, start: Any, index_q: Any, gates: Any, keys: Any) -> jax.Array:
+    """Mean size of the unions of four groups of 16 neighbours, of the arguments that `sequence` makes."""
+    in_order = keys[table[0]].reshape(-1, keys.shape[-1])
+    queries = index_q.shape[1]
+    sizes = []
+    for first in range(0, queries, max(16, queries // 4 // 16 * 16)):
+        group = slice(first, first + 16)
+        lengths = start[0] + jnp.arange(first, first + 16) + 1
+        sizes.append(inputs.union_size(index_q[0, group], gates[0, group], in_order, lengths))
+    return jnp.mean(jnp.stack(sizes).astype(jnp.float32))
+
+
+def attend_sparse(
+    q: Any, kv: Any, table: Any, start: Any, index_q: Any, gates: Any, keys: Any, *, implementation: str
+) -> Any:
+    """Scores, selection and attention, as the model puts them together."""
+    scores = indexer_scores(index_q, gates, keys, table, start, scale=INDEX_SCALE, implementation=implementation)
+    lengths = start[:, None] + jnp.arange(q.shape[1]) + 1
+    return topk_attention(q, scores, lengths, kv, table, top_k=TOP_K, scale=SCALE, implementation=implementation)
+
+
+@functools.cache
+def sparse_candidates() -> dict[str, Callable[..., Any]]:
+    names = implementations("topk_attention.topk_attention")
+    return {name: functools.partial(attend_sparse, implementation=name) for name in names}
+
+
+def _prefill_cases(contexts: list[int], queries: int) -> Iterator[Case]:
+    """`topk_attention` on the scores that related and unrelated queries have, and attention to what they select."""
+    for context in contexts:
+
+        def scored(start: jax.Array, union: jax.Array, context: int = context) -> Arguments:
+            q, kv, table, start, index_q, gates, keys = sequence(queries, context)(start, union)
+            scores = indexer_scores(index_q, gates, keys, table, start, scale=INDEX_SCALE, implementation="xla")
+            return q, scores, start[:, None] + jnp.arange(queries) + 1, kv, table
+
+        def selected(start: jax.Array, union: jax.Array, scored: Any = scored) -> Arguments:
+            q, scores, lengths, kv, table = scored(start, union)
+            return q, kv, select_topk(scores, lengths, TOP_K, implementation="xla"), table
+
+        def union_of_scores(q: Any, scores: jax.Array, lengths: jax.Array, kv: Any, table: Any) -> jax.Array:
+            return mean_of_lists(select_topk(scores[:, :64], lengths[:, :64], TOP_K, implementation="xla"))
+
+        def union_of_lists(q: Any, kv: Any, indices: jax.Array, table: Any) -> jax.Array:
+            return mean_of_lists(indices[:, :64])
+
+        def mean_of_lists(indices: jax.Array, context: int = context) -> jax.Array:
+            rows = jnp.arange(len(indices[0]))[:, None]
+            chosen = jnp.zeros((len(indices[0]), context), bool).at[rows, indices[0]].set(True, mode="drop")
+            return jnp.mean(
+                jnp.sum(jnp.any(chosen.reshape(-1, NEIGHBOURS, context), axis=1), axis=1, dtype=jnp.float32)
+            )
+
+        composite = implementations("topk_attention.topk_attention", top_k=TOP_K, scale=SCALE)
+        attention = implementations("sparse_attention.sparse_attention", scale=SCALE)
+        for kind, size in KINDS.items():
+            name, settings = f"{queries:,} queries, {size_name(context)} keys, {kind}", (context - queries, size)
+            work = 4.0 * queries * TOP_K * HEADS * HEAD_DIM
+            yield Case("topk_attention", name, composite, scored, settings, flops=work, union=union_of_scores)
+            yield Case("sparse_attention", name, attention, selected, settings, flops=work, union=union_of_lists)
+
+
+def _decode_cases(sizes: list[tuple[int, int]]) -> Iterator[Case]:
+    """One query a sequence: each step of sparse attention, all of them, and dense attention."""
+    for batch, context in sizes:
+        name = f"decode, batch {batch}, {size_name(context)} keys"
+
+        def pool(batch: int = batch, context: int = context) -> jax.Array:
+            return inputs.pages(1, batch, context, 2 * KV_HEADS, HEAD_DIM)
+
+        def query(batch: int = batch) -> jax.Array:
+            return inputs.normal(0, batch, 1, HEADS, HEAD_DIM)
+
+        def selected(batch: int = batch, context: int = context, pool: Any = pool, query: Any = query) -> Arguments:
+            return query(), pool(), inputs.spread_positions(batch, context), inputs.page_table(batch, context)
+
+        def index(batch: int = batch, context: int = context) -> Arguments:
+            q, gates = inputs.normal(2, batch, 1, INDEX_HEADS, INDEX_DIM), inputs.normal(3, batch, 1, INDEX_HEADS)
+            start = jnp.full(batch, context - 1, jnp.int32)
+            keys = inputs.pages(4, batch, context, INDEX_DIM)
+            return q, gates.astype(jnp.float32), keys, inputs.page_table(batch, context), start
+
+        def whole(index: Any = index, pool: Any = pool, query: Any = query) -> Arguments:
+            q, gates, keys, table, start = index()
+            return query(), pool(), table, start, q, gates, keys
+
+        def paged(batch: int = batch, context: int = context, pool: Any = pool, query: Any = query) -> Arguments:
+            return query(), pool(), inputs.page_table(batch, context), jnp.full(batch, context - 1, jnp.int32)
+
+        def contiguous(batch: int = batch, context: int = context, query: Any = query) -> Arguments:
+            shape = batch, context, KV_HEADS, HEAD_DIM
+            return query(), inputs.normal(1, *shape), inputs.normal(2, *shape)
+
+        index_bytes = 2.0 * batch * context * INDEX_DIM
+        selected_bytes, dense_bytes = (4.0 * batch * count * KV_HEADS * HEAD_DIM for count in (TOP_K, context))
+        sparse = implementations("sparse_attention.sparse_attention", scale=SCALE)
+        dense = implementations("flash_attention.paged_flash_attention", scale=SCALE)
+        yield Case("indexer and selection", name, _scores_and_selection(), index, nbytes=index_bytes)
+        yield Case("sparse_attention", name, sparse, selected, nbytes=selected_bytes)
+        yield Case("DSA attention", name, sparse_candidates(), whole, nbytes=index_bytes + selected_bytes)
+        yield Case("paged_flash_attention", name, dense, paged, nbytes=dense_bytes)
+        yield Case("dense attention", name, {dense_baseline(): _dense_decode}, contiguous, nbytes=dense_bytes)
+
+
+@functools.cache
+def _scores_and_selection() -> dict[str, Callable[..., Any]]:
+    select = implementations("select_topk.select_topk", k=TOP_K)
+
+    def both(q: Any, gates: Any, keys: Any, table: Any, start: Any, *, name: str) -> Any:
+        scores = indexer_scores(q, gates, keys, table, start, scale=INDEX_SCALE, implementation=name)
+        return select[name](scores, start[:, None] + 1)
+
+    return {name: functools.partial(both, name=name) for name in select}
+
+
+def dense_baseline() -> str:
+    """The name of the best dense attention that JAX has here."""
+    return "cuDNN" if jax.default_backend() == "gpu" else "jax.nn"
+
+
+def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.Array:
+    implementation = "cudnn" if jax.default_backend() == "gpu" else "xla"
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
+
+
+def _dense_decode(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return dense_attention(q, k, v, causal=False)
+
+
+def _ragged_dot(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
+    return jax.lax.ragged_dot(lhs, rhs, sizes)
+
+
+def _ragged_mlp(lhs: jax.Array, gate_up: jax.Array, down: jax.Array, sizes: jax.Array) -> jax.Array:
+    gate, up = jnp.split(jax.lax.ragged_dot(lhs, gate_up, sizes).astype(jnp.float32), 2, axis=-1)
+    return jax.lax.ragged_dot((jax.nn.silu(gate) * up).astype(lhs.dtype), down, sizes)
 
 
 def _expert_cases(token_counts: list[int]) -> Iterator[Case]:
+    product, mlp = (implementations(f"grouped_matmul.{name}") for name in ("grouped_matmul", "expert_mlp"))
     for tokens in token_counts:
         rng = np.random.default_rng(tokens)
         chosen = np.argsort(rng.random((tokens, EXPERTS)), axis=1)[:, :EXPERTS_PER_TOKEN]
-        sizes = np.bincount(chosen.ravel(), minlength=EXPERTS)
+        sizes = np.bincount(chosen.ravel(), minlength=EXPERTS).astype(np.int32)
 
-        def arguments(tokens: int = tokens, sizes: np.ndarray = sizes) -> tuple[Any, ...]:
-            rows = _normal(0, tokens * EXPERTS_PER_TOKEN, HIDDEN)
-            gate_up = _normal(1, EXPERTS, HIDDEN, 2 * EXPERT_HIDDEN)
-            return rows, gate_up, _normal(2, EXPERTS, EXPERT_HIDDEN, HIDDEN), jnp.asarray(sizes, jnp.int32)
+        def make_mlp(tokens: int = tokens, sizes: np.ndarray = sizes) -> Arguments:
+            rows = inputs.normal(0, tokens * EXPERTS_PER_TOKEN, HIDDEN)
+            gate_up = inputs.normal(1, EXPERTS, HIDDEN, 2 * EXPERT_HIDDEN)
+            return rows, gate_up, inputs.normal(2, EXPERTS, EXPERT_HIDDEN, HIDDEN), jnp.asarray(sizes)
 
-        work = 6 * tokens * EXPERTS_PER_TOKEN * HIDDEN * EXPERT_HIDDEN
-        read = int(np.count_nonzero(sizes)) * 3 * HIDDEN * EXPERT_HIDDEN * 2
-        few = tokens <= 64
-        yield Case(
-            "expert_mlp",
-            f"{tokens:,} tokens",
-            _implementations(expert_mlp),
-            arguments,
-            flops=None if few else work,
-            nbytes=read if few else None,
-        )
+        def make_product(make_mlp: Any = make_mlp) -> Arguments:
+            rows, gate_up, _, sizes = make_mlp()
+            return rows, gate_up, sizes
+
+        work = 2.0 * tokens * EXPERTS_PER_TOKEN * HIDDEN * EXPERT_HIDDEN
+        weights = 2.0 * int(np.count_nonzero(sizes)) * HIDDEN * EXPERT_HIDDEN
+        name, baseline = f"{tokens:,} tokens", "lax.ragged_dot"
+        if tokens <= 64:
+            yield Case("expert_mlp", name, mlp | {baseline: _ragged_mlp}, make_mlp, nbytes=3 * weights)
+        else:
+            yield Case("expert_mlp", name, mlp | {baseline: _ragged_mlp}, make_mlp, flops=3 * work)
+            yield Case("grouped_matmul", name, product | {baseline: _ragged_dot}, make_product, flops=2 * work)
+
+
+def _vision_cases(frames: int, patches: int) -> Iterator[Case]:
+    def make() -> Arguments:
+        shape = frames, patches, VISION_HEADS, VISION_DIM
+        return (*(inputs.normal(seed, *shape) for seed in range(3)), jnp.full(frames, patches, jnp.int32))
+
+    yield Case(
+        "flash_attention",
+        f"vision, {frames} frames of {patches:,} patches",
+        implementations("flash_attention.flash_attention", scale=VISION_DIM**-0.5),
+        make,
+        flops=4.0 * frames * patches**2 * VISION_HEADS * VISION_DIM,
+    )
 
 
 def cases(*, quick: bool) -> list[Case]:
-    """All measurements; `quick` leaves sizes that any machine can run."""
+    """All measurements of single operations; `quick` leaves sizes that any machine can run."""
     if quick:
         return [
             *_indexer_cases([4096], 64),
-            *_topk_cases([(16, 8192)]),
-            *_attention_cases([8192], 16),
-            *_decode_cases([1], 8192),
+            *_selection_cases([(16, 8192)]),
+            *_prefill_cases([8192], 64),
+            *_decode_cases([(1, 8192)]),
             *_expert_cases([1, 16]),
+            *_vision_cases(1, 256),
         ]
     return [
-        *_indexer_cases([32_768, 131_072], 2048),
-        *_topk_cases([(1024, 131_072), (4096, 32_768), (64, 262_144), (1, 131_072)]),
-        *_attention_cases([32_768, 131_072], 1024),
-        *_decode_cases([1, 8, 64], 131_072),
+        *_indexer_cases([32_768, 131_072, 262_144], 2048),
+        *_selection_cases([(1024, 131_072), (4096, 32_768), (64, 262_144), (1, 131_072)]),
+        *_prefill_cases([32_768, 131_072], 2048),
+        *_decode_cases([(1, 131_072), (8, 131_072), (64, 131_072)]),
         *_expert_cases([1, 16, 64, 2048, 16_384]),
+        *_vision_cases(16, 1024),
     ]

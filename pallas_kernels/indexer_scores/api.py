@@ -4,10 +4,6 @@ import jax
 
 from pallas_kernels.dispatch import dispatch
 
-# The kernels run by their names alone: that for Hopper until the whole model has been run with it, that for TPUs until a
-# TPU has run it.
-_IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu")
-
 
 def indexer_scores(
     q: jax.Array,
@@ -17,9 +13,13 @@ def indexer_scores(
     query_start: jax.Array,
     *,
     scale: float,
+    key_scales: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """`I[b,t,s] = scale * sum_n weights[b,t,n] * relu(q[b,t,n] . keys[b,s])` (DeepSeek-V3.2, equation 1), causal.
+
+    With float8_e4m3fn queries and keys (see `quantize`) the queries' scales belong into the gates, and the keys' scales
+    multiply the sums.
 
     Memory: the result and a workspace that does not grow with the context.
 
@@ -31,10 +31,11 @@ def indexer_scores(
       query_start: int32 `[b]`, position of each sequence's first query; query t stands at `query_start + t` and sees
         positions up to its own.
       scale: factor on the sum.
+      key_scales: float32 `[p, page_size]`, a factor on each key's scores; None for ones.
       implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
     Returns:
       float32 `[b, t, m * page_size]`; -inf after a query's own position.
     """
-    run = dispatch("indexer_scores.indexer_scores", _IMPLEMENTATIONS, implementation)
-    return run(q, weights, keys, page_table, query_start, scale=scale)
+    run = dispatch("indexer_scores.indexer_scores", ("mosaic_gpu", "mosaic_tpu", "xla"), implementation)
+    return run(q, weights, keys, page_table, query_start, scale=scale, key_scales=key_scales)

@@ -29,7 +29,14 @@ _PREFILL_UNROLL, _DECODE_UNROLL = 2, 16  # tiles of keys
 
 
 def indexer_scores(
-    q: jax.Array, weights: jax.Array, keys: jax.Array, page_table: jax.Array, query_start: jax.Array, *, scale: float
+    q: jax.Array,
+    weights: jax.Array,
+    keys: jax.Array,
+    page_table: jax.Array,
+    query_start: jax.Array,
+    *,
+    scale: float,
+    key_scales: jax.Array | None = None,
 ) -> jax.Array:
     """See `api.indexer_scores`.
 
@@ -38,6 +45,8 @@ def indexer_scores(
     """
     batch, queries, heads, dim = q.shape
     page_size, pages = keys.shape[1], page_table.shape[1]
+    if key_scales is not None:
+        raise NotImplementedError("takes keys without scales")
     if q.dtype != jnp.bfloat16 or keys.dtype != jnp.bfloat16:
         raise NotImplementedError(f"takes bf16 queries and keys, not {q.dtype} and {keys.dtype}")
     if dim not in (_LANES // 2, _LANES):

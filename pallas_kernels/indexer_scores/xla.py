@@ -9,7 +9,14 @@ _WORKSPACE_BYTES = 8 * 2**20
 
 
 def indexer_scores(
-    q: jax.Array, weights: jax.Array, keys: jax.Array, page_table: jax.Array, query_start: jax.Array, *, scale: float
+    q: jax.Array,
+    weights: jax.Array,
+    keys: jax.Array,
+    page_table: jax.Array,
+    query_start: jax.Array,
+    *,
+    scale: float,
+    key_scales: jax.Array | None = None,
 ) -> jax.Array:
     batch, queries, heads, _ = q.shape
     page_size = keys.shape[1]
@@ -19,11 +26,15 @@ def indexer_scores(
     table = paging.pad_to_chunks(page_table, pages_per_chunk)
     query_positions = query_start[:, None] + jnp.arange(queries)
     gates = weights.astype(jnp.float32) * scale
+    wide_q = _widen(q)
 
     def score_chunk(chunk: jax.Array | int) -> jax.Array:
-        chunk_keys = keys[paging.pages_of_chunk(table, chunk, pages_per_chunk)].reshape(batch, chunk_size, -1)
-        dots = jnp.einsum("btnd,bsd->btns", q, chunk_keys, preferred_element_type=jnp.float32)
+        pages = paging.pages_of_chunk(table, chunk, pages_per_chunk)
+        chunk_keys = _widen(keys[pages]).reshape(batch, chunk_size, -1)
+        dots = jnp.einsum("btnd,bsd->btns", wide_q, chunk_keys, preferred_element_type=jnp.float32)
         chunk_scores = jnp.einsum("btns,btn->bts", jax.nn.relu(dots), gates)
+        if key_scales is not None:
+            chunk_scores *= key_scales[pages].reshape(batch, 1, chunk_size)
         positions = chunk * chunk_size + jnp.arange(chunk_size)
         visible = positions <= query_positions[..., None]
         return jnp.where(visible, chunk_scores, -jnp.inf)
@@ -37,3 +48,8 @@ def indexer_scores(
     chunks = jnp.minimum((seen + chunk_size - 1) // chunk_size, table.shape[1] // pages_per_chunk)
     scores = jnp.full((batch, queries, table.shape[1] * page_size), -jnp.inf, jnp.float32)
     return jax.lax.fori_loop(0, chunks, write_chunk, scores)[..., :capacity]
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    """`x`, float8 as bfloat16, which holds every float8 number: not every platform multiplies float8."""
+    return x.astype(jnp.bfloat16) if x.dtype == jnp.float8_e4m3fn else x

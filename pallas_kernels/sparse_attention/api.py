@@ -4,9 +4,6 @@ import jax
 
 from pallas_kernels.dispatch import dispatch
 
-# The Hopper kernel runs by its name alone, until the whole model has been run with it.
-_IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu")
-
 
 def sparse_attention(
     q: jax.Array,
@@ -33,5 +30,5 @@ def sparse_attention(
       `[b, t, n, d]` in the dtype of q, and the log-sum-exp of the scaled dot products, float32 `[b, t, n]`. A query
       with no selected position gets zeros and -inf.
     """
-    run = dispatch("sparse_attention.sparse_attention", _IMPLEMENTATIONS, implementation)
+    run = dispatch("sparse_attention.sparse_attention", ("mosaic_gpu", "mosaic_tpu", "xla"), implementation)
     return run(q, kv, indices, page_table, scale=scale)

@@ -4,9 +4,6 @@ import jax
 
 from pallas_kernels.dispatch import dispatch
 
-# The Hopper kernel runs by its name alone, until the whole model has been run with it.
-_IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu")
-
 
 def topk_attention(
     q: jax.Array,
@@ -34,5 +31,5 @@ def topk_attention(
     Returns:
       `[b, t, n, d]` in the dtype of q, and the log-sum-exp of the scaled dot products, float32 `[b, t, n]`.
     """
-    run = dispatch("topk_attention.topk_attention", _IMPLEMENTATIONS, implementation)
+    run = dispatch("topk_attention.topk_attention", ("mosaic_gpu", "mosaic_tpu", "xla"), implementation)
     return run(q, scores, lengths, kv, page_table, top_k=top_k, scale=scale)

@@ -16,4 +16,6 @@ def topk_attention(
     top_k: int,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    return sparse_attention(q, kv, select_topk(scores, lengths, top_k), page_table, scale=scale)
+    with jax.named_scope("selection"):
+        indices = select_topk(scores, lengths, top_k)
+    return sparse_attention(q, kv, indices, page_table, scale=scale)

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import jax
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
@@ -27,6 +28,13 @@ def implementation(request):
     interpreted = request.param == "mosaic_tpu" and "mosaic_tpu" not in available()
     with pltpu.force_tpu_interpret_mode() if interpreted else contextlib.nullcontext():
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """Float32 matrices are multiplied as such: left to itself, JAX rounds them on a GPU."""
+    with jax.default_matmul_precision("highest" if jax.default_backend() == "gpu" else None):
+        yield
 
 
 @pytest.fixture

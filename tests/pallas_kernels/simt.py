@@ -1,19 +1,20 @@
-"""A NumPy machine that runs the bodies of `select_topk/mosaic_gpu.py`, all threads of a cluster in lockstep."""
+"""A NumPy machine that runs the bodies of the selection kernels, all threads of a cluster in lockstep."""
 
 import contextlib
 
+import ml_dtypes
 import numpy as np
 
-from pallas_kernels.select_topk.emit import Value
+from pallas_kernels.simt import Value
 
 U32 = np.uint32
 
 
 class NumpyMachine:
-    """Same methods as `emit.Machine`. Reads outside an array by an active thread raise."""
+    """Same methods as `pallas_kernels.simt.Machine`. Reads outside an array by an active thread raise."""
 
     def __init__(self, threads, cluster, shared_words, seed=0):
-        self.threads, self.cluster = threads, cluster
+        self.threads, self.cluster, self.teams = threads, cluster, 1
         lanes = np.arange(threads * cluster)
         self.block = lanes // threads
         self.memory = np.random.default_rng(seed).integers(0, 1 << 32, (cluster, shared_words), dtype=U32)
@@ -21,6 +22,7 @@ class NumpyMachine:
         self.thread = self._value(lanes % threads)
         self.lane, self.warp = self.thread & 31, self.thread >> 5
         self.rank = self._value(self.block)
+        self.batch, self.copies = np.zeros(lanes.size, int), []
 
     def _value(self, raw):
         raw = np.asarray(raw)
@@ -67,15 +69,14 @@ class NumpyMachine:
         a, b = a.raw, self.word(b).raw
         return self._value({"lt": a < b, "le": a <= b, "gt": a > b, "ge": a >= b, "eq": a == b, "ne": a != b}[name])
 
-    def compare_floats(self, name, a, b):
-        a, b = a.raw.view(np.float32), self.word(b).raw.view(np.float32)
-        return self._value(a > b if name == "gt" else a == b)
-
     def select(self, condition, a, b):
         return self._value(np.where(condition.raw, self.word(a).raw, self.word(b).raw))
 
     def leading_zeros(self, a):
         return self._value(np.array([32 - int(x).bit_length() for x in a.raw]))
+
+    def bit_count(self, a):
+        return self._value(np.bitwise_count(a.raw))
 
     def square_root(self, a):
         return self._value(np.sqrt(a.raw.astype(np.float32)).astype(np.int64))
@@ -93,10 +94,34 @@ class NumpyMachine:
         assert (self.word(index).raw[self.active] % 4 == 0).all()
         return [self.load_global(row, index + i) for i in range(4)]
 
+    def copy_shared4(self, address, row, index, condition):
+        with self.when(condition):
+            lanes, where, words = np.flatnonzero(self.active), self._where(address), self.load_global4(row, index)
+            assert (where[lanes] % 4 == 0).all()
+            for i, word in enumerate(words):
+                self.copies.append((lanes, self.batch[lanes], where[lanes] + i, word.raw[lanes]))
+                self.memory[self.block[lanes], where[lanes] + i] = 0xFFFFFFFF  # what a read before the wait finds
+
+    def commit_copies(self):
+        self.batch[self.active] += 1
+
+    def wait_copies(self, pending):
+        left = []
+        for lanes, batch, where, words in self.copies:
+            done = self.active[lanes] & (batch < self.batch[lanes] - pending)
+            self.memory[self.block[lanes[done]], where[done]] = words[done]
+            if not done.all():
+                left.append((lanes[~done], batch[~done], where[~done], words[~done]))
+        self.copies = left
+
     def store_global(self, row, index, value):
         array, rows = row
         at = self.active
         array[rows[at], self.word(index).raw[at]] = self.word(value).raw[at]
+
+    def store_global_where(self, row, index, value, condition):
+        with self.when(condition):
+            self.store_global(row, index, value)
 
     def _where(self, address):
         address = self.word(address).raw.astype(np.int64)
@@ -114,9 +139,12 @@ class NumpyMachine:
         at = self.active
         self.memory[self.block[at], self._where(self.word(address))[at]] = self.word(value).raw[at]
 
-    def store_shared_pair_where(self, address, a, b, condition):
+    def address_of(self, address):
+        return self.word(address) * 4
+
+    def store_pair_where(self, byte_address, a, b, condition):
         with self.when(condition):
-            self.store_shared_vector(address, [a, b])
+            self.store_shared_vector(byte_address >> 2, [a, b])
 
     def store_shared_vector(self, address, values):
         assert (self.word(address).raw[self.active] % len(values) == 0).all()
@@ -131,14 +159,53 @@ class NumpyMachine:
         at = self.active
         np.add.at(self.memory, (self.block[at], self._where(address)[at]), self.word(value).raw[at])
 
-    def add_first(self, address, value):
-        at = self.active
-        np.add.at(self.memory[0], self._where(address)[at], self.word(value).raw[at])
+    def fetch_add_shared(self, address, value):
+        where, value, before = self._where(address), self.word(value).raw, np.zeros(self.active.size, U32)
+        for lane in np.flatnonzero(self.active):
+            before[lane] = self.memory[self.block[lane], where[lane]]
+            self.memory[self.block[lane], where[lane]] += value[lane]
+        return self._value(before)
 
-    def load_peer(self, address, rank):
+    def or_shared_where(self, address, value, condition):
+        with self.when(condition):
+            at = self.active
+            np.bitwise_or.at(self.memory, (self.block[at], self._where(address)[at]), self.word(value).raw[at])
+
+    def add_first(self, address, value):
+        self.add_peer(address, 0, value)
+
+    def _peer(self, rank):
         rank = self.word(rank).raw
         assert (rank[self.active] < self.cluster).all()
-        return self._value(self.memory[np.minimum(rank, self.cluster - 1), self._where(address)])
+        return np.minimum(rank, self.cluster - 1)
+
+    def add_peer(self, address, rank, value):
+        at = self.active
+        np.add.at(self.memory, (self._peer(rank)[at], self._where(address)[at]), self.word(value).raw[at])
+
+    def fetch_add_peer(self, address, rank, value):
+        where, value, before = self._where(address), self.word(value).raw, np.zeros(self.active.size, U32)
+        for lane in np.flatnonzero(self.active):
+            word = self._peer(rank)[lane], where[lane]
+            before[lane] = self.memory[word]
+            self.memory[word] += value[lane]
+        return self._value(before)
+
+    def store_peer(self, address, rank, value):
+        at = self.active
+        self.memory[self._peer(rank)[at], self._where(address)[at]] = self.word(value).raw[at]
+
+    def store_peer_vector(self, address, rank, values):
+        assert (self.word(address).raw[self.active] % len(values) == 0).all()
+        for i, value in enumerate(values):
+            self.store_peer(address + i, rank, value)
+
+    def load_peer_vector(self, address, size, rank):
+        assert (self.word(address).raw[self.active] % min(size, 4) == 0).all()
+        return [self.load_peer(address + i, rank) for i in range(size)]
+
+    def load_peer(self, address, rank):
+        return self._value(self.memory[self._peer(rank), self._where(address)])
 
     def barrier(self):
         full = self.active.reshape(self.cluster, -1)
@@ -157,8 +224,18 @@ class NumpyMachine:
         v[:, distance:] = v[:, :-distance].copy()
         return self._value(v.reshape(-1))
 
+    def shuffle(self, value, lane):
+        v, lane = self._warps(value), self._warps(self.word(lane)).astype(np.int64) & 31
+        return self._value(np.take_along_axis(v, lane, 1).reshape(-1))
+
+    def warp_min(self, value):
+        return self._value(np.repeat(self._warps(value).min(1), 32))
+
     def warp_sum(self, value):
         return self._value(np.repeat(self._warps(value).sum(1, dtype=np.int64) & 0xFFFFFFFF, 32))
+
+    def warp_max(self, value):
+        return self._value(np.repeat(self._warps(value).max(1), 32))
 
     @contextlib.contextmanager
     def when(self, condition):
@@ -167,13 +244,16 @@ class NumpyMachine:
         yield
         self.active = saved
 
-    def branch(self, condition, body, carry):
+    def branch(self, condition, body, carry, otherwise=lambda *carry: carry):
         carry = [self.word(v) for v in carry]
-        if not (self.active & condition.raw).any():
-            return carry
-        with self.when(condition):
-            new = body(*carry)
-        return [self.select(condition, n, c) for n, c in zip(new, carry, strict=True)]
+        results = []
+        for taken, run in ((condition.raw, body), (~condition.raw, otherwise)):
+            if (self.active & taken).any():
+                with self.when(self._value(taken)):
+                    results.append((self._value(taken), run(*carry)))
+        for taken, new in results:
+            carry = [self.select(taken, n, c) for n, c in zip(new, carry, strict=True)]
+        return carry
 
     def loop(self, start, stop, step, body, carry=()):
         i, stop = self.word(start), self.word(stop)
@@ -189,3 +269,78 @@ class NumpyMachine:
             self.active = going
             keep = self._value(going)
             carry = [self.select(keep, n, c) for n, c in zip(body(*carry), carry, strict=True)]
+
+
+class NumpyTensorMachine(NumpyMachine):
+    """Same methods as `simt_tensor.TensorMachine`."""
+
+    def float_op(self, name, *words):
+        a, *rest = (self.word(w).raw.view(np.float32) for w in words)
+        with np.errstate(all="ignore"):
+            match name:
+                case "add":
+                    r = a + rest[0]
+                case "mul":
+                    r = a * rest[0]
+                case "max":
+                    r = np.fmax(a, rest[0])
+                case "fma":
+                    r = a * rest[0] + rest[1]
+                case "div":
+                    r = a / rest[0]
+                case "exp2":
+                    r = np.exp2(a)
+                case "log2":
+                    r = np.log2(a)
+        return self._value(r.astype(np.float32).view(U32))
+
+    def pack_bfloat16(self, low, high):
+        low, high = (
+            self.word(w).raw.view(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16).astype(U32)
+            for w in (low, high)
+        )
+        return self._value(low | high << U32(16))
+
+    def halves(self, low, high, which):
+        shift = U32(16 * which)
+        return self._value((low.raw >> shift & U32(0xFFFF)) | (high.raw >> shift & U32(0xFFFF)) << U32(16))
+
+    def multiply_tiles(self, a, b, c):
+        a, b, c = ([self._warps(self.word(w)) for w in words] for words in (a, b, c))
+        g, t = np.arange(32) // 4, np.arange(32) % 4
+        left, right = np.zeros((len(c[0]), 16, 16), np.float32), np.zeros((len(c[0]), 16, 8), np.float32)
+        sums = np.zeros((len(c[0]), 16, 8), np.float32)
+        for half in range(2):
+
+            def number(words, half=half):
+                return (words >> U32(16 * half) << U32(16)).view(np.float32)
+
+            for i, words in enumerate(a):
+                left[:, g + i % 2 * 8, 2 * t + half + i // 2 * 8] = number(words)
+            for i, words in enumerate(b):
+                right[:, 2 * t + half + i * 8, g] = number(words)
+        for i, words in enumerate(c):
+            sums[:, g + i // 2 * 8, 2 * t + i % 2] = words.view(np.float32)
+        with np.errstate(all="ignore"):
+            sums += left @ right
+        return [
+            self._value(np.ascontiguousarray(sums[:, g + i // 2 * 8, 2 * t + i % 2]).reshape(-1).view(U32))
+            for i in range(4)
+        ]
+
+    def load_global4_where(self, row, index, condition):
+        with self.when(condition):
+            words = self.load_global4(row, index)
+        return [self.select(condition, word, 0) for word in words]
+
+    def store_global_pair(self, row, index, a, b):
+        assert (self.word(index).raw[self.active] % 2 == 0).all()
+        self.store_global(row, index, a)
+        self.store_global(row, index + 1, b)
+
+    def shuffle_xor(self, value, mask):
+        return self.shuffle(value, self.lane ^ mask)
+
+    def ballot(self, condition):
+        bits = self._warps(condition).astype(U32) << np.arange(32, dtype=U32)
+        return self._value(np.repeat(bits.sum(1, dtype=U32), 32))

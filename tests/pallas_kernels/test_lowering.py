@@ -8,8 +8,10 @@ import pytest
 
 from pallas_kernels.grouped_matmul.mosaic_gpu import expert_mlp, gate_up_silu, grouped_matmul
 from pallas_kernels.indexer_scores.mosaic_gpu import indexer_scores, indexer_scores_unfilled
-from pallas_kernels.select_topk.mosaic_gpu import build_unions, select_threshold, select_topk
-from pallas_kernels.sparse_attention.mosaic_gpu import sparse_attention, union_attention
+from pallas_kernels.select_topk.mosaic_gpu import select_topk
+from pallas_kernels.sparse_attention.mosaic_gpu import sparse_attention
+from pallas_kernels.sparse_attention.prefill import union_attention
+from pallas_kernels.sparse_attention.unions import build_unions
 from pallas_kernels.topk_attention.mosaic_gpu import topk_attention
 
 PAGE, TOP_K = 64, 2048
@@ -50,11 +52,13 @@ def test_indexer_scores_of_other_models(heads, dim):
 
 @pytest.mark.parametrize(("rows", "context"), [(1024, 131_072), (4096, 32_768), (64, 262_144), (1, 131_072)])
 def test_selection(rows, context):
-    scores, lengths = floats(rows, context), integers(rows)
-    lower(functools.partial(select_threshold, k=TOP_K), scores, lengths)
-    lower(functools.partial(select_topk, k=TOP_K), scores, lengths)
-    if rows % 16 == 0:
-        lower(build_unions, scores, floats(rows), integers(rows), lengths)
+    lower(functools.partial(select_topk, k=TOP_K), floats(rows, context), integers(rows))
+
+
+@pytest.mark.parametrize("context", [32_768, 131_072, 262_144, 524_288])
+def test_unions(context):
+    indices, table = integers(1, 2048, TOP_K), integers(1, context // PAGE)
+    lower(functools.partial(build_unions, page_size=PAGE, limit=16 * TOP_K), indices, table)
 
 
 @pytest.mark.parametrize("group", [1, 2, 4, 8, 16])

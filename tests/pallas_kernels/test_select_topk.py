@@ -60,7 +60,29 @@ class TestSelectTopk:
     def test_leading_axes(self, rng, implementation):
         check(rng.normal(size=(2, 3, 200)), rng.integers(0, 201, (2, 3)), 16, implementation)
 
+    @pytest.mark.parametrize("kind", ["random", "close", "ties", "zeros", "equal", "infinities", "blocks", "front"])
+    def test_long_rows(self, rng, kind, implementation):
+        """More scores than a kernel holds at a time, and lengths about k."""
+        shape = (8, 40_000)
+        scores = rng.normal(size=shape)
+        match kind:
+            case "close":
+                scores = 1 + scores * 2**-12
+            case "ties":
+                scores = np.round(scores * 4) / 4
+            case "zeros":
+                scores = np.where(rng.random(shape) < 0.99, np.where(rng.random(shape) < 0.5, 0.0, -0.0), scores)
+            case "equal":
+                scores = np.full(shape, -3.5)
+            case "infinities":
+                scores = np.where(rng.random(shape) < 0.99, -np.inf, np.where(scores > 2, np.inf, scores))
+            case "blocks":
+                scores = 0.1 * scores + np.repeat(rng.normal(size=(8, 625)), 64, axis=1)
+            case "front":
+                scores = 1e-3 * scores + 50 * (np.arange(shape[1]) < 2000)
+        check(scores, [40_000, 39_999, 2049, 2048, 2047, 1, 0, 20_001], 2048, implementation)
+
 
 def test_an_unknown_implementation_is_refused():
-    with pytest.raises(ValueError, match="'cuda'; it must be one of: mosaic_gpu, mosaic_tpu, xla"):
+    with pytest.raises(ValueError, match="'cuda'; it must be one of: mosaic_gpu, cudnn, mosaic_tpu, xla"):
         select_topk(np.zeros((1, 4), np.float32), np.array([4]), 2, implementation="cuda")

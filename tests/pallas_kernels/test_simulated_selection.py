@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 
-from pallas_kernels.select_topk import mosaic_gpu
+from pallas_kernels.select_topk import few_rows
+from pallas_kernels.select_topk.mosaic_gpu import row_body
+from pallas_kernels.select_topk.row_reader import Plan
+from pallas_kernels.sparse_attention.unions import BITS, union_body
 from tests.pallas_kernels.simt import NumpyMachine
 
-ROWS, SIZE, K, THREADS, CAPACITY, SAMPLES = 4, 6004, 100, 128, 512, 512
+ROWS, SIZE, K, THREADS = 4, 6004, 100, 128
+KINDS = ("normal", "clustered", "ties", "zeros", "constant", "infinite", "front", "periodic")
 
 
 def make_scores(kind, rng):
@@ -25,6 +29,8 @@ def make_scores(kind, rng):
             scores = np.where(rng.random(scores.shape) < 0.99, -np.inf, scores)
         case "front":
             scores = scores * 0.01 + np.where(np.arange(SIZE) < 150, 50, 0)
+        case "periodic":
+            scores = scores * 0.01 + np.where(np.arange(SIZE) % (4 * THREADS) < 40, 50, 0)
     return scores.astype(np.float32)
 
 
@@ -36,78 +42,86 @@ def oracle(scores, lengths):
     return selected
 
 
-def thresholds(scores, lengths, cluster):
-    threshold, last_tie = np.zeros(ROWS, np.uint32), np.zeros(ROWS, np.uint32)
+def select(scores, lengths, body, plan, words):
+    positions = np.full((ROWS, K), 7, np.uint32)
     for row in range(ROWS):
-        machine = NumpyMachine(THREADS, cluster, mosaic_gpu.BUFFER + 2 * CAPACITY + mosaic_gpu.BINS, row)
-        mosaic_gpu.threshold_body(
+        machine = NumpyMachine(THREADS, plan.cluster, words, row)
+        body(
             machine,
             scores.view(np.uint32),
             lengths.astype(np.uint32),
-            threshold,
-            last_tie,
+            positions,
             machine.word(row),
             machine.rank,
             rows=ROWS,
-            size=SIZE,
-            k=K,
-            capacity=CAPACITY,
-            samples=SAMPLES,
-            unroll=2,
+            plan=plan,
         )
-    return threshold, last_tie
+    return positions.view(np.int32)
 
 
-def unions(scores, lengths, threshold, last_tie, group, cluster):
-    limit = group * K
-    positions, members = (np.full((ROWS // group, limit), 7, np.uint32) for _ in range(2))
-    counts = np.zeros(ROWS // group, np.uint32)
-    cluster, words = mosaic_gpu._union_cluster(ROWS // group, group, SIZE, cluster, THREADS)
-    for index in range(ROWS // group):
-        machine = NumpyMachine(THREADS, cluster, words, index)
-        mosaic_gpu.union_body(
-            machine,
-            scores.view(np.uint32),
-            threshold,
-            last_tie,
-            lengths.astype(np.uint32),
-            positions,
-            None if group == 1 else members,
-            None if group == 1 else counts,
-            machine.word(index),
-            machine.rank,
-            rows=ROWS,
-            size=SIZE,
-            group=group,
-            limit=limit,
-        )
-    return positions, members, counts
+def check_selection(kind, cluster, body, plan, words):
+    rng = np.random.default_rng(cluster)
+    scores = make_scores(kind, rng)
+    lengths = np.array([0, 1, SIZE - 1, 5001] if cluster == 2 else [SIZE, SIZE - 3, K + 1, 50])
+    for row, length in enumerate(lengths):
+        scores[row, length:] = np.nan
+    positions = select(scores, lengths, body, plan, words)
+    for own, expected in zip(positions, oracle(scores, lengths), strict=True):
+        expected = np.flatnonzero(expected)
+        np.testing.assert_array_equal(own, np.pad(expected, (0, K - len(expected)), constant_values=-1))
+
+
+@pytest.mark.parametrize(("cluster", "slots"), [(1, 4), (1, 8), (2, 4)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_selection(kind, cluster, slots):
+    plan = Plan(SIZE, K, THREADS, cluster, slots=slots, spill=160, stages=3, samples=512)
+    check_selection(kind, cluster, row_body, plan, plan.words)
+
+
+@pytest.mark.parametrize("cluster", [2, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_selection_of_few_rows(kind, cluster):
+    plan = few_rows.Plan(SIZE, K, cluster, THREADS)
+    check_selection(kind, cluster, few_rows.few_rows_body, plan, few_rows.WORDS)
 
 
 @pytest.mark.parametrize("cluster", [1, 2])
-@pytest.mark.parametrize("kind", ["normal", "clustered", "ties", "zeros", "constant", "infinite", "front"])
-def test_selection_and_unions(kind, cluster):
-    rng = np.random.default_rng(cluster)
-    scores = make_scores(kind, rng)
-    lengths = np.array([SIZE, SIZE - 3, K + 1, 50] if cluster == 1 else [0, 1, SIZE - 1, 5001])
-    for row, length in enumerate(lengths):
-        scores[row, length:] = np.nan
-    threshold, last_tie = thresholds(scores, lengths, cluster)
-    at, limit, tie = np.arange(SIZE), threshold.view(np.float32)[:, None], last_tie.view(np.int32)[:, None]
-    with np.errstate(invalid="ignore"):
-        selected = (at < lengths[:, None]) & ((scores > limit) | ((scores == limit) & (at <= tie)))
-    expected = oracle(scores, lengths)
-    np.testing.assert_array_equal(selected, expected)
-
-    positions, members, counts = unions(scores, lengths, threshold, last_tie, 4, cluster)
-    union = np.flatnonzero(expected.any(0))
-    words = (expected[:, union] << np.arange(4)[:, None]).sum(0)
-    assert counts[0] == len(union)
-    np.testing.assert_array_equal(positions[0], np.pad(union, (0, 4 * K - len(union))))
-    np.testing.assert_array_equal(members[0], np.pad(words, (0, 4 * K - len(union))))
-
-    positions, _, _ = unions(scores, lengths, threshold, last_tie, 1, cluster)
-    for row in range(ROWS):
-        own = np.flatnonzero(expected[row])
-        assert (positions[row, : len(own)] == own).all()
-        assert (positions[row, len(own) :].view(np.int32) == -1).all()
+@pytest.mark.parametrize(("top_k", "page_size"), [(100, 64), (33, 20)])
+def test_unions(cluster, top_k, page_size):
+    rng = np.random.default_rng(top_k)
+    groups, sequences, pages = 4, 2, 5000 // page_size
+    size, limit = pages * page_size, 16 * top_k
+    pool = rng.choice(size, 900, replace=False)
+    indices = np.stack([rng.permutation(pool)[:top_k] for _ in range(groups * 16)])
+    indices[rng.random(indices.shape) < 0.1] = -1
+    indices[17] = -1
+    tables = np.stack([rng.permutation(pages + 3)[:pages] for _ in range(sequences)])
+    slots, members = (np.zeros((groups, limit), np.uint32) for _ in range(2))
+    counts = np.zeros(groups, np.uint32)
+    words = BITS + -(-size // (256 * cluster)) * 128
+    for index in range(groups):
+        machine = NumpyMachine(THREADS, cluster, words, index)
+        union_body(
+            machine,
+            indices.astype(np.uint32).reshape(groups, -1),
+            tables.astype(np.uint32),
+            slots,
+            members,
+            counts,
+            machine.word(index),
+            machine.rank,
+            size=size,
+            top_k=top_k,
+            limit=limit,
+            page_size=page_size,
+            table_groups=groups // sequences,
+        )
+        selected = np.zeros((16, size + 1), bool)
+        np.put_along_axis(selected, indices[index * 16 : index * 16 + 16], True, axis=1)
+        selected = selected[:, :-1]
+        union = np.flatnonzero(selected.any(0))
+        assert counts[index] == len(union)
+        expected = tables[index // 2, union // page_size] * page_size + union % page_size
+        np.testing.assert_array_equal(slots[index, : len(union)], expected)
+        words_of = (selected[:, union] << np.arange(16)[:, None]).sum(0)
+        np.testing.assert_array_equal(members[index, : len(union)], words_of)

@@ -37,6 +37,27 @@ def test_dense_attention_agrees_with_its_own_reference(keye, model):
     assert "5 passed, 0 failed" in out
 
 
+def test_a_float8_indexer_is_held_to_the_selected_sets(keye, model):
+    code, out, err = keye(
+        *("verify", "--checkpoint", model[0], "--golden", model[0] / "golden.npz"),
+        *("--indexer-dtype", "float8_e4m3fn"),
+    )
+    assert code == 0, out + err
+    assert "5 passed, 0 failed" in out
+    for name in ("text_selected", "mm_selected"):
+        line = next(line for line in out.splitlines() if name in line)
+        assert "of the positions in common" in line
+    assert "text_logits" in next(line for line in out.splitlines() if line.startswith("not compared with"))
+
+
+def test_another_dtype_of_the_indexer_is_refused(keye, model):
+    code, out, err = keye(
+        *("verify", "--checkpoint", model[0], "--golden", model[0] / "golden.npz", "--indexer-dtype", "int4")
+    )
+    assert (code, out) == (2, "")
+    assert "--indexer-dtype is 'int4'" in err and err.count("\n") == 1
+
+
 @pytest.fixture(scope="module")
 def arrays(golden):
     return dict(np.load(golden / "a" / "golden.npz"))

@@ -1,4 +1,4 @@
-"""Index scores against the portable ones."""
+"""What only the Hopper index scores have: an entry that leaves out what is not seen."""
 
 import functools
 
@@ -10,12 +10,12 @@ import pytest
 from pallas_kernels.indexer_scores import mosaic_gpu, xla
 
 
-def make_inputs(batch, queries, heads, dim, length, page_size, starts, gate_dtype=jnp.bfloat16, seed=0):
+def make_inputs(batch, queries, heads, dim, length, page_size, starts, seed=0):
     keys = jax.random.split(jax.random.key(seed), 4)
     pages = length // page_size
     return (
         jax.random.normal(keys[0], (batch, queries, heads, dim), jnp.bfloat16),
-        jax.random.normal(keys[1], (batch, queries, heads), gate_dtype),
+        jax.random.normal(keys[1], (batch, queries, heads), jnp.bfloat16),
         jax.random.normal(keys[2], (batch * pages + 3, page_size, dim), jnp.bfloat16),
         jax.random.permutation(keys[3], batch * pages + 3)[: batch * pages].reshape(batch, pages).astype(jnp.int32),
         jnp.array(starts, jnp.int32),
@@ -26,42 +26,12 @@ CASES = {
     "model": (1, 512, 16, 64, 16384, 64, [15872]),
     "ragged starts": (3, 104, 16, 64, 4096, 64, [0, 777, 3992]),
     "queries no multiple of 8": (2, 101, 16, 64, 4096, 64, [0, 3000]),
-    "few queries": (2, 3, 16, 64, 4096, 64, [0, 4093]),
-    "past the end": (1, 64, 16, 64, 1024, 64, [1000]),
-    "pages of 16": (2, 104, 16, 64, 4096, 16, [3992, 777]),
-    "pages of 256": (2, 104, 16, 64, 4096, 256, [3992, 777]),
-    "pages of 512": (1, 40, 16, 64, 4096, 512, [2000]),
-    "odd number of tiles": (2, 104, 16, 64, 4032, 64, [3928, 0]),
-    "8 heads of 32": (2, 104, 8, 32, 4096, 64, [3992, 777]),
-    "9 heads of 48": (1, 50, 9, 48, 2048, 64, [1000]),
-    "24 heads of 96": (2, 104, 24, 96, 4096, 64, [3992, 777]),
-    "32 heads of 128": (1, 104, 32, 128, 4096, 64, [3992]),
-    "64 heads of 64": (1, 104, 64, 64, 4096, 64, [3992]),
-    "64 heads of 128": (1, 104, 64, 128, 4096, 64, [3992]),
     "decode": (5, 1, 16, 64, 4096, 64, [0, 63, 64, 3000, 4095]),
-    "decode pages of 16": (3, 1, 16, 64, 4096, 16, [0, 3000, 4095]),
-    "decode pages of 512": (3, 1, 16, 64, 4096, 512, [0, 3000, 4095]),
-    "decode odd number of tiles": (2, 1, 16, 64, 4032, 64, [4031, 5]),
-    "decode 64 heads of 128": (2, 1, 64, 128, 4096, 64, [4095, 100]),
-    "decode 12 heads": (2, 1, 12, 64, 4096, 64, [4095, 100]),
     "decode many": (64, 1, 16, 64, 8192, 64, list(range(0, 8192, 128))),
 }
 
 
-@pytest.mark.parametrize(
-    ("case", "gate_dtype"),
-    [*((case, jnp.bfloat16) for case in CASES), ("model", jnp.float32), ("decode", jnp.float32)],
-)
-def test_matches_portable(case, gate_dtype):
-    args = make_inputs(*CASES[case], gate_dtype=gate_dtype)
-    out = np.asarray(mosaic_gpu.indexer_scores(*args, scale=0.125))
-    expected = np.asarray(jax.jit(functools.partial(xla.indexer_scores, scale=0.125))(*args))
-    np.testing.assert_array_equal(np.isneginf(out), np.isneginf(expected))
-    seen = ~np.isneginf(expected)
-    np.testing.assert_allclose(out[seen], expected[seen], atol=5e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("case", ["ragged starts", "queries no multiple of 8", "decode"])
+@pytest.mark.parametrize("case", CASES)
 def test_unfilled_matches_where_seen(case):
     args = make_inputs(*CASES[case])
     out = np.asarray(mosaic_gpu.indexer_scores_unfilled(*args, scale=0.125))
@@ -70,8 +40,9 @@ def test_unfilled_matches_where_seen(case):
     np.testing.assert_allclose(out[seen], expected[seen], atol=5e-5, rtol=1e-5)
 
 
-def test_deterministic():
-    args = make_inputs(*CASES["model"])
+@pytest.mark.parametrize("case", ["model", "decode many"])
+def test_deterministic(case):
+    args = make_inputs(*CASES[case])
     first = np.asarray(mosaic_gpu.indexer_scores(*args, scale=0.125))
     for _ in range(3):
         np.testing.assert_array_equal(np.asarray(mosaic_gpu.indexer_scores(*args, scale=0.125)), first)

@@ -1,6 +1,4 @@
-"""Thresholds, unions and positions against the portable selection."""
-
-import functools
+"""Positions against the portable selection."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +7,7 @@ import pytest
 
 from pallas_kernels.select_topk import mosaic_gpu, xla
 
-KINDS = ("random", "clustered", "ties", "zeros", "constant", "infinite", "blocks", "front", "one_ulp")
+KINDS = ("random", "clustered", "ties", "zeros", "constant", "infinite", "blocks", "front", "one_ulp", "periodic")
 
 
 def make_scores(kind, rows, size, seed=0):
@@ -31,6 +29,8 @@ def make_scores(kind, rows, size, seed=0):
             x = 0.1 * x + np.repeat(rng.standard_normal((rows, -(-size // 64)), np.float32), 64, 1)[:, :size]
         case "front":
             x = 1e-3 * x + 50 * (at < 2000)
+        case "periodic":
+            x = 1e-2 * x + 50 * (at % 2048 < 100)
         case "one_ulp":
             x = (np.float32(1).view(np.int32) + (x > 1).astype(np.int32)).view(np.float32)
     return np.asarray(x, np.float32)
@@ -42,50 +42,29 @@ def make_lengths(rows, size, k, seed=0):
     return np.minimum([*edges, *rng.integers(0, size + 1, rows)][:rows], size).astype(np.int32)
 
 
-def selected(scores, lengths, threshold, last_tie):
-    at = np.arange(scores.shape[1])
-    threshold, last_tie = threshold[:, None], last_tie[:, None]
-    with np.errstate(invalid="ignore"):
-        return (at < lengths[:, None]) & ((scores > threshold) | ((scores == threshold) & (at <= last_tie)))
-
-
-def as_mask(positions, size):
-    mask = np.zeros((positions.shape[0], size + 1), bool)
-    np.put_along_axis(mask, np.where(positions < 0, size, positions), True, axis=1)
-    return mask[:, :size]
+run = jax.jit(mosaic_gpu.select_topk, static_argnames=("k", "cluster"))
+portable = jax.jit(xla.select_topk, static_argnames="k")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("rows", "size", "cluster"), [(32, 40_000, 1), (16, 40_004, 2), (16, 131_072, 8), (12, 1024, 4)]
+    ("rows", "size", "k", "cluster"),
+    [
+        (300, 40_000, 2048, None),
+        (140, 100_000, 4096, None),
+        (32, 40_000, 2048, 1),
+        (16, 40_004, 2048, 2),
+        (16, 131_072, 2048, 8),
+        (12, 1024, 100, 4),
+    ],
 )
-def test_all(kind, rows, size, cluster):
-    k = 2048 if size > 4096 else 100
+def test_all(kind, rows, size, k, cluster):
     scores, lengths = make_scores(kind, rows, size), make_lengths(rows, size, k)
     for row, length in enumerate(lengths):
         scores[row, length:] = np.where(np.arange(size - length) % 2, np.nan, np.inf)
-    expected = np.asarray(xla.select_topk(jnp.asarray(scores), jnp.asarray(lengths), k))
-    mask = as_mask(expected, size)
-    run = jax.jit(lambda s, n: mosaic_gpu.select_threshold(s, n, k, cluster=cluster))
-    threshold, last_tie = run(scores, lengths)
-    np.testing.assert_array_equal(selected(scores, lengths, np.asarray(threshold), np.asarray(last_tie)), mask)
-    again = run(scores, lengths)
-    np.testing.assert_array_equal(threshold, again[0])
-    np.testing.assert_array_equal(last_tie, again[1])
-    positions = jax.jit(lambda s, n: mosaic_gpu.select_topk(s, n, k))(scores, lengths)
-    np.testing.assert_array_equal(positions, expected)
-    for group in (4, 16):
-        if rows % group:
-            continue
-        unions = jax.jit(functools.partial(mosaic_gpu.build_unions, group=group, limit=group * k))
-        positions, members, counts = map(np.asarray, unions(scores, threshold, last_tie, lengths))
-        for i in range(rows // group):
-            part = mask[i * group : (i + 1) * group]
-            union = np.flatnonzero(part.any(0))
-            words = (part[:, union] << np.arange(group)[:, None]).sum(0)
-            assert counts[i] == len(union)
-            np.testing.assert_array_equal(positions[i], np.pad(union, (0, group * k - len(union))))
-            np.testing.assert_array_equal(members[i], np.pad(words, (0, group * k - len(union))))
+    positions = run(scores, lengths, k=k, cluster=cluster)
+    np.testing.assert_array_equal(positions, portable(scores, lengths, k=k))
+    np.testing.assert_array_equal(positions, run(scores, lengths, k=k, cluster=cluster))
 
 
 def test_leading_dimensions_and_short_rows():
@@ -95,19 +74,9 @@ def test_leading_dimensions_and_short_rows():
     np.testing.assert_array_equal(positions, xla.select_topk(jnp.asarray(scores), jnp.asarray(lengths), 700))
 
 
-def test_limit_drops_the_rest():
-    scores, lengths = make_scores("random", 16, 8192), np.full(16, 8192, np.int32)
-    threshold, last_tie = mosaic_gpu.select_threshold(jnp.asarray(scores), jnp.asarray(lengths), 64)
-    mask = selected(scores, lengths, np.asarray(threshold), np.asarray(last_tie))
-    positions, _, counts = mosaic_gpu.build_unions(scores, threshold, last_tie, lengths, limit=128)
-    union = np.flatnonzero(mask.any(0))
-    assert counts[0] == len(union) > 128
-    np.testing.assert_array_equal(positions[0], union[:128])
-
-
 @pytest.mark.parametrize(
     ("shape", "dtype", "k"), [((4, 1026), jnp.float32, 8), ((4, 1024), jnp.bfloat16, 8), ((4, 1024), jnp.float32, 0)]
 )
 def test_refuses(shape, dtype, k):
     with pytest.raises(NotImplementedError):
-        mosaic_gpu.select_threshold(jnp.zeros(shape, dtype), jnp.ones(shape[0], jnp.int32), k)
+        mosaic_gpu.select_topk(jnp.zeros(shape, dtype), jnp.ones(shape[0], jnp.int32), k)

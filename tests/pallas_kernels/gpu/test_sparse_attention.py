@@ -7,10 +7,14 @@ import pytest
 
 from pallas_kernels import paging, topk_attention
 from pallas_kernels.sparse_attention import mosaic_gpu, xla
+from pallas_kernels.sparse_attention.attend import Config
+from pallas_kernels.sparse_attention.gather import GROUP
+from pallas_kernels.sparse_attention.prefill import union_attention
+from pallas_kernels.sparse_attention.unions import build_unions
 
 SCALE = 128**-0.5
-TWO_TILES = mosaic_gpu.Config()
-ONE_TILE = mosaic_gpu.Config(tiles=1)
+TWO_TILES = Config()
+ONE_TILE = Config(tiles=1)
 
 
 def pool_and_pages(key: jax.Array, context: int, kv_heads: int, page_size: int = 64, extra: int = 3):
@@ -37,10 +41,8 @@ def unions_from_indices(
     """
     queries, top_k = indices.shape
     context = page_table.shape[0] * page_size
-    grouped = jnp.pad(indices, ((0, -queries % mosaic_gpu.GROUP), (0, 0)), constant_values=-1).reshape(
-        -1, mosaic_gpu.GROUP * top_k
-    )
-    bits = jnp.repeat(1 << jnp.arange(mosaic_gpu.GROUP, dtype=jnp.int32), top_k)
+    grouped = jnp.pad(indices, ((0, -queries % GROUP), (0, 0)), constant_values=-1).reshape(-1, GROUP * top_k)
+    bits = jnp.repeat(1 << jnp.arange(GROUP, dtype=jnp.int32), top_k)
 
     def one(group: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         words = jnp.zeros(context, jnp.int32).at[jnp.where(group >= 0, group, context)].add(bits, mode="drop")
@@ -72,6 +74,32 @@ def make_indices(key, queries, context, top_k):
     return jnp.where(jnp.arange(top_k) < used, indices, -1)
 
 
+@pytest.mark.parametrize(
+    ("batch", "queries", "pages", "page_size", "top_k"),
+    [(1, 48, 600, 64, 2048), (2, 32, 300, 64, 500), (1, 16, 70, 20, 33), (1, 16, 4096, 64, 2048), (1, 16, 1, 64, 8)],
+)
+def test_unions(batch, queries, pages, page_size, top_k):
+    key = jax.random.key(5)
+    tables = jnp.stack([jax.random.permutation(k, pages + 3)[:pages] for k in jax.random.split(key, batch)])
+    indices = make_indices(key, batch * queries, pages * page_size, top_k).reshape(batch, queries, top_k)
+    limit = 16 * top_k
+    unions = jax.jit(build_unions, static_argnames=("page_size", "limit"))
+    result = unions(indices, tables, page_size=page_size, limit=limit)
+    expected = [
+        unions_from_indices(own, table, page_size=page_size, size=limit)
+        for own, table in zip(indices, tables, strict=True)
+    ]
+    slots, members, counts = (np.concatenate(x) for x in zip(*expected, strict=True))
+    np.testing.assert_array_equal(result[2], counts)
+    used = np.arange(limit) < counts[:, None]
+    for value, reference in zip(result[:2], (slots, members), strict=True):
+        np.testing.assert_array_equal(np.where(used, value, 0), np.where(used, reference, 0))
+    dropped = unions(indices, tables, page_size=page_size, limit=128)
+    np.testing.assert_array_equal(dropped[2], counts)
+    few = min(128, limit)
+    np.testing.assert_array_equal((used * result[0])[:, :few], used[:, :few] * dropped[0][:, :few])
+
+
 @pytest.mark.parametrize("config", [TWO_TILES, ONE_TILE], ids=["two_tiles", "one_tile"])
 @pytest.mark.parametrize(
     "queries,heads,kv_heads,context,top_k", [(41, 32, 4, 700, 200), (16, 32, 4, 64, 30), (100, 32, 4, 3000, 300)]
@@ -82,7 +110,7 @@ def test_union_matches_xla(config, queries, heads, kv_heads, context, top_k):
     q = jax.random.normal(key, (queries, heads, 128), jnp.bfloat16)
     indices = make_indices(key, queries, context, top_k)
     lists = unions_from_indices(indices, pages, page_size=64, size=-(-context // 64) * 64)
-    out, lse = jax.jit(lambda *x: mosaic_gpu.union_attention(*x, scale=SCALE, config=config))(q, kv, *lists)
+    out, lse = jax.jit(lambda *x: union_attention(*x, scale=SCALE, config=config))(q, kv, *lists)
     expected_out, expected_lse = xla.sparse_attention(q[None], kv, indices[None], pages[None], scale=SCALE)
     assert relative_error(out, expected_out[0]) < 5e-3
     assert relative_error(lse, expected_lse[0]) < 1e-5
@@ -96,7 +124,7 @@ def test_union_groups_of_heads(heads, kv_heads):
     q = jax.random.normal(key, (37, heads, 128), jnp.bfloat16)
     indices = make_indices(key, 37, 400, 150)
     lists = unions_from_indices(indices, pages, page_size=64, size=448)
-    out, lse = mosaic_gpu.union_attention(q, kv, *lists, scale=SCALE)
+    out, lse = union_attention(q, kv, *lists, scale=SCALE)
     expected_out, expected_lse = xla.sparse_attention(q[None], kv, indices[None], pages[None], scale=SCALE)
     assert relative_error(out, expected_out[0]) < 5e-3
     assert relative_error(lse, expected_lse[0]) < 1e-5
@@ -109,11 +137,11 @@ def test_union_reads_nothing_behind_count():
     q = jax.random.normal(key, (32, 32, 128), jnp.bfloat16)
     indices = make_indices(key, 32, 500, 200)
     slots, members, counts = unions_from_indices(indices, pages, page_size=64, size=1024)
-    expected = mosaic_gpu.union_attention(q, kv, slots, members, counts, scale=SCALE)
+    expected = union_attention(q, kv, slots, members, counts, scale=SCALE)
     behind = jnp.arange(1024) >= counts[:, None]
     named = jnp.zeros(kv.shape[0] * 64, bool).at[jnp.where(behind, 2**30, slots)].set(True, mode="drop")
     poisoned = jnp.where(named.reshape(-1, 64, 1, 1), kv, jnp.nan)
-    out = mosaic_gpu.union_attention(
+    out = union_attention(
         q, poisoned, jnp.where(behind, 2**31 - 1, slots), jnp.where(behind, -1, members), counts, scale=SCALE
     )
     for a, b in zip(out, expected, strict=True):
@@ -121,16 +149,16 @@ def test_union_reads_nothing_behind_count():
 
 
 @pytest.mark.parametrize(
-    "batch,length,heads,kv_heads,top_k,splits",
-    [(3, 1, 32, 4, 200, None), (2, 1, 32, 4, 2048, 16), (2, 5, 8, 2, 130, 1)],
+    "batch,length,heads,kv_heads,top_k",
+    [(3, 1, 32, 4, 200), (2, 1, 32, 4, 2048), (2, 5, 8, 2, 130)],
 )
-def test_single_queries_match_xla(batch, length, heads, kv_heads, top_k, splits):
+def test_single_queries_match_xla(batch, length, heads, kv_heads, top_k):
     key = jax.random.key(3)
     kv, pages = pool_and_pages(key, 4096, kv_heads)
     q = jax.random.normal(key, (batch, length, heads, 128), jnp.bfloat16)
     tables = jnp.stack([jax.random.permutation(k, pages) for k in jax.random.split(key, batch)])
     indices = make_indices(key, batch * length, 4096, top_k).reshape(batch, length, top_k)
-    out, lse = mosaic_gpu.sparse_attention(q, kv, indices, tables, scale=SCALE, splits=splits)
+    out, lse = mosaic_gpu.sparse_attention(q, kv, indices, tables, scale=SCALE)
     expected_out, expected_lse = xla.sparse_attention(q, kv, indices, tables, scale=SCALE)
     assert relative_error(out, expected_out) < 5e-3
     assert relative_error(lse, expected_lse) < 1e-5
@@ -140,9 +168,9 @@ def test_refuses():
     q, kv = jnp.zeros((16, 8, 64), jnp.bfloat16), jnp.zeros((1, 64, 4, 64), jnp.bfloat16)
     lists = jnp.zeros((1, 64), jnp.int32), jnp.zeros((1, 64), jnp.int32), jnp.zeros((1,), jnp.int32)
     with pytest.raises(NotImplementedError):
-        mosaic_gpu.union_attention(q, kv, *lists, scale=SCALE)
+        union_attention(q, kv, *lists, scale=SCALE)
     with pytest.raises(NotImplementedError):
-        mosaic_gpu.union_attention(
+        union_attention(
             jnp.zeros((16, 8, 128), jnp.float32), jnp.zeros((1, 64, 4, 128), jnp.float32), *lists, scale=SCALE
         )
 

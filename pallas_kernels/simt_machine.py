@@ -1,9 +1,4 @@
-"""Per-thread (SIMT) code in Mosaic GPU kernels: 32-bit values with operators, as MLIR inside `plgpu.inline_mgpu`.
-
-A kernel body is an ordinary Python function over `Value`s and a machine that knows how to load, store, branch and
-synchronise. `Machine` emits MLIR; the tests run the same bodies on a NumPy machine with the same methods.
-All integers are unsigned 32-bit words. Shared memory is addressed in words from the start of one scratch buffer.
-"""
+"""Per-thread code in Mosaic GPU kernels, as MLIR inside one `plgpu.inline_mgpu`."""
 
 # The types of Pallas' decorators and transforms are not yet complete.
 # pyright: reportAbstractUsage=false, reportCallIssue=false, reportPrivateImportUsage=false, reportArgumentType=false
@@ -11,76 +6,19 @@ All integers are unsigned 32-bit words. Shared memory is addressed in words from
 import contextlib
 import typing
 
+import jax.numpy as jnp
+from jax import lax
 from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 
+from pallas_kernels.simt import Value
+
 ALL_LANES = 0xFFFFFFFF
-
-
-class Value:
-    """A 32-bit word or a boolean of the running thread."""
-
-    def __init__(self, machine, raw):
-        self.machine, self.raw = machine, raw
-
-    def _binary(self, name, other):
-        return self.machine.binary(name, self, other)
-
-    def __add__(self, other):
-        return self._binary("add", other)
-
-    def __sub__(self, other):
-        return self._binary("sub", other)
-
-    def __mul__(self, other):
-        return self._binary("mul", other)
-
-    def __floordiv__(self, other):
-        return self._binary("div", other)
-
-    def __and__(self, other):
-        return self._binary("and", other)
-
-    def __or__(self, other):
-        return self._binary("or", other)
-
-    def __xor__(self, other):
-        return self._binary("xor", other)
-
-    def __lshift__(self, other):
-        return self._binary("shl", other)
-
-    def __rshift__(self, other):
-        return self._binary("shr", other)
-
-    def sar(self, other):
-        """Arithmetic shift to the right."""
-        return self._binary("sar", other)
-
-    def __lt__(self, other):
-        return self.machine.compare("lt", self, other)
-
-    def __le__(self, other):
-        return self.machine.compare("le", self, other)
-
-    def __gt__(self, other):
-        return self.machine.compare("gt", self, other)
-
-    def __ge__(self, other):
-        return self.machine.compare("ge", self, other)
-
-    def eq(self, other):
-        return self.machine.compare("eq", self, other)
-
-    def ne(self, other):
-        return self.machine.compare("ne", self, other)
-
-    def min(self, other):
-        return self.machine.select(self < other, self, other)
-
-    def max(self, other):
-        return self.machine.select(self > other, self, other)
+MULTIPROCESSORS = 132
+SHARED_WORDS = 227 * 256
+"""Words of shared memory that a block can have."""
 
 
 class Machine:
@@ -106,7 +44,6 @@ class Machine:
         "eq": arith.CmpIPredicate.eq,
         "ne": arith.CmpIPredicate.ne,
     }
-    _FLOAT: typing.ClassVar = {"gt": arith.CmpFPredicate.OGT, "eq": arith.CmpFPredicate.OEQ}
 
     def __init__(self, threads, cluster, shared, teams=1, shared_words=0):
         self.threads, self.cluster, self.teams = threads, cluster, teams
@@ -121,7 +58,7 @@ class Machine:
             self.team = self.warp // (threads // 32)
             self.thread, self.warp = self.thread - self.team * threads, self.warp - self.team * (threads // 32)
             self.shared = self._shared_at(self.team * shared_words)
-        self.lane = self.thread & 31
+        self.lane, self.turn = self.thread & 31, self.word(0)
 
     # Values.
 
@@ -136,16 +73,14 @@ class Machine:
     def compare(self, name, a, b):
         return Value(self, arith.cmpi(self._COMPARE[name], a.raw, self.word(b).raw))
 
-    def compare_floats(self, name, a, b):
-        """Compares two words as float32."""
-        a, b = (arith.bitcast(self.f32, self.word(v).raw) for v in (a, b))
-        return Value(self, arith.cmpf(self._FLOAT[name], a, b))
-
     def select(self, condition, a, b):
         return Value(self, arith.select(condition.raw, self.word(a).raw, self.word(b).raw))
 
     def leading_zeros(self, a):
         return Value(self, utils.inline_ptx("clz.b32 $0, $1;", a.raw, result_types=self.i32))
+
+    def bit_count(self, a):
+        return Value(self, utils.inline_ptx("popc.b32 $0, $1;", a.raw, result_types=self.i32))
 
     def square_root(self, a):
         root = utils.inline_ptx("sqrt.approx.f32 $0, $1;", arith.uitofp(self.f32, a.raw), result_types=self.f32)
@@ -176,8 +111,29 @@ class Machine:
         )
         return [Value(self, w) for w in words]
 
+    def copy_shared4(self, address, row, index, condition):
+        """Starts to copy four words from a multiple of four in a row to shared memory, with no branch."""
+        utils.inline_ptx(
+            "cp.async.cg.shared.global [$0], [$1], 16;",
+            self._shared_at(address),
+            self._at(row, index),
+            predicate=condition.raw,
+        )
+
+    def commit_copies(self):
+        """Makes a batch of the copies that this thread has started since the last one."""
+        nvvm.cp_async_commit_group()
+
+    def wait_copies(self, pending):
+        """Waits until at most `pending` batches of this thread's copies are under way."""
+        nvvm.cp_async_wait_group(pending)
+
     def store_global(self, row, index, value):
         llvm.store(self.word(value).raw, self._at(row, index), alignment=4)
+
+    def store_global_where(self, row, index, value, condition):
+        """Stores a word where `condition` holds, with no branch."""
+        utils.inline_ptx("st.global.b32 [$0], $1;", self._at(row, index), self.word(value).raw, predicate=condition.raw)
 
     # Shared memory.
 
@@ -199,11 +155,13 @@ class Machine:
     def store_shared(self, address, value):
         llvm.store(self.word(value).raw, self._shared_at(address), alignment=4)
 
-    def store_shared_pair_where(self, address, a, b, condition):
-        """Stores two words at an even address, with no branch."""
-        utils.inline_ptx(
-            "st.shared.v2.b32 [$0], {$1, $2};", self._shared_at(address), a.raw, b.raw, predicate=condition.raw
-        )
+    def address_of(self, address):
+        """The byte address of a word of shared memory, for `store_pair_where`."""
+        return Value(self, llvm.ptrtoint(self.i32, self._shared_at(address)))
+
+    def store_pair_where(self, byte_address, a, b, condition):
+        """Stores two words at a byte address, a multiple of 8, with no branch."""
+        utils.inline_ptx("st.shared.v2.b32 [$0], {$1, $2};", byte_address.raw, a.raw, b.raw, predicate=condition.raw)
 
     def store_shared_vector(self, address, values):
         if len(values) == 1:
@@ -224,6 +182,25 @@ class Machine:
     def add_shared(self, address, value):
         utils.inline_ptx("red.shared.add.u32 [$0], $1;", self._shared_at(address), self.word(value).raw)
 
+    def fetch_add_shared(self, address, value):
+        """Adds to a word of shared memory, atomically; what it was before."""
+        return Value(
+            self,
+            utils.inline_ptx(
+                "atom.shared.add.u32 $0, [$1], $2;",
+                self._shared_at(address),
+                self.word(value).raw,
+                result_types=self.i32,
+                has_side_effects=True,
+            ),
+        )
+
+    def or_shared_where(self, address, value, condition):
+        """Sets bits of a word of shared memory, atomically, where `condition` holds."""
+        utils.inline_ptx(
+            "red.shared.or.b32 [$0], $1;", self._shared_at(address), self.word(value).raw, predicate=condition.raw
+        )
+
     def load_peer(self, address, rank):
         """A word of the shared memory of block `rank` of the cluster."""
         pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(rank).raw, generic=False)
@@ -232,10 +209,58 @@ class Machine:
             utils.inline_ptx("ld.shared::cluster.u32 $0, [$1];", pointer, result_types=self.i32, has_side_effects=True),
         )
 
+    def load_peer_vector(self, address, size, rank):
+        """`size` (1, 2 or a multiple of 4) words of the shared memory of block `rank` from a multiple of `size`."""
+        if size == 1:
+            return [self.load_peer(address, rank)]
+        if size > 4:
+            return [v for i in range(0, size, 4) for v in self.load_peer_vector(self.word(address) + i, 4, rank)]
+        pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(rank).raw, generic=False)
+        places = ", ".join(f"${i}" for i in range(size))
+        words = utils.inline_ptx(
+            f"ld.shared::cluster.v{size}.u32 {{{places}}}, [${size}];",
+            pointer,
+            result_types=[self.i32] * size,
+            has_side_effects=True,
+        )
+        return [Value(self, w) for w in words]
+
+    def store_peer(self, address, rank, value):
+        self.store_peer_vector(address, rank, [value])
+
+    def store_peer_vector(self, address, rank, values):
+        """Stores 1, 2 or 4 words at a multiple of as many in the shared memory of block `rank` of the cluster."""
+        pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(rank).raw, generic=False)
+        kind = f".v{len(values)}" if len(values) > 1 else ""
+        places = ", ".join(f"${i + 1}" for i in range(len(values)))
+        utils.inline_ptx(
+            f"st.shared::cluster{kind}.u32 [$0], {{{places}}};" if kind else "st.shared::cluster.u32 [$0], $1;",
+            pointer,
+            *(self.word(v).raw for v in values),
+        )
+
+    def add_peer(self, address, rank, value):
+        """Adds to a word of the shared memory of block `rank` of the cluster, atomically."""
+        pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(rank).raw, generic=False)
+        utils.inline_ptx("red.shared::cluster.add.u32 [$0], $1;", pointer, self.word(value).raw)
+
+    def fetch_add_peer(self, address, rank, value):
+        """As `add_peer`; what the word was before."""
+        pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(rank).raw, generic=False)
+        return Value(
+            self,
+            utils.inline_ptx(
+                "atom.shared::cluster.add.u32 $0, [$1], $2;",
+                pointer,
+                self.word(value).raw,
+                result_types=self.i32,
+                has_side_effects=True,
+            ),
+        )
+
     def add_first(self, address, value):
         """Adds to a word of the shared memory of the cluster's first block, atomically."""
-        pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(0).raw, generic=False)
-        utils.inline_ptx("red.shared::cluster.add.u32 [$0], $1;", pointer, self.word(value).raw)
+        self.add_peer(address, 0, value)
 
     # Other threads.
 
@@ -247,6 +272,20 @@ class Machine:
             utils.inline_ptx(
                 f"bar.sync $0, {self.threads};", (self.team + 9).raw, has_side_effects=True, convergent=True
             )
+
+    def delay(self, cycles):
+        """Waits for about so many cycles."""
+
+        def clock():
+            words = utils.inline_ptx("mov.u32 $0, %clock;", result_types=self.i32, has_side_effects=True)
+            return Value(self, words)
+
+        def sleep(_):
+            utils.inline_ptx("nanosleep.u32 500;")
+            return [clock()]
+
+        start = clock()
+        self.while_loop(lambda now: now - start < cycles, sleep, [start])
 
     def cluster_barrier(self):
         """Barrier of all threads of the cluster, ordering their shared memory; of the team if the block is alone."""
@@ -268,9 +307,30 @@ class Machine:
             ),
         )
 
+    def shuffle(self, value, lane):
+        """The value of lane `lane`."""
+        return Value(
+            self,
+            nvvm.shfl_sync(
+                utils.c(ALL_LANES - (1 << 32), self.i32),
+                value.raw,
+                self.word(lane).raw,
+                utils.c(31, self.i32),
+                nvvm.ShflKind.idx,
+            ),
+        )
+
     def warp_sum(self, value):
         mask = utils.c(ALL_LANES - (1 << 32), self.i32)
         return Value(self, utils.redux(value.raw, mask, nvvm.ReductionKind.ADD))
+
+    def warp_max(self, value):
+        mask = utils.c(ALL_LANES - (1 << 32), self.i32)
+        return Value(self, utils.redux(value.raw, mask, nvvm.ReductionKind.UMAX))
+
+    def warp_min(self, value):
+        mask = utils.c(ALL_LANES - (1 << 32), self.i32)
+        return Value(self, utils.redux(value.raw, mask, nvvm.ReductionKind.UMIN))
 
     # Control flow.
 
@@ -279,14 +339,13 @@ class Machine:
         with utils.when(condition.raw):
             yield
 
-    def branch(self, condition, body, carry):
-        """`body(*carry)` where the condition holds, else `carry`."""
+    def branch(self, condition, body, carry, otherwise=lambda *carry: carry):
+        """`body(*carry)` where the condition holds, else `otherwise(*carry)`."""
         carry = [self.word(v) for v in carry]
         operation = scf.IfOp(condition.raw, [v.raw.type for v in carry], has_else=True)
-        with ir.InsertionPoint(operation.then_block):
-            scf.yield_([self.word(v).raw for v in body(*carry)])
-        with ir.InsertionPoint(operation.else_block):
-            scf.yield_([v.raw for v in carry])
+        for block, run in ((operation.then_block, body), (operation.else_block, otherwise)):
+            with ir.InsertionPoint(block):
+                scf.yield_([self.word(v).raw for v in run(*carry)])
         return [Value(self, v) for v in operation.results]
 
     def loop(self, start, stop, step, body, carry=()):
@@ -312,3 +371,47 @@ class Machine:
         with ir.InsertionPoint(after):
             scf.yield_([self.word(v).raw for v in body(*(Value(self, v) for v in after.arguments))])
         return [Value(self, v) for v in operation.results]
+
+
+def launch(body, out_type, rows, cluster, threads, shared_words, teams=1, machine_type=Machine):
+    """A kernel that runs `body(machine, *refs, row, rank)` in every thread of each row's team or cluster.
+
+    Teams work on several rows in turn; their machine's `turn` says how many they have had before.
+    """
+    blocks = rows if teams == 1 else min(rows, MULTIPROCESSORS)
+
+    def kernel(*refs):
+        *refs, shared = refs
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (len(refs) + 1) + (plgpu.Layout.WG_SPLAT,) * 2)
+        def run(_, *args):
+            *args, shared, block, rank = args
+            machine = machine_type(threads, cluster, shared, teams, shared_words)
+            block, rank = (Value(machine, v.registers.item()) for v in (block, rank))
+            if teams == 1:
+                body(machine, *args, block, rank)
+                return
+            start, stride = machine.team * blocks + block, blocks * teams
+
+            def run_row(row):
+                machine.turn = (row - start) // stride
+                body(machine, *args, row, rank)
+                machine.barrier()
+
+            machine.loop(start, rows, stride, run_row)
+
+        rank = lax.axis_index("part") if cluster > 1 else jnp.int32(0)
+        run(*refs, shared, lax.axis_index("block"), rank)
+
+    clustered = {"cluster": (cluster,), "cluster_names": ("part",)} if cluster > 1 else {}
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=teams * threads // 128,
+        thread_name="warpgroup",
+        scratch_types=[plgpu.SMEM((teams * shared_words,), jnp.int32)],
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        **clustered,
+    )

@@ -1,0 +1,248 @@
+"""Measuring the whole model at its real size, with random weights made on the device: `keye-jax bench`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from keye_jax.cache import Cache, bytes_per_token
+from keye_jax.config import KeyeConfig
+from keye_jax.model.keye import Keye
+from keye_jax.model.positions import mrope_positions
+from keye_jax.runner import Runner, round_up
+
+WEIGHT_SCALE = 0.02
+"""Standard deviation of random matrices, as such models are initialised with."""
+
+FRAME = 16
+"""Side of a frame of the made-up video, in tokens."""
+
+NOISE = 0.23
+"""Share of each token's embedding that is its own; with 0.23 sixteen neighbouring queries of a model with random
+weights select about 8,192 of 131,072 keys together, with 1 tokens are unrelated."""
+
+PARTS = ("indexer", "selection", "attention", "experts")
+"""Named scopes of the model that device time is told apart by; what is in none of them is the rest."""
+
+_GROUP = 16
+_DECODE_STEPS = 16
+_DECODE_SAMPLES = 5
+
+
+def random_model(config: KeyeConfig, seed: int = 0) -> Keye:
+    """A model of random weights, made where they are kept, one array at a time."""
+    graph, state = nnx.split(Keye.abstract(config))
+    flat, key = [], jax.random.key(seed)
+    for index, (path, variable) in enumerate(nnx.to_flat_state(state)):
+        if len(variable.shape) == 1:
+            fill = 0 if path[-1] == "bias" else 1
+            array = jnp.full(variable.shape, fill, variable.dtype)
+        else:
+            array = _normal(jax.random.fold_in(key, index), variable.shape, variable.dtype)
+        flat.append((path, variable.replace(array)))
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    return (jax.random.normal(key, shape) * WEIGHT_SCALE).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A made-up video of frames of 16 x 16 tokens.
+
+    Attributes:
+      input_ids: int32 `[t]`, the token that frames stand for.
+      positions: int32 `[3, t]`.
+      embeds: `[t, embed]`, in the place of what the vision encoder would give.
+    """
+
+    input_ids: np.ndarray
+    positions: np.ndarray
+    embeds: jax.Array
+
+    @classmethod
+    def video(cls, config: KeyeConfig, tokens: int, *, noise: float = NOISE, seed: int = 0) -> Prompt:
+        """`tokens` tokens whose embeddings drift from one random vector to the next within a frame.
+
+        Args:
+          noise: from 0 to 1, the part of each embedding that is its own.
+        """
+        ids = np.full(tokens, config.video_token_id, np.int32)
+        side = FRAME * config.vision_config.spatial_merge_size
+        frames = np.tile([[1, side, side]], (-(-tokens // FRAME**2), 1))
+        whole = np.full(len(frames) * FRAME**2, config.video_token_id, np.int32)
+        positions, _ = mrope_positions(
+            whole,
+            np.zeros((0, 3), np.int32),
+            frames,
+            image_token_id=config.image_token_id,
+            video_token_id=config.video_token_id,
+            merge_size=config.vision_config.spatial_merge_size,
+        )
+        embeds = _drift(jax.random.key(seed), tokens, config.hidden_size, noise, config.jax_dtype)
+        return cls(ids, positions[:, :tokens], embeds)
+
+    def upto(self, tokens: int) -> Prompt:
+        """Its first tokens."""
+        return Prompt(self.input_ids[:tokens], self.positions[:, :tokens], self.embeds[:tokens])
+
+
+@functools.partial(jax.jit, static_argnames=("tokens", "width", "noise", "dtype"))
+def _drift(key: jax.Array, tokens: int, width: int, noise: float, dtype: jnp.dtype) -> jax.Array:
+    anchors_key, noise_key = jax.random.split(key)
+    anchors = jax.random.normal(anchors_key, (tokens // FRAME**2 + 2, width))
+    frame, phase = jnp.divmod(jnp.arange(tokens), FRAME**2)
+    angle = (phase / FRAME**2 * jnp.pi / 2)[:, None]
+    smooth = jnp.cos(angle) * anchors[frame] + jnp.sin(angle) * anchors[frame + 1]
+    own = jax.random.normal(noise_key, smooth.shape)
+    return ((1 - noise**2) ** 0.5 * smooth + noise * own).astype(dtype)
+
+
+def weight_bytes(config: KeyeConfig) -> int:
+    """Bytes of the model's parameters."""
+    return Keye.parameter_count(config) * config.jax_dtype.itemsize
+
+
+def cache_bytes(config: KeyeConfig, batch: int, context: int) -> int:
+    """Bytes of the cache of `batch` sequences of `context` tokens."""
+    return batch * round_up(context) * bytes_per_token(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """A measurement.
+
+    Attributes:
+      seconds: of a prompt, or of a step of decoding: the median.
+      tokens_per_second: prompt tokens read, or tokens written by all sequences together.
+      workspace_bytes: what a step needs beyond its arguments and results, from the compiler.
+    """
+
+    seconds: float
+    tokens_per_second: float
+    workspace_bytes: int
+
+
+def time_prefill(runner: Runner, prompt: Prompt, repeats: int) -> Timing:
+    """Reads `prompt` into an empty cache `repeats` times, compiled and warmed up before."""
+    tokens = len(prompt.input_ids)
+    workspace = runner.compile_prefill(tokens)
+    read_prompt(runner, prompt.upto(min(tokens, runner.prefill_chunk)), capacity=tokens)
+    times = []
+    for _ in range(repeats):
+        cache = jax.block_until_ready(runner.new_cache(tokens))
+        start = time.perf_counter()
+        jax.block_until_ready(runner.prefill(prompt.input_ids, prompt.positions, prompt.embeds, cache)[0])
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times)
+    return Timing(seconds, tokens / seconds, workspace)
+
+
+def read_prompt(runner: Runner, prompt: Prompt, *, capacity: int | None = None) -> Cache:
+    """The cache after `prompt`, with room for `capacity` tokens."""
+    cache = runner.new_cache(capacity or len(prompt.input_ids))
+    return jax.block_until_ready(runner.prefill(prompt.input_ids, prompt.positions, prompt.embeds, cache)[1])
+
+
+def union_sizes(runner: Runner, prompt: Prompt) -> np.ndarray:
+    """Distinct keys that 16 neighbouring queries select together, float `[layers]`: means over the last 64 queries."""
+    before = len(prompt.input_ids) - 4 * _GROUP
+    cache = read_prompt(runner, prompt.upto(before), capacity=len(prompt.input_ids))
+    tail = prompt.input_ids[before:], prompt.positions[:, before:], prompt.embeds[before:]
+    ((_, _, found, _),) = runner.trace(*tail, cache)
+    sizes = []
+    for layer in found:
+        assert layer.attention.selected is not None
+        groups = np.asarray(layer.attention.selected[0]).reshape(4, -1)
+        sizes.append(np.mean([len(np.unique(group[group >= 0])) for group in groups]))
+    return np.asarray(sizes)
+
+
+def random_cache(runner: Runner, batch: int, context: int, length: int, seed: int = 0) -> Cache:
+    """A cache of random keys and values with room for `context` tokens a sequence, `length` of them there."""
+    cache, key = runner.new_cache(context, batch), jax.random.key(seed)
+    leaves, tree = jax.tree.flatten(cache.layers)
+    layers = jax.tree.unflatten(tree, [_fill(jax.random.fold_in(key, i), x) for i, x in enumerate(leaves)])
+    return dataclasses.replace(cache, layers=layers, lengths=jnp.full(batch, length, jnp.int32))
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def _fill(key: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.random.normal(key, x.shape).astype(x.dtype)
+
+
+def time_decode(runner: Runner, batch: int, context: int) -> Timing:
+    """Writes a few dozen tokens to each of `batch` sequences, the last of them with `context` tokens before it."""
+    workspace = runner.compile_decode(batch, context)
+    cache = random_cache(runner, batch, context, context - (_DECODE_SAMPLES + 1) * _DECODE_STEPS)
+    tokens = jnp.zeros(batch, jnp.int32)
+    times = []
+    for _ in range(_DECODE_SAMPLES + 1):
+        start = time.perf_counter()
+        tokens, cache = _write(runner, tokens, cache)
+        times.append((time.perf_counter() - start) / _DECODE_STEPS)
+    seconds = statistics.median(times[1:])
+    return Timing(seconds, batch / seconds, workspace)
+
+
+_likeliest = jax.jit(lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+
+def _write(runner: Runner, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    delta = jnp.zeros_like(tokens)
+    for _ in range(_DECODE_STEPS):
+        logits, cache = runner.decode(tokens, delta, cache)
+        tokens = _likeliest(logits)
+    return jax.block_until_ready(tokens), cache
+
+
+def prefill_parts(runner: Runner, prompt: Prompt) -> dict[str, float]:
+    """Device seconds of each part of the model while it reads `prompt`; see `device_seconds`."""
+    read_prompt(runner, prompt.upto(runner.prefill_chunk), capacity=len(prompt.input_ids))
+    return device_seconds(lambda: read_prompt(runner, prompt))
+
+
+def decode_parts(runner: Runner, batch: int, context: int) -> dict[str, float]:
+    """Device seconds of each part of the model in one step of decoding; see `device_seconds`."""
+    cache = random_cache(runner, batch, context, context - 2 * _DECODE_STEPS)
+    tokens, cache = _write(runner, jnp.zeros(batch, jnp.int32), cache)
+    parts = device_seconds(lambda: _write(runner, tokens, cache))
+    return {part: seconds / _DECODE_STEPS for part, seconds in parts.items()}
+
+
+def device_seconds(run: Callable[[], object]) -> dict[str, float]:
+    """Seconds that a GPU's kernels take while `run` runs, by `PARTS` and "rest", from the profiler.
+
+    Kernels in CUDA graphs do not tell which part they belong to: XLA must run without them.
+    """
+    totals: dict[str, float] = dict.fromkeys((*PARTS, "rest"), 0.0)
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            run()
+        (file,) = Path(directory).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(file))
+    with warnings.catch_warnings():
+        # The types that jaxlib gives the profile's events belong to no module.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for plane in profile.planes:
+            if not plane.name.startswith("/device:GPU"):
+                continue
+            for line in plane.lines:
+                for event in line.events:
+                    scopes = str(dict(event.stats).get("name", "")).split("/")
+                    part = next((scope for scope in reversed(scopes) if scope in PARTS), "rest")
+                    totals[part] += event.duration_ns * 1e-9
+    return totals

@@ -1,0 +1,256 @@
+"""`keye-jax bench`: how fast the whole model is on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from keye_jax.cli import options
+from keye_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from keye_jax.bench import Timing
+    from keye_jax.config import KeyeConfig
+    from keye_jax.runner import Runner
+
+_RELEASED = Path(__file__).parents[2] / "configs" / "model" / "keye_vl_2_30b_a3b.json"
+_DENSE, _SPARSE, _FP8 = "dense", "sparse", "sparse, fp8 indexer"
+
+
+def bench(
+    config: Annotated[Path, typer.Option(help="Configuration of the model, a config.json.")] = _RELEASED,
+    layers: Annotated[int | None, typer.Option(help="Use only so many decoder layers, for a quick run.")] = None,
+    prefill: Annotated[str, typer.Option(help="Prompt lengths to read, in tokens; '' for none.")] = (
+        "8K,32K,128K,256K"
+    ),
+    decode: Annotated[
+        str, typer.Option(help="Sequences x context to write tokens to, in tokens; '' for none.")
+    ] = "1x32K,4x32K,16x32K,1x128K,4x128K",
+    repeats: Annotated[int, typer.Option(help="Times that each prompt is read; the median counts.")] = 3,
+    unrelated: Annotated[
+        bool, typer.Option(help="Also read prompts whose tokens have nothing to do with each other.")
+    ] = True,
+    fp8: Annotated[bool, typer.Option(help="Also measure with an indexer in float8.")] = True,
+    breakdown: Annotated[
+        bool,
+        typer.Option("--breakdown", help="Instead, show where the GPU's time goes, at the first length of each list."),
+    ] = False,
+    dense_below: options.DenseBelow = None,
+    implementation: options.Implementation = None,
+    prefill_chunk: options.PrefillChunk = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Also write all figures there.")] = None,
+) -> int:
+    """Measures the model with random weights: prompts read and tokens written, sparse and dense.
+
+    Prompts are made-up video, whose embeddings drift from token to token, tuned so that 16 neighbouring queries select
+    about 8,192 of 131,072 keys together. What does not fit the device is refused before it is tried.
+    """
+    lengths = [_tokens("--prefill", text) for text in _items(prefill)]
+    batches = [_batch_and_context(text) for text in _items(decode)]
+    chunk = options.prefill_chunk_size(prefill_chunk)
+    if repeats < 1:
+        raise UserError(f"--repeats is {repeats}; it must be at least 1")
+    if as_json and not as_json.parent.is_dir():
+        raise UserError(f"--json is {str(as_json)!r}; there is no directory {str(as_json.parent)!r}")
+    if breakdown:
+        # Kernels in CUDA graphs do not say which part of the model they belong to.
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
+
+    from keye_jax.bench import random_model
+    from keye_jax.config import KeyeConfig
+    from keye_jax.runner import Runner
+
+    options.enable_compilation_cache()
+    sizes = KeyeConfig.from_file(config)
+    if layers is not None:
+        if not 1 <= layers <= sizes.num_hidden_layers:
+            raise UserError(f"--layers is {layers}; it must be from 1 to {sizes.num_hidden_layers}")
+        sizes = dataclasses.replace(sizes, num_hidden_layers=layers)
+    for tokens in (*lengths, *(context for _, context in batches)):
+        if tokens > sizes.max_position_embeddings:
+            raise UserError(f"{tokens:,} tokens are more than this model takes, {sizes.max_position_embeddings:,}")
+    chosen = {
+        _DENSE: options.attention_options("dense", implementation),
+        _SPARSE: options.attention_options("sparse", implementation, dense_below),
+    }
+    if fp8:
+        chosen[_FP8] = dataclasses.replace(chosen[_SPARSE], indexer_dtype="float8_e4m3fn")
+    _refuse_if_weights_do_not_fit(sizes)
+    _print_setting(sizes, chosen[_SPARSE].for_context)
+
+    model = random_model(sizes)
+    runners = {name: Runner(model, sizes, options=chosen[name], prefill_chunk=chunk) for name in chosen}
+    if breakdown:
+        rows = list(_parts(runners, sizes, lengths[:1], batches[:1]))
+    else:
+        rows = [
+            *_prefill_rows(runners, sizes, lengths, repeats, unrelated=unrelated),
+            *_decode_rows(runners, sizes, batches),
+        ]
+    _print_peak()
+    if as_json:
+        as_json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+def _prefill_rows(
+    runners: dict[str, Runner], config: KeyeConfig, lengths: list[int], repeats: int, *, unrelated: bool
+) -> Iterator[dict[str, Any]]:
+    import numpy as np
+
+    from keye_jax.bench import NOISE, Prompt, time_prefill, union_sizes
+
+    for tokens in lengths:
+        what = f"prefill {_size(tokens)}"
+        if _refused(config, what, 1, tokens, 2 * tokens * config.hidden_size):
+            continue
+        # Dense attention takes the same time however tokens are related.
+        dense = None
+        kinds = {"video": NOISE} | ({"unrelated tokens": 1.0} if unrelated else {})
+        for kind, noise in kinds.items():
+            prompt = Prompt.video(config, tokens, noise=noise)
+            for name, runner in runners.items():
+                if noise != NOISE and name != _SPARSE:
+                    continue
+                timing = time_prefill(runner, prompt, repeats)
+                sizes = {"tokens": tokens, "attention": name, "noise": noise}
+                yield _report(f"{what}, {name}, {kind}", timing, sizes, dense)
+                dense = timing if name == _DENSE else dense
+            unions = union_sizes(runners[_SPARSE], prompt)
+            quartiles = ", ".join(f"{x:,.0f}" for x in np.quantile(unions, [0, 0.25, 0.5, 0.75, 1]))
+            print(f"    keys that 16 neighbouring queries select: {quartiles} (quartiles of the layers)", flush=True)
+            yield {"what": f"unions of {what}, {kind}", "tokens": tokens, "noise": noise, "unions": unions.tolist()}
+
+
+def _decode_rows(
+    runners: dict[str, Runner], config: KeyeConfig, batches: list[tuple[int, int]]
+) -> Iterator[dict[str, Any]]:
+    from keye_jax.bench import time_decode
+
+    for batch, context in batches:
+        what = f"decode, {batch} x {_size(context)}"
+        if _refused(config, what, batch, context, 0):
+            continue
+        sizes = {"batch": batch, "context": context}
+        dense = None
+        for name, runner in runners.items():
+            timing = time_decode(runner, batch, context)
+            yield _report(f"{what}, {name}", timing, sizes | {"attention": name}, dense)
+            dense = timing if name == _DENSE else dense
+
+
+def _parts(
+    runners: dict[str, Runner], config: KeyeConfig, lengths: list[int], batches: list[tuple[int, int]]
+) -> Iterator[dict[str, Any]]:
+    import jax
+
+    from keye_jax.bench import Prompt, decode_parts, prefill_parts
+
+    if jax.default_backend() != "gpu":
+        raise UserError("--breakdown needs an NVIDIA GPU, whose profiler tells kernels apart")
+    for name, runner in runners.items():
+        for tokens in lengths:
+            if not _refused(config, f"prefill {_size(tokens)}", 1, tokens, 2 * tokens * config.hidden_size):
+                seconds = prefill_parts(runner, Prompt.video(config, tokens))
+                yield _report_parts(f"prefill {_size(tokens)}, {name}", seconds)
+        for batch, context in batches:
+            if not _refused(config, f"decode, {batch} x {_size(context)}", batch, context, 0):
+                seconds = decode_parts(runner, batch, context)
+                yield _report_parts(f"decode, {batch} x {_size(context)}, {name}", seconds)
+
+
+def _report(what: str, timing: Timing, sizes: dict[str, Any], dense: Timing | None = None) -> dict[str, Any]:
+    ratio = timing.seconds / dense.seconds if dense else None
+    print(
+        f"{what:40}{_seconds(timing.seconds):>12}{timing.tokens_per_second:>12,.0f} tokens/s"
+        f"{timing.workspace_bytes / 2**30:>8.2f} GiB workspace{f'{ratio:>8.3f} of dense' if ratio else ''}",
+        flush=True,
+    )
+    return {"what": what, "of_dense": ratio} | sizes | dataclasses.asdict(timing)
+
+
+def _report_parts(what: str, seconds: dict[str, float]) -> dict[str, Any]:
+    total = sum(seconds.values())
+    parts = ", ".join(f"{part} {_seconds(each)} ({each / total:.0%})" for part, each in seconds.items())
+    print(f"{what}: {_seconds(total)} of kernels: {parts}", flush=True)
+    return {"what": what, "kernel_seconds": total, "parts": seconds}
+
+
+def _refuse_if_weights_do_not_fit(config: KeyeConfig) -> None:
+    from keye_jax.bench import weight_bytes
+    from keye_jax.device import memory_limit_bytes
+
+    needed, limit = weight_bytes(config), memory_limit_bytes()
+    if needed > limit:
+        raise UserError(
+            f"the model does not fit: {needed / 2**30:.1f} GiB of weights, the device has {limit / 2**30:.1f} GiB; "
+            "--layers measures a part of it"
+        )
+
+
+def _refused(config: KeyeConfig, what: str, batch: int, context: int, extra_bytes: int) -> bool:
+    """Says so, with the numbers, if weights, cache and prompt are more than the device has."""
+    from keye_jax.bench import cache_bytes, weight_bytes
+    from keye_jax.device import memory_limit_bytes
+
+    weights, cache, limit = weight_bytes(config), cache_bytes(config, batch, context), memory_limit_bytes()
+    if weights + cache + extra_bytes <= limit:
+        return False
+    print(
+        f"{what}: does not fit: {weights / 2**30:.1f} GiB of weights and {cache / 2**30:.1f} GiB of cache, the device "
+        f"has {limit / 2**30:.1f} GiB"
+    )
+    return True
+
+
+def _print_setting(config: KeyeConfig, for_context: Any) -> None:
+    import jax
+
+    from keye_jax.bench import weight_bytes
+
+    powers = (2**i for i in range(10, 19))
+    dense = max((tokens for tokens in powers if for_context(tokens).attention == "dense"), default=0)
+    print(
+        f"{jax.devices()[0].device_kind}, {config.num_hidden_layers} layers, {weight_bytes(config) / 1e9:.1f} GB of "
+        f"random {config.dtype} weights; sparse is dense up to {_size(dense)} tokens",
+        flush=True,
+    )
+
+
+def _print_peak() -> None:
+    from keye_jax.device import memory_limit_bytes, peak_memory_bytes
+
+    print(f"peak memory {peak_memory_bytes() / 2**30:.1f} of {memory_limit_bytes() / 2**30:.1f} GiB")
+
+
+def _items(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _tokens(option: str, text: str) -> int:
+    """A number of tokens, "8192" or "8K"."""
+    number, unit = (text[:-1], 1024) if text[-1:] in "kK" else (text, 1)
+    if not number.isdecimal() or int(number) < 1:
+        raise UserError(f"{option} has {text!r}; it must be a number of tokens such as 8192 or 8K")
+    return int(number) * unit
+
+
+def _batch_and_context(text: str) -> tuple[int, int]:
+    batch, _, context = text.partition("x")
+    if not batch.isdecimal() or int(batch) < 1:
+        raise UserError(f"--decode has {text!r}; it must be sequences x tokens, such as 4x32K")
+    return int(batch), _tokens("--decode", context or "?")
+
+
+def _size(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms"

@@ -1,0 +1,164 @@
+"""One query a sequence.
+
+N is the heads alone, the warpgroups share a step's keys, and each key is read once. Four terms of a score are in one
+thread and a quad of lanes holds the rest: two shuffles finish the sum.
+"""
+
+# The types of Pallas' decorators and transforms are not yet complete.
+# pyright: reportAbstractUsage=false, reportCallIssue=false, reportPrivateImportUsage=false, reportArgumentType=false
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import load_row, store_row, sum_heads_in_quad
+from pallas_kernels.indexer_scores.mosaic_gpu.products import CTAS, ROWS, finish_dots, start_dots, sync_warpgroup
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "fill"))
+def decode_scores(q, weights, keys, page_table, query_start, *, scale, fill):
+    batch, _, heads, dim = q.shape
+    _, page_size, _ = keys.shape
+    length = page_table.shape[1] * page_size
+    groups = 2 if length % (2 * ROWS) == 0 else 1
+    step = groups * ROWS
+    stages = 128 * 1024 // (step * dim * 2)
+    steps = length // step
+    swizzle = plgpu.find_swizzle(dim * 16)
+    transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+    copy_rows = min(page_size, step)
+    copies = step // copy_rows
+    int32 = jnp.int32
+
+    def kernel(
+        q_ref, gates_ref, keys_ref, table_ref, start_ref, out_ref, q_smem, k_smem, inf_smem, q_barrier, full, empty
+    ):
+        cta = lax.axis_index("cta")
+        wg = lax.axis_index("wg")
+
+        def reach(b):
+            return jnp.clip((start_ref[b] + step) // step, 0, steps)
+
+        def segments(body, steps_of):
+            total = lax.fori_loop(0, batch, lambda b, n: n + steps_of(b), int32(0))
+            share, rest = total // CTAS, lax.rem(total, int32(CTAS))
+            first = cta * share + jnp.minimum(cta, rest)
+            end = first + share + (cta < rest).astype(int32)
+
+            def sequence(b, carry):
+                origin, done = carry
+                count = steps_of(b)
+                lo, hi = jnp.clip(first - origin, 0, count), jnp.clip(end - origin, 0, count)
+                pl.when(hi > lo)(lambda: body(b, lo, hi, done))
+                return origin + count, done + hi - lo
+
+            lax.fori_loop(0, batch, sequence, (int32(0), int32(0)))
+
+        @pl.when(wg == groups)
+        def _producer():
+            plgpu.set_max_registers(40, action="decrease")
+
+            lanes = min(copies, 4)  # warps that copy
+            turns = copies // lanes
+
+            def load_pages(warp):
+                def load_segment(b, lo, hi, done):
+                    def addresses(s):
+                        return tuple(
+                            table_ref[b, (s * step + (j * lanes + warp) * copy_rows) // page_size] for j in range(turns)
+                        )
+
+                    def load(s, pages):
+                        at = done + s - lo
+                        slot = lax.rem(at, int32(stages))
+                        following = addresses(jnp.minimum(s + 1, hi - 1))
+
+                        @pl.when(at >= stages)
+                        def _():
+                            plgpu.barrier_wait(empty.at[slot])
+
+                        for j, page in enumerate(pages):
+                            first = (j * lanes + warp) * copy_rows
+                            row = lax.rem(s * step + first, int32(page_size)) if page_size > copy_rows else 0
+                            plgpu.copy_gmem_to_smem(
+                                keys_ref.at[page, pl.ds(row, copy_rows)],
+                                k_smem.at[slot, pl.ds(first, copy_rows)],
+                                full.at[slot],
+                            )
+                        return following
+
+                    lax.fori_loop(lo, hi, load, addresses(lo))
+
+                pl.when(warp < lanes)(lambda: segments(load_segment, reach))
+
+            plgpu.warp_map(load_pages)
+            if fill:
+                inf_smem[...] = jnp.full(inf_smem.shape, -jnp.inf, jnp.float32)
+                plgpu.commit_smem()
+
+                def fill_segment(b, lo, hi, done):
+                    first = reach(b)
+                    lax.fori_loop(
+                        first + lo,
+                        first + hi,
+                        lambda s, _: plgpu.copy_smem_to_gmem(
+                            inf_smem.at[pl.ds(0, step)], out_ref.at[b, 0, pl.ds(s * step, step)]
+                        ),
+                        None,
+                    )
+
+                segments(fill_segment, lambda b: steps - reach(b))
+                plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg < groups)
+        def _consumer():
+            def score_segment(b, lo, hi, done):
+                sync_warpgroup()
+                plgpu.copy_gmem_to_smem(q_ref.at[b, 0], q_smem.at[wg], q_barrier.at[wg])
+                gates = load_row(gates_ref.at[b, 0], heads, scale)
+                plgpu.barrier_wait(q_barrier.at[wg])
+                position = start_ref[b]
+
+                def score(s, _, *, masked):
+                    slot = lax.rem(done + s - lo, int32(stages))
+                    plgpu.barrier_wait(full.at[slot])
+                    dots = start_dots(
+                        k_smem.at[slot, pl.ds(wg * ROWS, ROWS)], q_smem.at[wg], transforms, heads, swizzle
+                    )
+                    dots = finish_dots(dots, 0)
+                    plgpu.barrier_arrive(empty.at[slot])
+                    store_row(
+                        out_ref.at[b, 0],
+                        sum_heads_in_quad(dots, gates),
+                        s * step + wg * ROWS,
+                        position,
+                        masked=masked,
+                    )
+
+                unmasked = jnp.clip((position + 1) // step, lo, hi)
+                lax.fori_loop(lo, unmasked, functools.partial(score, masked=False), None)
+                lax.fori_loop(unmasked, hi, functools.partial(score, masked=True), None)
+
+            segments(score_segment, reach)
+
+    call = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((batch, 1, length), jnp.float32),
+        grid=(CTAS,),
+        grid_names=("cta",),
+        num_threads=groups + 1,
+        thread_name="wg",
+        scratch_types=[
+            plgpu.SMEM((groups, heads, dim), jnp.bfloat16, transforms=transforms),
+            plgpu.SMEM((stages, step, dim), jnp.bfloat16, transforms=transforms),
+            plgpu.SMEM((2 * ROWS,), jnp.float32),
+            plgpu.Barrier(num_barriers=groups),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+        ],
+    )
+    return call(q, weights, keys, page_table, query_start)

@@ -1,0 +1,284 @@
+"""Several queries a sequence.
+
+A persistent grid: every CTA gets an equal, contiguous share of the (block of 16 queries, step of 256 keys) pairs, so it
+loads queries and gates once or twice and then streams keys. A producer warpgroup fetches key pages through the page
+table with TMA; two consumer warpgroups read the same keys, each for 8 queries of its own.
+
+* One wgmma tile is 64 keys (M) x [head, query] (N, 16 heads x 8 queries = 128) x dim (K). Heads are the slow index of
+  N, so the 16 terms of one score lie in one thread's registers and their sum needs no exchange between threads.
+* relu and gate are one max and one fma a term, in fp32. The gates are constant for a block and stay in registers.
+* A warpgroup keeps two products in flight: while the tensor cores multiply one tile, it sums the heads of the other.
+* The scores of a step go through swizzled shared memory to a TMA store; where the number of queries is no multiple of 8
+  (TMA could not clip there), threads store them directly.
+* Steps that no query of a block sees are not computed; TMA fills them with -inf.
+"""
+
+# The types of Pallas' decorators and transforms are not yet complete.
+# pyright: reportAbstractUsage=false, reportCallIssue=false, reportPrivateImportUsage=false, reportArgumentType=false
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import STAGE_TRANSFORMS, load_gates, stage, store, sum_heads
+from pallas_kernels.indexer_scores.mosaic_gpu.products import CTAS, ROWS, finish_dots, start_dots, sync_warpgroup
+
+_WIDTH = 8  # queries of one warpgroup
+_COLUMNS = 128  # largest N of one product
+_SHARED_BYTES = 225 * 1024
+
+
+def _cdiv(a, b):
+    return -(-a // b)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    groups: int  # consumer warpgroups
+    tiles: int  # 64-key tiles of one step
+    stages: int  # steps of keys in shared memory
+    depth: int  # products in flight in a warpgroup
+
+
+def _choose(heads: int, dim: int, length: int) -> _Config:
+    depth = 2 if heads <= 16 else 1
+    for groups, tiles, stages in ((2, 4, 3), (2, 4, 2), (2, 2, 4), (2, 2, 2), (2, 1, 4), (1, 2, 2), (1, 1, 2)):
+        step = tiles * ROWS
+        shared = groups * heads * _WIDTH * dim * 2 + stages * step * dim * 2 + (2 * groups + 1) * _WIDTH * step * 4
+        if length % step == 0 and shared <= _SHARED_BYTES:
+            return _Config(groups, tiles, stages, depth)
+    raise NotImplementedError(f"{heads} heads of {dim} do not fit shared memory")
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "fill"))
+def prefill_scores(q, weights, keys, page_table, query_start, *, scale, fill):
+    batch, queries, heads, dim = q.shape
+    _, page_size, _ = keys.shape
+    length = page_table.shape[1] * page_size
+    c = _choose(heads, dim, length)
+    staged = queries % 8 == 0
+    q = jnp.pad(
+        q, ((0, 0), (0, -queries % 8), (0, 0), (0, 0))
+    )  # TMA wants whole groups of 8; gates and stores are clipped
+    step = c.tiles * ROWS
+    steps = length // step
+    most_heads = _COLUMNS // _WIDTH
+    head_parts = [(h, min(most_heads, heads - h)) for h in range(0, heads, most_heads)]
+    block = c.groups * _WIDTH
+    blocks = _cdiv(queries, block)
+    swizzle = plgpu.find_swizzle(dim * 16)
+    transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+    copy_rows = min(page_size, step)
+    copies = step // copy_rows
+    int32 = jnp.int32
+
+    def kernel(
+        q_ref,
+        weights_ref,
+        keys_ref,
+        table_ref,
+        start_ref,
+        out_ref,
+        q_smem,
+        k_smem,
+        stage_smem,
+        inf_smem,
+        q_barrier,
+        full,
+        empty,
+    ):
+        cta = lax.axis_index("cta")
+        wg = lax.axis_index("wg")
+
+        def reach(b):
+            """Steps that some query of sequence b sees."""
+            return jnp.clip((start_ref[b] + (queries + step - 1)) // step, 0, steps)
+
+        def segments(body, steps_of):
+            """Calls body(sequence, block, first step, end, carry) for each block this CTA has a part of."""
+            total = lax.fori_loop(0, batch, lambda b, n: n + steps_of(b), int32(0)) * blocks
+            share, rest = total // CTAS, lax.rem(total, int32(CTAS))
+            first = cta * share + jnp.minimum(cta, rest)
+            end = first + share + (cta < rest).astype(int32)
+
+            def sequence(b, carry):
+                origin, done = carry
+                count = steps_of(b)
+                own_first, own_end = (
+                    jnp.clip(first - origin, 0, blocks * count),
+                    jnp.clip(end - origin, 0, blocks * count),
+                )
+                divisor = jnp.maximum(count, 1)
+                block_first, block_end = own_first // divisor, (own_end + divisor - 1) // divisor
+
+                def one(i, done):
+                    lo = jnp.maximum(own_first - i * count, 0)
+                    hi = jnp.minimum(own_end - i * count, count)
+                    return body(b, i, lo, hi, done)
+
+                return origin + blocks * count, lax.fori_loop(
+                    block_first, jnp.where(own_end > own_first, block_end, block_first), one, done
+                )
+
+            lax.fori_loop(0, batch, sequence, (int32(0), int32(0)))
+
+        def seen_steps(b, i):
+            """Steps that some query of block i sees."""
+            return jnp.clip((start_ref[b] + jnp.minimum((i + 1) * block, queries) + (step - 1)) // step, 0, steps)
+
+        @pl.when(wg == c.groups)
+        def _producer():
+            if c.groups == 2:
+                plgpu.set_max_registers(40, action="decrease")
+
+            def load_segment(b, i, lo, hi, done):
+                hi = jnp.maximum(jnp.minimum(hi, seen_steps(b, i)), lo)
+
+                def addresses(s):
+                    return tuple(table_ref[b, (s * step + i * copy_rows) // page_size] for i in range(copies))
+
+                def load(s, pages):
+                    at = done + s - lo
+                    slot = lax.rem(at, int32(c.stages))
+                    following = addresses(jnp.minimum(s + 1, hi - 1))
+
+                    @pl.when(at >= c.stages)
+                    def _():
+                        plgpu.barrier_wait(empty.at[slot])
+
+                    for i, page in enumerate(pages):
+                        row = lax.rem(s * step + i * copy_rows, int32(page_size)) if page_size > copy_rows else 0
+                        plgpu.copy_gmem_to_smem(
+                            keys_ref.at[page, pl.ds(row, copy_rows)],
+                            k_smem.at[slot, pl.ds(i * copy_rows, copy_rows)],
+                            full.at[slot],
+                        )
+                    return following
+
+                lax.fori_loop(lo, hi, load, addresses(jnp.minimum(lo, steps - 1)))
+                return done + hi - lo
+
+            segments(load_segment, reach)
+            if fill:
+                inf_smem[...] = jnp.full(inf_smem.shape, -jnp.inf, jnp.float32)
+                plgpu.commit_smem()
+
+                def fill_steps(b, i, lo, hi):
+                    def fill_step(s, _):
+                        for j in range(block // _WIDTH):
+                            plgpu.copy_smem_to_gmem(
+                                inf_smem, out_ref.at[b, pl.ds(i * block + j * _WIDTH, _WIDTH), pl.ds(s * step, step)]
+                            )
+
+                    lax.fori_loop(lo, hi, fill_step, None)
+
+                def fill_near(b, i, lo, hi, done):
+                    fill_steps(b, i, jnp.maximum(lo, seen_steps(b, i)), hi)
+                    return done
+
+                def fill_far(b, i, lo, hi, done):
+                    fill_steps(b, i, lo + reach(b), hi + reach(b))
+                    return done
+
+                segments(fill_near, reach)
+                segments(fill_far, lambda b: steps - reach(b))
+                plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg < c.groups)
+        def _consumer():
+            if c.groups == 2:
+                plgpu.set_max_registers(232, action="increase")
+
+            def score_segment(b, i, lo, hi, done):
+                hi = jnp.maximum(jnp.minimum(hi, seen_steps(b, i)), lo)
+                first_query = i * block + wg * _WIDTH
+                first_position = start_ref[b] + first_query
+                sync_warpgroup()  # no warp may still be reading the last segment's queries
+                for h in range(heads):
+                    plgpu.copy_gmem_to_smem(
+                        q_ref.at[b, pl.ds(first_query, _WIDTH), h],
+                        q_smem.at[wg, pl.ds(h * _WIDTH, _WIDTH)],
+                        q_barrier.at[wg],
+                    )
+                gates = [load_gates(weights_ref.at[b], first_query, *part, _WIDTH, scale) for part in head_parts]
+                plgpu.barrier_wait(q_barrier.at[wg])
+
+                def score(s, _, *, masked):
+                    at = done + s - lo
+                    slot = lax.rem(at, int32(c.stages))
+                    out_slot = lax.rem(at, int32(2))
+                    plgpu.barrier_wait(full.at[slot])
+                    work = [(tile, part) for tile in range(c.tiles) for part in range(len(head_parts))]
+                    running = []
+                    sums = None
+
+                    def finish_one(last):
+                        nonlocal sums
+                        (tile, part), dots = running.pop(0)
+                        dots = finish_dots(dots, len(running))
+                        if last:
+                            plgpu.barrier_arrive(empty.at[slot])
+                        sums = sum_heads(dots, gates[part], _WIDTH, sums if part else None)
+                        if part == len(head_parts) - 1:
+                            first_key = s * step + tile * ROWS
+                            if staged:
+                                if tile == 0:
+                                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                                stage(stage_smem.at[wg, out_slot], sums, tile, first_key, first_position, masked=masked)
+                            else:
+                                store(out_ref.at[b], sums, first_query, first_key, first_position, masked=masked)
+
+                    for item in work:
+                        tile, part = item
+                        head, count = head_parts[part]
+                        dots = start_dots(
+                            k_smem.at[slot, pl.ds(tile * ROWS, ROWS)],
+                            q_smem.at[wg, pl.ds(head * _WIDTH, count * _WIDTH)],
+                            transforms,
+                            count * _WIDTH,
+                            swizzle,
+                        )
+                        running.append((item, dots))
+                        if len(running) == c.depth:
+                            finish_one(last=item == work[-1] and len(running) == 1)
+                    while running:
+                        finish_one(last=len(running) == 1)
+                    if staged:
+                        plgpu.commit_smem()
+                        plgpu.copy_smem_to_gmem(
+                            stage_smem.at[wg, out_slot],
+                            out_ref.at[b, pl.ds(first_query, _WIDTH), pl.ds(s * step, step)],
+                        )
+
+                unmasked = jnp.clip((first_position + 1) // step, lo, hi)
+                lax.fori_loop(lo, unmasked, functools.partial(score, masked=False), None)
+                lax.fori_loop(unmasked, hi, functools.partial(score, masked=True), None)
+                return done + hi - lo
+
+            segments(score_segment, reach)
+            if staged:
+                plgpu.wait_smem_to_gmem(0)
+
+    call = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((batch, queries, length), jnp.float32),
+        grid=(CTAS,),
+        grid_names=("cta",),
+        num_threads=c.groups + 1,
+        thread_name="wg",
+        scratch_types=[
+            plgpu.SMEM((c.groups, heads * _WIDTH, dim), jnp.bfloat16, transforms=transforms),
+            plgpu.SMEM((c.stages, step, dim), jnp.bfloat16, transforms=transforms),
+            plgpu.SMEM((c.groups, 2, _WIDTH, step), jnp.float32, transforms=STAGE_TRANSFORMS),
+            plgpu.SMEM((_WIDTH, step), jnp.float32),
+            plgpu.Barrier(num_arrivals=heads, num_barriers=c.groups),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=c.stages),
+            plgpu.Barrier(num_arrivals=c.groups, num_barriers=c.stages),
+        ],
+    )
+    return call(q, weights, keys, page_table, query_start)

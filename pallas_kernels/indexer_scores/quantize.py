@@ -1,0 +1,50 @@
+"""The fp8 form of index queries and keys: a rotation that spreads outliers over a head, then one scale a vector."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_SMALLEST = 1e-4
+"""Vectors whose largest element is below this are scaled as if it were this."""
+
+
+def hadamard(x: jax.Array) -> jax.Array:
+    """`x` times the Hadamard matrix (Sylvester's order) and `d ** -0.5`: orthogonal, so dot products stay the same.
+
+    Args:
+      x: `[..., d]`, d a power of two.
+
+    Returns:
+      `[..., d]` in the dtype of x, computed in float32.
+
+    Raises:
+      ValueError: d is no power of two.
+    """
+    dim = x.shape[-1]
+    if dim & (dim - 1):
+        raise ValueError(f"an index head has {dim} elements; the fp8 indexer takes powers of two")
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < dim:
+        matrix = np.kron(np.array([[1, 1], [1, -1]], np.float32), matrix)
+    # Sums of 64 bfloat16 numbers of like size are exact in float32, so that every platform rounds the same.
+    out = jnp.matmul(x.astype(jnp.float32), matrix, precision=jax.lax.Precision.HIGHEST)
+    return (out * dim**-0.5).astype(x.dtype)
+
+
+def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`x / scale` as float8_e4m3fn, one scale a vector, `2 ** ceil(log2(max(amax, 1e-4) / 448))`.
+
+    Scales are powers of two, so that multiplying by them rounds nothing; the publisher's serving code has the same.
+
+    Args:
+      x: `[..., d]`.
+
+    Returns:
+      values float8_e4m3fn `[..., d]`, scales float32 `[...]`.
+    """
+    largest = jnp.maximum(jnp.max(jnp.abs(x), axis=-1).astype(jnp.float32), _SMALLEST)
+    # 448 is 1.75 * 2 ** 8. The exponent goes up by one where the mantissa is above 1.75: exact, unlike a logarithm.
+    bits = jax.lax.bitcast_convert_type(largest, jnp.int32)
+    exponents = ((bits + 0x1FFFFF) >> 23) - 8
+    scales = jax.lax.bitcast_convert_type(exponents << 23, jnp.float32)
+    return (x.astype(jnp.float32) / scales[..., None]).astype(jnp.float8_e4m3fn), scales

@@ -1,0 +1,199 @@
+"""Reading a row of scores by the threads of a team or cluster, and what they keep of it in shared memory."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from pallas_kernels.simt import Value
+
+HIGHEST = 0xFFFFFFFF
+BINS = 2048
+# The first words of a team's shared memory.
+WARP_SUMS, FOUND, COUNTERS, RING = BINS, BINS + 36, BINS + 40, BINS + 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How rows are worked on, and what lies where in the shared memory of a team, in words.
+
+    Attributes:
+      size: scores of a row.
+      k: how many of them are selected.
+      threads: threads of a team, a power of two.
+      cluster: blocks that work on a row together, each a team.
+      slots: collected scores that each thread has room for.
+      spill: collected scores that there is more room for, shared by all threads; at least k.
+      stages: steps that copies run ahead of reading.
+      samples: scores sampled, at most `slots * threads`.
+    """
+
+    size: int
+    k: int
+    threads: int = 512
+    cluster: int = 1
+    slots: int = 14
+    spill: int = 2048
+    stages: int = 4
+    samples: int = 4096
+
+    @property
+    def bitmap(self) -> int:
+        """Words of the bitmap of a block's part of a row."""
+        return math.ceil((self.size / self.cluster + 4) / 1024) * 32
+
+    @property
+    def totals(self) -> int:
+        """Start of the histogram of all blocks; before it the ring, whose place the bitmap takes in the end."""
+        return RING + max(self.stages * self.threads * 4, self.bitmap)
+
+    @property
+    def buffer(self) -> int:
+        """Start of the collected scores and positions."""
+        return self.totals + (BINS if self.cluster > 1 else 0)
+
+    @property
+    def spilled(self) -> int:
+        return self.buffer + 2 * self.slots * self.threads
+
+    @property
+    def words(self) -> int:
+        return max(self.spilled + 2 * self.spill, self.buffer + self.bitmap)
+
+
+def raw_key(score):
+    """Unsigned integers in the order of the float32 scores whose bits are given, -0.0 directly below 0.0."""
+    return score ^ (score.sar(31) | 0x80000000)
+
+
+def sort_key(score):
+    """As `raw_key`, but 0.0 and -0.0 give the same."""
+    return join_zeros(raw_key(score))
+
+
+def join_zeros(key):
+    return key.machine.select(key.eq(0x7FFFFFFF), 0x80000000, key)
+
+
+class Collected(NamedTuple):
+    """What a pass over a row has left in shared memory.
+
+    Attributes:
+      inside: how many scores of the row it was after.
+      fits: 1 if all blocks had room for theirs, else 0.
+      held: how many this thread holds in its slots.
+      spilled: how many this block has spilled.
+      flip: what the scores are xored with.
+    """
+
+    inside: Value
+    fits: Value
+    held: Value
+    spilled: Value
+    flip: Value
+
+
+class RowReader:
+    """A row, as each thread of the blocks of a cluster sees it."""
+
+    def __init__(self, machine, row, length, rank, plan):
+        self.machine, self.row, self.length, self.rank, self.plan = machine, row, length, rank, plan
+        blocks = machine.cluster
+        share = (length + (4 * blocks - 1)) // (4 * blocks) * 4 if blocks > 1 else length
+        self.end = (rank * share + share).min(length) if blocks > 1 else length
+        self.begin = (rank * share).min(self.end) if blocks > 1 else machine.word(0)
+
+    # Ways to visit scores.
+
+    def positions(self, turn):
+        """The first of the four scores that this thread reads in each step of a turn of `stages` steps.
+
+        Which thread reads which four changes from step to step, or what repeats along a row would fill a few threads'
+        slots.
+        """
+        each, stages = self.plan.threads * 4, self.plan.stages
+        start = self.begin + turn * (each * stages)
+        offset = self.machine.thread * 4 ^ (turn * 148 & (each - 4))
+        return [start + i * each + (offset ^ (i * 212 & (each - 4))) for i in range(stages)]
+
+    def stage(self, i):
+        return (self.machine.thread + i * self.plan.threads) * 4 + RING
+
+    def copy(self, stage, position):
+        """Starts to copy to a stage; each thread copies what it reads itself."""
+        self.machine.copy_shared4(self.stage(stage), self.row, position, position < self.end)
+        self.machine.commit_copies()
+
+    def start_copies(self):
+        for stage, position in enumerate(self.positions(self.machine.word(0))):
+            self.copy(stage, position)
+
+    def visit_row(self, visit, carry=(), started=False):
+        """`carry = visit(position, [4 scores], [4 conditions] or None, *carry)` over this block's part of the row."""
+        machine, stages = self.machine, self.plan.stages
+        if not started:
+            self.start_copies()
+        turns = (self.end - self.begin) // (self.plan.threads * 4 * stages)
+
+        def visit_turn(turn, *carry):
+            for stage, (position, following) in enumerate(
+                zip(self.positions(turn), self.positions(turn + 1), strict=True)
+            ):
+                machine.wait_copies(stages - 1)
+                scores = machine.load_shared_vector(self.stage(stage), 4)
+                carry = visit(position, scores, None, *carry) or ()
+                self.copy(stage, following)
+            return carry
+
+        carry = machine.loop(0, turns, 1, visit_turn, carry)
+        machine.wait_copies(0)
+        each = self.plan.threads * 4
+        for stage, position in enumerate(self.positions(turns)):
+
+            def visit_rest(*carry, stage=stage, position=position):
+                scores = machine.load_shared_vector(self.stage(stage), 4)
+                return visit(position, scores, [position + i < self.end for i in range(4)], *carry) or ()
+
+            rest = self.begin + (turns * stages + stage) * each < self.end
+            carry = machine.branch(rest, visit_rest, carry)
+        return carry
+
+    def count_row(self, bin_of):
+        """Adds the row's scores to the histogram; `bin_of(position, key) -> (bin, condition)`."""
+
+        def visit(position, scores, valid):
+            for i, score in enumerate(scores):
+                address, condition = bin_of(position + i, sort_key(score))
+                self.machine.count_shared(address, condition & valid[i] if valid else condition)
+
+        self.visit_row(visit)
+
+    def slot(self, i):
+        """Address of the i-th score, and behind it its position, that this thread holds."""
+        return (i * self.plan.threads + self.machine.thread) * 2 + self.plan.buffer
+
+    def visit_collected(self, collected, visit):
+        """`visit(position, key)` for everything collected by this block."""
+        machine = self.machine
+
+        def visit_at(address):
+            flipped, position = machine.load_shared_vector(address, 2)
+            visit(position, sort_key(flipped ^ collected.flip))
+
+        machine.loop(0, collected.held, 1, lambda i: visit_at(self.slot(i)))
+        machine.loop(
+            machine.thread, collected.spilled, self.plan.threads, lambda i: visit_at(i * 2 + self.plan.spilled)
+        )
+
+    def count_collected(self, collected, bin_of):
+        """Adds what was collected to the histogram."""
+        self.visit_collected(collected, lambda *entry: self.machine.count_shared(*bin_of(*entry)))
+
+    def count_samples(self, bin_of):
+        machine, threads = self.machine, self.plan.threads
+        each = self.plan.samples // threads
+        width = min(each, 4)
+        for i in range(0, each, width):
+            for key in machine.load_shared_vector(
+                (machine.thread + i // width * threads) * width + self.plan.buffer, width
+            ):
+                machine.count_shared(*bin_of(None, key))

@@ -1,0 +1,85 @@
+"""Per-thread code with float32 arithmetic and the tensor cores' products of a warp."""
+
+# The types of Pallas' decorators and transforms are not yet complete.
+# pyright: reportAttributeAccessIssue=false
+
+import typing
+
+from jax.experimental.mosaic.gpu import utils
+
+from pallas_kernels.simt import Value
+from pallas_kernels.simt_machine import Machine
+
+
+class TensorMachine(Machine):
+    """A `Machine` whose words may be the bits of float32 numbers, or of two bfloat16, the first in the low half."""
+
+    _FLOAT: typing.ClassVar = {
+        "add": "add.f32",
+        "mul": "mul.f32",
+        "max": "max.f32",
+        "fma": "fma.rn.f32",
+        "div": "div.full.f32",
+        "exp2": "ex2.approx.ftz.f32",
+        "log2": "lg2.approx.f32",
+    }
+
+    def _emit(self, ptx, *words):
+        return Value(self, utils.inline_ptx(ptx, *(self.word(w).raw for w in words), result_types=self.i32))
+
+    def float_op(self, name, *words):
+        places = ", ".join(f"${i}" for i in range(len(words) + 1))
+        return self._emit(f"{self._FLOAT[name]} {places};", *words)
+
+    def pack_bfloat16(self, low, high):
+        """Two float32 rounded to bfloat16."""
+        return self._emit("cvt.rn.bf16x2.f32 $0, $1, $2;", high, low)
+
+    def halves(self, low, high, which):
+        """The 16-bit halves number `which` of two words."""
+        return self._emit(f"prmt.b32 $0, $1, $2, {0x7632 if which else 0x5410};", low, high)
+
+    def multiply_tiles(self, a, b, c):
+        """`c + a @ b` of a warp: bfloat16 `[16, 16]` and `[16, 8]` to float32 `[16, 8]`, spread as in mma.m16n8k16."""
+        results, inputs = "$0, $1, $2, $3", [self.word(w).raw for w in (*a, *b, *c)]
+        words = utils.inline_ptx(
+            f"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{{results}}}, "
+            "{$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+            *inputs,
+            result_types=[self.i32] * 4,
+            convergent=True,
+        )
+        return [Value(self, w) for w in words]
+
+    def load_global4_where(self, row, index, condition):
+        """As `load_global4`; zeros, and nothing read, where the condition does not hold."""
+        zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(4))
+        words = utils.inline_ptx(
+            f"{zeros} @$5 ld.global.nc.L1::no_allocate.v4.b32 {{$0, $1, $2, $3}}, [$4];",
+            self._at(row, index),
+            condition.raw,
+            result_types=[self.i32] * 4,
+            has_side_effects=True,
+        )
+        return [Value(self, w) for w in words]
+
+    def store_global_pair(self, row, index, a, b):
+        """Stores two words at an even index."""
+        utils.inline_ptx("st.global.v2.b32 [$0], {$1, $2};", self._at(row, index), self.word(a).raw, self.word(b).raw)
+
+    def shuffle_xor(self, value, mask):
+        """The value of the lane whose number differs in the bits of `mask`."""
+        return Value(self, utils.shfl_bfly(value.raw, mask))
+
+    def ballot(self, condition):
+        """A bit for each lane where the condition holds."""
+        return Value(
+            self,
+            utils.inline_ptx(
+                "vote.sync.ballot.b32 $0, $1, 0xffffffff;",
+                condition.raw,
+                result_types=self.i32,
+                has_side_effects=True,
+                convergent=True,
+            ),
+        )

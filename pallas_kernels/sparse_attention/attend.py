@@ -1,0 +1,281 @@
+"""Sparse attention for Hopper GPUs (Pallas Mosaic GPU): gathers the selected rows of keys and values into tiles.
+
+Prefill (`union_attention`). The query heads that share a KV head fill only 8 of the 64 rows of a tensor-core tile, so
+one query alone would waste most of the work and read all of its keys for itself. Sixteen neighbouring queries are
+therefore handled together: they walk over the union of their keys, and a word per key says which of the 16 selected it.
+One thread block (CTA) handles one (group, KV head): 16 queries x 8 heads = 128 rows, two compute warpgroups of 64 rows.
+A third warpgroup, the producer, copies the listed rows of the pool into shared memory, 64 keys and values at a time, in
+the swizzled form the tensor cores read: 16 threads copy one key (256 bytes), each 16 bytes with cp.async, and a barrier
+per stage counts the arrivals of those copies. The compute warpgroups do S = Q K^T, mask, online softmax over 128 keys
+at a time, and O += P V; the softmax of one runs while the matmuls of the other do. The mask is a matmul too, which
+costs the softmax nothing: the producer writes a [64 keys, 16 queries] block of zeros (members) and -1e30 beside the
+keys, and its product with a row of zeros and a one that picks the query is added to S.
+
+Decode (`sparse_attention`). The same kernel with one query a group, 8 of 64 rows used (the work is bound by memory),
+and the keys of a query split over several CTAs; their partial results are combined by log-sum-exp.
+"""
+
+# The types of Pallas' decorators and transforms are not yet complete.
+# pyright: reportAbstractUsage=false, reportCallIssue=false, reportPrivateImportUsage=false
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.sparse_attention.gather import (
+    DIM,
+    GROUP,
+    MASK_TRANSFORMS,
+    TILE,
+    TRANSFORMS,
+    finish_copies,
+    gather_tile,
+    init_barriers,
+    read_lists,
+    wait_full,
+    write_mask,
+)
+
+ROWS = 64
+"""Rows of one compute warpgroup: the M of a warpgroup matmul."""
+
+_LOG2E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tuning of the kernel.
+
+    Attributes:
+      tiles: tiles of 64 keys in one step of the softmax: 1 or 2.
+      stages: tiles of keys and values in shared memory (34 KB each), at least `tiles + 1`.
+      producer_registers: registers of a producer thread; with 40 it may spill, which costs half of the speed.
+    """
+
+    tiles: int = 2
+    stages: int = 5
+    producer_registers: int = 56
+
+
+def check(q: jax.Array, kv: jax.Array, scale: float) -> int:
+    """Returns the number of KV heads, or refuses."""
+    heads, dim = q.shape[-2:]
+    kv_heads = kv.shape[2] // 2
+    if dim != DIM or kv.shape[3] != DIM:
+        raise NotImplementedError(f"head_dim must be {DIM}, not {dim}")
+    if q.dtype != jnp.bfloat16 or kv.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"only bfloat16, not {q.dtype} and {kv.dtype}")
+    if heads % kv_heads or heads // kv_heads > ROWS:
+        raise NotImplementedError(f"{heads} query heads on {kv_heads} KV heads")
+    if not scale > 0:
+        raise NotImplementedError("scale must be above 0")
+    return kv_heads
+
+
+@functools.partial(jax.jit, static_argnames=("share", "group", "splits", "scale", "config"))
+def attend(
+    q: jax.Array,
+    kv: jax.Array,
+    slots: jax.Array,
+    members: jax.Array,
+    counts: jax.Array,
+    *,
+    share: int,
+    group: int,
+    splits: int,
+    scale: float,
+    config: Config,
+) -> tuple[jax.Array, jax.Array]:
+    """The kernel.
+
+    Args:
+      q: bfloat16 `[t, k, r, 128]`, r in 8, 16, 32, 64: pieces of r rows.
+      kv: bfloat16 `[p, page_size, 2 * k, 128]`.
+      slots, members: int32 `[groups, u]`.
+      counts: int32 `[groups]`.
+      share: rows that belong to one query: row i of a group takes bit i // share of the membership words.
+      group: queries of a group.
+      splits: CTAs the keys are split over.
+
+    Returns:
+      `[t, k, r, 128]` in bfloat16 and float32 `[t, k, r]`; for splits above 1 both in float32 with a leading axis.
+    """
+    _, kv_heads, piece_rows, _ = q.shape
+    groups = counts.shape[0]
+    stages = config.stages
+    group_pieces = -(-group * share // piece_rows)  # pieces of one group
+    warpgroup_pieces = min(ROWS // piece_rows, group_pieces)  # pieces of one warpgroup
+    compute = 1 if group_pieces * piece_rows <= ROWS else 2
+    blocks = -(-group_pieces * piece_rows // (compute * ROWS))  # CTAs the rows of a group are split over
+    partial = splits > 1
+    out_dtype = jnp.float32 if partial else q.dtype
+    factor = scale * _LOG2E
+    n = config.tiles
+    rows_layout = plgpu.Layout.WGMMA.reduce(1)
+
+    def body(q_ref, pool, slots_ref, members_ref, counts_ref, out_ref, lse_ref, scratch, barriers):
+        q_smem, k_smem, v_smem, mask_smem, out_smem, lse_smem, full = scratch
+        q_barrier, empty, start = barriers
+        cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
+        # Heads slowest: the CTAs that run at one time sweep the same slices of the pool and share them in the L2.
+        head, cta = lax.div(cta, groups * blocks * splits), lax.rem(cta, groups * blocks * splits)
+        split, cta = lax.rem(cta, splits), lax.div(cta, splits)
+        block, group_index = lax.rem(cta, blocks), lax.div(cta, blocks)
+        count = counts_ref[group_index]
+        all_steps = lax.div(count + (n * TILE - 1), n * TILE)
+        per_split = lax.div(all_steps + (splits - 1), splits)
+        first = split * per_split
+        steps = jnp.maximum(jnp.minimum(all_steps - first, per_split), 0)
+
+        init_barriers(full, stages)
+        plgpu.barrier_arrive(start)
+        plgpu.barrier_wait(start)
+
+        @pl.when(warpgroup == compute)
+        def _produce():
+            if compute > 1:
+                plgpu.set_max_registers(config.producer_registers, action="decrease")
+
+            first_tile = first * n
+
+            def lists_of(tile):
+                tile = jnp.minimum(first_tile + tile, slots.shape[1] // TILE - 1)
+                return read_lists(slots_ref, members_ref, group_index, tile, count)
+
+            def produce(tile, lists):
+                ids, words = lists
+                stage = lax.rem(tile, stages)
+                following = lists_of(tile + 1)
+
+                @pl.when(tile >= stages)
+                def _():
+                    plgpu.barrier_wait(empty.at[stage])
+
+                write_mask(words, mask_smem, full, stage)
+                gather_tile(pool, ids, k_smem, v_smem, full, head, first_tile + tile, stage, count)
+                return following
+
+            lax.fori_loop(0, steps * n, produce, lists_of(jnp.int32(0)))
+            finish_copies()
+
+        @pl.when(warpgroup < compute)
+        def _compute():
+            if compute > 1:
+                registers = (504 - config.producer_registers) // 2 // 8 * 8
+                plgpu.set_max_registers(registers, action="increase")
+            first_row = (block * compute + warpgroup) * ROWS
+            first_piece = group_index * group_pieces + lax.div(first_row, piece_rows)
+            for i in range(warpgroup_pieces):
+                plgpu.copy_gmem_to_smem(
+                    q_ref.at[first_piece + i, head],
+                    q_smem.at[warpgroup, pl.ds(i * piece_rows, piece_rows)],
+                    q_barrier.at[warpgroup],
+                )
+            row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=rows_layout) + first_row
+            column = plgpu.broadcasted_iota(jnp.int32, (ROWS, GROUP), 1, layout=plgpu.Layout.WGMMA)
+            query = lax.broadcast_in_dim(lax.div(row, share), column.shape, [0])
+            selector = jnp.where(query == column, 1.0, 0.0).astype(q.dtype)
+            plgpu.barrier_wait(q_barrier.at[warpgroup])
+            q_registers = plgpu.load(q_smem.at[warpgroup], layout=plgpu.Layout.WGMMA)
+
+            def tiles_and_stages(step):
+                return [(step * n + i, lax.rem(step * n + i, stages)) for i in range(n)]
+
+            def scores_of(step):
+                def matmul(*s_refs):
+                    for s_ref, (_, stage) in zip(s_refs, tiles_and_stages(step), strict=True):
+                        plgpu.wgmma(s_ref, q_registers, k_smem.at[stage].transpose((1, 0)))
+                        plgpu.wgmma(s_ref, selector, mask_smem.at[stage].transpose((1, 0)))
+                    return tuple(s_ref[...] for s_ref in s_refs)
+
+                return pl.run_scoped(matmul, *[plgpu.ACC((ROWS, TILE), jnp.float32)] * n)
+
+            def softmax(scores, highest, total):
+                # In units of log2, so that the exponent is one multiply-add; finite from the start, so without NaNs.
+                new_highest = jnp.maximum(highest, functools.reduce(jnp.maximum, scores).max(axis=1) * factor)
+                rescale = jnp.exp2(highest - new_highest)
+                subtract = lax.broadcast_in_dim(new_highest, scores[0].shape, [0])
+                ps = [jnp.exp2(s * factor - subtract) for s in scores]
+                total = total * rescale + functools.reduce(jnp.add, ps).sum(axis=1)
+                return ps, rescale, new_highest, total
+
+            def attend_step(step, carry):
+                acc, highest, total = carry
+                for tile, stage in tiles_and_stages(step):
+                    wait_full(full, stage, lax.rem(lax.div(tile, stages), 2))
+                ps, rescale, highest, total = softmax(scores_of(step), highest, total)
+                acc *= lax.broadcast_in_dim(rescale, acc.shape, [0])
+
+                def add_values(acc_ref):
+                    for p, (_, stage) in zip(ps, tiles_and_stages(step), strict=True):
+                        plgpu.wgmma(acc_ref, p.astype(q.dtype), v_smem.at[stage])
+
+                acc = pl.run_state(add_values)(plgpu.ACC.init(acc))
+                for _, stage in tiles_and_stages(step):
+                    plgpu.barrier_arrive(empty.at[stage])
+                return acc, highest, total
+
+            acc = plgpu.layout_cast(jnp.zeros((ROWS, DIM), jnp.float32), plgpu.Layout.WGMMA)
+            highest = plgpu.layout_cast(jnp.full((ROWS,), -1e20, jnp.float32), rows_layout)
+            total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), rows_layout)
+
+            acc, highest, total = lax.fori_loop(0, steps, attend_step, (acc, highest, total))
+
+            inverse = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1.0), 0.0)
+            out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
+            target = out_smem.at[warpgroup] if partial else q_smem.at[warpgroup]
+            target[...] = out.astype(out_dtype)
+            lse_smem[warpgroup] = jnp.where(total > 0, (highest + jnp.log2(total)) * (1 / _LOG2E), -jnp.inf)
+            plgpu.commit_smem()
+            for i in range(warpgroup_pieces):
+                at = (first_piece + i, head)
+                rows = pl.ds(i * piece_rows, piece_rows)
+                plgpu.copy_smem_to_gmem(target.at[rows], out_ref.at[(split, *at) if partial else at])
+                plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup, rows], lse_ref.at[(split, *at) if partial else at])
+            plgpu.wait_smem_to_gmem(0)
+
+    def entry(q_ref, pool, slots_ref, members_ref, counts_ref, out_ref, lse_ref):
+        pl.run_scoped(
+            lambda *scoped: body(q_ref, pool, slots_ref, members_ref, counts_ref, out_ref, lse_ref, *scoped),
+            (
+                plgpu.SMEM((compute, ROWS, DIM), q.dtype, transforms=TRANSFORMS),
+                plgpu.SMEM((stages, TILE, DIM), kv.dtype, transforms=TRANSFORMS),
+                plgpu.SMEM((stages, TILE, DIM), kv.dtype, transforms=TRANSFORMS),
+                plgpu.SMEM((stages, TILE, GROUP), q.dtype, transforms=MASK_TRANSFORMS),
+                plgpu.SMEM(
+                    (compute, ROWS, DIM),
+                    jnp.float32,
+                    transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
+                )
+                if partial
+                else None,
+                plgpu.SMEM((compute, ROWS), jnp.float32),
+                plgpu.SMEM((stages, 2), jnp.int32),  # the barriers of full stages, 8 bytes each
+            ),
+            (
+                plgpu.Barrier(num_arrivals=warpgroup_pieces, num_barriers=compute),
+                plgpu.Barrier(num_arrivals=compute, num_barriers=stages),
+                plgpu.Barrier(num_arrivals=compute + 1),
+            ),
+            collective_axes="warpgroup",
+        )
+
+    lead = (splits,) if partial else ()
+    return plgpu.kernel(
+        entry,
+        out_type=(
+            jax.ShapeDtypeStruct((*lead, *q.shape), out_dtype),
+            jax.ShapeDtypeStruct((*lead, *q.shape[:3]), jnp.float32),
+        ),
+        grid=(groups * blocks * splits * kv_heads,),
+        grid_names=("cta",),
+        num_threads=compute + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(q, kv.reshape(-1, 2 * kv_heads, DIM), slots, members, counts)

@@ -1,0 +1,376 @@
+"""Attention of single queries on Hopper GPUs: to listed positions, or to all of a sequence, in one launch.
+
+A cluster of blocks takes one query and the query heads that share a KV head, eight at most, and each of its warps every
+so many steps of 32 keys on its own. Keys and values go from memory straight to registers, a step ahead, in an order in
+which the tensor cores can take them: which dimensions of a head a thread loads is free, as long as it loads the same of
+the queries (the product sums over them) or writes the result accordingly. S = Q K^T has eight rows that count of 16;
+O^T = V^T P^T wastes nothing, and takes P as the threads hold it. Warps and blocks are combined by log-sum-exp through
+(distributed) shared memory.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.simt_machine import launch
+from pallas_kernels.simt_tensor import TensorMachine
+
+DIM = 128
+STEP = 32
+"""Keys of one step of a warp: one for each lane to look up."""
+HEADS = 8
+"""Query heads of a block."""
+
+_WARPS = 8
+_NOWHERE = 0xFFFFFFFF
+_MULTIPROCESSORS = 132
+_LOG2E = math.log2(math.e)
+_LOWEST, _MASKED, _ONE = 0xE0AD78EC, 0xFF800000, 0x3F800000  # -1e20, -inf and 1 in float32
+
+# Shared memory, in words. The warps' sums: a row of 128 for each head, padded against bank conflicts. Then maxima and
+# totals of warps and heads, then the same of the blocks of the cluster, and their sums of the part this block finishes.
+_PITCH = DIM + 4
+_STATS = _WARPS * HEADS * _PITCH
+_PEER_STATS = _STATS + _WARPS * HEADS * 2
+_PEER_SUMS = _PEER_STATS + 16 * HEADS * 2
+WORDS = _PEER_SUMS + HEADS * DIM
+
+
+def check(q: jax.Array, kv: jax.Array, scale: float) -> int:
+    """Returns the number of KV heads, or refuses."""
+    heads, dim = q.shape[-2:]
+    kv_heads = kv.shape[2] // 2
+    if dim != DIM or kv.shape[3] != DIM:
+        raise NotImplementedError(f"head_dim must be {DIM}, not {dim}")
+    if q.dtype != jnp.bfloat16 or kv.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"only bfloat16, not {q.dtype} and {kv.dtype}")
+    if heads % kv_heads:
+        raise NotImplementedError(f"{heads} query heads on {kv_heads} KV heads")
+    if not scale > 0:
+        raise NotImplementedError("scale must be above 0")
+    return kv_heads
+
+
+def attend_single(
+    q: jax.Array,
+    kv: jax.Array,
+    indices: jax.Array,
+    page_table: jax.Array,
+    *,
+    scale: float,
+    cluster: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Each query by itself attends to its listed positions.
+
+    Args:
+      q: bfloat16 `[b, t, n, 128]`.
+      kv: bfloat16 `[p, page_size, 2 * k, 128]` pages; a row holds the keys of all k heads, then their values.
+      indices: int32 `[b, t, top_k]` positions; -1 is ignored.
+      page_table: int32 `[b, m]`.
+      scale: factor on the dot products, above 0.
+      cluster: blocks that share the keys of a query and KV head: 1, 2, 4, 8 or 16; None chooses.
+
+    Returns:
+      bfloat16 `[b, t, n, 128]`, and the log-sum-exp of the scaled dot products, float32 `[b, t, n]`. A query with no
+      position gets zeros and -inf.
+    """
+    listed = indices.reshape(-1, indices.shape[-1])
+    return _run(q, kv, listed, page_table, indices.shape[-1], scale=scale, cluster=cluster)
+
+
+def attend_all(
+    q: jax.Array,
+    kv: jax.Array,
+    page_table: jax.Array,
+    counts: jax.Array,
+    *,
+    scale: float,
+    cluster: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """As `attend_single`, to the first `counts` (int32 `[b, t]`) positions of the sequence."""
+    size = page_table.shape[1] * kv.shape[1]
+    return _run(q, kv, counts.reshape(-1, 1), page_table, size, scale=scale, cluster=cluster, listed=False)
+
+
+def _run(q, kv, lists, page_table, size, *, scale, cluster, listed=True):
+    kv_heads = check(q, kv, scale)
+    batch, length, heads, _ = q.shape
+    shape = Shape(
+        queries=batch * length,
+        queries_per_sequence=length,
+        heads=heads,
+        kv_heads=kv_heads,
+        sequences=batch,
+        pages=page_table.shape[1],
+        page_size=kv.shape[1],
+        size=size,
+        listed=listed,
+        scale=scale,
+    )
+    if not shape.queries or not size:
+        raise NotImplementedError("no queries, or no positions")
+    cluster = cluster or shape.best_cluster()
+    out, lse = launch(
+        functools.partial(decode_body, shape=shape),
+        (
+            jax.ShapeDtypeStruct((shape.queries, heads, DIM), q.dtype),
+            jax.ShapeDtypeStruct((shape.queries, heads), jnp.float32),
+        ),
+        shape.blocks,
+        cluster,
+        _WARPS * 32,
+        WORDS,
+        machine_type=TensorMachine,
+    )(q.reshape(-1, heads, DIM), kv, lists, page_table)
+    return out.reshape(q.shape), lse.reshape(q.shape[:3])
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a launch works on.
+
+    Attributes:
+      pages: of one sequence's page table.
+      size: entries of a list; without lists, the most positions of a sequence.
+      listed: lists of positions instead of their number.
+    """
+
+    queries: int
+    queries_per_sequence: int
+    heads: int
+    kv_heads: int
+    sequences: int
+    pages: int
+    page_size: int
+    size: int
+    listed: bool
+    scale: float
+
+    @property
+    def share(self) -> int:
+        """Query heads on a KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def parts(self) -> int:
+        """Blocks' worth of query heads on a KV head."""
+        return -(-self.share // HEADS)
+
+    @property
+    def blocks(self) -> int:
+        """Clusters."""
+        return self.queries * self.kv_heads * self.parts
+
+    def best_cluster(self) -> int:
+        """As wide as the GPU has room for, and as there are steps for its warps."""
+        fits = [c for c in (2, 4, 8) if self.blocks * c <= _MULTIPROCESSORS and c * _WARPS * STEP <= self.size]
+        return max(fits, default=1)
+
+
+def decode_body(machine, q, kv, lists, page_table, out, lse, block, rank, *, shape):
+    """Runs in each thread of the cluster that takes part `block` of the query heads; `rank` is its block in it."""
+    block, rank = machine.word(block), machine.word(rank)
+    pair, query = block // shape.parts, block // (shape.parts * shape.kv_heads)
+    kv_head, first_head = pair - query * shape.kv_heads, (block - pair * shape.parts) * HEADS
+    work = SingleQuery(machine, shape, query, kv_head, first_head, q, kv, lists, page_table, rank)
+    work.combine(out, lse, *work.attend())
+
+
+class SingleQuery:
+    """One query and up to eight heads of it, as each thread sees it: in tiles of the tensor cores, lane 4 * g + c."""
+
+    def __init__(self, machine, shape, query, kv_head, first_head, q, kv, lists, page_table, rank):
+        self.machine, self.shape, self.query, self.rank, self.kv = machine, shape, query, rank, kv
+        self.kv_head, self.first_head = kv_head, first_head
+        self.g, self.c = machine.lane >> 2, machine.lane & 3
+        self.head = kv_head * shape.share + first_head
+        self.table = machine.row(page_table, query // shape.queries_per_sequence, shape.pages)
+        self.list = machine.row(lists, query, shape.size if shape.listed else 1)
+        self.count = machine.word(shape.size) if shape.listed else machine.load_global(self.list, 0).min(shape.size)
+        q_row = machine.row(q, query, shape.heads * DIM // 2)
+        exists = first_head + self.g < shape.share
+        at = (self.head + machine.select(exists, self.g, 0)) * (DIM // 2) + self.c * 4
+        self.q = [machine.load_global4_where(q_row, at + i * 16, exists) for i in range(4)]
+
+    # Keys and values.
+
+    def slots(self, step):
+        """Row of the pages of the key that this lane looks up, or none."""
+        machine, shape = self.machine, self.shape
+        index = step * STEP + machine.lane
+        exists, position = index < self.count, index
+        if shape.listed:
+            position = machine.load_global(self.list, index.min(shape.size - 1))
+            exists = exists & (position < shape.pages * shape.page_size)  # As an unsigned number, -1 is not.
+        position = machine.select(exists, position, 0)
+        page = position // shape.page_size
+        slot = machine.load_global(self.table, page) * shape.page_size + (position - page * shape.page_size)
+        return machine.select(exists, slot, _NOWHERE)
+
+    def load_row(self, slots, lane, head, offsets):
+        machine = self.machine
+        slot = machine.shuffle(slots, lane)
+        exists = slot.ne(_NOWHERE)
+        row = machine.row(self.kv, machine.select(exists, slot, 0), self.shape.kv_heads * DIM)
+        return [machine.load_global4_where(row, head * (DIM // 2) + offset, exists) for offset in offsets]
+
+    def load_keys(self, slots):
+        """Of key 8 * i + g: 8 dimensions from 8 * c on, of each 32."""
+        offsets = [self.c * 4 + 16 * i for i in range(4)]
+        rows = [self.load_row(slots, self.g + 8 * i, self.kv_head, offsets) for i in range(STEP // 8)]
+        return [word for row in rows for words in row for word in words]
+
+    def load_values(self, slots):
+        """Of keys 8 * i + 2 * c and the next: 8 dimensions from 8 * g on, of each 64."""
+        offsets = [self.g * 4, self.g * 4 + 32]
+        lanes = [self.c * 2 + (8 * i + j) for i in range(STEP // 8) for j in range(2)]
+        rows = [self.load_row(slots, lane, self.kv_head + self.shape.kv_heads, offsets) for lane in lanes]
+        return [word for row in rows for words in row for word in words]
+
+    # Attention.
+
+    def score(self, keys, slots):
+        """Products with keys 8 * i + 2 * c and the next, of head g, in units of log2; -inf where there is no key."""
+        machine, zero = self.machine, self.machine.word(0)
+        keys = np.array(keys, dtype=object).reshape(STEP // 8, 4, 4)
+        there = machine.ballot(slots.ne(_NOWHERE)) >> self.c * 2
+        factor = machine.word(float_bits(self.shape.scale * _LOG2E))
+        scores = []
+        for i, tile in enumerate(keys):
+            products = [zero] * 4
+            for own, other in zip(self.q, tile, strict=True):
+                for j in (0, 2):
+                    products = machine.multiply_tiles((own[j], zero, own[j + 1], zero), other[j : j + 2], products)
+            for j in range(2):
+                scaled = machine.float_op("mul", products[j], factor)
+                scores.append(machine.select((there >> 8 * i + j & 1).ne(0), scaled, _MASKED))
+        return scores
+
+    def add_values(self, sums, weights, values):
+        machine = self.machine
+        values = np.array(values, dtype=object).reshape(STEP // 16, 2, 2, 2, 4)  # tile, half, key of a pair, 64s, words
+        sums = [list(s) for s in np.array(sums, dtype=object).reshape(8, 4)]
+        for i, tile in enumerate(values):
+            four = weights[4 * i : 4 * i + 4]
+            b = [machine.pack_bfloat16(*four[j : j + 2]) for j in (0, 2)]
+            for m in range(8):
+                a = [machine.halves(*tile[half, :, side, m // 2], m % 2) for half in range(2) for side in range(2)]
+                sums[m] = machine.multiply_tiles(a, b, sums[m])
+        return [word for row in sums for word in row]
+
+    def attend(self):
+        """This warp's share: highest score and sum of weights of head g, and the sums of values.
+
+        Sum 4 * m + 2 * side + j is of dimension 64 * side + 8 * g + m and head 2 * c + j.
+        """
+        machine = self.machine
+        op, maximum = machine.float_op, functools.partial(machine.float_op, "max")
+        stride = machine.cluster * _WARPS
+        first = machine.warp * machine.cluster + self.rank
+        steps = (self.count + (STEP - 1)) // STEP
+        slots, following = self.slots(first), self.slots(first + stride)
+        keys, values = self.load_keys(slots), self.load_values(slots)
+
+        def visit(step, slots, following, highest, total, *words):
+            keys, values, sums = words[: 2 * STEP], words[2 * STEP : 4 * STEP], words[4 * STEP :]
+            scores = self.score(keys, slots)
+            keys = self.load_keys(following)
+            best = functools.reduce(maximum, scores)
+            for mask in (1, 2):
+                best = maximum(best, machine.shuffle_xor(best, mask))
+            best = maximum(best, highest)
+            negative = best ^ 0x80000000
+            rescale = op("exp2", op("add", highest, negative))
+            weights = [op("exp2", op("add", score, negative)) for score in scores]
+            total = functools.reduce(functools.partial(op, "add"), weights, op("mul", total, rescale))
+            factors = [machine.shuffle(rescale, self.c * 8 + 4 * j) for j in range(2)]
+            sums = [op("mul", s, factors[i % 2]) for i, s in enumerate(sums)]
+            sums = self.add_values(sums, weights, values)
+            values = self.load_values(following)
+            after = self.slots(step + 2 * stride)
+            return following, after, best, total, *keys, *values, *sums
+
+        carry = [slots, following, _LOWEST, 0, *keys, *values, *[0] * 32]
+        _, _, highest, total, *words = machine.loop(first, steps, stride, visit, carry)
+        for mask in (1, 2):
+            total = op("add", total, machine.shuffle_xor(total, mask))
+        return highest, total, words[4 * STEP :]
+
+    # Combining.
+
+    def merge(self, stats):
+        """The highest of `[(highest, total)]`, the weight of each under it, and the sum of weights."""
+        machine = self.machine
+        op = machine.float_op
+        highest = functools.reduce(functools.partial(op, "max"), (h for h, _ in stats))
+        weights = [op("exp2", op("add", h, highest ^ 0x80000000)) for h, _ in stats]
+        terms = [op("mul", w, t) for w, (_, t) in zip(weights, stats, strict=True)]
+        return highest, weights, functools.reduce(functools.partial(op, "add"), terms)
+
+    def weigh(self, weights, rows):
+        machine = self.machine
+        sums = [machine.word(0)] * 4
+        for weight, row in zip(weights, rows, strict=True):
+            sums = [machine.float_op("fma", weight, x, s) for x, s in zip(row, sums, strict=True)]
+        return sums
+
+    def combine(self, out, lse, highest, total, sums):
+        machine, cluster = self.machine, self.machine.cluster
+        warp = machine.warp * (HEADS * _PITCH)
+        for j in range(2):
+            row = (self.c * 2 + j) * _PITCH + warp + self.g * 8
+            for side in range(2):
+                for m in (0, 4):
+                    four = [sums[4 * (m + i) + 2 * side + j] for i in range(4)]
+                    machine.store_shared_vector(row + (64 * side + m), four)
+        with machine.when(self.c.eq(0)):
+            machine.store_shared_vector((machine.warp * HEADS + self.g) * 2 + _STATS, [highest, total])
+        machine.barrier()
+        # Warp h sums up head h: four dimensions a lane.
+        head, dim = machine.warp, machine.lane * 4
+        stats = [machine.load_shared_vector((head + w * HEADS) * 2 + _STATS, 2) for w in range(_WARPS)]
+        highest, weights, total = self.merge(stats)
+        rows = [machine.load_shared_vector(head * _PITCH + dim + w * HEADS * _PITCH, 4) for w in range(_WARPS)]
+        sums = self.weigh(weights, rows)
+        if cluster == 1:
+            self.write(out, lse, head, dim, highest, total, sums)
+            return
+        # A block finishes every so many fours of dimensions, of all heads, and gets the others' sums of those.
+        fours = HEADS * DIM // 4 // cluster
+        owner, at = machine.thread // fours, machine.thread & (fours - 1)
+        machine.store_peer_vector((self.rank * fours + at) * 4 + _PEER_SUMS, owner, sums)
+        with machine.when(machine.lane < cluster):
+            machine.store_peer_vector((self.rank * HEADS + head) * 2 + _PEER_STATS, machine.lane, [highest, total])
+        machine.cluster_barrier()
+        with machine.when(machine.thread < fours):
+            mine = self.rank * fours + machine.thread
+            head, dim = mine // (DIM // 4), (mine & (DIM // 4 - 1)) * 4
+            stats = [machine.load_shared_vector((head + r * HEADS) * 2 + _PEER_STATS, 2) for r in range(cluster)]
+            highest, weights, total = self.merge(stats)
+            first = machine.thread * 4 + _PEER_SUMS
+            rows = [machine.load_shared_vector(first + r * fours * 4, 4) for r in range(cluster)]
+            self.write(out, lse, head, dim, highest, total, self.weigh(weights, rows))
+
+    def write(self, out, lse, head, dim, highest, total, sums):
+        machine, shape = self.machine, self.shape
+        op = machine.float_op
+        with machine.when(self.first_head + head < shape.share):
+            some = total.ne(0)
+            inverse = machine.select(some, op("div", _ONE, total), 0)
+            sums = [op("mul", s, inverse) for s in sums]
+            row = machine.row(out, self.query, shape.heads * DIM // 2)
+            at = ((self.head + head) * DIM + dim) >> 1
+            machine.store_global_pair(row, at, machine.pack_bfloat16(*sums[:2]), machine.pack_bfloat16(*sums[2:]))
+            with machine.when(dim.eq(0)):
+                value = op("mul", op("add", highest, op("log2", total)), float_bits(1 / _LOG2E))
+                value = machine.select(some, value, _MASKED)
+                machine.store_global(machine.row(lse, self.query, shape.heads), self.head + head, value)
+
+
+def float_bits(value: float) -> int:
+    """The word that holds a float32 number."""
+    return int(np.float32(value).view(np.uint32))

@@ -1,0 +1,93 @@
+"""Attention of neighbouring queries to the union of their selected keys, on Hopper GPUs."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.sparse_attention.attend import ROWS, Config, attend, check
+from pallas_kernels.sparse_attention.gather import DIM, GROUP, TILE
+from pallas_kernels.sparse_attention.unions import build_unions
+
+_CONFIG = Config()
+_LIST_MULTIPLE = 128
+"""Lists of this many entries, or a multiple, need not be copied."""
+
+
+def sparse_prefill(
+    q: jax.Array, kv: jax.Array, indices: jax.Array, page_table: jax.Array, *, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention over the selected positions, 16 neighbouring queries together; see `sparse_attention`."""
+    queries, heads, dim = q.shape[1:]
+    check(q, kv, scale)
+    padding = -queries % GROUP
+    if padding:
+        q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
+        indices = jnp.pad(indices, ((0, 0), (0, padding), (0, 0)), constant_values=-1)
+    context = page_table.shape[1] * kv.shape[1]
+    limit = -(-min(GROUP * indices.shape[2], context) // _LIST_MULTIPLE) * _LIST_MULTIPLE
+    unions = build_unions(indices, page_table, page_size=kv.shape[1], limit=limit)
+    out, lse = union_attention(q.reshape(-1, heads, dim), kv, *unions, scale=scale)
+    out, lse = out.reshape(q.shape), lse.reshape(q.shape[:3])
+    return out[:, :queries], lse[:, :queries]
+
+
+def union_attention(
+    q: jax.Array,
+    kv: jax.Array,
+    slots: jax.Array,
+    members: jax.Array,
+    counts: jax.Array,
+    *,
+    scale: float,
+    config: Config = _CONFIG,
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention of groups of 16 neighbouring queries over the union of their selected keys.
+
+    Args:
+      q: bfloat16 `[t, n, 128]`; queries `16 * g` to `16 * g + 15` are group g, the last group may be short.
+      kv: bfloat16 `[p, page_size, 2 * k, 128]` pages; a row holds the keys of all k heads, then their values.
+        n / k is at most 64.
+      slots: int32 `[ceil(t / 16), u]` rows of the flattened pages; an entry below 0 is no key.
+        Best u is a multiple of 128: others cost a copy.
+      members: int32 `[ceil(t / 16), u]`: bit i is set if query i of the group attends to this key.
+      counts: int32 `[ceil(t / 16)]` entries in use; what lies behind them is not read.
+      scale: factor on the dot products, above 0.
+      config: tuning.
+
+    Returns:
+      bfloat16 `[t, n, 128]` and the log-sum-exp of the scaled dot products, float32 `[t, n]`. A query without keys gets
+      zeros and -inf.
+    """
+    queries, heads, _ = q.shape
+    kv_heads = check(q, kv, scale)
+    groups = -(-queries // GROUP)
+    if slots.shape != members.shape or slots.shape[0] != groups or counts.shape != (groups,):
+        raise ValueError(f"{slots.shape=}, {members.shape=}, {counts.shape=} do not fit {groups} groups")
+    share = heads // kv_heads
+    packed = q.reshape(queries, kv_heads, share, DIM) if share in (8, 16, 32, 64) else _pack(q, kv_heads)
+    padding = ((0, 0), (0, -slots.shape[1] % (config.tiles * TILE)))
+    slots, members = jnp.pad(slots, padding), jnp.pad(members, padding)
+    out, lse = attend(
+        packed, kv, slots, members, counts, share=share, group=GROUP, splits=1, scale=scale, config=config
+    )
+    if packed.shape[2] != share:
+        out, lse = (_unpack(x, queries, share) for x in (out, lse))
+    return out.reshape(q.shape), lse.reshape(queries, heads)
+
+
+def _pack(q: jax.Array, kv_heads: int) -> jax.Array:
+    """`[t, n, d]` to blocks of 64 rows `[groups * blocks, k, 64, d]`, the rows of a group ordered by (query, head)."""
+    queries, heads, dim = q.shape
+    share = heads // kv_heads
+    q = jnp.pad(q, ((0, -queries % GROUP), (0, 0), (0, 0)))
+    q = q.reshape(-1, GROUP, kv_heads, share, dim).swapaxes(1, 2).reshape(-1, kv_heads, GROUP * share, dim)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, -q.shape[2] % ROWS), (0, 0)))
+    return q.reshape(q.shape[0], kv_heads, -1, ROWS, dim).swapaxes(1, 2).reshape(-1, kv_heads, ROWS, dim)
+
+
+def _unpack(x: jax.Array, queries: int, share: int) -> jax.Array:
+    """Undoes `_pack`: `[groups * blocks, k, 64, ...]` to `[t, k, share, ...]`."""
+    blocks = -(-GROUP * share // ROWS)
+    kv_heads, tail = x.shape[1], x.shape[3:]
+    x = x.reshape(-1, blocks, kv_heads, ROWS, *tail).swapaxes(1, 2).reshape(-1, kv_heads, blocks * ROWS, *tail)
+    x = x[:, :, : GROUP * share].reshape(-1, kv_heads, GROUP, share, *tail).swapaxes(1, 2)
+    return x.reshape(-1, kv_heads, share, *tail)[:queries]
