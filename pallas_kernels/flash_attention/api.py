@@ -28,7 +28,9 @@ def flash_attention(
     Returns:
       `[b, t, n, d]` in the dtype of q.
     """
-    return dispatch("flash_attention.flash_attention", ("cudnn", "mosaic_tpu", "xla"), implementation)(q, k, v, lengths, scale=scale)
+    return dispatch("flash_attention.flash_attention", ("cudnn", "mosaic_tpu", "xla"), implementation)(
+        q, k, v, lengths, scale=scale
+    )
 
 
 def paged_flash_attention(
@@ -53,5 +55,7 @@ def paged_flash_attention(
     Returns:
       `[b, t, n, d]` in the dtype of q, and the log-sum-exp of the scaled dot products, float32 `[b, t, n]`.
     """
-    run = dispatch("flash_attention.paged_flash_attention", ("mosaic_gpu", "cudnn", "mosaic_tpu", "xla"), implementation)
+    run = dispatch(
+        "flash_attention.paged_flash_attention", ("mosaic_gpu", "cudnn", "mosaic_tpu", "xla"), implementation
+    )
     return run(q, kv, page_table, query_start, scale=scale)

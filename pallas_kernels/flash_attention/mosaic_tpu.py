@@ -1,10 +1,10 @@
 """Dense attention on TPUs: over pages a kernel of our own, without pages JAX's splash attention.
 
 JAX's kernels over pages (`paged_attention`, `ragged_paged_attention`) expect pages in another order of heads and return
-no log-sum-exp, and splash attention expects keys in one piece and queries that are scaled before they are rounded. Here
-a block of queries, all heads of a key head side by side, streams the pages through VMEM once for all key heads: the
-next chunk's pages are copied while the current one is multiplied. The vision encoder's keys are in one piece, and splash
-attention serves it.
+no log-sum-exp, and splash attention expects keys in one piece and queries that are scaled before they are rounded.
+Here a block of queries, all heads of a key head side by side, streams the pages through VMEM once for all key heads:
+the next chunk's pages are copied while the current one is multiplied. The vision encoder's keys are in one piece, and
+splash attention serves it.
 """
 
 import functools

@@ -21,7 +21,9 @@ def grouped_matmul(
     Returns:
       `[rows, out]` in the dtype of lhs; rows behind the last group are finite but mean nothing.
     """
-    return dispatch("grouped_matmul.grouped_matmul", ("mosaic_gpu", "mosaic_tpu", "xla"), implementation)(lhs, rhs, group_sizes)
+    return dispatch("grouped_matmul.grouped_matmul", ("mosaic_gpu", "mosaic_tpu", "xla"), implementation)(
+        lhs, rhs, group_sizes
+    )
 
 
 def expert_mlp(
@@ -41,4 +43,6 @@ def expert_mlp(
     Returns:
       `[rows, in]` in the dtype of lhs; rows behind the last group are finite but mean nothing.
     """
-    return dispatch("grouped_matmul.expert_mlp", ("mosaic_gpu", "mosaic_tpu", "xla"), implementation)(lhs, gate_up, down, group_sizes)
+    return dispatch("grouped_matmul.expert_mlp", ("mosaic_gpu", "mosaic_tpu", "xla"), implementation)(
+        lhs, gate_up, down, group_sizes
+    )

@@ -53,7 +53,9 @@ def indexer_scores(
         raise NotImplementedError(f"takes keys of 64 or 128 elements, not of {dim}")
     rows = page_size * dim // _LANES
     if rows % 16 or _PREFILL_KEYS % page_size:
-        raise NotImplementedError(f"takes pages of {16 * _LANES // dim} to {_PREFILL_KEYS} positions, not of {page_size}")
+        raise NotImplementedError(
+            f"takes pages of {16 * _LANES // dim} to {_PREFILL_KEYS} positions, not of {page_size}"
+        )
     block = 1 if queries == 1 else min(_QUERIES, pl.cdiv(queries, 16) * 16)
     blocks = pl.cdiv(queries, block)
     padding = (0, block * blocks - queries)
@@ -85,7 +87,9 @@ def indexer_scores(
         ),
         out_shape=jax.ShapeDtypeStruct((batch, queries, length), jnp.float32),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=32 * 2**20, disable_bounds_checks=True
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=32 * 2**20,
+            disable_bounds_checks=True,
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * batch * queries * length * heads * dim,

@@ -19,4 +19,6 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, implementation
     Returns:
       int32 `[..., k]` positions in ascending order, then -1 where a row has fewer than k.
     """
-    return dispatch("select_topk.select_topk", ("mosaic_gpu", "mosaic_tpu", "xla"), implementation)(scores, lengths, k=k)
+    return dispatch("select_topk.select_topk", ("mosaic_gpu", "mosaic_tpu", "xla"), implementation)(
+        scores, lengths, k=k
+    )

@@ -80,9 +80,7 @@ def _attend(
     """Attention of q `[r, k, g, d]` to `rows [slots, 2 * k, d]`; entries of `lists [r, 1, l]` below 0 do not count."""
     total, kv_heads, group, dim = q.shape
     length = slots.shape[-1]
-    dot = functools.partial(
-        jax.lax.dot_general, precision=precision(q.dtype), preferred_element_type=jnp.float32
-    )
+    dot = functools.partial(jax.lax.dot_general, precision=precision(q.dtype), preferred_element_type=jnp.float32)
 
     def kernel(chunks, q, slots, next_slots, lists, rows, out, lse, buffers, acc, largest, total_weight, turn, done):
         row, count = pl.program_id(0), chunks[pl.program_id(0)]

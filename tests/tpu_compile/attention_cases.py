@@ -5,6 +5,8 @@ from unittest import mock
 
 import jax
 from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from pallas_kernels.flash_attention import mosaic_tpu as dense
 from pallas_kernels.grouped_matmul import mosaic_tpu as experts
@@ -16,6 +18,8 @@ HEADS, KV_HEADS, DIM = 32, 4, 128
 SCALE = DIM**-0.5
 PAIR_FLOPS = 4 * HEADS * DIM
 """Of one query with one key: two products."""
+UNIT_KEYS = 2048
+"""Of what is simulated of a prefill."""
 ROW_BYTES = 2 * KV_HEADS * DIM * 2
 """A position's keys and values."""
 
@@ -39,7 +43,7 @@ def _prefill(batch: int, queries: int, context: int, *, quick: bool = False) -> 
             integers(batch, context // PAGE),
         )
 
-    unit, keys = unions.QUERIES, 8192
+    unit, keys = unions.QUERIES, UNIT_KEYS
     return Case(
         "union_attention",
         f"{batch} x {queries} queries, {context // 1024}K",
@@ -90,7 +94,7 @@ def _dense(batch: int, queries: int, context: int, *, quick: bool = False) -> Ca
         )
 
     function = functools.partial(dense.paged_flash_attention, scale=SCALE)
-    unit, keys = min(queries, 256), 8192
+    unit, keys = min(queries, 256), UNIT_KEYS if queries > 1 else 8 * UNIT_KEYS
 
     def simulated(*arguments):
         with mock.patch.object(dense, "_query_start", lambda *_: keys - unit):
@@ -111,19 +115,34 @@ def _dense(batch: int, queries: int, context: int, *, quick: bool = False) -> Ca
 def _splash(queries: int, context: int) -> Case:
     """JAX's splash attention by the last `queries` of a context in one piece: what is compared with."""
 
+    blocks = splash_attention.BlockSizes(block_q=1024, block_kv=1024, block_kv_compute=512)
+
     def function(q, k, v):
         mask = splash_attention.CausalMask((q.shape[1], k.shape[1]), offset=k.shape[1] - q.shape[1])
-        blocks = splash_attention.BlockSizes(block_q=1024, block_kv=1024, block_kv_compute=512)
-        attend = splash_attention.make_splash_mha_single_device(
-            splash_attention.MultiHeadMask([mask] * q.shape[0]), block_sizes=blocks
-        )
-        return attend(q, k, v)
+        masks = splash_attention.MultiHeadMask([mask] * q.shape[0])
+        return splash_attention.make_splash_mha_single_device(masks, block_sizes=blocks)(q, k, v)
+
+    def simulated(q, k, v):
+        """Without a mask: the simulation would take every block of one for hidden."""
+        return SplashAttentionKernel(
+            MaskInfo(None, None, None, None, None),
+            None,
+            None,
+            block_sizes=blocks,
+            is_mqa=False,
+            save_residuals=False,
+            mask_value=-1e30,
+            attn_logits_soft_cap=None,
+            residual_checkpoint_name=None,
+            mask_function=None,
+            interpret=False,
+        )(q, k, v)
 
     def arguments(heads: int, kv_heads: int, queries: int, context: int):
         keys = spec(kv_heads, context, DIM)
         return spec(heads, queries, DIM), keys, keys
 
-    keys = 8192
+    unit, keys = 1024, UNIT_KEYS
     return Case(
         "splash_attention",
         f"1 x {queries} queries, {context // 1024}K",
@@ -131,8 +150,8 @@ def _splash(queries: int, context: int) -> Case:
         arguments(HEADS, KV_HEADS, queries, context),
         flops=queries * context * PAIR_FLOPS,
         nbytes=context * ROW_BYTES,
-        # One head of 1,024 queries.
-        simulation=Simulation(function, arguments(1, 1, 1024, keys), HEADS * (queries // 1024) * (context // keys)),
+        # One head's queries of a block.
+        simulation=Simulation(simulated, arguments(1, 1, unit, keys), HEADS * (queries // unit) * (context // keys)),
     )
 
 

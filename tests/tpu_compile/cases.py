@@ -25,7 +25,8 @@ class Simulation:
     """What the compiler's simulation is asked for in place of a whole program.
 
     It takes every number that an operand holds for 0, and needs minutes for a large grid. So it gets one unit of the
-    work, one block of queries or one sequence, with constants in place of the numbers that decide how much there is to do.
+    work, one block of queries or one sequence, with constants in place of the numbers that decide how much there is to
+    do.
 
     Attributes:
       function, arguments: the unit.

@@ -1,7 +1,7 @@
 """The TPU compiler, on a machine without a TPU, and what it says about a program.
 
-libtpu reads its options from the environment once, when it is loaded, and where it meets what it does not support it may
-end the process. So programs are compiled in processes of their own: one compiles them as they would run, another also
+libtpu reads its options from the environment once, when it is loaded, and where it meets what it does not support it
+may end the process. So programs are compiled in processes of their own: one compiles them as they would run, another also
 simulates them.
 """
 
@@ -54,8 +54,8 @@ class Figures:
 
     Attributes:
       compile_seconds: how long it took.
-      roofline_seconds: its cost model's bound; for a Pallas kernel from the kernel's own `pl.CostEstimate`; None where it
-        has none.
+      roofline_seconds: its cost model's bound; for a Pallas kernel from the kernel's own `pl.CostEstimate`; None where
+        it has none.
       flops, nbytes: what that bound counts.
       vmem, vmem_capacity: bytes that the largest operation takes, spilled registers included, and of a core.
       scratch: bytes of HBM beyond arguments and results.

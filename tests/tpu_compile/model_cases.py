@@ -48,7 +48,9 @@ def _decoder_layer(batch: int, tokens: int, context: int, *, quick: bool = False
 
 
 def _vision_encoder(images: int, patches: int) -> Case:
-    graph, state = _state(nnx.eval_shape(lambda: VisionEncoder(CONFIG.vision_config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))))
+    graph, state = _state(
+        nnx.eval_shape(lambda: VisionEncoder(CONFIG.vision_config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    )
     pixels = CONFIG.vision_config.num_channels * CONFIG.vision_config.patch_size**2
 
     def run(state, pixels, sizes):
