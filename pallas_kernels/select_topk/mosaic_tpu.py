@@ -1,11 +1,11 @@
 """Exact selection on TPUs, in Pallas Mosaic TPU: thresholds by counting, lists by prefix sums and one-hot products.
 
 `select_threshold` holds some rows of scores in VMEM as order-preserving integers, reads them from HBM once, and
-searches each row's k-th highest score: a pass counts the scores that are at least a guess, for all rows side by side. Guesses
-interpolate the logarithm of the count, which is close to linear in the tail of a distribution; every third halves the
-bracket, so that no distribution takes more than about a hundred passes. A row is done when exactly k scores are at
-least its guess, or when the bracket is one value; then a search over positions finds the last of the equal scores that
-is kept. Nothing is approximate and nothing depends on the order of additions.
+searches each row's k-th highest score: a pass counts the scores that are at least a guess, for all rows side by side.
+Guesses interpolate the logarithm of the count, which is close to linear in the tail of a distribution; every third
+halves the bracket, so that no distribution takes more than about a hundred passes. A row is done when exactly k scores
+are at least its guess, or when the bracket is one value; then a search over positions finds the last of the equal
+scores that is kept. Nothing is approximate and nothing depends on the order of additions.
 
 `select_topk` writes lists from those two numbers. A row is cut into tiles of 128 positions. Prefix sums of the tiles'
 counts say which tile an entry of the list lies in; a product with that one-hot matrix fetches the tile's own prefix

@@ -212,7 +212,7 @@ def _attend(
             position = turn * config.chunk + tile * _TILE + _lanes(score.shape)
             above = (score > bounds[...]) & (position < ends[0])
             chosen = jnp.where(above | ((score == bounds[...]) & (position <= ends[1])), 1.0, 0.0)
-            selected[tile] = jnp.transpose(chosen).astype(selected.dtype)
+            selected[tile] = chosen.astype(selected.dtype)
             # Through memory, where the groups' rows come to lie side by side.
             places[tile] = jnp.max(chosen.reshape(_GROUPS, GROUP, _TILE), axis=1)
             union = places[tile]
@@ -236,7 +236,7 @@ def _attend(
             packed[step, :, :width] = exact(one, values, across).astype(kv.dtype)
             for part in range(0, QUERIES, LANES):
                 queries = pl.ds(part, LANES)
-                members = dot(one[part : part + LANES], selected[tile, :, queries], across)
+                members = dot(one[part : part + LANES], selected[tile, queries], along)
                 packed[step, queries, width:] = members.astype(packed.dtype)
             filled[0] = step + 1
 
@@ -292,7 +292,7 @@ def _attend(
         def _():
             def finish(step: jax.Array, _: None) -> None:
                 group, head = jax.lax.div(step, kv_heads), jax.lax.rem(step, kv_heads)
-                weight = jnp.sum(total[group, head], axis=1, keepdims=True)
+                weight = _sum_of_lanes(total[group, head])
                 # Who selected nothing has attended to masked rows at most.
                 found = largest[group, head] > MASKED / 2
                 attended = acc[group, head] / weight
@@ -328,7 +328,7 @@ def _attend(
                 pltpu.VMEM((2, config.chunk, 2 * kv_heads, dim), kv.dtype),
                 pltpu.VMEM((QUERIES, _TILE), jnp.float32),
                 pltpu.VMEM((2, QUERIES, _TILE), jnp.int32),
-                pltpu.VMEM((tiles, _TILE, QUERIES), kv.dtype),
+                pltpu.VMEM((tiles, QUERIES, _TILE), kv.dtype),
                 pltpu.VMEM((tiles, _GROUPS, _TILE), jnp.float32),
                 pltpu.SMEM((tiles,), jnp.int32),
                 pltpu.VMEM((QUERIES, _TILE), jnp.float32),
@@ -362,6 +362,10 @@ def _lanes(shape: tuple[int, ...]) -> jax.Array:
 
 def _sublanes(shape: tuple[int, ...]) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2)
+
+
+def _sum_of_lanes(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, axis=1, keepdims=True)
 
 
 def _tiles(x: jax.Array) -> list[jax.Array]:

@@ -44,6 +44,12 @@ def _prefill(batch: int, queries: int, context: int, *, quick: bool = False) -> 
         )
 
     unit, keys = unions.QUERIES, UNIT_KEYS
+
+    def simulated(*arguments):
+        # At the end of a block, and so many sums that tpu7x's model of the unit that adds lanes gives up.
+        with mock.patch.object(unions, "_sum_of_lanes", lambda x: x[:, :1]):
+            return unions.threshold_attention(*arguments, scale=SCALE, one_pass=True)
+
     return Case(
         "union_attention",
         f"{batch} x {queries} queries, {context // 1024}K",
@@ -51,11 +57,7 @@ def _prefill(batch: int, queries: int, context: int, *, quick: bool = False) -> 
         arguments(batch, queries, context),
         flops=batch * queries * TOP_K * PAIR_FLOPS,
         nbytes=4 * batch * queries * context + batch * context * ROW_BYTES,
-        simulation=Simulation(
-            functools.partial(unions.threshold_attention, scale=SCALE, one_pass=True),
-            arguments(1, unit, keys),
-            batch * queries // unit * (context // keys),
-        ),
+        simulation=Simulation(simulated, arguments(1, unit, keys), batch * queries // unit * (context // keys)),
         quick=quick,
     )
 
@@ -200,5 +202,5 @@ CASES = [
     _experts(1),
     _experts(8, quick=True),
     _experts(64),
-    _experts(2048, quick=True),
+    _experts(2048),
 ]

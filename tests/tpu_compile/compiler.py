@@ -1,8 +1,8 @@
 """The TPU compiler, on a machine without a TPU, and what it says about a program.
 
 libtpu reads its options from the environment once, when it is loaded, and where it meets what it does not support it
-may end the process. So programs are compiled in processes of their own: one compiles them as they would run, another also
-simulates them.
+may end the process. So programs are compiled in processes of their own: one compiles them as they would run, another
+also simulates them.
 """
 
 from __future__ import annotations
