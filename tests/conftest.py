@@ -7,6 +7,10 @@ import pytest
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "compiled"))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--interpret-all", action="store_true", help="interpret every test of what is for a TPU: minutes")
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Directory of recorded reference data."""

@@ -35,10 +35,10 @@ def indexer_scores(
       key_scales: float32 `[p, page_size]`, a factor on each key's scores; None for ones.
       fill: False leaves what is after a query's own position undefined, for callers who do not read it: where a chunk
         of a long prompt begins, most of the result.
-      implementation: None, "mosaic_gpu" or "xla".
+      implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
     Returns:
       float32 `[b, t, m * page_size]`; -inf after a query's own position.
     """
-    run = dispatch("indexer_scores.indexer_scores", ("mosaic_gpu", "xla"), implementation)
+    run = dispatch("indexer_scores.indexer_scores", ("mosaic_gpu", "mosaic_tpu", "xla"), implementation)
     return run(q, weights, keys, page_table, query_start, scale=scale, key_scales=key_scales, fill=fill)

@@ -78,6 +78,7 @@ CASES = {  # batch, queries, heads, dim, length, page size, starts
     "decode, pages of 16": (3, 1, 16, 64, 2048, 16, [0, 1000, 2047]),
     "decode, odd number of pages": (2, 1, 16, 64, 1984, 64, [1983, 5]),
     "decode, 64 heads of 128": (2, 1, 64, 128, 2048, 64, [2047, 100]),
+    "decode, several steps of keys": (2, 1, 16, 64, 9024, 64, [9023, 0]),
     "decode, 12 heads": (2, 1, 12, 64, 2048, 64, [2047, 100]),
 }
 
