@@ -1,0 +1,10 @@
+"""How the model lies over several devices: sharding files, and the meshes and layouts made of them.
+
+ShardingConfig.from_file(path)    what a file in `configs/sharding` says
+Layout.create(config)             the mesh over the devices there are, with the file's rules
+"""
+
+from keye_jax.sharding.file import ShardingConfig
+from keye_jax.sharding.layout import Layout
+
+__all__ = ["Layout", "ShardingConfig"]
