@@ -149,7 +149,7 @@ class Attention(nnx.Module):
             options=options,
         )
         if parallel is None:
-            cache = cache.append(*where, placement.count, k, new.v, index_keys, index_scales)
+            cache = cache.append(*where, placement.count, new.kv, index_keys, index_scales)
             found = attend(q, index_q, gates, cache, *where)
         elif x.shape[1] == 1:
             found, cache = decode_step(

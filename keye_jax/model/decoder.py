@@ -57,6 +57,9 @@ class DecoderLayer(nnx.Module):
         options: AttentionOptions,
         parallel: Parallel | None = None,
     ) -> tuple[jax.Array, LayerCache, LayerIntermediates | None]:
+        if parallel:
+            # So that no layer's cache is gathered, and held, before its turn.
+            x, cache = jax.lax.optimization_barrier((x, cache))
         attended, cache, found = self.attention(
             self.input_norm(x), self.indexer, angles, index_angles, cache, placement, options, parallel
         )

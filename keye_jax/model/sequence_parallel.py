@@ -43,6 +43,11 @@ class Projected:
     index_keys: jax.Array
     index_scales: jax.Array | None
 
+    @property
+    def kv(self) -> jax.Array:
+        """Rows as the cache keeps them, `[b, t, 2 * kv_heads, d]`."""
+        return jnp.concatenate([self.k, self.v], axis=2)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +102,7 @@ def read_chunk(
     def body(
         new: Projected, cache: LayerCache, table: jax.Array, start: jax.Array, count: jax.Array
     ) -> tuple[Attended, LayerCache]:
-        rows = new.k, new.v, new.index_keys, new.index_scales
+        rows = new.kv, new.index_keys, new.index_scales
         rows = jax.tree.map(lambda x: p.in_order(all_gather(x, p.query_sequence, axis=1)), rows)
         # The context before the chunk is gathered, not after: that can begin while the chunk's keys are computed.
         whole = jax.tree.map(lambda x: all_gather(x, p.cache_sequence, axis=0), cache)
@@ -158,7 +163,7 @@ def decode_step(
         new: Projected, cache: LayerCache, table: jax.Array, start: jax.Array, count: jax.Array
     ) -> tuple[Attended, LayerCache]:
         here, own_start = _own_part(table, start, p)
-        cache = cache.append(here, own_start, count, new.k, new.v, new.index_keys, new.index_scales)
+        cache = cache.append(here, own_start, count, new.kv, new.index_keys, new.index_scales)
         size = here.shape[1] * PAGE_SIZE
         visible = jnp.clip(own_start + 1, 0, size)
         if top_k is None:
