@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,12 @@ from keye_jax.config import KeyeConfig
 from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.decoder import LayerIntermediates
 from keye_jax.model.keye import Keye
+from keye_jax.model.parallel import STRIPE_MULTIPLE, Axes, Parallel, spec
+from keye_jax.model.projector import Projector
+from keye_jax.model.vision import VisionEncoder
+
+if TYPE_CHECKING:
+    from keye_jax.sharding import Layout
 
 PREFILL_CHUNK = {"gpu": 8192}
 _SMALL_PREFILL_CHUNK = 1024
@@ -56,7 +62,7 @@ class _Structure:
 _structure = functools.cache(_Structure)
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "implementation", "project"))
+@functools.partial(jax.jit, static_argnames=("structure", "parallel", "implementation", "project"))
 def _encode(
     structure: _Structure,
     arrays: Arrays,
@@ -65,22 +71,37 @@ def _encode(
     scale: jax.Array,
     shift: jax.Array,
     *,
+    parallel: Parallel | None,
     implementation: str | None,
     project: bool,
 ) -> jax.Array:
+    def encode(modules: tuple[VisionEncoder, Projector], pixels: jax.Array, sizes: jax.Array) -> jax.Array:
+        vision, projector = modules
+        hidden = vision(pixels, sizes, implementation=implementation)
+        return projector(hidden, sizes) if project else hidden
+
     model = structure.merge(arrays)
-    hidden = model.vision(pixels.astype(jnp.float32) * scale + shift, sizes, implementation=implementation)
-    return model.projector(hidden, sizes) if project else hidden
+    modules, pixels = (model.vision, model.projector), pixels.astype(jnp.float32) * scale + shift
+    if parallel is None:
+        return encode(modules, pixels, sizes)
+    images = spec(parallel.vision_patches)
+    return parallel.constrain(parallel.shard_module(modules, encode, (images, images), images)(pixels, sizes))
 
 
-@functools.partial(jax.jit, static_argnames="structure")
+@functools.partial(jax.jit, static_argnames=("structure", "parallel"))
 def _embed(
-    structure: _Structure, arrays: Arrays, ids: jax.Array, vision_embeds: jax.Array, vision_index: jax.Array
+    structure: _Structure,
+    arrays: Arrays,
+    ids: jax.Array,
+    vision_embeds: jax.Array,
+    vision_index: jax.Array,
+    *,
+    parallel: Parallel | None,
 ) -> jax.Array:
-    return structure.merge(arrays).embed(ids, vision_embeds, vision_index)
+    return structure.merge(arrays).embed(ids, vision_embeds, vision_index, parallel)
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "options", "all_logits"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("structure", "parallel", "options", "all_logits"), donate_argnames="cache")
 def _read(
     structure: _Structure,
     arrays: Arrays,
@@ -89,18 +110,27 @@ def _read(
     count: jax.Array,
     cache: Cache,
     *,
+    parallel: Parallel | None,
     options: AttentionOptions,
     all_logits: bool = False,
 ) -> tuple[jax.Array, Cache, tuple[LayerIntermediates, ...]]:
     """Logits of each sequence's last new token, `[b, vocab]`, or of all, `[b, t, vocab]`."""
     decoder = structure.merge(arrays).decoder
-    hidden, cache, found = decoder(x, positions, count, cache, options)
-    if not all_logits:
+    hidden, cache, found = decoder(x, positions, count, cache, options, parallel)
+    if parallel:
+        # What is looked at is on all devices, its tokens as they stand in the chunk.
+        found = jax.tree.map(lambda each: parallel.constrain(parallel.in_order(each)), found)
+    if all_logits:
+        hidden = parallel.in_order(hidden) if parallel else hidden
+    elif parallel:
+        last = parallel.token_order(x.shape[1]) == jnp.maximum(count - 1, 0)[:, None]
+        hidden = jnp.sum(jnp.where(last[..., None], hidden, 0), axis=1)
+    else:
         hidden = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return decoder.logits(hidden), cache, found
+    return decoder.logits(hidden, parallel), _pinned(cache, parallel), found
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "options"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("structure", "parallel", "options"), donate_argnames="cache")
 def _decode(
     structure: _Structure,
     arrays: Arrays,
@@ -108,13 +138,21 @@ def _decode(
     delta: jax.Array,
     cache: Cache,
     *,
+    parallel: Parallel | None,
     options: AttentionOptions,
 ) -> tuple[jax.Array, Cache]:
     decoder = structure.merge(arrays).decoder
     positions = jnp.broadcast_to((cache.lengths + delta)[None, :, None], (3, tokens.shape[0], 1))
-    x = decoder.embed_tokens(tokens[:, None])
-    hidden, cache, _ = decoder(x, positions, jnp.ones_like(cache.lengths), cache, options)
-    return decoder.logits(hidden[:, 0]), cache
+    x = decoder.embed(tokens[:, None], parallel)
+    if parallel:
+        x = parallel.constrain(x, parallel.batch)
+    hidden, cache, _ = decoder(x, positions, jnp.ones_like(cache.lengths), cache, options, parallel)
+    return decoder.logits(hidden[:, 0], parallel), _pinned(cache, parallel)
+
+
+def _pinned(cache: Cache, parallel: Parallel | None) -> Cache:
+    """The cache as it lay before the step, so that it can be given to the next one."""
+    return jax.lax.with_sharding_constraint(cache, cache.shardings(parallel)) if parallel else cache
 
 
 class Runner:
@@ -124,7 +162,9 @@ class Runner:
       config: its configuration.
       dtype: of its parameters and cache.
       options: how attention is computed.
-      prefill_chunk: prompt tokens read in one step, by default what suits the device; the result does not depend on it.
+      layout: where parameters and cache lie; None for one device.
+      prefill_chunk: prompt tokens read in one step, or by each device that shares them, by default what suits the
+        device; the result does not depend on it.
     """
 
     def __init__(
@@ -134,42 +174,114 @@ class Runner:
         *,
         options: AttentionOptions = AttentionOptions(),  # noqa: B008 (frozen)
         prefill_chunk: int | None = None,
+        layout: Layout | None = None,
     ):
-        self.config, self.options = config, options
+        """Takes a model; under a layout its parameters are put where that wants them (`keye_jax.sharding.place`).
+
+        A model of shapes and dtypes in place of arrays can be compiled, not run.
+        """
+        self.config, self.options, self.layout = config, options, layout
         self.prefill_chunk = prefill_chunk or PREFILL_CHUNK.get(jax.default_backend(), _SMALL_PREFILL_CHUNK)
         self.dtype = model.decoder.embed_tokens.weight.dtype
+        if layout:
+            from keye_jax.sharding import place
+
+            model = place(model, layout)
         graph, state = nnx.split(model)
         arrays, tree = jax.tree.flatten(state)
         self._structure, self._arrays = _structure(graph, tree), tuple(arrays)
 
+    def parallel(self, batch: int, tokens: int) -> Parallel | None:
+        """How a step that reads `tokens` tokens of each of `batch` sequences lies over devices; None for one device."""
+        return Parallel.of(self.layout, batch, tokens) if self.layout else None
+
+    def put(self, array: np.ndarray, *dimensions: Axes) -> jax.Array:
+        """An array on the devices, its dimensions split over these mesh axes of the layout, () for not at all.
+
+        Every process of a job gives the same array; of a split one each looks at its own parts only.
+        """
+        if self.layout is None:
+            return jnp.asarray(array)
+        sharding = jax.NamedSharding(self.layout.mesh, spec(*dimensions))
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
     def new_cache(self, capacity: int, batch: int = 1) -> Cache:
         """An empty cache for `batch` sequences of at least `capacity` tokens each."""
-        return Cache.create(
-            self.config, batch, round_up(capacity), self.dtype, indexer_dtype=self.options.indexer_dtype
+        create, parallel = self._cache_maker(capacity, batch), self.parallel(batch, 1)
+        if parallel is None:
+            return create()
+        return jax.jit(create, out_shardings=jax.eval_shape(create).shardings(parallel))()
+
+    def _cache_maker(self, capacity: int, batch: int) -> Callable[[], Cache]:
+        return functools.partial(
+            Cache.create,
+            self.config,
+            batch,
+            round_up(capacity),
+            self.dtype,
+            indexer_dtype=self.options.indexer_dtype,
+            parallel=self.parallel(batch, 1),
         )
+
+    def lower_prefill(self, tokens: int) -> list[jax.stages.Lowered]:
+        """The steps that `prefill` takes for a prompt of so many tokens, in a cache made for just these."""
+        chunk = self.chunk(tokens)
+        parallel = self.parallel(1, chunk)
+        split = ((), parallel.query_sequence) if parallel else ()
+        x = self._shape((1, chunk, self.config.hidden_size), self.dtype, *split)
+        positions = self._shape((3, 1, chunk), jnp.int32, (), *split)
+        count = self._shape((1,), jnp.int32)
+        cache = self._cache_shape(tokens, 1)
+        ends = [min(start + chunk, tokens) for start in range(0, tokens, chunk)]
+        return [
+            _read.lower(self._structure, self._arrays, x, positions, count, cache, parallel=parallel, options=options)
+            for options in {self.options.for_context(end): None for end in ends}
+        ]
+
+    def lower_decode(self, batch: int, capacity: int) -> jax.stages.Lowered:
+        """The step of `decode` for caches of this size."""
+        each = self._shape((batch,), jnp.int32)
+        cache = self._cache_shape(capacity, batch)
+        options, parallel = self.options.for_context(cache.capacity), self.parallel(batch, 1)
+        return _decode.lower(self._structure, self._arrays, each, each, cache, parallel=parallel, options=options)
 
     def compile_prefill(self, tokens: int) -> int:
-        """Compiles the steps that `prefill` takes for a prompt of so many tokens, in a cache made for just these.
+        """Compiles the steps of `lower_prefill`.
 
         Returns:
-          the most bytes that a step needs beyond its arguments and results.
+          the most bytes that a step needs beyond its arguments and results, on each device.
         """
-        chunk = min(self.prefill_chunk, round_up(tokens))
-        x = jax.ShapeDtypeStruct((1, chunk, self.config.hidden_size), self.dtype)
-        positions, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3, 1, chunk), (1,)))
-        cache = jax.eval_shape(lambda: self.new_cache(tokens))
-        ends = [min(start + chunk, tokens) for start in range(0, tokens, chunk)]
-        return max(
-            _workspace(_read.lower(self._structure, self._arrays, x, positions, count, cache, options=options))
-            for options in {self.options.for_context(end) for end in ends}
-        )
+        return max(_workspace(step) for step in self.lower_prefill(tokens))
 
     def compile_decode(self, batch: int, capacity: int) -> int:
-        """Compiles the step of `decode` for caches of this size; returns what `compile_prefill` does."""
-        each = jax.ShapeDtypeStruct((batch,), jnp.int32)
-        cache = jax.eval_shape(lambda: self.new_cache(capacity, batch))
-        options = self.options.for_context(cache.capacity)
-        return _workspace(_decode.lower(self._structure, self._arrays, each, each, cache, options=options))
+        """Compiles the step of `lower_decode`; returns what `compile_prefill` does."""
+        return _workspace(self.lower_decode(batch, capacity))
+
+    def _shape(self, shape: tuple[int, ...], dtype: jnp.dtype, *dimensions: Axes) -> jax.ShapeDtypeStruct:
+        sharding = jax.NamedSharding(self.layout.mesh, spec(*dimensions)) if self.layout else None
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def _cache_shape(self, capacity: int, batch: int) -> Cache:
+        parallel = self.parallel(batch, 1)
+        cache = jax.eval_shape(self._cache_maker(capacity, batch))
+        if parallel is None:
+            return cache
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            cache,
+            cache.shardings(parallel),
+        )
+
+    def chunk(self, tokens: int) -> int:
+        """Tokens that `prefill` reads in one step of a prompt of so many."""
+        if tokens == 1:
+            return 1
+        parallel = self.parallel(1, tokens)
+        devices = parallel.size(parallel.query_sequence) if parallel else 1
+        if devices == 1:
+            return min(self.prefill_chunk, round_up(tokens))
+        multiple = devices * STRIPE_MULTIPLE
+        return -(-min(self.prefill_chunk * devices, round_up(tokens)) // multiple) * multiple
 
     def encode(
         self,
@@ -181,7 +293,7 @@ class Runner:
         project: bool = True,
         progress: Progress | None = None,
     ) -> jax.Array:
-        """Encodes images, or frames, a bounded number of patches at a time.
+        """Encodes images, or frames, a bounded number of patches at a time on each device.
 
         Args:
           patches: uint8 or float `[sum(t*h*w), channels, patch, patch]`, each grid's in raster order.
@@ -201,11 +313,14 @@ class Runner:
         )
         width = self.config.hidden_size if project else vision.hidden_size
         merge = vision.spatial_merge_size**2 if project else 1
-        embeds, done = [jnp.zeros((0, width), self.dtype)], 0
+        parallel = self.parallel(1, 1)
+        over = parallel.vision_patches if parallel else ()
+        devices = parallel.size(over) if parallel else 1
+        embeds, done = [], 0
         for height, columns, images in _runs(grids):
             each = height * columns
             padded = round_up(each)
-            at_once = max(1, min(images, ENCODE_PATCHES // padded))
+            at_once = devices * max(1, min(-(-images // devices), ENCODE_PATCHES // padded))
             for first in range(0, images, at_once):
                 here = min(at_once, images - first)
                 chunk = np.zeros((at_once, padded, flat.shape[1]), flat.dtype)
@@ -213,10 +328,11 @@ class Runner:
                 encoded = _encode(
                     self._structure,
                     self._arrays,
-                    jnp.asarray(chunk),
-                    jnp.tile(jnp.asarray([height, columns], jnp.int32), (at_once, 1)),
-                    jnp.asarray(scale_of),
-                    jnp.asarray(shift_of),
+                    self.put(chunk, over),
+                    self.put(np.tile(np.asarray([height, columns], np.int32), (at_once, 1)), over),
+                    self.put(scale_of),
+                    self.put(shift_of),
+                    parallel=parallel,
                     implementation=self.options.implementation,
                     project=project,
                 )
@@ -225,7 +341,7 @@ class Runner:
                 done += here * each
                 if progress:
                     progress(done, len(patches))
-        return jnp.concatenate(embeds)
+        return jnp.concatenate(embeds) if embeds else self.put(np.zeros((0, width), self.dtype))
 
     def prefill(
         self,
@@ -251,7 +367,10 @@ class Runner:
         logits = None
         for x, places, count, done in self._chunks(input_ids, positions, vision_embeds):
             options = self.options.for_context(done)
-            logits, cache, _ = _read(self._structure, self._arrays, x, places, count, cache, options=options)
+            parallel = self.parallel(1, x.shape[1])
+            logits, cache, _ = _read(
+                self._structure, self._arrays, x, places, count, cache, parallel=parallel, options=options
+            )
             if progress:
                 jax.block_until_ready(logits)
                 progress(done, len(input_ids))
@@ -270,7 +389,15 @@ class Runner:
         options = dataclasses.replace(self.options, intermediates=True).for_context(len(input_ids))
         for x, places, count, done in self._chunks(input_ids, positions, vision_embeds):
             logits, cache, found = _read(
-                self._structure, self._arrays, x, places, count, cache, options=options, all_logits=True
+                self._structure,
+                self._arrays,
+                x,
+                places,
+                count,
+                cache,
+                parallel=self.parallel(1, x.shape[1]),
+                options=options,
+                all_logits=True,
             )
             yield logits, cache, found, done
 
@@ -279,7 +406,11 @@ class Runner:
     ) -> Iterator[tuple[jax.Array, jax.Array, jax.Array, int]]:
         """Embeddings, positions and count of each chunk of a prompt, and the tokens up to its end."""
         total = len(input_ids)
-        chunk = min(self.prefill_chunk, round_up(total))
+        chunk = self.chunk(total)
+        parallel = self.parallel(1, chunk)
+        # Tokens and their positions are given to the devices that will have them.
+        order = parallel.token_order(chunk) if parallel else np.arange(chunk)
+        split = ((), parallel.query_sequence) if parallel else ()
         index = vision_rows(input_ids, self.config)
         if len(vision_embeds) != np.count_nonzero(index >= 0):
             raise ValueError(f"{len(vision_embeds)} vision embeddings for {np.count_nonzero(index >= 0)} pads")
@@ -290,11 +421,12 @@ class Runner:
         index = np.pad(index, (0, padding), constant_values=-1)
         positions = np.pad(positions, ((0, 0), (0, padding)))
         for start in range(0, total, chunk):
-            part = slice(start, start + chunk)
-            here, rows = jnp.asarray(ids[None, part]), jnp.asarray(index[None, part])
-            x = _embed(self._structure, self._arrays, here, vision_embeds, rows)
+            part = start + order
+            here, rows = self.put(ids[None, part], *split), self.put(index[None, part], *split)
+            x = _embed(self._structure, self._arrays, here, vision_embeds, rows, parallel=parallel)
             count = min(chunk, total - start)
-            yield x, jnp.asarray(positions[:, None, part]), jnp.asarray([count], jnp.int32), start + count
+            places = self.put(positions[:, None, part], (), *split)
+            yield x, places, self.put(np.asarray([count], np.int32)), start + count
 
     def decode(self, tokens: jax.Array, delta: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """One step of decoding.
@@ -307,8 +439,8 @@ class Runner:
         Returns:
           float32 `[b, vocab]` logits of the next tokens, and the cache with `tokens` in it.
         """
-        options = self.options.for_context(cache.capacity)
-        return _decode(self._structure, self._arrays, tokens, delta, cache, options=options)
+        options, parallel = self.options.for_context(cache.capacity), self.parallel(len(cache.lengths), 1)
+        return _decode(self._structure, self._arrays, tokens, delta, cache, parallel=parallel, options=options)
 
 
 def _workspace(step: jax.stages.Lowered) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -14,7 +16,9 @@ from keye_jax.cache import PAGE_SIZE, LayerCache
 from keye_jax.config import KeyeConfig
 from keye_jax.model.indexer import Indexer
 from keye_jax.model.layers import Linear, RMSNorm
+from keye_jax.model.parallel import Parallel
 from keye_jax.model.rope import apply_rope
+from keye_jax.model.sequence_parallel import Attended, Projected, decode_step, read_chunk
 from pallas_kernels.dispatch import available
 from pallas_kernels.flash_attention import paged_flash_attention
 from pallas_kernels.indexer_scores import indexer_scores
@@ -24,6 +28,9 @@ from pallas_kernels.topk_attention import topk_attention
 _SCORE_BYTES = {"mosaic_gpu": 2**30}
 _FEW_SCORE_BYTES = 64 * 2**20
 """What the scores of one block of queries may take: at 128K tokens those of 2,048, enough to fill a GPU, or of 128."""
+
+_DENSE_BYTES = 2**30
+"""What copies of the contexts of several sequences, read densely at once, may take."""
 
 DENSE_BELOW = {"mosaic_gpu": 8192}
 """Longest context, in tokens, at which dense attention is the faster one, by the implementation of the sparse one."""
@@ -115,6 +122,7 @@ class Attention(nnx.Module):
         cache: LayerCache,
         placement: Placement,
         options: AttentionOptions,
+        parallel: Parallel | None = None,
     ) -> tuple[jax.Array, LayerCache, AttentionIntermediates | None]:
         """Attends from new tokens to the cache and themselves.
 
@@ -122,6 +130,7 @@ class Attention(nnx.Module):
           x: `[b, t, embed]`, the normed layer input.
           angles, index_angles: float32 rotary angles `[b, t, head_dim / 2]`, `[b, t, indexer_head_dim / 2]`.
           cache: what the layer holds of earlier tokens.
+          parallel: how the arrays lie over devices; None for one device.
 
         Returns:
           `[b, t, embed]`, the cache with the new tokens, and intermediates if asked for.
@@ -130,33 +139,69 @@ class Attention(nnx.Module):
         k = apply_rope(self.k_norm(self.k_proj(x)), angles)
         with jax.named_scope("indexer"):
             index_q, gates, index_keys, index_scales = indexer(x, index_angles, dtype=options.indexer_dtype)
-        cache = cache.append(
-            placement.page_table, placement.start, placement.count, k, self.v_proj(x), index_keys, index_scales
+        new = Projected(q, k, self.v_proj(x), index_q, gates, index_keys, index_scales)
+        sparse, where = options.attention == "sparse", (placement.page_table, placement.start)
+        attend = functools.partial(
+            attend_sparse if sparse else attend_dense,
+            top_k=self.top_k,
+            scale=self.scale,
+            index_scale=indexer.scale,
+            options=options,
         )
-        if options.attention == "dense":
-            with jax.named_scope("attention"):
-                out, lse = paged_flash_attention(
-                    q,
-                    cache.kv,
-                    placement.page_table,
-                    placement.start,
-                    scale=self.scale,
-                    implementation=options.implementation,
-                )
-            found = AttentionIntermediates(q, lse, None, None)
-        else:
-            found, out = attend_sparse(
-                q,
-                index_q,
-                gates,
+        if parallel is None:
+            cache = cache.append(*where, placement.count, k, new.v, index_keys, index_scales)
+            found = attend(q, index_q, gates, cache, *where)
+        elif x.shape[1] == 1:
+            found, cache = decode_step(
+                new,
                 cache,
-                placement,
-                top_k=self.top_k,
+                *where,
+                placement.count,
+                top_k=self.top_k if sparse else None,
                 scale=self.scale,
                 index_scale=indexer.scale,
-                options=options,
+                implementation=options.implementation,
+                parallel=parallel,
+                intermediates=options.intermediates,
             )
-        return self.o_proj(out), cache, found if options.intermediates else None
+        else:
+            found, cache = read_chunk(
+                attend,
+                new,
+                cache,
+                *where,
+                placement.count,
+                parallel=parallel,
+                intermediates=options.intermediates and sparse,
+            )
+        intermediates = AttentionIntermediates(q, found.lse, found.index_scores, found.selected)
+        return self.o_proj(found.out), cache, intermediates if options.intermediates else None
+
+
+def attend_dense(
+    q: jax.Array,
+    index_q: jax.Array,
+    gates: jax.Array,
+    cache: LayerCache,
+    page_table: jax.Array,
+    start: jax.Array,
+    *,
+    scale: float,
+    options: AttentionOptions,
+    **sparse: float,
+) -> Attended:
+    """Attends to all that each query sees. Takes what `attend_sparse` does; the indexer's arguments are not used."""
+    del index_q, gates, sparse
+
+    def attend(q: jax.Array, table: jax.Array, start: jax.Array) -> Attended:
+        with jax.named_scope("attention"):
+            return Attended(
+                *paged_flash_attention(q, cache.kv, table, start, scale=scale, implementation=options.implementation)
+            )
+
+    row_bytes = math.prod(cache.kv.shape[2:]) * cache.kv.dtype.itemsize
+    at_once = _DENSE_BYTES // (page_table.shape[1] * PAGE_SIZE * row_bytes) if q.shape[1] > 1 else len(q)
+    return _in_turns(attend, max(1, at_once), q, page_table, start)
 
 
 def attend_sparse(
@@ -164,13 +209,14 @@ def attend_sparse(
     index_q: jax.Array,
     gates: jax.Array,
     cache: LayerCache,
-    placement: Placement,
+    page_table: jax.Array,
+    start: jax.Array,
     *,
     top_k: int,
     scale: float,
     index_scale: float,
     options: AttentionOptions,
-) -> tuple[AttentionIntermediates, jax.Array]:
+) -> Attended:
     """Scores, selects and attends, a block of queries at a time.
 
     Memory: the scores of one block of queries, the smaller the longer the context; never those of all queries.
@@ -179,16 +225,15 @@ def attend_sparse(
       q: `[b, t, n, d]` queries.
       index_q, gates: index queries `[b, t, ni, di]` and their gates float32 `[b, t, ni]`, times float8 queries' scales.
       cache: holds the keys of the whole context, the new tokens' included.
+      page_table: int32 `[b, m]`.
+      start: int32 `[b]`, position of each sequence's first query.
 
     Returns:
-      intermediates, and the attention output `[b, t, n, d]`.
+      the attention output, and scores and selection if the options ask for intermediates.
     """
-    table, kwargs = placement.page_table, {"implementation": options.implementation}
+    kwargs = {"implementation": options.implementation}
 
-    def attend(
-        q: jax.Array, index_q: jax.Array, gates: jax.Array, offset: jax.Array | int
-    ) -> tuple[AttentionIntermediates, jax.Array]:
-        start = placement.start + offset
+    def attend(q: jax.Array, index_q: jax.Array, gates: jax.Array, table: jax.Array, start: jax.Array) -> Attended:
         with jax.named_scope("indexer"):
             scores = indexer_scores(
                 index_q,
@@ -203,29 +248,44 @@ def attend_sparse(
         lengths = jnp.minimum(start[:, None] + jnp.arange(q.shape[1]) + 1, scores.shape[-1])
         with jax.named_scope("attention"):
             out, lse = topk_attention(q, scores, lengths, cache.kv, table, top_k=top_k, scale=scale, **kwargs)
-        selected = select_topk(scores, lengths, top_k, **kwargs) if options.intermediates else None
-        return AttentionIntermediates(q, lse, scores, selected), out
+        if not options.intermediates:
+            return Attended(out, lse)
+        return Attended(out, lse, scores, select_topk(scores, lengths, top_k, **kwargs))
 
     batch, queries = q.shape[:2]
     score_bytes = _SCORE_BYTES.get(options.kernels, _FEW_SCORE_BYTES)
-    block = max(1, score_bytes // (4 * batch * table.shape[1] * PAGE_SIZE))
-    if options.intermediates or queries <= block:
-        return attend(q, index_q, gates, 0)
+    at_once = max(1, score_bytes // (4 * page_table.shape[1] * PAGE_SIZE))
+    if options.intermediates or batch * queries <= at_once:
+        return attend(q, index_q, gates, page_table, start)
+    if batch > 1 and queries <= at_once:
+        return _in_turns(attend, at_once // queries, q, index_q, gates, page_table, start)
 
-    blocks = math.ceil(queries / block)
+    blocks = math.ceil(queries / max(1, at_once // batch))
     block = math.ceil(queries / blocks)
 
     def split(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, blocks * block - queries)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, blocks, block, *x.shape[2:]), 1, 0)
 
-    def attend_block(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        found, out = attend(*inputs)
-        return out, found.lse
+    def attend_block(inputs: tuple[jax.Array, ...]) -> Attended:
+        *queries, offset = inputs
+        return attend(*queries, page_table, start + offset)
 
     def join(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x, 0, 1)
         return x.reshape(batch, blocks * block, *x.shape[3:])[:, :queries]
 
-    out, lse = jax.lax.map(attend_block, (split(q), split(index_q), split(gates), jnp.arange(blocks) * block))
-    return AttentionIntermediates(q, join(lse), None, None), join(out)
+    return jax.tree.map(
+        join, jax.lax.map(attend_block, (split(q), split(index_q), split(gates), jnp.arange(blocks) * block))
+    )
+
+
+def _in_turns(attend: Callable[..., Attended], at_once: int, *arguments: jax.Array) -> Attended:
+    """`attend` on at most so many sequences, the first dimension of all arguments, at a time."""
+    batch = len(arguments[0])
+    if batch <= at_once:
+        return attend(*arguments)
+    at_once = next(count for count in range(at_once, 0, -1) if batch % count == 0)
+    turns = [x.reshape(-1, at_once, *x.shape[1:]) for x in arguments]
+    found = jax.lax.map(lambda turn: attend(*turn), tuple(turns))
+    return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), found)

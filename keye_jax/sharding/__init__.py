@@ -2,9 +2,11 @@
 
 ShardingConfig.from_file(path)    what a file in `configs/sharding` says
 Layout.create(config)             the mesh over the devices there are, with the file's rules
+place(model, layout)              a model with its parameters where a layout wants them
 """
 
 from keye_jax.sharding.file import ShardingConfig
 from keye_jax.sharding.layout import Layout
+from keye_jax.sharding.placement import place
 
-__all__ = ["Layout", "ShardingConfig"]
+__all__ = ["Layout", "ShardingConfig", "place"]
