@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,13 +72,11 @@ class LayerCache:
             index_scales=None if scales is None or index_scales is None else write(scales, index_scales),
         )
 
-    def specs(self, parallel: Parallel) -> LayerCache:
-        """The partition of each array."""
-        return LayerCache(
-            kv=spec(parallel.pages, (), parallel.kv_heads),
-            index_keys=spec(parallel.pages),
-            index_scales=None if self.index_scales is None else spec(parallel.pages),
-        )
+    def specs(self, parallel: Parallel) -> Any:
+        """Partitions in place of the arrays."""
+        kv: Any = spec(parallel.pages, (), parallel.kv_heads)
+        others = jax.tree.map(lambda _: spec(parallel.pages), self)
+        return dataclasses.replace(others, kv=kv)
 
 
 @jax.tree_util.register_dataclass
@@ -138,9 +137,9 @@ class Cache:
         page_table = page_table.swapaxes(1, 2).reshape(batch, per_sequence)
         return cls(layers, page_table, jnp.zeros(batch, jnp.int32))
 
-    def shardings(self, parallel: Parallel) -> Cache:
-        """Where each array lies."""
-        copied = parallel.sharding()
+    def shardings(self, parallel: Parallel) -> Any:
+        """Shardings in place of the arrays."""
+        copied: Any = parallel.sharding()
         layers = [
             jax.tree.map(lambda part: jax.NamedSharding(parallel.mesh, part), x.specs(parallel)) for x in self.layers
         ]

@@ -267,9 +267,9 @@ def attend_sparse(
         x = jnp.pad(x, ((0, 0), (0, blocks * block - queries)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, blocks, block, *x.shape[2:]), 1, 0)
 
-    def attend_block(inputs: tuple[jax.Array, ...]) -> Attended:
-        *queries, offset = inputs
-        return attend(*queries, page_table, start + offset)
+    def attend_block(inputs: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> Attended:
+        q, index_q, gates, offset = inputs
+        return attend(q, index_q, gates, page_table, start + offset)
 
     def join(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x, 0, 1)

@@ -66,7 +66,7 @@ class DecoderLayer(nnx.Module):
         x = x + attended
         if parallel:
             x = parallel.constrain(x, parallel.batch, parallel.query_sequence)
-        order = parallel.token_order(x.shape[1]) if parallel else jnp.arange(x.shape[1])
+        order = jnp.asarray(parallel.token_order(x.shape[1])) if parallel else jnp.arange(x.shape[1])
         with jax.named_scope("experts"):
             mixed, experts = self.moe(
                 self.post_attention_norm(x),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -260,15 +261,23 @@ def _merge(out: jax.Array, lse: jax.Array, parallel: Parallel) -> tuple[jax.Arra
     return jnp.sum(weights[..., None] * outs.astype(jnp.float32), axis=0).astype(out.dtype), total
 
 
-def _new_specs(new: Projected, parallel: Parallel) -> Projected:
-    p = parallel
-    tokens = (p.batch, p.query_sequence)
-    scales = None if new.index_scales is None else spec(*tokens)
-    by_head, copied = spec(*tokens, p.kv_heads), spec(*tokens)
-    return Projected(spec(*tokens, p.heads), by_head, by_head, copied, copied, copied, scales)
-
-
-def _attended_specs(parallel: Parallel, intermediates: bool) -> Attended:
+def _new_specs(new: Projected, parallel: Parallel) -> Any:
+    """Partitions in place of the arrays of a `Projected`."""
     tokens = (parallel.batch, parallel.query_sequence)
-    found = spec(*tokens) if intermediates else None
-    return Attended(spec(*tokens, parallel.heads), spec(*tokens, parallel.heads), found, found)
+    heads = {"q": parallel.heads, "k": parallel.kv_heads, "v": parallel.kv_heads}
+    return dataclasses.replace(
+        new,
+        **{
+            field.name: spec(*tokens, heads.get(field.name, ()))
+            for field in dataclasses.fields(new)
+            if getattr(new, field.name) is not None
+        },
+    )
+
+
+def _attended_specs(parallel: Parallel, intermediates: bool) -> Any:
+    """Partitions in place of the arrays of an `Attended`."""
+    tokens = (parallel.batch, parallel.query_sequence)
+    by_head: Any = spec(*tokens, parallel.heads)
+    found: Any = spec(*tokens) if intermediates else None
+    return Attended(by_head, by_head, found, found)
