@@ -107,8 +107,8 @@ def new_token_limit(
     if weights + cache > memory_limit:
         gib, each = 2**30, f" on each of {layout.mesh.size} devices" if layout else ""
         raise UserError(
-            f"the context does not fit: {weights / gib:.2f} GiB of weights and {cache / gib:.2f} GiB of cache{each} for "
-            f"{prompt_tokens + wanted:,} tokens; the device has {memory_limit / gib:.2f} GiB"
+            f"the context does not fit: {weights / gib:.2f} GiB of weights and {cache / gib:.2f} GiB of cache{each} "
+            f"for {prompt_tokens + wanted:,} tokens; the device has {memory_limit / gib:.2f} GiB"
         )
     return wanted
 

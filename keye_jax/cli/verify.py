@@ -60,8 +60,8 @@ def verify(
     runner = Runner(model, config, options=chosen, prefill_chunk=chunk, layout=layout)
 
     how = f"{attention} attention" + (f" and a {indexer_dtype} indexer" if indexer_dtype else "")
-    how += f" on {layout.mesh.size} devices" if layout else ""
-    table = Table("array", "compared", "result", "", title=f"{checkpoint} ({kind}, {runner.dtype}, {how})")
+    where = f" on {layout.mesh.size} devices" if layout else ""
+    table = Table("array", "compared", "result", "", title=f"{checkpoint} ({kind}, {runner.dtype}, {how}{where})")
     passed = []
     # Without this, accelerators multiply float32 matrices in lower precision.
     with jax.default_matmul_precision("highest"):

@@ -221,7 +221,6 @@ class _Reader:
                 )
 
 
-
 class _Loader(yaml.SafeLoader):
     """Refuses a key that stands twice, of which plain YAML would silently keep the last."""
 
