@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,7 @@ class LayerCache:
         page_table: jax.Array,
         start: jax.Array,
         count: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
+        kv: jax.Array,
         index_keys: jax.Array,
         index_scales: jax.Array | None = None,
     ) -> LayerCache:
@@ -49,12 +49,12 @@ class LayerCache:
         Args:
           page_table: int32 `[b, m]`.
           start, count: int32 `[b]`.
-          k, v: `[b, t, kv_heads, head_dim]`.
+          kv: `[b, t, 2 * kv_heads, head_dim]`, rows as they are kept.
           index_keys: `[b, t, indexer_head_dim]`.
           index_scales: float32 `[b, t]`, where the cache has them.
         """
         pages = self.kv.shape[0]
-        offsets, capacity = jnp.arange(k.shape[1]), page_table.shape[1] * PAGE_SIZE
+        offsets, capacity = jnp.arange(kv.shape[1]), page_table.shape[1] * PAGE_SIZE
         positions = start[:, None] + offsets
         there = (offsets < count[:, None]) & (positions >= 0) & (positions < capacity)
         slots = paging.slots(page_table, jnp.clip(positions, 0, capacity - 1), PAGE_SIZE)
@@ -67,18 +67,16 @@ class LayerCache:
         scales = self.index_scales
         assert (scales is None) == (index_scales is None)
         return LayerCache(
-            kv=write(self.kv, jnp.concatenate([k, v], axis=2)),
+            kv=write(self.kv, kv),
             index_keys=write(self.index_keys, index_keys),
             index_scales=None if scales is None or index_scales is None else write(scales, index_scales),
         )
 
-    def specs(self, parallel: Parallel) -> LayerCache:
-        """The partition of each array."""
-        return LayerCache(
-            kv=spec(parallel.pages, (), parallel.kv_heads),
-            index_keys=spec(parallel.pages),
-            index_scales=None if self.index_scales is None else spec(parallel.pages),
-        )
+    def specs(self, parallel: Parallel) -> Any:
+        """Partitions in place of the arrays."""
+        kv: Any = spec(parallel.pages, (), parallel.kv_heads)
+        others = jax.tree.map(lambda _: spec(parallel.pages), self)
+        return dataclasses.replace(others, kv=kv)
 
 
 @jax.tree_util.register_dataclass
@@ -139,9 +137,9 @@ class Cache:
         page_table = page_table.swapaxes(1, 2).reshape(batch, per_sequence)
         return cls(layers, page_table, jnp.zeros(batch, jnp.int32))
 
-    def shardings(self, parallel: Parallel) -> Cache:
-        """Where each array lies."""
-        copied = parallel.sharding()
+    def shardings(self, parallel: Parallel) -> Any:
+        """Shardings in place of the arrays."""
+        copied: Any = parallel.sharding()
         layers = [
             jax.tree.map(lambda part: jax.NamedSharding(parallel.mesh, part), x.specs(parallel)) for x in self.layers
         ]

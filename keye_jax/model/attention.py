@@ -149,7 +149,7 @@ class Attention(nnx.Module):
             options=options,
         )
         if parallel is None:
-            cache = cache.append(*where, placement.count, k, new.v, index_keys, index_scales)
+            cache = cache.append(*where, placement.count, new.kv, index_keys, index_scales)
             found = attend(q, index_q, gates, cache, *where)
         elif x.shape[1] == 1:
             found, cache = decode_step(
@@ -267,9 +267,9 @@ def attend_sparse(
         x = jnp.pad(x, ((0, 0), (0, blocks * block - queries)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, blocks, block, *x.shape[2:]), 1, 0)
 
-    def attend_block(inputs: tuple[jax.Array, ...]) -> Attended:
-        *queries, offset = inputs
-        return attend(*queries, page_table, start + offset)
+    def attend_block(inputs: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> Attended:
+        q, index_q, gates, offset = inputs
+        return attend(q, index_q, gates, page_table, start + offset)
 
     def join(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x, 0, 1)

@@ -57,13 +57,16 @@ class DecoderLayer(nnx.Module):
         options: AttentionOptions,
         parallel: Parallel | None = None,
     ) -> tuple[jax.Array, LayerCache, LayerIntermediates | None]:
+        if parallel:
+            # So that no layer's cache is gathered, and held, before its turn.
+            x, cache = jax.lax.optimization_barrier((x, cache))
         attended, cache, found = self.attention(
             self.input_norm(x), self.indexer, angles, index_angles, cache, placement, options, parallel
         )
         x = x + attended
         if parallel:
             x = parallel.constrain(x, parallel.batch, parallel.query_sequence)
-        order = parallel.token_order(x.shape[1]) if parallel else jnp.arange(x.shape[1])
+        order = jnp.asarray(parallel.token_order(x.shape[1])) if parallel else jnp.arange(x.shape[1])
         with jax.named_scope("experts"):
             mixed, experts = self.moe(
                 self.post_attention_norm(x),

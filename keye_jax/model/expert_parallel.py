@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -31,19 +32,11 @@ _FEW_ROWS = 4096
 """So many are worked on at once in any case: a loop of unknown length costs an accelerator more than they do."""
 
 
-class Mix(Protocol):
-    """`mix_experts` with an implementation chosen."""
+type Mix = Callable[..., jax.Array]
+"""`mix_experts` with an implementation chosen."""
 
-    def __call__(
-        self,
-        x: jax.Array,
-        experts: jax.Array,
-        weights: jax.Array,
-        gate_up: jax.Array,
-        down: jax.Array,
-        *,
-        rows_at_once: int | None,
-    ) -> jax.Array: ...
+type MixOwn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""What a device's experts add to tokens it has got: `(x, experts, weights)`."""
 
 
 def run_experts(moe: MoE, x: jax.Array, valid: jax.Array, mix: Mix, parallel: Parallel) -> tuple[jax.Array, jax.Array]:
@@ -76,7 +69,6 @@ def run_experts(moe: MoE, x: jax.Array, valid: jax.Array, mix: Mix, parallel: Pa
         chosen = jnp.where(valid.reshape(-1, 1), experts, num_experts)
 
         def mix_own(x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
-            """What this device's experts add to the results of tokens it has got."""
             here = gate_up.shape[0]
             own = chosen - rank(p.experts) * here
             own = jnp.where((own >= 0) & (own < here), own, here)
@@ -121,7 +113,7 @@ def _exchange_ranks(owner: jax.Array, exchanged: Axes, parallel: Parallel) -> ja
 
 
 def _to_owners_and_back(
-    mix_own: Mix,
+    mix_own: MixOwn,
     x: jax.Array,
     chosen: jax.Array,
     weights: jax.Array,
@@ -133,7 +125,6 @@ def _to_owners_and_back(
     """Sends each token once to every device that has one of its experts, and adds up what comes back.
 
     Args:
-      mix_own: `(x, chosen, weights)`, what a device adds to tokens it has got.
       x: `[tokens, embed]`.
       chosen, weights: experts int32 `[tokens, k]` and their weights float32.
       owner: int32 `[tokens, k]`, devices along `axes`; their number where no token is to go.

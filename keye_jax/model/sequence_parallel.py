@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,11 @@ class Projected:
     gates: jax.Array
     index_keys: jax.Array
     index_scales: jax.Array | None
+
+    @property
+    def kv(self) -> jax.Array:
+        """Rows as the cache keeps them, `[b, t, 2 * kv_heads, d]`."""
+        return jnp.concatenate([self.k, self.v], axis=2)
 
 
 @jax.tree_util.register_dataclass
@@ -97,7 +103,7 @@ def read_chunk(
     def body(
         new: Projected, cache: LayerCache, table: jax.Array, start: jax.Array, count: jax.Array
     ) -> tuple[Attended, LayerCache]:
-        rows = new.k, new.v, new.index_keys, new.index_scales
+        rows = new.kv, new.index_keys, new.index_scales
         rows = jax.tree.map(lambda x: p.in_order(all_gather(x, p.query_sequence, axis=1)), rows)
         # The context before the chunk is gathered, not after: that can begin while the chunk's keys are computed.
         whole = jax.tree.map(lambda x: all_gather(x, p.cache_sequence, axis=0), cache)
@@ -158,7 +164,7 @@ def decode_step(
         new: Projected, cache: LayerCache, table: jax.Array, start: jax.Array, count: jax.Array
     ) -> tuple[Attended, LayerCache]:
         here, own_start = _own_part(table, start, p)
-        cache = cache.append(here, own_start, count, new.k, new.v, new.index_keys, new.index_scales)
+        cache = cache.append(here, own_start, count, new.kv, new.index_keys, new.index_scales)
         size = here.shape[1] * PAGE_SIZE
         visible = jnp.clip(own_start + 1, 0, size)
         if top_k is None:
@@ -255,15 +261,23 @@ def _merge(out: jax.Array, lse: jax.Array, parallel: Parallel) -> tuple[jax.Arra
     return jnp.sum(weights[..., None] * outs.astype(jnp.float32), axis=0).astype(out.dtype), total
 
 
-def _new_specs(new: Projected, parallel: Parallel) -> Projected:
-    p = parallel
-    tokens = (p.batch, p.query_sequence)
-    scales = None if new.index_scales is None else spec(*tokens)
-    by_head, copied = spec(*tokens, p.kv_heads), spec(*tokens)
-    return Projected(spec(*tokens, p.heads), by_head, by_head, copied, copied, copied, scales)
-
-
-def _attended_specs(parallel: Parallel, intermediates: bool) -> Attended:
+def _new_specs(new: Projected, parallel: Parallel) -> Any:
+    """Partitions in place of the arrays of a `Projected`."""
     tokens = (parallel.batch, parallel.query_sequence)
-    found = spec(*tokens) if intermediates else None
-    return Attended(spec(*tokens, parallel.heads), spec(*tokens, parallel.heads), found, found)
+    heads = {"q": parallel.heads, "k": parallel.kv_heads, "v": parallel.kv_heads}
+    return dataclasses.replace(
+        new,
+        **{
+            field.name: spec(*tokens, heads.get(field.name, ()))
+            for field in dataclasses.fields(new)
+            if getattr(new, field.name) is not None
+        },
+    )
+
+
+def _attended_specs(parallel: Parallel, intermediates: bool) -> Any:
+    """Partitions in place of the arrays of an `Attended`."""
+    tokens = (parallel.batch, parallel.query_sequence)
+    by_head: Any = spec(*tokens, parallel.heads)
+    found: Any = spec(*tokens) if intermediates else None
+    return Attended(by_head, by_head, found, found)
