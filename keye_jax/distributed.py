@@ -33,9 +33,9 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
 def start(coordinator: str | None = None, processes: int | None = None, process_id: int | None = None) -> None:
     """Joins this process to the others of its job; does nothing where there is only one.
 
-    Without arguments the environment decides: a Slurm step of several tasks (each with the GPU of its local number), Open
-    MPI, or the TPU workers that GKE names. "auto" for `coordinator` asks JAX, which also finds the workers of a TPU
-    machine outside GKE. Afterwards only process 0 prints.
+    Without arguments the environment decides: a Slurm step of several tasks (each with the GPU of its local number),
+    Open MPI, or the TPU workers that GKE names. "auto" for `coordinator` asks JAX, which also finds the workers of a
+    TPU machine outside GKE. Afterwards only process 0 prints.
 
     Args:
       coordinator: "HOST:PORT" of process 0, the same for all processes.
@@ -236,4 +236,4 @@ _job: _Job | None = None
 
 
 def _nowhere() -> TextIO:
-    return open(os.devnull, "w")  # noqa: SIM115, PTH123 (for the rest of the process)
+    return open(os.devnull, "w")  # noqa: PTH123 (for the rest of the process)

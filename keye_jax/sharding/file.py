@@ -35,8 +35,6 @@ LOGICAL_AXES = {
     "cache_sequence": "positions of the cache",
     "heads": "query heads",
     "kv_heads": "key and value heads",
-    "head_dim": "dimensions of a head",
-    "embed": "the hidden dimension",
     "experts": "experts",
     "expert_hidden": "the hidden dimension inside an expert",
     "vocab": "the vocabulary",
@@ -48,16 +46,16 @@ EXPERT_EXCHANGES = (AUTO, "all_gather", "all_to_all")
 """How tokens reach their experts: all tokens to all devices, or each to its experts' owners."""
 
 TOGETHER = (
-    ("batch", "query_sequence", "embed"),
-    ("batch", "query_sequence", "heads", "head_dim"),
-    ("batch", "cache_sequence", "heads", "head_dim"),
-    ("batch", "cache_sequence", "kv_heads", "head_dim"),
-    ("batch", "vocab"),
-    ("vocab", "embed"),
-    ("heads", "head_dim", "embed"),
-    ("experts", "embed", "expert_hidden"),
+    ("batch", "heads"),
+    ("query_sequence", "heads"),
+    ("cache_sequence", "heads"),
+    ("experts", "expert_hidden"),
 )
-"""Logical axes that one array has together: no mesh axis can serve two of them."""
+"""Logical axes that one array has together: no mesh axis can serve both.
+
+Not among them: `batch` and a sequence. A step that can share its sequences out over an axis does not split their tokens
+or positions over it; one that cannot, as when it reads a single prompt, does.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +108,9 @@ class ShardingConfig:
         rules = {name: read.axes(f"rules.{name}", value, names) for name, value in given.items()}
         rules = {name: axes for name, axes in rules.items() if axes}
         for together in TOGETHER:
-            read.refuse_repeats(rules, together)
+            read.refuse_repeats(rules, *together)
+        if rules.get("heads") != rules.get("kv_heads"):
+            read.fail("rules.kv_heads", given.get("kv_heads"), "that of rules.heads: query heads lie with their keys")
         exchange = read.mapping("exchange", top.get("exchange") or {}, ("experts",))
         experts = exchange.get("experts", AUTO)
         if experts not in EXPERT_EXCHANGES:
@@ -157,8 +157,6 @@ class ShardingConfig:
         dimensions = {
             "heads": (model.num_attention_heads, "num_attention_heads"),
             "kv_heads": (model.num_key_value_heads, "num_key_value_heads"),
-            "head_dim": (model.head_dim, "head_dim"),
-            "embed": (model.hidden_size, "hidden_size"),
             "experts": (model.num_experts, "num_experts"),
             "expert_hidden": (model.moe_intermediate_size, "moe_intermediate_size"),
             "vocab": (model.vocab_size, "vocab_size"),
@@ -214,16 +212,13 @@ class _Reader:
             self.fail(field, axes, "axes that differ: each can split it once")
         return tuple(axes)
 
-    def refuse_repeats(self, rules: Mapping[str, tuple[str, ...]], together: tuple[str, ...]) -> None:
-        used: dict[str, str] = {}
-        for name in together:
-            for axis in rules.get(name, ()):
-                if axis in used:
-                    raise UserError(
-                        f"{self._source}: mesh axis {axis} is used twice, by rules.{used[axis]} and rules.{name}, "
-                        f"which one array has together ({', '.join(together)}); one of them must go over another axis"
-                    )
-                used[axis] = name
+    def refuse_repeats(self, rules: Mapping[str, tuple[str, ...]], first: str, second: str) -> None:
+        for axis in rules.get(first, ()):
+            if axis in rules.get(second, ()):
+                raise UserError(
+                    f"{self._source}: mesh axis {axis} is used twice, by rules.{first} and rules.{second}, which split "
+                    "the same array; one of them must go over another axis"
+                )
 
 
 class _Loader(yaml.SafeLoader):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
@@ -27,18 +28,18 @@ class Layout:
     """How arrays lie over devices; hashable, so static in compiled steps. Two of the same file and devices are equal.
 
     Attributes:
-      mesh: the devices.
+      mesh: the devices, or only their number along each axis.
       rules: the mesh axes of each logical axis that is split, those of one device left out.
       expert_exchange: "all_gather" or "all_to_all".
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rules: tuple[tuple[str, tuple[str, ...]], ...]
     expert_exchange: str = "all_gather"
 
     @classmethod
     def create(
-        cls, sharding: ShardingConfig, model: KeyeConfig | None = None, devices: Sequence[jax.Device] | None = None
+        cls, sharding: ShardingConfig, model: KeyeConfig | None = None, devices: Sequence[Any] | None = None
     ) -> Layout:
         """The layout of a sharding file.
 
@@ -60,7 +61,23 @@ class Layout:
                 f"{sharding.source}: the mesh uses {needed} devices; {len(processes)} processes have {len(devices)}, "
                 "and all must be used"
             )
-        mesh = Mesh(_arrange(sharding, sizes, devices[:needed]), tuple(sizes))
+        return cls._on(Mesh(_arrange(sharding, sizes, devices[:needed]), tuple(sizes)), sharding)
+
+    @classmethod
+    def abstract(cls, sharding: ShardingConfig, model: KeyeConfig, devices: int) -> Layout:
+        """The layout that `create` would make of so many devices, to compute with; nothing can be put there.
+
+        Raises:
+          UserError: as `create` does.
+        """
+        sizes = sharding.sizes(devices)
+        sharding.check(model, sizes)
+        axis_types = (AxisType.Auto,) * len(sizes)
+        return cls._on(AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types), sharding)
+
+    @classmethod
+    def _on(cls, mesh: Mesh | AbstractMesh, sharding: ShardingConfig) -> Layout:
+        sizes = mesh.shape
         rules = {name: tuple(axis for axis in axes if sizes[axis] > 1) for name, axes in sharding.rules}
         exchange = sharding.experts
         if exchange == AUTO:
@@ -87,15 +104,24 @@ class Layout:
     def parameters(self, model: KeyeConfig) -> dict[str, Any]:
         """The sharding of each parameter, nested by module path as `convert.load_params` takes them."""
         tree: dict[str, Any] = {}
-        for path, variable in nnx.to_flat_state(nnx.state(Keye.abstract(model))):
+        for path, (_, axes) in parameter_axes(model).items():
             node = tree
             for key in path[:-1]:
-                node = node.setdefault(str(key), {})
-            node[str(path[-1])] = self.sharding(*variable.get_metadata("axes"))
+                node = node.setdefault(key, {})
+            node[path[-1]] = self.sharding(*axes)
         return tree
 
 
-def _arrange(sharding: ShardingConfig, sizes: dict[str, int], devices: list[jax.Device]) -> np.ndarray:
+@functools.cache
+def parameter_axes(model: KeyeConfig) -> dict[tuple[str, ...], tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Shape and logical axes of each parameter, by module path."""
+    return {
+        tuple(map(str, path)): (variable.shape, variable.get_metadata("axes"))
+        for path, variable in nnx.to_flat_state(nnx.state(Keye.abstract(model)))
+    }
+
+
+def _arrange(sharding: ShardingConfig, sizes: dict[str, int], devices: list[Any]) -> np.ndarray:
     """The devices in the mesh's shape, neighbours in the network next to each other on its inner axes."""
     slices = {getattr(device, "slice_index", 0) for device in devices}
     shape = tuple(sizes.values())

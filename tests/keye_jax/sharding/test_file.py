@@ -43,9 +43,10 @@ def read(tmp_path, text):
         (MESH + "rules: {experts: tensor}", "rules.experts is 'tensor'; it must be an axis of the mesh: data, seq"),
         (MESH + "rules: {experts: [data, data]}", "rules.experts is ['data', 'data']; it must be axes that differ"),
         (
-            MESH + "rules: {batch: data, query_sequence: [data, sequence]}",
-            "mesh axis data is used twice, by rules.batch and rules.query_sequence, which one array has together",
+            MESH + "rules: {cache_sequence: [data, sequence], heads: data, kv_heads: data}",
+            "mesh axis data is used twice, by rules.cache_sequence and rules.heads, which split the same array; one of",
         ),
+        (MESH + "rules: {heads: data}", "rules.kv_heads is None; it must be that of rules.heads"),
         (
             MESH + "rules: {experts: [data, sequence], expert_hidden: sequence}",
             "mesh axis sequence is used twice, by rules.experts and rules.expert_hidden",
@@ -80,7 +81,7 @@ def test_auto_takes_all_devices_or_says_why_it_cannot(tmp_path):
     ("rule", "message"),
     [
         (
-            "kv_heads: tensor",
+            "heads: tensor, kv_heads: tensor",
             "rules.kv_heads splits num_key_value_heads 4 into 8 (tensor 8), which does not",
         ),
         ("experts: [tensor, data]", "rules.experts splits num_experts 128 into 24 (tensor 8 x data 3)"),
