@@ -38,6 +38,9 @@ type Mix = Callable[..., jax.Array]
 type MixOwn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """What a device's experts add to tokens it has got: `(x, experts, weights)`."""
 
+type _Offsets = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""Of `jax.lax.ragged_all_to_all`: input offsets, send sizes, output offsets, receive sizes."""
+
 
 def run_experts(moe: MoE, x: jax.Array, valid: jax.Array, mix: Mix, parallel: Parallel) -> tuple[jax.Array, jax.Array]:
     """Runs each valid token through its experts, wherever they are.
@@ -148,7 +151,7 @@ def _to_owners_and_back(
     there = (begins, counts, ahead_of_mine[me], received)
     back = (ahead_of_mine[:, me], received, (jnp.cumsum(sizes, axis=1) - sizes)[:, me], counts)
 
-    def send(rows: jax.Array, into: jax.Array, how: tuple[jax.Array, ...]) -> jax.Array:
+    def send(rows: jax.Array, into: jax.Array, how: _Offsets) -> jax.Array:
         with jax.named_scope("collectives"):
             return _ragged_all_to_all(rows, into, *how, axes, parallel)
 
