@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from keye_jax.errors import UserError
 
@@ -170,8 +170,12 @@ class _Job:
         self._client.wait_at_barrier("keye/start", _START_S * 1000)
         names = self._read("keye/name/")
         self.names = [names[i] for i in range(processes)]
+        # Libraries below Python write to standard output too, which is for the answer.
+        answer = os.dup(1) if process_id == 0 else os.open(os.devnull, os.O_WRONLY)
+        sys.stdout = os.fdopen(answer, "w", buffering=1)
+        os.dup2(2, 1)
         if process_id:
-            sys.stdout = sys.stderr = _nowhere()
+            sys.stderr = sys.stdout
             self._name_the_coordinator_when_jax_aborts()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -233,7 +237,3 @@ class _Job:
 
 
 _job: _Job | None = None
-
-
-def _nowhere() -> TextIO:
-    return open(os.devnull, "w")  # noqa: PTH123 (for the rest of the process)
