@@ -204,6 +204,19 @@ def test_batches_of_different_lengths_decode_alike(batch, mesh, rules, attention
     np.testing.assert_allclose(results[1], results[0], atol=ATOL)
 
 
+def test_float8_index_keys_and_their_scales_travel_too():
+    """A rounding that falls the other way may change a selection: of a token now and then, not of all that follow."""
+    model, config = golden_model("a")
+    options = AttentionOptions(indexer_dtype="float8_e4m3fn")
+    (one, _, one_tokens), (many, _, tokens) = (
+        read_and_write(Runner(model, config, options=options, layout=layout))
+        for layout in (None, layout_of(config, {"x": 4}, ONE_AXIS))
+    )
+    assert np.abs(one - expected("a", 2)[0]).max() > 0.5
+    assert np.mean(np.abs(many - one).max(axis=-1) < ATOL) > 0.9
+    assert tokens == one_tokens
+
+
 def test_of_equal_scores_the_lower_positions_win_on_any_device():
     """Index queries of zeros: all scores are equal, and the first positions are selected, whoever has them."""
     model, config = golden_model("a")
