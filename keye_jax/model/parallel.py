@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
     from keye_jax.sharding import Layout
@@ -38,9 +38,10 @@ class Parallel:
       batch, query_sequence, cache_sequence, heads, kv_heads, experts, expert_hidden, vocab, vision_patches: mesh axes,
         outermost first.
       expert_exchange: "all_gather" or "all_to_all".
+      platform: of the devices, to JAX.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     batch: Axes
     query_sequence: Axes
     cache_sequence: Axes
@@ -51,6 +52,7 @@ class Parallel:
     vocab: Axes
     vision_patches: Axes
     expert_exchange: str
+    platform: str
 
     @classmethod
     def of(cls, layout: Layout, batch: int, tokens: int) -> Parallel:
@@ -77,6 +79,7 @@ class Parallel:
             vocab=layout.axes("vocab"),
             vision_patches=layout.axes("vision_patches"),
             expert_exchange=layout.expert_exchange,
+            platform=layout.platform,
         )
 
     @property
@@ -88,10 +91,6 @@ class Parallel:
     def pages(self) -> Axes:
         """Axes that split the cache's pages: those of different sequences, then those of different positions."""
         return self.batch + self.cache_sequence
-
-    @property
-    def platform(self) -> str:
-        return self.mesh.devices.flat[0].platform
 
     def size(self, axes: Axes) -> int:
         """Into how many parts `axes` split."""

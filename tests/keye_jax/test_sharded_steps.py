@@ -213,7 +213,7 @@ def test_a_decoding_step_moves_what_it_must_and_no_weights(models):
     """A layer exchanges candidates, parts of the attention and sums of the experts; the model embeds and gathers logits."""
     model, config, _ = models["a"]
     runner = Runner(model, config, layout=layout_of(config, {"x": 4}, ONE_AXIS))
-    program = runner.lower_decode(1, 4096).compile().as_text()
+    program = runner.decode_program(1, 4096).lower().compile().as_text()
     moved = re.findall(
         r"= (\S+) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", program
     )
