@@ -1,6 +1,7 @@
 """Experts on different devices against one device, for any routing, however the tokens get there."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,18 @@ def tokens(config, seed=0):
     return jnp.asarray(x)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _turns_of_a_few_rows():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expert_parallel, "_FEW_ROWS", 8)
+        yield
+
+
+@functools.partial(jax.jit, static_argnames="parallel")
+def run(moe, x, valid, parallel):
+    return placed(moe, parallel)(x, valid, implementation=None, parallel=parallel)
+
+
 EVERYWHERE = {"batch": "x", "query_sequence": ["y", "z"], "experts": ["z", "x", "y"]}
 SOME_AXES = {"batch": "x", "query_sequence": "y", "experts": ["z", "y"], "expert_hidden": "x"}
 
@@ -52,16 +65,15 @@ SOME_AXES = {"batch": "x", "query_sequence": "y", "experts": ["z", "y"], "expert
 @pytest.mark.parametrize(
     "favourites", [(), (3, 5, 9, 14), (0, 1, 2, 3), (12, 13, 14, 15)], ids=["any", "four", "first", "last"]
 )
-def test_any_routing(config, favourites, exchange, rules, monkeypatch):
+def test_any_routing(config, favourites, exchange, rules):
     """Experts that get every token, devices whose experts get none, and turns of a few rows each."""
-    monkeypatch.setattr(expert_parallel, "_FEW_ROWS", 8)
     moe, parallel = steered(config, list(favourites)), parallel_of(config, exchange, rules)
     x = tokens(config)
     valid = jnp.asarray(np.random.default_rng(1).random((BATCH, TOKENS)) < 0.8)
     expected, chosen = moe(x, valid, implementation=None)
     if favourites:
         assert set(np.unique(chosen)) == set(favourites)
-    got, got_chosen = jax.jit(lambda moe: placed(moe, parallel)(x, valid, implementation=None, parallel=parallel))(moe)
+    got, got_chosen = run(moe, x, valid, parallel)
     np.testing.assert_allclose(np.asarray(got), np.asarray(expected), atol=1e-4)
     np.testing.assert_array_equal(np.asarray(got_chosen), np.asarray(chosen))
     assert not np.asarray(got)[~np.asarray(valid)].any()
@@ -82,7 +94,7 @@ def placed(moe, parallel):
 def test_without_a_valid_token_there_is_nothing_to_do(config):
     moe, parallel = steered(config, []), parallel_of(config, "all_to_all", EVERYWHERE)
     nothing = jnp.zeros((BATCH, TOKENS), bool)
-    got, _ = jax.jit(lambda moe: moe(tokens(config), nothing, implementation=None, parallel=parallel))(moe)
+    got, _ = run(moe, tokens(config), nothing, parallel)
     assert not np.asarray(got).any()
 
 
