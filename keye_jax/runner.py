@@ -109,7 +109,7 @@ class Runner:
             parallel=self.parallel(batch, 1),
         )
 
-    def lower_prefill(self, tokens: int) -> list[jax.stages.Lowered]:
+    def prefill_programs(self, tokens: int) -> list[jax.stages.Traced]:
         """The steps that `prefill` takes for a prompt of so many tokens, in a cache made for just these."""
         chunk = self.chunk(tokens)
         parallel = self.parallel(1, chunk)
@@ -120,30 +120,30 @@ class Runner:
         cache = self._cache_shape(tokens, 1)
         ends = [min(start + chunk, tokens) for start in range(0, tokens, chunk)]
         return [
-            steps.read.lower(
+            steps.read.trace(
                 self._structure, self._arrays, x, positions, count, cache, parallel=parallel, options=options
             )
             for options in {self.options.for_context(end): None for end in ends}
         ]
 
-    def lower_decode(self, batch: int, capacity: int) -> jax.stages.Lowered:
+    def decode_program(self, batch: int, capacity: int) -> jax.stages.Traced:
         """The step of `decode` for caches of this size."""
         each = self._shape((batch,), jnp.int32)
         cache = self._cache_shape(capacity, batch)
         options, parallel = self.options.for_context(cache.capacity), self.parallel(batch, 1)
-        return steps.decode.lower(self._structure, self._arrays, each, each, cache, parallel=parallel, options=options)
+        return steps.decode.trace(self._structure, self._arrays, each, each, cache, parallel=parallel, options=options)
 
     def compile_prefill(self, tokens: int) -> int:
-        """Compiles the steps of `lower_prefill`.
+        """Compiles the steps of `prefill_programs`.
 
         Returns:
           the most bytes that a step needs beyond its arguments and results, on each device.
         """
-        return max(_workspace(step) for step in self.lower_prefill(tokens))
+        return max(_workspace(step) for step in self.prefill_programs(tokens))
 
     def compile_decode(self, batch: int, capacity: int) -> int:
-        """Compiles the step of `lower_decode`; returns what `compile_prefill` does."""
-        return _workspace(self.lower_decode(batch, capacity))
+        """Compiles the step of `decode_program`; returns what `compile_prefill` does."""
+        return _workspace(self.decode_program(batch, capacity))
 
     def _shape(self, shape: tuple[int, ...], dtype: jnp.dtype, *dimensions: Axes) -> jax.ShapeDtypeStruct:
         sharding = jax.NamedSharding(self.layout.mesh, spec(*dimensions)) if self.layout else None
@@ -333,8 +333,8 @@ class Runner:
         return steps.decode(self._structure, self._arrays, tokens, delta, cache, parallel=parallel, options=options)
 
 
-def _workspace(step: jax.stages.Lowered) -> int:
-    analysis = step.compile().memory_analysis()
+def _workspace(step: jax.stages.Traced) -> int:
+    analysis = step.lower().compile().memory_analysis()
     return analysis.temp_size_in_bytes if analysis else 0
 
 

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from keye_jax import distributed
-from keye_jax.cli import bench, convert, generate, inspect, verify
+from keye_jax.cli import bench, convert, generate, inspect, plan, verify
 from keye_jax.errors import UserError
 from pallas_kernels.errors import UnsupportedError
 
@@ -21,6 +21,7 @@ app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
+app.command("plan")(plan.plan)
 app.command("generate", cls=generate.InOrder)(generate.generate)
 
 

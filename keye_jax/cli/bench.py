@@ -62,7 +62,7 @@ def bench(
     Prompts are made-up video, whose embeddings drift from token to token, tuned so that 16 neighbouring queries select
     about 8,192 of 131,072 keys together. What does not fit the device is refused before it is tried.
     """
-    lengths = [_tokens("--prefill", text) for text in _items(prefill)]
+    lengths = [options.tokens("--prefill", text) for text in _items(prefill)]
     batches = [_batch_and_context(text) for text in _items(decode)]
     chunk = options.prefill_chunk_size(prefill_chunk)
     if repeats < 1:
@@ -281,19 +281,11 @@ def _items(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def _tokens(option: str, text: str) -> int:
-    """A number of tokens, "8192" or "8K"."""
-    number, unit = (text[:-1], 1024) if text[-1:] in "kK" else (text, 1)
-    if not number.isdecimal() or int(number) < 1:
-        raise UserError(f"{option} has {text!r}; it must be a number of tokens such as 8192 or 8K")
-    return int(number) * unit
-
-
 def _batch_and_context(text: str) -> tuple[int, int]:
     batch, _, context = text.partition("x")
     if not batch.isdecimal() or int(batch) < 1:
         raise UserError(f"--decode has {text!r}; it must be sequences x tokens, such as 4x32K")
-    return int(batch), _tokens("--decode", context or "?")
+    return int(batch), options.tokens("--decode", context or "?")
 
 
 def _size(tokens: int) -> str:

@@ -85,6 +85,14 @@ def attention_options(
     return AttentionOptions(attention, implementation, dense_below, indexer_dtype)
 
 
+def tokens(option: str, text: str) -> int:
+    """A number of tokens, "8192" or "8K". Raises UserError for anything else."""
+    number, unit = (text[:-1], 1024) if text[-1:] in "kK" else (text, 1)
+    if not number.isdecimal() or int(number) < 1:
+        raise UserError(f"{option} has {text!r}; it must be a number of tokens such as 8192 or 8K")
+    return int(number) * unit
+
+
 def prefill_chunk_size(value: int | None) -> int | None:
     """A checked prefill chunk; None for the device's own. Raises UserError if it is not positive."""
     if value is not None and value < 1:

@@ -38,6 +38,7 @@ class Parallel:
       batch, query_sequence, cache_sequence, heads, kv_heads, experts, expert_hidden, vocab, vision_patches: mesh axes,
         outermost first.
       expert_exchange: "all_gather" or "all_to_all".
+      platform: of the devices, to JAX.
     """
 
     mesh: Mesh | AbstractMesh
@@ -51,6 +52,7 @@ class Parallel:
     vocab: Axes
     vision_patches: Axes
     expert_exchange: str
+    platform: str
 
     @classmethod
     def of(cls, layout: Layout, batch: int, tokens: int) -> Parallel:
@@ -77,6 +79,7 @@ class Parallel:
             vocab=layout.axes("vocab"),
             vision_patches=layout.axes("vision_patches"),
             expert_exchange=layout.expert_exchange,
+            platform=layout.platform,
         )
 
     @property
@@ -88,11 +91,6 @@ class Parallel:
     def pages(self) -> Axes:
         """Axes that split the cache's pages: those of different sequences, then those of different positions."""
         return self.batch + self.cache_sequence
-
-    @property
-    def platform(self) -> str:
-        assert isinstance(self.mesh, Mesh)
-        return self.mesh.devices.flat[0].platform
 
     def size(self, axes: Axes) -> int:
         """Into how many parts `axes` split."""

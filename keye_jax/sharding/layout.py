@@ -31,11 +31,13 @@ class Layout:
       mesh: the devices, or only their number along each axis.
       rules: the mesh axes of each logical axis that is split, those of one device left out.
       expert_exchange: "all_gather" or "all_to_all".
+      platform: what the devices are to JAX: "cpu", "gpu" or "tpu".
     """
 
     mesh: Mesh | AbstractMesh
     rules: tuple[tuple[str, tuple[str, ...]], ...]
     expert_exchange: str = "all_gather"
+    platform: str = "cpu"
 
     @classmethod
     def create(
@@ -61,10 +63,10 @@ class Layout:
                 f"{sharding.source}: the mesh uses {needed} devices; {len(processes)} processes have {len(devices)}, "
                 "and all must be used"
             )
-        return cls._on(Mesh(_arrange(sharding, sizes, devices[:needed]), tuple(sizes)), sharding)
+        return cls._on(Mesh(_arrange(sharding, sizes, devices[:needed]), tuple(sizes)), sharding, devices[0].platform)
 
     @classmethod
-    def abstract(cls, sharding: ShardingConfig, model: KeyeConfig, devices: int) -> Layout:
+    def abstract(cls, sharding: ShardingConfig, model: KeyeConfig, devices: int, platform: str) -> Layout:
         """The layout that `create` would make of so many devices, to compute with; nothing can be put there.
 
         Raises:
@@ -73,17 +75,17 @@ class Layout:
         sizes = sharding.sizes(devices)
         sharding.check(model, sizes)
         axis_types = (AxisType.Auto,) * len(sizes)
-        return cls._on(AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types), sharding)
+        return cls._on(AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types), sharding, platform)
 
     @classmethod
-    def _on(cls, mesh: Mesh | AbstractMesh, sharding: ShardingConfig) -> Layout:
+    def _on(cls, mesh: Mesh | AbstractMesh, sharding: ShardingConfig, platform: str) -> Layout:
         sizes = mesh.shape
         rules = {name: tuple(axis for axis in axes if sizes[axis] > 1) for name, axes in sharding.rules}
         exchange = sharding.experts
         if exchange == AUTO:
             ranks = math.prod(sizes[axis] for axis in rules.get("experts", ()))
             exchange = "all_gather" if ranks <= FEW_EXPERT_RANKS else "all_to_all"
-        return cls(mesh, tuple((name, axes) for name, axes in rules.items() if axes), exchange)
+        return cls(mesh, tuple((name, axes) for name, axes in rules.items() if axes), exchange, platform)
 
     def axes(self, name: str | None) -> tuple[str, ...]:
         """Mesh axes of more than one device that the logical axis `name` is split over, the outermost first."""

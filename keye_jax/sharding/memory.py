@@ -11,23 +11,29 @@ import jax.numpy as jnp
 
 from keye_jax.cache import Cache
 from keye_jax.config import KeyeConfig
-from keye_jax.model.keye import Keye
 from keye_jax.model.parallel import Parallel
 from keye_jax.runner import round_up
 from keye_jax.sharding.layout import Layout, parameter_axes
 
 
-def weight_bytes(config: KeyeConfig, layout: Layout | None = None, *, dtype: str | None = None) -> int:
+def weight_bytes(
+    config: KeyeConfig, layout: Layout | None = None, *, dtype: str | None = None, only: tuple[str, ...] = ()
+) -> int:
     """Bytes of the parameters on one device.
 
     Args:
       layout: how they lie over devices; None for all on one.
       dtype: of the parameters; the config's if left out.
+      only: names of modules; of these alone, if given.
     """
     itemsize = jnp.dtype(dtype or config.dtype).itemsize
+    arrays = (
+        (shape, axes)
+        for path, (shape, axes) in parameter_axes(config).items()
+        if not only or not set(only).isdisjoint(path)
+    )
     if layout is None:
-        return Keye.parameter_count(config) * itemsize
-    arrays = parameter_axes(config).values()
+        return sum(math.prod(shape) for shape, _ in arrays) * itemsize
     return sum(math.prod(layout.sharding(*axes).shard_shape(shape)) for shape, axes in arrays) * itemsize
 
 
