@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from convert import checks, detect
 from convert.checks import Found
-from convert.orbax_io import OrbaxSource, flatten, nest, on_device
+from convert.orbax_io import OrbaxSource, Stored, chunk_axis, flatten, nest, on_device
 from convert.reader import SafetensorsSource
 from keye_jax.config import KeyeConfig
 
@@ -27,8 +31,9 @@ def load_params(
 ) -> dict[str, Any]:
     """Loads the arrays of the model; those that a checkpoint carries for others' sake are not read.
 
-    From Orbax each host reads only the shards of its own devices. From safetensors each host reads one tensor at a
-    time, whole, and keeps the shards of its own devices. Host memory: the largest tensor twice.
+    From Orbax each host reads only the shards of its own devices; of a large array that goes to all devices each reads
+    a part, and the devices exchange the parts. From safetensors each host reads one tensor at a time, whole, and keeps
+    the shards of its own devices. Host memory: the largest tensor twice.
 
     Args:
       path: a checkpoint of either kind.
@@ -81,5 +86,37 @@ def _place(source: SafetensorsSource, item: Found, dtype: Any, sharding: Shardin
 def _restore(
     source: OrbaxSource, wanted: list[Found], dtype: Any, targets: dict[tuple[str, ...], Sharding | None]
 ) -> dict[tuple[str, ...], Any]:
-    paths = [item.tensor.path for item in wanted]
-    return source.restore({path: on_device(source.entries[path], dtype, targets[path]) for path in paths})
+    requests, moves = {}, {}
+    for path in (item.tensor.path for item in wanted):
+        entry, target = source.entries[path], targets[path]
+        apart = _apart(entry, target) if isinstance(target, NamedSharding) else None
+        if apart is not None:
+            moves[path] = target
+        requests[path] = on_device(entry, dtype, apart or target)
+    arrays = source.restore(requests)
+    for path, target in moves.items():
+        # One at a time, so that no more than one is there twice.
+        arrays[path] = jax.block_until_ready(_move(arrays[path], target))
+    return arrays
+
+
+def _apart(entry: Stored, target: NamedSharding) -> NamedSharding | None:
+    """A sharding in which devices read different chunks; None if the array is small, or is so in `target`."""
+    axis = chunk_axis(entry.shape, entry.nbytes)
+    if axis is None:
+        return None
+    spec = [*target.spec, *[None] * (len(entry.shape) - len(target.spec))]
+    split: list[tuple[str, ...]] = [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec]
+    used, sizes = set(itertools.chain(*split)), target.mesh.shape
+    parts = math.prod(sizes[name] for name in split[axis])
+    for name, size in sizes.items():
+        if name not in used and entry.shape[axis] % (parts * size) == 0:
+            split[axis] += (name,)
+            parts *= size
+    apart = NamedSharding(target.mesh, PartitionSpec(*split))
+    return None if apart.is_equivalent_to(target, len(entry.shape)) else apart
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _move(array: jax.Array, target: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(array, target)

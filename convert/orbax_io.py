@@ -28,8 +28,9 @@ MANIFEST = "checkpoint.json"
 
 # Bytes that Orbax may hold while it restores, besides the arrays themselves.
 _READ_BYTES = 1 << 30
-# Arrays whose slices along the first axis are at least this large are stored a slice a chunk: the experts, that is.
-_CHUNK_BYTES = 1 << 20
+# Larger arrays are stored in chunks, so that several hosts can share them out: along the first axis whose slices are at
+# least this large, the experts' or the heads', or else in up to so many pieces of the longest axis.
+_CHUNKED_BYTES, _SLICE_BYTES, _PIECES = 1 << 20, 1 << 17, 64
 # Metadata is smaller than this. Before a merge, smaller files are copied and larger ones linked.
 _COPIED_BYTES = 1 << 20
 
@@ -75,13 +76,24 @@ def _saving_context() -> ocp.Context:
     options = type(context.array.saving.storage_options)
 
     def chunks(key: Any, value: Any) -> Any:
-        # One expert a chunk: every split of the experts over devices is then whole chunks.
-        if value.ndim == 3 and value.nbytes >= value.shape[0] * _CHUNK_BYTES:
-            return options(chunk_byte_size=value.nbytes // value.shape[0], shard_axes=(0,))
-        return None
+        axis = chunk_axis(value.shape, value.nbytes)
+        if axis is None:
+            return None
+        if value.nbytes >= value.shape[axis] * _SLICE_BYTES:
+            # One expert a chunk: every split of the experts over devices is then whole chunks.
+            return options(chunk_byte_size=value.nbytes // value.shape[axis], shard_axes=(axis,))
+        return options(chunk_byte_size=max(_CHUNKED_BYTES, value.nbytes // _PIECES))
 
     context.array.saving.scoped_storage_options_creator = chunks
     return context
+
+
+def chunk_axis(shape: tuple[int, ...], nbytes: int) -> int | None:
+    """The axis along which an array is stored in chunks; None if it is in one."""
+    if nbytes <= _CHUNKED_BYTES:
+        return None
+    slices = (axis for axis, size in enumerate(shape) if nbytes >= size * _SLICE_BYTES)
+    return next(slices, max(range(len(shape)), key=lambda axis: shape[axis]))
 
 
 class OrbaxWriter:
@@ -114,7 +126,7 @@ class OrbaxWriter:
 
     def save(self, arrays: Mapping[ArrayPath, np.ndarray]) -> None:
         """Saves one group; it is on the disk when this returns. Memory: about the largest array once more."""
-        with self._context:
+        with self._context, _quiet():
             ocp.partial.save(str(self._final), nest(arrays))
 
     def saved(self) -> list[str]:

@@ -11,18 +11,21 @@ import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Sharding
 
-from keye_jax.cache import Cache, bytes_per_token
+from keye_jax.cache import Cache
 from keye_jax.config import KeyeConfig
 from keye_jax.model.keye import Keye
 from keye_jax.model.positions import mrope_positions
-from keye_jax.runner import Runner, round_up
+from keye_jax.runner import Runner
 from keye_jax.sampling import Sampling
+from keye_jax.sharding import Layout
 
 WEIGHT_SCALE = 0.02
 """Standard deviation of random matrices, as such models are initialised with."""
@@ -34,8 +37,11 @@ NOISE = 0.33
 """Share of each token's embedding that is its own; with 0.33 sixteen neighbouring queries of a model with random
 weights select about 8,192 of 131,072 keys together, with 1 tokens are unrelated."""
 
-PARTS = ("indexer", "selection", "attention", "experts")
+PARTS = ("indexer", "selection", "attention", "experts", "collectives")
 """Named scopes of the model that device time is told apart by; what is in none of them is the rest."""
+
+_COLLECTIVES = ("nccl", "all_gather", "allgather", "all_reduce", "allreduce", "reduce_scatter", "all_to_all")
+"""What the names of kernels that move data between devices hold, whatever scope they are in."""
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -44,23 +50,36 @@ _DECODE_STEPS = 16
 _DECODE_SAMPLES = 5
 
 
-def random_model(config: KeyeConfig, seed: int = 0) -> Keye:
-    """A model of random weights, made where they are kept, one array at a time."""
+def random_model(config: KeyeConfig, seed: int = 0, layout: Layout | None = None) -> Keye:
+    """A model of random weights, the same on any layout, made where they are kept, one array at a time."""
     graph, state = nnx.split(Keye.abstract(config))
-    flat, key = [], jax.random.key(seed)
+    flat = []
     for index, (path, variable) in enumerate(nnx.to_flat_state(state)):
-        if len(variable.shape) == 1:
-            fill = 0 if path[-1] == "bias" else 1
-            array = jnp.full(variable.shape, fill, variable.dtype)
+        shape, dtype = variable.shape, variable.dtype
+        sharding = layout.sharding(*variable.get_metadata("axes")) if layout else None
+        if len(shape) == 1:
+            array = _full(shape, 0 if path[-1] == "bias" else 1, dtype, sharding)
         else:
-            array = _normal(jax.random.fold_in(key, index), variable.shape, variable.dtype)
+            array = _normal(np.uint32(seed), np.uint32(index), shape, dtype, sharding)
         flat.append((path, variable.replace(array)))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    return (jax.random.normal(key, shape) * WEIGHT_SCALE).astype(dtype)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _full(shape: tuple[int, ...], value: float, dtype: jnp.dtype, sharding: Sharding | None) -> jax.Array:
+    return _on(jnp.full(shape, value, dtype), sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _normal(
+    seed: jax.Array, index: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding | None
+) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(seed), index)
+    return _on((jax.random.normal(key, shape) * WEIGHT_SCALE).astype(dtype), sharding)
+
+
+def _on(x: jax.Array, sharding: Sharding | None) -> jax.Array:
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +97,14 @@ class Prompt:
     embeds: jax.Array
 
     @classmethod
-    def video(cls, config: KeyeConfig, tokens: int, *, noise: float = NOISE, seed: int = 0) -> Prompt:
+    def video(
+        cls, config: KeyeConfig, tokens: int, *, noise: float = NOISE, seed: int = 0, layout: Layout | None = None
+    ) -> Prompt:
         """`tokens` tokens whose embeddings drift from one random vector to the next within a frame.
 
         Args:
           noise: from 0 to 1, the part of each embedding that is its own.
+          layout: of the runner that reads it.
         """
         ids = np.full(tokens, config.video_token_id, np.int32)
         side = FRAME * config.vision_config.spatial_merge_size
@@ -96,7 +118,8 @@ class Prompt:
             video_token_id=config.video_token_id,
             merge_size=config.vision_config.spatial_merge_size,
         )
-        embeds = _drift(jax.random.key(seed), tokens, config.hidden_size, noise, config.jax_dtype)
+        everywhere = layout.sharding() if layout else None
+        embeds = _drift(np.uint32(seed), tokens, config.hidden_size, noise, config.jax_dtype, everywhere)
         return cls(ids, positions[:, :tokens], embeds)
 
     def upto(self, tokens: int) -> Prompt:
@@ -104,25 +127,17 @@ class Prompt:
         return Prompt(self.input_ids[:tokens], self.positions[:, :tokens], self.embeds[:tokens])
 
 
-@functools.partial(jax.jit, static_argnames=("tokens", "width", "noise", "dtype"))
-def _drift(key: jax.Array, tokens: int, width: int, noise: float, dtype: jnp.dtype) -> jax.Array:
-    anchors_key, noise_key = jax.random.split(key)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _drift(
+    seed: jax.Array, tokens: int, width: int, noise: float, dtype: jnp.dtype, sharding: Sharding | None
+) -> jax.Array:
+    anchors_key, noise_key = jax.random.split(jax.random.key(seed))
     anchors = jax.random.normal(anchors_key, (tokens // FRAME**2 + 2, width))
     frame, phase = jnp.divmod(jnp.arange(tokens), FRAME**2)
     angle = (phase / FRAME**2 * jnp.pi / 2)[:, None]
     smooth = jnp.cos(angle) * anchors[frame] + jnp.sin(angle) * anchors[frame + 1]
     own = jax.random.normal(noise_key, smooth.shape)
-    return ((1 - noise**2) ** 0.5 * smooth + noise * own).astype(dtype)
-
-
-def weight_bytes(config: KeyeConfig) -> int:
-    """Bytes of the model's parameters."""
-    return Keye.parameter_count(config) * config.jax_dtype.itemsize
-
-
-def cache_bytes(config: KeyeConfig, batch: int, context: int) -> int:
-    """Bytes of the cache of `batch` sequences of `context` tokens."""
-    return batch * round_up(context) * bytes_per_token(config)
+    return _on(((1 - noise**2) ** 0.5 * smooth + noise * own).astype(dtype), sharding)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,15 +156,19 @@ class Timing:
 
 
 def compile_steps(
-    runners: Iterable[Runner], prompts: Iterable[int], batches: Iterable[tuple[int, int]], *, traced: Runner
+    runners: Iterable[Runner], prompts: Iterable[int], batches: Iterable[tuple[int, int]], *, traced: Runner | None
 ) -> None:
-    """Compiles side by side all that `time_prefill`, `union_sizes` (of `traced`) and `time_decode` will need."""
+    """Compiles side by side all that `time_prefill`, `union_sizes` (of `traced`) and `time_decode` will need.
+
+    Several processes of a job compile one program after the other: they have to do so in one order.
+    """
     compiling = [
-        *(functools.partial(traced.compile_trace, _TAIL, tokens) for tokens in prompts),
         *(functools.partial(runner.compile_prefill, tokens) for runner in runners for tokens in prompts),
         *(functools.partial(runner.compile_write, *sizes, GREEDY) for runner in runners for sizes in batches),
     ]
-    with ThreadPoolExecutor() as pool:
+    if traced:
+        compiling += [functools.partial(traced.compile_trace, _TAIL, tokens) for tokens in prompts]
+    with ThreadPoolExecutor(1 if jax.process_count() > 1 else None) as pool:
         for done in [pool.submit(compile_one) for compile_one in compiling]:
             done.result()
 
@@ -159,7 +178,7 @@ def time_prefill(runner: Runner, prompt: Prompt, repeats: int) -> tuple[Timing, 
     tokens = len(prompt.input_ids)
     workspace = runner.compile_prefill(tokens)
     # As far as every program that is needed has run once.
-    ends = [*range(runner.prefill_chunk, tokens, runner.prefill_chunk), tokens]
+    ends = [*range(runner.chunk(tokens), tokens, runner.chunk(tokens)), tokens]
     last = runner.options.for_context(tokens)
     warm = next(end for end in ends if runner.options.for_context(end) == last)
     read_prompt(runner, prompt.upto(warm), capacity=tokens)
@@ -188,36 +207,38 @@ def union_sizes(runner: Runner, prompt: Prompt, cache: Cache) -> np.ndarray:
       cache: holds `prompt`, whose last tokens are read into it once more; donated.
     """
     before = len(prompt.input_ids) - _TAIL
-    cache = dataclasses.replace(cache, lengths=jnp.full_like(cache.lengths, before))
+    cache = dataclasses.replace(cache, lengths=runner.put(np.full(1, before, np.int32)))
     tail = prompt.input_ids[before:], prompt.positions[:, before:], prompt.embeds[before:]
     ((_, _, found, _),) = runner.trace(*tail, cache)
     sizes = []
     for layer in found:
         assert layer.attention.selected is not None
-        groups = np.asarray(layer.attention.selected[0]).reshape(_TAIL // _GROUP, -1)
+        groups = np.asarray(layer.attention.selected[0, :_TAIL]).reshape(_TAIL // _GROUP, -1)
         sizes.append(np.mean([len(np.unique(group[group >= 0])) for group in groups]))
     return np.asarray(sizes)
 
 
 def random_cache(runner: Runner, batch: int, context: int, length: int, seed: int = 0) -> Cache:
     """A cache of random keys and values with room for `context` tokens a sequence, `length` of them there."""
-    cache, key = runner.new_cache(context, batch), jax.random.key(seed)
+    cache = runner.new_cache(context, batch)
     leaves, tree = jax.tree.flatten(cache.layers)
-    layers = jax.tree.unflatten(tree, [_fill(jax.random.fold_in(key, i), x) for i, x in enumerate(leaves)])
-    return dataclasses.replace(cache, layers=layers, lengths=jnp.full(batch, length, jnp.int32))
+    leaves = [_fill(np.uint32(seed), np.uint32(i), x, x.sharding) for i, x in enumerate(leaves)]
+    lengths = runner.put(np.full(batch, length, np.int32))
+    return dataclasses.replace(cache, layers=jax.tree.unflatten(tree, leaves), lengths=lengths)
 
 
-@functools.partial(jax.jit, donate_argnums=1)
-def _fill(key: jax.Array, x: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, donate_argnums=2, static_argnums=3)
+def _fill(seed: jax.Array, index: jax.Array, x: jax.Array, sharding: Sharding) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(seed), index)
     # An argument that is not read would not be donated.
-    return (jax.random.normal(key, x.shape) + x.astype(jnp.float32)).astype(x.dtype)
+    return _on((jax.random.normal(key, x.shape) + x.astype(jnp.float32)).astype(x.dtype), sharding)
 
 
 def time_decode(runner: Runner, batch: int, context: int) -> Timing:
     """Writes a few dozen tokens to each of `batch` sequences, the last of them with `context` tokens before it."""
     workspace = runner.compile_write(batch, context, GREEDY)
     cache = random_cache(runner, batch, context, context - (_DECODE_SAMPLES + 1) * _DECODE_STEPS)
-    tokens = jnp.zeros(batch, jnp.int32)
+    tokens = runner.put(np.zeros(batch, np.int32))
     times = []
     for _ in range(_DECODE_SAMPLES + 1):
         start = time.perf_counter()
@@ -228,9 +249,9 @@ def time_decode(runner: Runner, batch: int, context: int) -> Timing:
 
 
 def _write(runner: Runner, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    delta, keys = jnp.zeros_like(tokens), jax.random.split(jax.random.key(0), len(tokens))
+    delta, seeds = (runner.put(np.zeros(len(tokens), dtype)) for dtype in (np.int32, np.uint32))
     for _ in range(_DECODE_STEPS):
-        tokens, cache = runner.write(tokens, delta, cache, keys, GREEDY)
+        tokens, cache = runner.write(tokens, delta, cache, seeds, GREEDY)
     return jax.block_until_ready(tokens), cache
 
 
@@ -243,14 +264,15 @@ def prefill_parts(runner: Runner, prompt: Prompt) -> dict[str, float]:
 def decode_parts(runner: Runner, batch: int, context: int) -> dict[str, float]:
     """Device seconds of each part of the model in one step of decoding; see `device_seconds`."""
     cache = random_cache(runner, batch, context, context - 2 * _DECODE_STEPS)
-    tokens, cache = _write(runner, jnp.zeros(batch, jnp.int32), cache)
+    tokens, cache = _write(runner, runner.put(np.zeros(batch, np.int32)), cache)
     parts = device_seconds(lambda: _write(runner, tokens, cache))
     return {part: seconds / _DECODE_STEPS for part, seconds in parts.items()}
 
 
 def device_seconds(run: Callable[[], object]) -> dict[str, float]:
-    """Seconds that a GPU's kernels take while `run` runs, by `PARTS` and "rest", from the profiler.
+    """Seconds that each GPU's kernels take while `run` runs, by `PARTS` and "rest", from the profiler.
 
+    On several GPUs the mean. A collective counts from when a GPU is ready for it, so it holds the wait for the others.
     Kernels in CUDA graphs do not tell which part they belong to: XLA must run without them.
     """
     totals: dict[str, float] = dict.fromkeys((*PARTS, "rest"), 0.0)
@@ -259,6 +281,7 @@ def device_seconds(run: Callable[[], object]) -> dict[str, float]:
             run()
         (file,) = Path(directory).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(file))
+    devices = set()
     with warnings.catch_warnings():
         # The types that jaxlib gives the profile's events belong to no module.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -267,7 +290,13 @@ def device_seconds(run: Callable[[], object]) -> dict[str, float]:
                 continue
             for line in plane.lines:
                 for event in line.events:
-                    scopes = str(dict(event.stats).get("name", "")).split("/")
-                    part = next((scope for scope in reversed(scopes) if scope in PARTS), "rest")
-                    totals[part] += event.duration_ns * 1e-9
-    return totals
+                    devices.add(plane.name)
+                    totals[_part(event)] += event.duration_ns * 1e-9
+    return {part: seconds / max(1, len(devices)) for part, seconds in totals.items()}
+
+
+def _part(event: Any) -> str:
+    if any(name in event.name.lower() for name in _COLLECTIVES):
+        return "collectives"
+    scopes = str(dict(event.stats).get("name", "")).split("/")
+    return next((scope for scope in reversed(scopes) if scope in PARTS), "rest")

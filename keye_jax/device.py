@@ -10,13 +10,14 @@ import jax
 
 
 def memory_limit_bytes() -> int:
-    """Memory of the first device: what its allocator may use, or on a CPU the machine's."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Memory of a device: what its allocator may use, or of CPU devices each one's share of the machine's."""
+    devices = jax.local_devices()
+    stats = devices[0].memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
 
 
 def peak_memory_bytes() -> int:
-    """The most memory used at once so far: of the first device, or on a CPU of this process."""
-    stats = jax.local_devices()[0].memory_stats() or {}
+    """The most memory used at once so far: of the device here that used most, or on a CPU of this process."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
     unit = 1 if sys.platform == "darwin" else 1024
-    return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from keye_jax.cache import Cache, bytes_per_token
+from keye_jax.cache import Cache
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
-from keye_jax.model.keye import Keye
 from keye_jax.processor import ModelInputs, Processor
-from keye_jax.runner import Runner, round_up
+from keye_jax.runner import Runner
 from keye_jax.sampling import Sampling, sample
+from keye_jax.sharding import Layout
+from keye_jax.sharding.memory import cache_bytes, weight_bytes
 
 DEFAULT_NEW_TOKENS = 4096
 
@@ -76,6 +78,7 @@ def new_token_limit(
     dtype: str,
     indexer_dtype: str | None = None,
     memory_limit: int,
+    layout: Layout | None = None,
 ) -> int:
     """How many tokens may be generated; refuses a context that does not fit.
 
@@ -84,7 +87,8 @@ def new_token_limit(
       asked: wanted limit, or None for up to `DEFAULT_NEW_TOKENS`.
       dtype: of the parameters and the cache.
       indexer_dtype: of the cache's index keys, if not `dtype`.
-      memory_limit: bytes the device has.
+      memory_limit: bytes the device has, or each of several.
+      layout: how the model lies over several devices.
 
     Raises:
       UserError: the context exceeds the model's positions or the device's memory; the message has the numbers.
@@ -98,15 +102,13 @@ def new_token_limit(
             f"the context does not fit: {prompt_tokens:,} prompt tokens and {wanted:,} new ones are "
             f"{prompt_tokens + wanted:,}; this model takes at most {limit:,}"
         )
-    weight_bytes = Keye.parameter_count(config) * jnp.dtype(dtype).itemsize
-    cache_bytes = round_up(prompt_tokens + wanted) * bytes_per_token(
-        config, jnp.dtype(dtype), indexer_dtype=indexer_dtype
-    )
-    if weight_bytes + cache_bytes > memory_limit:
-        gib = 2**30
+    weights = weight_bytes(config, layout, dtype=dtype)
+    cache = cache_bytes(config, 1, prompt_tokens + wanted, layout, dtype=dtype, indexer_dtype=indexer_dtype)
+    if weights + cache > memory_limit:
+        gib, each = 2**30, f" on each of {layout.mesh.size} devices" if layout else ""
         raise UserError(
-            f"the context does not fit: {weight_bytes / gib:.2f} GiB of weights and {cache_bytes / gib:.2f} GiB of "
-            f"cache for {prompt_tokens + wanted:,} tokens; the device has {memory_limit / gib:.2f} GiB"
+            f"the context does not fit: {weights / gib:.2f} GiB of weights and {cache / gib:.2f} GiB of cache{each} "
+            f"for {prompt_tokens + wanted:,} tokens; the device has {memory_limit / gib:.2f} GiB"
         )
     return wanted
 
@@ -159,12 +161,13 @@ class Generator:
         self, logits: jax.Array, cache: Cache, position_delta: int, sampling: Sampling, count: int, seed: int
     ) -> Iterator[int]:
         """Up to `count` tokens, each as soon as it is there."""
-        delta, keys = jnp.asarray([position_delta], jnp.int32), jax.random.key(seed)[None]
-        token = sample(logits, jax.vmap(jax.random.fold_in)(keys, cache.lengths), sampling)
+        put = self.runner.put
+        delta, seeds = put(np.asarray([position_delta], np.int32)), put(np.asarray([seed % 2**32], np.uint32))
+        token = sample(logits, seeds, cache.lengths, sampling)
         yield int(token[0])
         written = token
         for index in range(1, count):
-            token, cache = self.runner.write(token, delta, cache, keys, sampling)
+            token, cache = self.runner.write(token, delta, cache, seeds, sampling)
             # This step is under way before the token it reads is looked at, so that the device never waits.
             if index > 1:
                 yield int(written[0])

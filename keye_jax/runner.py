@@ -1,23 +1,28 @@
-"""The compiled steps of a model: encoding images, reading a prompt in chunks, decoding token by token."""
+"""A model ready to run: encoding images, reading a prompt in chunks, decoding token by token."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from keye_jax import steps
 from keye_jax.cache import Cache
 from keye_jax.config import KeyeConfig
 from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.decoder import LayerIntermediates
 from keye_jax.model.keye import Keye
-from keye_jax.sampling import Sampling, sample
+from keye_jax.model.parallel import STRIPE_MULTIPLE, Axes, Parallel, spec
+from keye_jax.sampling import Sampling
+
+if TYPE_CHECKING:
+    from keye_jax.sharding import Layout
 
 PREFILL_CHUNK = {"gpu": 8192}
 _SMALL_PREFILL_CHUNK = 1024
@@ -36,134 +41,6 @@ def round_up(size: int) -> int:
     return -(-size // step) * step
 
 
-type Arrays = tuple[jax.Array, ...]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Structure:
-    """A model without its arrays.
-
-    Equal to itself alone, and the arrays a flat tuple: a step of decoding looks its program up in microseconds, where
-    comparing and flattening the modules would take longer than the device does.
-    """
-
-    graph: nnx.GraphDef[Keye]
-    tree: Any
-
-    def merge(self, arrays: Arrays) -> Keye:
-        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, arrays))
-
-
-_structure = functools.cache(_Structure)
-
-
-@functools.partial(jax.jit, static_argnames=("structure", "implementation", "project"))
-def _encode(
-    structure: _Structure,
-    arrays: Arrays,
-    pixels: jax.Array,
-    sizes: jax.Array,
-    scale: jax.Array,
-    shift: jax.Array,
-    *,
-    implementation: str | None,
-    project: bool,
-) -> jax.Array:
-    model = structure.merge(arrays)
-    hidden = model.vision(pixels.astype(jnp.float32) * scale + shift, sizes, implementation=implementation)
-    return model.projector(hidden, sizes) if project else hidden
-
-
-@functools.partial(jax.jit, static_argnames="structure")
-def _embed(
-    structure: _Structure, arrays: Arrays, ids: jax.Array, vision_embeds: jax.Array, vision_index: jax.Array
-) -> jax.Array:
-    return structure.merge(arrays).embed(ids, vision_embeds, vision_index)
-
-
-@functools.partial(jax.jit, static_argnames=("structure", "options", "all_logits"), donate_argnames="cache")
-def _read(
-    structure: _Structure,
-    arrays: Arrays,
-    x: jax.Array,
-    positions: jax.Array,
-    count: jax.Array,
-    cache: Cache,
-    *,
-    options: AttentionOptions,
-    all_logits: bool = False,
-) -> tuple[jax.Array, Cache, tuple[LayerIntermediates, ...]]:
-    """Logits of each sequence's last new token, `[b, vocab]`, or of all, `[b, t, vocab]`."""
-    decoder = structure.merge(arrays).decoder
-    hidden, cache, found = decoder(x, positions, count, cache, options)
-    if not all_logits:
-        hidden = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return decoder.logits(hidden), cache, found
-
-
-def _decode(
-    structure: _Structure,
-    arrays: Arrays,
-    tokens: jax.Array,
-    delta: jax.Array,
-    cache: Cache,
-    *,
-    options: AttentionOptions,
-) -> tuple[jax.Array, Cache]:
-    decoder = structure.merge(arrays).decoder
-    positions = jnp.broadcast_to((cache.lengths + delta)[None, :, None], (3, tokens.shape[0], 1))
-    x = decoder.embed_tokens(tokens[:, None])
-    hidden, cache, _ = decoder(x, positions, jnp.ones_like(cache.lengths), cache, options)
-    return decoder.logits(hidden[:, 0]), cache
-
-
-def _write(
-    structure: _Structure,
-    arrays: Arrays,
-    tokens: jax.Array,
-    delta: jax.Array,
-    cache: Cache,
-    keys: jax.Array,
-    *,
-    options: AttentionOptions,
-    sampling: Sampling,
-) -> tuple[jax.Array, Cache]:
-    logits, cache = _decode(structure, arrays, tokens, delta, cache, options=options)
-    return sample(logits, jax.vmap(jax.random.fold_in)(keys, cache.lengths), sampling), cache
-
-
-_COMPILER_OPTIONS = {
-    "gpu": {
-        # A step of decoding is one CUDA graph of some 1,500 short kernels: where they may, they run side by side.
-        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
-        # Projections of one input are not made one product, for which their weights would be copied at every step.
-        "xla_gpu_dot_merger_threshold_mb": "0",
-    }
-}
-
-
-@functools.cache
-def _decode_step(platform: str) -> jax.stages.Wrapped:
-    return jax.jit(
-        _decode,
-        static_argnames=("structure", "options"),
-        donate_argnames="cache",
-        compiler_options=_COMPILER_OPTIONS.get(platform),
-    )
-
-
-@functools.cache
-def _write_step(platform: str) -> jax.stages.Wrapped:
-    # With the tokens donated, all that a step touches lies where it lay in the last one: an unchanged CUDA graph is
-    # launched in half the time that it takes to update it.
-    return jax.jit(
-        _write,
-        static_argnames=("structure", "options", "sampling"),
-        donate_argnames=("tokens", "cache"),
-        compiler_options=_COMPILER_OPTIONS.get(platform),
-    )
-
-
 class Runner:
     """A model ready to run.
 
@@ -171,7 +48,9 @@ class Runner:
       config: its configuration.
       dtype: of its parameters and cache.
       options: how attention is computed.
-      prefill_chunk: prompt tokens read in one step, by default what suits the device; the result does not depend on it.
+      layout: where parameters and cache lie; None for one device.
+      prefill_chunk: prompt tokens read in one step, or by each device that shares them, by default what suits the
+        device; the result does not depend on it.
     """
 
     def __init__(
@@ -181,57 +60,142 @@ class Runner:
         *,
         options: AttentionOptions = AttentionOptions(),  # noqa: B008 (frozen)
         prefill_chunk: int | None = None,
+        layout: Layout | None = None,
     ):
-        self.config, self.options = config, options
+        """Takes a model; under a layout its parameters are put where that wants them (`keye_jax.sharding.place`).
+
+        A model of shapes and dtypes in place of arrays can be compiled, not run.
+        """
+        self.config, self.options, self.layout = config, options, layout
         self.prefill_chunk = prefill_chunk or PREFILL_CHUNK.get(jax.default_backend(), _SMALL_PREFILL_CHUNK)
         self.dtype = model.decoder.embed_tokens.weight.dtype
+        self._parallel = functools.cache(functools.partial(Parallel.of, layout)) if layout else None
+        if layout:
+            from keye_jax.sharding import place
+
+            model = place(model, layout)
         graph, state = nnx.split(model)
         arrays, tree = jax.tree.flatten(state)
-        self._structure, self._arrays = _structure(graph, tree), tuple(arrays)
+        self._structure, self._arrays = steps.structure_of(graph, tree), tuple(arrays)
+
+    def parallel(self, batch: int, tokens: int) -> Parallel | None:
+        """How a step that reads `tokens` tokens of each of `batch` sequences lies over devices; None for one device."""
+        return self._parallel(batch, tokens) if self._parallel else None
+
+    def put(self, array: np.ndarray, *dimensions: Axes) -> jax.Array:
+        """An array on the devices, its dimensions split over these mesh axes of the layout, () for not at all.
+
+        Every process of a job gives the same array; of a split one each looks at its own parts only.
+        """
+        if self.layout is None:
+            return jnp.asarray(array)
+        sharding = jax.NamedSharding(self.layout.mesh, spec(*dimensions))
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
     def new_cache(self, capacity: int, batch: int = 1) -> Cache:
         """An empty cache for `batch` sequences of at least `capacity` tokens each."""
-        return Cache.create(
-            self.config, batch, round_up(capacity), self.dtype, indexer_dtype=self.options.indexer_dtype
+        create, parallel = self._cache_maker(capacity, batch), self.parallel(batch, 1)
+        if parallel is None:
+            return create()
+        return jax.jit(create, out_shardings=jax.eval_shape(create).shardings(parallel))()
+
+    def _cache_maker(self, capacity: int, batch: int) -> Callable[[], Cache]:
+        return functools.partial(
+            Cache.create,
+            self.config,
+            batch,
+            round_up(capacity),
+            self.dtype,
+            indexer_dtype=self.options.indexer_dtype,
+            parallel=self.parallel(batch, 1),
         )
+
+    def prefill_programs(self, tokens: int) -> list[jax.stages.Traced]:
+        """The steps that `prefill` takes for a prompt of so many tokens, in a cache made for just these."""
+        chunk = self.chunk(tokens)
+        ends = [min(start + chunk, tokens) for start in range(0, tokens, chunk)]
+        return [
+            self._read_program(chunk, tokens, options)
+            for options in {self.options.for_context(end): None for end in ends}
+        ]
+
+    def trace_program(self, tokens: int, capacity: int) -> jax.stages.Traced:
+        """The step of `trace` for a prompt of one chunk in a cache of this size."""
+        options = dataclasses.replace(self.options, intermediates=True).for_context(tokens)
+        return self._read_program(self.chunk(tokens), capacity, options, all_logits=True)
+
+    def _read_program(
+        self, chunk: int, capacity: int, options: AttentionOptions, *, all_logits: bool = False
+    ) -> jax.stages.Traced:
+        parallel = self.parallel(1, chunk)
+        split = ((), parallel.query_sequence) if parallel else ()
+        x = self._shape((1, chunk, self.config.hidden_size), self.dtype, *split)
+        positions = self._shape((3, 1, chunk), jnp.int32, (), *split)
+        count, cache = self._shape((1,), jnp.int32), self._cache_shape(capacity, 1)
+        static = {"parallel": parallel, "options": options, "all_logits": all_logits}
+        return steps.read.trace(self._structure, self._arrays, x, positions, count, cache, **static)
+
+    def decode_program(self, batch: int, capacity: int) -> jax.stages.Traced:
+        """The step of `decode` for caches of this size."""
+        each = self._shape((batch,), jnp.int32)
+        cache = self._cache_shape(capacity, batch)
+        options, parallel = self.options.for_context(cache.capacity), self.parallel(batch, 1)
+        step = steps.decode_on(jax.default_backend())
+        return step.trace(self._structure, self._arrays, each, each, cache, parallel=parallel, options=options)
+
+    def write_program(self, batch: int, capacity: int, sampling: Sampling) -> jax.stages.Traced:
+        """The step of `write` for caches of this size."""
+        each, seeds = (self._shape((batch,), dtype) for dtype in (jnp.int32, jnp.uint32))
+        cache = self._cache_shape(capacity, batch)
+        static = {
+            "options": self.options.for_context(cache.capacity),
+            "parallel": self.parallel(batch, 1),
+            "sampling": sampling,
+        }
+        step = steps.write_on(jax.default_backend())
+        return step.trace(self._structure, self._arrays, each, each, cache, seeds, **static)
 
     def compile_prefill(self, tokens: int) -> int:
-        """Compiles the steps that `prefill` takes for a prompt of so many tokens, in a cache made for just these.
+        """Compiles the steps of `prefill_programs`.
 
         Returns:
-          the most bytes that a step needs beyond its arguments and results.
+          the most bytes that a step needs beyond its arguments and results, on each device.
         """
-        chunk = min(self.prefill_chunk, round_up(tokens))
-        ends = [min(start + chunk, tokens) for start in range(0, tokens, chunk)]
-        return max(
-            _workspace(self._lower_read(chunk, tokens, options))
-            for options in {self.options.for_context(end) for end in ends}
-        )
+        return max(_workspace(step) for step in self.prefill_programs(tokens))
 
     def compile_trace(self, tokens: int, capacity: int) -> int:
-        """Compiles the step of `trace` for a prompt of one chunk; returns what `compile_prefill` does."""
-        chunk = round_up(tokens)
-        options = dataclasses.replace(self.options, intermediates=True).for_context(tokens)
-        return _workspace(self._lower_read(chunk, capacity, options, all_logits=True))
-
-    def _lower_read(
-        self, chunk: int, capacity: int, options: AttentionOptions, *, all_logits: bool = False
-    ) -> jax.stages.Lowered:
-        x = jax.ShapeDtypeStruct((1, chunk, self.config.hidden_size), self.dtype)
-        positions, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3, 1, chunk), (1,)))
-        cache = jax.eval_shape(lambda: self.new_cache(capacity))
-        return _read.lower(
-            self._structure, self._arrays, x, positions, count, cache, options=options, all_logits=all_logits
-        )
+        """Compiles `trace_program`; returns what `compile_prefill` does."""
+        return _workspace(self.trace_program(tokens, capacity))
 
     def compile_write(self, batch: int, capacity: int, sampling: Sampling) -> int:
-        """Compiles the step of `write` for caches of this size; returns what `compile_prefill` does."""
-        each = jax.ShapeDtypeStruct((batch,), jnp.int32)
-        cache = jax.eval_shape(lambda: self.new_cache(capacity, batch))
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-        step = _write_step(jax.default_backend())
-        static = {"options": self.options.for_context(cache.capacity), "sampling": sampling}
-        return _workspace(step.lower(self._structure, self._arrays, each, each, cache, keys, **static))
+        """Compiles `write_program`; returns what `compile_prefill` does."""
+        return _workspace(self.write_program(batch, capacity, sampling))
+
+    def _shape(self, shape: tuple[int, ...], dtype: jnp.dtype, *dimensions: Axes) -> jax.ShapeDtypeStruct:
+        sharding = jax.NamedSharding(self.layout.mesh, spec(*dimensions)) if self.layout else None
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def _cache_shape(self, capacity: int, batch: int) -> Cache:
+        parallel = self.parallel(batch, 1)
+        cache = jax.eval_shape(self._cache_maker(capacity, batch))
+        if parallel is None:
+            return cache
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            cache,
+            cache.shardings(parallel),
+        )
+
+    def chunk(self, tokens: int) -> int:
+        """Tokens that `prefill` reads in one step of a prompt of so many."""
+        if tokens == 1:
+            return 1
+        parallel = self.parallel(1, tokens)
+        devices = parallel.size(parallel.query_sequence) if parallel else 1
+        if devices == 1:
+            return min(self.prefill_chunk, round_up(tokens))
+        multiple = devices * STRIPE_MULTIPLE
+        return -(-min(self.prefill_chunk * devices, round_up(tokens)) // multiple) * multiple
 
     def encode(
         self,
@@ -243,7 +207,7 @@ class Runner:
         project: bool = True,
         progress: Progress | None = None,
     ) -> jax.Array:
-        """Encodes images, or frames, a bounded number of patches at a time.
+        """Encodes images, or frames, a bounded number of patches at a time on each device.
 
         Args:
           patches: uint8 or float `[sum(t*h*w), channels, patch, patch]`, each grid's in raster order.
@@ -263,22 +227,26 @@ class Runner:
         )
         width = self.config.hidden_size if project else vision.hidden_size
         merge = vision.spatial_merge_size**2 if project else 1
-        embeds, done = [jnp.zeros((0, width), self.dtype)], 0
+        parallel = self.parallel(1, 1)
+        over = parallel.vision_patches if parallel else ()
+        devices = parallel.size(over) if parallel else 1
+        embeds, done = [], 0
         for height, columns, images in _runs(grids):
             each = height * columns
             padded = round_up(each)
-            at_once = max(1, min(images, ENCODE_PATCHES // padded))
+            at_once = devices * max(1, min(-(-images // devices), ENCODE_PATCHES // padded))
             for first in range(0, images, at_once):
                 here = min(at_once, images - first)
                 chunk = np.zeros((at_once, padded, flat.shape[1]), flat.dtype)
                 chunk[:here, :each] = flat[done : done + here * each].reshape(here, each, -1)
-                encoded = _encode(
+                encoded = steps.encode(
                     self._structure,
                     self._arrays,
-                    jnp.asarray(chunk),
-                    jnp.tile(jnp.asarray([height, columns], jnp.int32), (at_once, 1)),
-                    jnp.asarray(scale_of),
-                    jnp.asarray(shift_of),
+                    self.put(chunk, over),
+                    self.put(np.tile(np.asarray([height, columns], np.int32), (at_once, 1)), over),
+                    self.put(scale_of),
+                    self.put(shift_of),
+                    parallel=parallel,
                     implementation=self.options.implementation,
                     project=project,
                 )
@@ -287,7 +255,7 @@ class Runner:
                 done += here * each
                 if progress:
                     progress(done, len(patches))
-        return jnp.concatenate(embeds)
+        return jnp.concatenate(embeds) if embeds else self.put(np.zeros((0, width), self.dtype))
 
     def prefill(
         self,
@@ -313,7 +281,10 @@ class Runner:
         logits = None
         for x, places, count, done in self._chunks(input_ids, positions, vision_embeds):
             options = self.options.for_context(done)
-            logits, cache, _ = _read(self._structure, self._arrays, x, places, count, cache, options=options)
+            parallel = self.parallel(1, x.shape[1])
+            logits, cache, _ = steps.read(
+                self._structure, self._arrays, x, places, count, cache, parallel=parallel, options=options
+            )
             if progress:
                 jax.block_until_ready(logits)
                 progress(done, len(input_ids))
@@ -331,8 +302,16 @@ class Runner:
         """
         options = dataclasses.replace(self.options, intermediates=True).for_context(len(input_ids))
         for x, places, count, done in self._chunks(input_ids, positions, vision_embeds):
-            logits, cache, found = _read(
-                self._structure, self._arrays, x, places, count, cache, options=options, all_logits=True
+            logits, cache, found = steps.read(
+                self._structure,
+                self._arrays,
+                x,
+                places,
+                count,
+                cache,
+                parallel=self.parallel(1, x.shape[1]),
+                options=options,
+                all_logits=True,
             )
             yield logits, cache, found, done
 
@@ -341,10 +320,16 @@ class Runner:
     ) -> Iterator[tuple[jax.Array, jax.Array, jax.Array, int]]:
         """Embeddings, positions and count of each chunk of a prompt, and the tokens up to its end."""
         total = len(input_ids)
-        chunk = min(self.prefill_chunk, round_up(total))
+        chunk = self.chunk(total)
+        parallel = self.parallel(1, chunk)
+        # Tokens and their positions are given to the devices that will have them.
+        order = parallel.token_order(chunk) if parallel else np.arange(chunk)
+        split = ((), parallel.query_sequence) if parallel else ()
         index = vision_rows(input_ids, self.config)
         if len(vision_embeds) != np.count_nonzero(index >= 0):
             raise ValueError(f"{len(vision_embeds)} vision embeddings for {np.count_nonzero(index >= 0)} pads")
+        if not isinstance(vision_embeds, jax.Array):
+            vision_embeds = self.put(vision_embeds)
         # At least one row, so that a prompt of text alone can index it.
         vision_embeds = jnp.pad(vision_embeds, ((0, round_up(max(1, len(vision_embeds))) - len(vision_embeds)), (0, 0)))
         padding = -total % chunk
@@ -352,11 +337,12 @@ class Runner:
         index = np.pad(index, (0, padding), constant_values=-1)
         positions = np.pad(positions, ((0, 0), (0, padding)))
         for start in range(0, total, chunk):
-            part = slice(start, start + chunk)
-            here, rows = jnp.asarray(ids[None, part]), jnp.asarray(index[None, part])
-            x = _embed(self._structure, self._arrays, here, vision_embeds, rows)
+            part = start + order
+            here, rows = self.put(ids[None, part], *split), self.put(index[None, part], *split)
+            x = steps.embed(self._structure, self._arrays, here, vision_embeds, rows, parallel=parallel)
             count = min(chunk, total - start)
-            yield x, jnp.asarray(positions[:, None, part]), jnp.asarray([count], jnp.int32), start + count
+            places = self.put(positions[:, None, part], (), *split)
+            yield x, places, self.put(np.asarray([count], np.int32)), start + count
 
     def decode(self, tokens: jax.Array, delta: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """One step of decoding.
@@ -369,27 +355,30 @@ class Runner:
         Returns:
           float32 `[b, vocab]` logits of the next tokens, and the cache with `tokens` in it.
         """
-        step, options = _decode_step(jax.default_backend()), self.options.for_context(cache.capacity)
-        return step(self._structure, self._arrays, tokens, delta, cache, options=options)
+        options, parallel = self.options.for_context(cache.capacity), self.parallel(len(cache.lengths), 1)
+        step = steps.decode_on(jax.default_backend())
+        return step(self._structure, self._arrays, tokens, delta, cache, parallel=parallel, options=options)
 
     def write(
-        self, tokens: jax.Array, delta: jax.Array, cache: Cache, keys: jax.Array, sampling: Sampling
+        self, tokens: jax.Array, delta: jax.Array, cache: Cache, seeds: jax.Array, sampling: Sampling
     ) -> tuple[jax.Array, Cache]:
         """A step of decoding with the sampling in it.
 
         Args:
           tokens, delta, cache: as for `decode`; tokens are donated too.
-          keys: a random key for each sequence, `[b]`, the same in every step.
+          seeds: uint32 `[b]`, what each sequence draws by.
 
         Returns:
           int32 `[b]`, the next tokens, and the cache with `tokens` in it.
         """
-        step, options = _write_step(jax.default_backend()), self.options.for_context(cache.capacity)
-        return step(self._structure, self._arrays, tokens, delta, cache, keys, options=options, sampling=sampling)
+        options, parallel = self.options.for_context(cache.capacity), self.parallel(len(cache.lengths), 1)
+        static = {"parallel": parallel, "options": options, "sampling": sampling}
+        step = steps.write_on(jax.default_backend())
+        return step(self._structure, self._arrays, tokens, delta, cache, seeds, **static)
 
 
-def _workspace(step: jax.stages.Lowered) -> int:
-    analysis = step.compile().memory_analysis()
+def _workspace(step: jax.stages.Traced) -> int:
+    analysis = step.lower().compile().memory_analysis()
     return analysis.temp_size_in_bytes if analysis else 0
 
 

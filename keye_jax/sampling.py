@@ -72,12 +72,12 @@ class GenerationDefaults:
 
 
 @functools.partial(jax.jit, static_argnames="sampling")
-def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+def sample(logits: jax.Array, seeds: jax.Array, positions: jax.Array, sampling: Sampling) -> jax.Array:
     """Draws one token for each row, which does not depend on the other rows.
 
     Args:
       logits: float32 `[b, vocab]`.
-      keys: a random key for each row, `[b]`; unused when greedy.
+      seeds, positions: uint32 and int32 `[b]`; together they say what a row draws. Unused when greedy.
       sampling: how.
 
     Returns:
@@ -91,5 +91,6 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     # A token stays while those before it do not yet reach top_p, so the most likely one always stays.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     kept = jnp.where(before < sampling.top_p, kept, -jnp.inf)
+    keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(seeds, positions)
     drawn = jax.vmap(jax.random.categorical)(keys, kept)
     return jnp.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)

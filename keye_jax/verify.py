@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from keye_jax.cache import Cache
 from keye_jax.config import KeyeConfig
@@ -204,7 +205,7 @@ def _trace(runner: Runner, ids: np.ndarray, positions: np.ndarray, vision_embeds
         experts=join("experts"),
         queries=join("queries"),
         lse=join("lse"),
-        keys=_cached_keys(last_cache, total),
+        keys=_cached_keys(runner, last_cache, total),
         index_scores=None if scores is None else np.where(np.isneginf(scores), 0.0, scores),
         selected=None if scores is None else join("selected"),
     )
@@ -220,14 +221,11 @@ def _as_mask(layer: LayerIntermediates, count: int, total: int) -> np.ndarray:
     return mask
 
 
-def _cached_keys(cache: Cache, total: int) -> np.ndarray:
+def _cached_keys(runner: Runner, cache: Cache, total: int) -> np.ndarray:
     """Keys of the first `total` tokens of the first sequence, float32 `[l, total, kv_heads, d]`."""
-    layers = []
-    for layer in cache.layers:
-        rows = np.asarray(layer.kv[cache.page_table[0]], np.float32)
-        rows = rows.reshape(-1, *rows.shape[2:])[:total]
-        layers.append(rows[:, : rows.shape[1] // 2])
-    return np.stack(layers)
+    parallel = runner.parallel(1, 1)
+    keys = (cache.keys(layer, 0, parallel)[:total] for layer in range(len(cache.layers)))
+    return np.stack([multihost_utils.process_allgather(each, tiled=True) for each in keys]).astype(np.float32)
 
 
 def _head_mean_attention(trace: _Trace, config: KeyeConfig) -> np.ndarray:
@@ -256,5 +254,5 @@ def _greedy(
     for _ in range(count):
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         tokens.append(int(token[0]))
-        logits, cache = runner.decode(token, jnp.asarray([delta], jnp.int32), cache)
+        logits, cache = runner.decode(token, runner.put(np.asarray([delta], np.int32)), cache)
     return np.asarray(tokens)

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 
+# Layouts of up to eight devices are tested on virtual ones.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Compiled programs are kept beside the checkout, not in the user's cache.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "compiled"))
 

@@ -6,7 +6,8 @@ import sys
 
 import typer
 
-from keye_jax.cli import bench, convert, generate, inspect, verify
+from keye_jax import distributed
+from keye_jax.cli import bench, convert, generate, inspect, plan, verify
 from keye_jax.errors import UserError
 from pallas_kernels.errors import UnsupportedError
 
@@ -20,6 +21,7 @@ app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
+app.command("plan")(plan.plan)
 app.command("generate", cls=generate.InOrder)(generate.generate)
 
 
@@ -27,6 +29,7 @@ def run(command: typer.Typer, arguments: list[str]) -> int:
     """Runs `command` with `arguments` and returns its exit code: a user's mistake is one line on stderr and 2."""
     try:
         code = command(arguments or ["--help"], standalone_mode=False)
+        distributed.finish()
     except typer.TyperException as error:
         print(f"keye-jax: {error.format_message()}", file=sys.stderr)
         return error.exit_code
@@ -38,11 +41,16 @@ def run(command: typer.Typer, arguments: list[str]) -> int:
         NotADirectoryError,
         IsADirectoryError,
     ) as error:
+        distributed.fail(str(error), 2)
         print(f"keye-jax: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):
+        distributed.fail("interrupted", 130)
         print("keye-jax: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        distributed.crash(error)
+        raise
     return code if isinstance(code, int) else 0
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from keye_jax import distributed
 from keye_jax.cli import options
 from keye_jax.errors import UserError
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from keye_jax.bench import Timing
     from keye_jax.config import KeyeConfig
     from keye_jax.runner import Runner
+    from keye_jax.sharding import Layout
 
 _RELEASED = Path(__file__).parents[2] / "configs" / "model" / "keye_vl_2_30b_a3b.json"
 _DENSE, _SPARSE, _FP8 = "dense", "sparse", "sparse, fp8 indexer"
@@ -36,7 +40,9 @@ def bench(
     unrelated: Annotated[
         str, typer.Option(help="Prompt lengths to read also with tokens that have nothing to do with each other.")
     ] = "128K",
+    dense: Annotated[bool, typer.Option(help="Also measure dense attention, for comparison.")] = True,
     fp8: Annotated[bool, typer.Option(help="Also measure with an indexer in float8.")] = True,
+    unions: Annotated[bool, typer.Option(help="Also count the keys that neighbouring queries select together.")] = True,
     breakdown: Annotated[
         bool,
         typer.Option("--breakdown", help="Instead, show where the GPU's time goes, at the first length of each list."),
@@ -45,27 +51,38 @@ def bench(
     implementation: options.Implementation = None,
     prefill_chunk: options.PrefillChunk = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Also write all figures there.")] = None,
+    time_limit: Annotated[int | None, typer.Option(help="End after so many seconds, whatever is under way.")] = None,
+    sharding: options.Sharding = None,
+    coordinator: options.Coordinator = None,
+    processes: options.Processes = None,
+    process_id: options.ProcessId = None,
 ) -> int:
     """Measures the model with random weights: prompts read and tokens written, sparse and dense.
 
     Prompts are made-up video, whose embeddings drift from token to token, tuned so that 16 neighbouring queries select
     about 8,192 of 131,072 keys together. What does not fit the device is refused before it is tried.
     """
-    lengths = [_tokens("--prefill", text) for text in _items(prefill)]
-    no_video = [_tokens("--unrelated", text) for text in _items(unrelated)]
+    lengths = [options.tokens("--prefill", text) for text in _items(prefill)]
+    no_video = [options.tokens("--unrelated", text) for text in _items(unrelated)]
     batches = [_batch_and_context(text) for text in _items(decode)]
     chunk = options.prefill_chunk_size(prefill_chunk)
     if repeats < 1:
         raise UserError(f"--repeats is {repeats}; it must be at least 1")
+    if time_limit is not None and time_limit < 1:
+        raise UserError(f"--time-limit is {time_limit}; it must be at least 1")
     if as_json and not as_json.parent.is_dir():
         raise UserError(f"--json is {str(as_json)!r}; there is no directory {str(as_json.parent)!r}")
     if breakdown:
         # Kernels in CUDA graphs do not say which part of the model they belong to.
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
+    distributed.start(coordinator, processes, process_id)
+    if time_limit is not None:
+        _end_after(time_limit)
 
     from keye_jax.bench import compile_steps, random_model
     from keye_jax.config import KeyeConfig
     from keye_jax.runner import Runner
+    from keye_jax.sharding import place
 
     options.enable_compilation_cache()
     sizes = KeyeConfig.from_file(config)
@@ -76,43 +93,67 @@ def bench(
     for tokens in (*lengths, *(context for _, context in batches)):
         if tokens > sizes.max_position_embeddings:
             raise UserError(f"{tokens:,} tokens are more than this model takes, {sizes.max_position_embeddings:,}")
-    chosen = {
-        _DENSE: options.attention_options("dense", implementation),
-        _SPARSE: options.attention_options("sparse", implementation, dense_below),
-    }
+    chosen = {_DENSE: options.attention_options("dense", implementation)} if dense else {}
+    chosen[_SPARSE] = options.attention_options("sparse", implementation, dense_below)
     if fp8:
         chosen[_FP8] = dataclasses.replace(chosen[_SPARSE], indexer_dtype="float8_e4m3fn")
-    _refuse_if_weights_do_not_fit(sizes)
-    _print_setting(sizes, chosen[_SPARSE].for_context)
+    layout = options.layout(sharding, sizes)
+    _refuse_if_weights_do_not_fit(sizes, layout)
+    _print_setting(sizes, layout, chosen[_SPARSE].for_context)
 
-    model = random_model(sizes)
-    runners = {name: Runner(model, sizes, options=chosen[name], prefill_chunk=chunk) for name in chosen}
+    model = random_model(sizes, layout=layout)
+    if layout:
+        model = place(model, layout)  # once, for all runners
+    runners = {name: Runner(model, sizes, options=chosen[name], prefill_chunk=chunk, layout=layout) for name in chosen}
+    sparse = runners[_SPARSE]
     lengths = [
         tokens
         for tokens in lengths[: 1 if breakdown else None]
-        if not _refused(sizes, f"prefill {_size(tokens)}", 1, tokens, 2 * tokens * sizes.hidden_size)
+        if not _refused(sparse, f"prefill {_size(tokens)}", 1, tokens, 2 * tokens * sizes.hidden_size)
     ]
     batches = [
         (batch, context)
         for batch, context in batches[: 1 if breakdown else None]
-        if not _refused(sizes, f"decode, {batch} x {_size(context)}", batch, context, 0)
+        if not _refused(sparse, f"decode, {batch} x {_size(context)}", batch, context, 0)
     ]
-    compile_steps(runners.values(), lengths, batches, traced=runners[_SPARSE])
+    compile_steps(runners.values(), lengths, batches, traced=sparse if unions and not breakdown else None)
     if breakdown:
-        rows = list(_parts(runners, sizes, lengths, batches))
+        found = _parts(runners, sizes, lengths, batches)
     else:
-        rows = [
-            *_prefill_rows(runners, sizes, lengths, repeats, no_video),
-            *_decode_rows(runners, batches),
-        ]
+        prefills = _prefill_rows(runners, sizes, lengths, repeats, no_video, unions=unions)
+        found = itertools.chain(prefills, _decode_rows(runners, batches))
+    rows = []
+    for row in found:
+        rows.append(row)
+        if as_json and distributed.is_main():
+            # After each figure, so that those before a time limit are kept.
+            as_json.write_text(json.dumps(rows, indent=1) + "\n")
     _print_peak()
-    if as_json:
-        as_json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 
+def _end_after(seconds: int) -> None:
+    """Ends the process then, even in the middle of a collective that hangs."""
+
+    def end() -> None:
+        print(
+            f"keye-jax: the time limit of {seconds} s is over; measurements that are missing were not made", flush=True
+        )
+        os._exit(124)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+
+
 def _prefill_rows(
-    runners: dict[str, Runner], config: KeyeConfig, lengths: list[int], repeats: int, no_video: list[int]
+    runners: dict[str, Runner],
+    config: KeyeConfig,
+    lengths: list[int],
+    repeats: int,
+    no_video: list[int],
+    *,
+    unions: bool,
 ) -> Iterator[dict[str, Any]]:
     import numpy as np
 
@@ -124,7 +165,7 @@ def _prefill_rows(
         dense = None
         kinds = {"video": NOISE} | ({"unrelated tokens": 1.0} if tokens in no_video else {})
         for kind, noise in kinds.items():
-            prompt, unions = Prompt.video(config, tokens, noise=noise), None
+            prompt, counts = Prompt.video(config, tokens, noise=noise, layout=runners[_SPARSE].layout), None
             for name, runner in runners.items():
                 if noise != NOISE and name != _SPARSE:
                     continue
@@ -132,13 +173,14 @@ def _prefill_rows(
                 sizes = {"tokens": tokens, "attention": name, "noise": noise}
                 yield _report(f"{what}, {name}, {kind}", timing, sizes, dense)
                 dense = timing if name == _DENSE else dense
-                if name == _SPARSE:
-                    unions = union_sizes(runner, prompt, cache)
+                if unions and name == _SPARSE:
+                    counts = union_sizes(runner, prompt, cache)
                 del cache
-            assert unions is not None
-            quartiles = ", ".join(f"{x:,.0f}" for x in np.quantile(unions, [0, 0.25, 0.5, 0.75, 1]))
+            if counts is None:
+                continue
+            quartiles = ", ".join(f"{x:,.0f}" for x in np.quantile(counts, [0, 0.25, 0.5, 0.75, 1]))
             print(f"    keys that 16 neighbouring queries select: {quartiles} (quartiles of the layers)", flush=True)
-            yield {"what": f"unions of {what}, {kind}", "tokens": tokens, "noise": noise, "unions": unions.tolist()}
+            yield {"what": f"unions of {what}, {kind}", "tokens": tokens, "noise": noise, "unions": counts.tolist()}
 
 
 def _decode_rows(runners: dict[str, Runner], batches: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
@@ -165,7 +207,7 @@ def _parts(
         raise UserError("--breakdown needs an NVIDIA GPU, whose profiler tells kernels apart")
     for name, runner in runners.items():
         for tokens in lengths:
-            seconds = prefill_parts(runner, Prompt.video(config, tokens))
+            seconds = prefill_parts(runner, Prompt.video(config, tokens, layout=runner.layout))
             yield _report_parts(f"prefill {_size(tokens)}, {name}", seconds)
         for batch, context in batches:
             seconds = decode_parts(runner, batch, context)
@@ -179,7 +221,10 @@ def _report(what: str, timing: Timing, sizes: dict[str, Any], dense: Timing | No
         f"{timing.workspace_bytes / 2**30:>8.2f} GiB workspace{f'{ratio:>8.3f} of dense' if ratio else ''}",
         flush=True,
     )
-    return {"what": what, "of_dense": ratio} | sizes | dataclasses.asdict(timing)
+    from keye_jax.device import peak_memory_bytes
+
+    peak = {"peak_bytes_so_far": peak_memory_bytes()}
+    return {"what": what, "of_dense": ratio} | sizes | dataclasses.asdict(timing) | peak
 
 
 def _report_parts(what: str, seconds: dict[str, float]) -> dict[str, Any]:
@@ -189,43 +234,52 @@ def _report_parts(what: str, seconds: dict[str, float]) -> dict[str, Any]:
     return {"what": what, "kernel_seconds": total, "parts": seconds}
 
 
-def _refuse_if_weights_do_not_fit(config: KeyeConfig) -> None:
-    from keye_jax.bench import weight_bytes
+def _refuse_if_weights_do_not_fit(config: KeyeConfig, layout: Layout | None) -> None:
     from keye_jax.device import memory_limit_bytes
+    from keye_jax.sharding.memory import weight_bytes
 
-    needed, limit = weight_bytes(config), memory_limit_bytes()
+    needed, limit = weight_bytes(config, layout), memory_limit_bytes()
     if needed > limit:
         raise UserError(
-            f"the model does not fit: {needed / 2**30:.1f} GiB of weights, the device has {limit / 2**30:.1f} GiB; "
-            "--layers measures a part of it"
+            f"the model does not fit: {needed / 2**30:.1f} GiB of weights, {_device(layout)} has "
+            f"{limit / 2**30:.1f} GiB; --layers measures a part of it"
         )
 
 
-def _refused(config: KeyeConfig, what: str, batch: int, context: int, extra_bytes: int) -> bool:
-    """Says so, with the numbers, if weights, cache and prompt are more than the device has."""
-    from keye_jax.bench import cache_bytes, weight_bytes
+def _refused(runner: Runner, what: str, batch: int, context: int, extra_bytes: int) -> bool:
+    """Says so, with the numbers, if weights, cache and prompt are more than the device, or each of several, has."""
     from keye_jax.device import memory_limit_bytes
+    from keye_jax.sharding.memory import cache_bytes, weight_bytes
 
-    weights, cache, limit = weight_bytes(config), cache_bytes(config, batch, context), memory_limit_bytes()
+    config, layout, limit = runner.config, runner.layout, memory_limit_bytes()
+    weights, cache = weight_bytes(config, layout), cache_bytes(config, batch, context, layout)
     if weights + cache + extra_bytes <= limit:
         return False
     print(
-        f"{what}: does not fit: {weights / 2**30:.1f} GiB of weights and {cache / 2**30:.1f} GiB of cache, the device "
-        f"has {limit / 2**30:.1f} GiB"
+        f"{what}: does not fit: {weights / 2**30:.1f} GiB of weights and {cache / 2**30:.1f} GiB of cache, "
+        f"{_device(layout)} has {limit / 2**30:.1f} GiB"
     )
     return True
 
 
-def _print_setting(config: KeyeConfig, for_context: Any) -> None:
+def _device(layout: Layout | None) -> str:
+    return f"each of {layout.mesh.size} devices" if layout else "the device"
+
+
+def _print_setting(config: KeyeConfig, layout: Layout | None, for_context: Any) -> None:
     import jax
 
-    from keye_jax.bench import weight_bytes
+    from keye_jax.sharding.memory import weight_bytes
 
     powers = (2**i for i in range(10, 19))
     dense = max((tokens for tokens in powers if for_context(tokens).attention == "dense"), default=0)
+    each, count, where = weight_bytes(config, layout), "", ""
+    if layout:
+        count = f"{layout.mesh.size} x "
+        where = f" on each ({' x '.join(f'{axis} {size}' for axis, size in layout.mesh.shape.items())})"
     print(
-        f"{jax.devices()[0].device_kind}, {config.num_hidden_layers} layers, {weight_bytes(config) / 1e9:.1f} GB of "
-        f"random {config.dtype} weights" + (f"; sparse is dense up to {_size(dense)} tokens" if dense else ""),
+        f"{count}{jax.devices()[0].device_kind}, {config.num_hidden_layers} layers, {each / 1e9:.1f} GB of "
+        f"random {config.dtype} weights{where}" + (f"; sparse is dense up to {_size(dense)} tokens" if dense else ""),
         flush=True,
     )
 
@@ -233,26 +287,18 @@ def _print_setting(config: KeyeConfig, for_context: Any) -> None:
 def _print_peak() -> None:
     from keye_jax.device import memory_limit_bytes, peak_memory_bytes
 
-    print(f"peak memory {peak_memory_bytes() / 2**30:.1f} of {memory_limit_bytes() / 2**30:.1f} GiB")
+    print(f"peak memory of a device {peak_memory_bytes() / 2**30:.1f} of {memory_limit_bytes() / 2**30:.1f} GiB")
 
 
 def _items(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def _tokens(option: str, text: str) -> int:
-    """A number of tokens, "8192" or "8K"."""
-    number, unit = (text[:-1], 1024) if text[-1:] in "kK" else (text, 1)
-    if not number.isdecimal() or int(number) < 1:
-        raise UserError(f"{option} has {text!r}; it must be a number of tokens such as 8192 or 8K")
-    return int(number) * unit
-
-
 def _batch_and_context(text: str) -> tuple[int, int]:
     batch, _, context = text.partition("x")
     if not batch.isdecimal() or int(batch) < 1:
         raise UserError(f"--decode has {text!r}; it must be sequences x tokens, such as 4x32K")
-    return int(batch), _tokens("--decode", context or "?")
+    return int(batch), options.tokens("--decode", context or "?")
 
 
 def _size(tokens: int) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from keye_jax import distributed
 from keye_jax.cli import options
 from keye_jax.errors import UserError
 
@@ -64,6 +65,10 @@ def generate(
     indexer_dtype: options.IndexerDtype = None,
     prefill_chunk: options.PrefillChunk = None,
     dtype: options.Dtype = "checkpoint",
+    sharding: options.Sharding = None,
+    coordinator: options.Coordinator = None,
+    processes: options.Processes = None,
+    process_id: options.ProcessId = None,
 ) -> int:
     """Answer a question about images and videos.
 
@@ -73,6 +78,7 @@ def generate(
     chunk = options.prefill_chunk_size(prefill_chunk)
     cast = options.parameter_dtype(dtype)
     conversation = _conversation(prompt, image or [], video or [], ctx.meta["media"], messages)
+    distributed.start(coordinator, processes, process_id)
 
     from convert import kind_of, load_params
     from keye_jax.config import KeyeConfig
@@ -86,6 +92,7 @@ def generate(
     options.enable_compilation_cache()
     kind_of(checkpoint)
     config = KeyeConfig.from_file(checkpoint)
+    layout = options.layout(sharding, config)
     defaults = GenerationDefaults.from_checkpoint(checkpoint, fallback_end=config.extra.get("eos_token_id"))
     asked = {"temperature": 0.0 if greedy else temperature, "top_p": top_p, "top_k": top_k}
     sampling = dataclasses.replace(defaults.sampling, **{name: x for name, x in asked.items() if x is not None})
@@ -110,6 +117,7 @@ def generate(
         dtype=cast or config.dtype,
         indexer_dtype=chosen.indexer_dtype,
         memory_limit=memory_limit_bytes(),
+        layout=layout,
     )
 
     start = time.perf_counter()
@@ -117,10 +125,11 @@ def generate(
         inputs = processor.process(plan, progress=lambda done, total: report("decoding frames", done, total))
         decoded = time.perf_counter()
         report("loading weights", 0, None)
-        model = Keye.from_params(config, load_params(checkpoint, config, dtype=cast))
+        shardings = layout.parameters(config) if layout else None
+        model = Keye.from_params(config, load_params(checkpoint, config, dtype=cast, shardings=shardings))
         report("loading weights", 1, 1)
     loaded = time.perf_counter()
-    runner = Runner(model, config, options=chosen, prefill_chunk=chunk)
+    runner = Runner(model, config, options=chosen, prefill_chunk=chunk, layout=layout)
     generator = Generator(runner, processor, defaults.end_tokens)
     with options.ProgressBars() as report:
         printer = _Printer(enabled=stream and not as_json, before=report.stop)

@@ -13,7 +13,9 @@ from keye_jax.errors import UserError
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from keye_jax.config import KeyeConfig
     from keye_jax.model.attention import AttentionOptions
+    from keye_jax.sharding import Layout
 
 Checkpoint = Annotated[Path, typer.Option(help="Directory of a checkpoint, safetensors or Orbax.")]
 Attention = Annotated[str, typer.Option(help="'sparse', the model as released, or 'dense', for comparison.")]
@@ -35,6 +37,35 @@ IndexerDtype = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="'checkpoint', 'bfloat16' or 'float32': what the parameters are cast to.")]
 
+Sharding = Annotated[
+    Path | None, typer.Option(help="How the model lies over several devices: a file as in configs/sharding.")
+]
+Coordinator = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT", help="Of several processes: where process 0 is; 'auto', alone, finds all on a TPU pod."
+    ),
+]
+Processes = Annotated[int | None, typer.Option(help="Of several processes: how many there are.")]
+ProcessId = Annotated[int | None, typer.Option(help="Of several processes: which one this is, from 0.")]
+
+
+def layout(file: Path | None, config: KeyeConfig) -> Layout | None:
+    """The layout of a sharding file on the devices there are; None where all is on one device.
+
+    Raises UserError: the file, or what it asks of these devices or this model, is impossible.
+    """
+    import jax
+
+    from keye_jax.sharding import Layout, ShardingConfig
+
+    if file is None:
+        if jax.process_count() > 1:
+            raise UserError(f"{jax.process_count()} processes need --sharding FILE, which says what each of them has")
+        return None
+    found = Layout.create(ShardingConfig.from_file(file), config)
+    return found if found.mesh.size > 1 else None
+
 
 def attention_options(
     attention: str, implementation: str | None, dense_below: int | None = 0, indexer_dtype: str | None = None
@@ -52,6 +83,14 @@ def attention_options(
     if indexer_dtype not in (None, "float8_e4m3fn"):
         raise UserError(f"--indexer-dtype is {indexer_dtype!r}; it must be 'float8_e4m3fn' or left out")
     return AttentionOptions(attention, implementation, dense_below, indexer_dtype)
+
+
+def tokens(option: str, text: str) -> int:
+    """A number of tokens, "8192" or "8K". Raises UserError for anything else."""
+    number, unit = (text[:-1], 1024) if text[-1:] in "kK" else (text, 1)
+    if not number.isdecimal() or int(number) < 1:
+        raise UserError(f"{option} has {text!r}; it must be a number of tokens such as 8192 or 8K")
+    return int(number) * unit
 
 
 def prefill_chunk_size(value: int | None) -> int | None:

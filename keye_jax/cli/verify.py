@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from keye_jax import distributed
 from keye_jax.cli import options
 from keye_jax.errors import UserError
 
@@ -21,6 +22,10 @@ def verify(
     indexer_dtype: options.IndexerDtype = None,
     prefill_chunk: options.PrefillChunk = None,
     dtype: options.Dtype = "float32",
+    sharding: options.Sharding = None,
+    coordinator: options.Coordinator = None,
+    processes: options.Processes = None,
+    process_id: options.ProcessId = None,
 ) -> int:
     """Run a checkpoint on recorded prompts and compare everything it computes.
 
@@ -33,6 +38,7 @@ def verify(
     if not atol >= 0:
         raise UserError(f"--atol is {atol}; it must be 0 or more")
     arrays = _read_arrays(golden)
+    distributed.start(coordinator, processes, process_id)
 
     import jax
     import rich
@@ -48,11 +54,14 @@ def verify(
     options.enable_compilation_cache()
     kind = kind_of(checkpoint)
     config = KeyeConfig.from_file(checkpoint)
-    model = Keye.from_params(config, load_params(checkpoint, config, dtype=cast))
-    runner = Runner(model, config, options=chosen, prefill_chunk=chunk)
+    layout = options.layout(sharding, config)
+    shardings = layout.parameters(config) if layout else None
+    model = Keye.from_params(config, load_params(checkpoint, config, dtype=cast, shardings=shardings))
+    runner = Runner(model, config, options=chosen, prefill_chunk=chunk, layout=layout)
 
     how = f"{attention} attention" + (f" and a {indexer_dtype} indexer" if indexer_dtype else "")
-    table = Table("array", "compared", "result", "", title=f"{checkpoint} ({kind}, {runner.dtype}, {how})")
+    where = f" on {layout.mesh.size} devices" if layout else ""
+    table = Table("array", "compared", "result", "", title=f"{checkpoint} ({kind}, {runner.dtype}, {how}{where})")
     passed = []
     # Without this, accelerators multiply float32 matrices in lower precision.
     with jax.default_matmul_precision("highest"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -14,7 +16,9 @@ from keye_jax.cache import PAGE_SIZE, LayerCache
 from keye_jax.config import KeyeConfig
 from keye_jax.model.indexer import Indexer
 from keye_jax.model.layers import Linear, RMSNorm
+from keye_jax.model.parallel import Parallel
 from keye_jax.model.rope import apply_rope
+from keye_jax.model.sequence_parallel import Attended, Projected, decode_step, read_chunk
 from pallas_kernels.dispatch import available
 from pallas_kernels.flash_attention import paged_flash_attention
 from pallas_kernels.indexer_scores import indexer_scores
@@ -24,6 +28,9 @@ from pallas_kernels.topk_attention import topk_attention
 _SCORE_BYTES = {"mosaic_gpu": 2**30, "mosaic_tpu": 2**30}
 _FEW_SCORE_BYTES = 64 * 2**20
 """What the scores of one block of queries may take: at 128K tokens those of 2,048, enough to fill a GPU, or of 128."""
+
+_DENSE_BYTES = 2**30
+"""What copies of the contexts of several sequences, read densely at once, may take."""
 
 DENSE_BELOW = {"mosaic_gpu": 16_384}
 """Longest context, in tokens, at which dense attention is the faster one, by the implementation of the sparse one."""
@@ -115,6 +122,7 @@ class Attention(nnx.Module):
         cache: LayerCache,
         placement: Placement,
         options: AttentionOptions,
+        parallel: Parallel | None = None,
     ) -> tuple[jax.Array, LayerCache, AttentionIntermediates | None]:
         """Attends from new tokens to the cache and themselves.
 
@@ -122,6 +130,7 @@ class Attention(nnx.Module):
           x: `[b, t, embed]`, the normed layer input.
           angles, index_angles: float32 rotary angles `[b, t, head_dim / 2]`, `[b, t, indexer_head_dim / 2]`.
           cache: what the layer holds of earlier tokens.
+          parallel: how the arrays lie over devices; None for one device.
 
         Returns:
           `[b, t, embed]`, the cache with the new tokens, and intermediates if asked for.
@@ -130,33 +139,69 @@ class Attention(nnx.Module):
         k = apply_rope(self.k_norm(self.k_proj(x)), angles)
         with jax.named_scope("indexer"):
             index_q, gates, index_keys, index_scales = indexer(x, index_angles, dtype=options.indexer_dtype)
-        cache = cache.append(
-            placement.page_table, placement.start, placement.count, k, self.v_proj(x), index_keys, index_scales
+        new = Projected(q, k, self.v_proj(x), index_q, gates, index_keys, index_scales)
+        sparse, where = options.attention == "sparse", (placement.page_table, placement.start)
+        attend = functools.partial(
+            attend_sparse if sparse else attend_dense,
+            top_k=self.top_k,
+            scale=self.scale,
+            index_scale=indexer.scale,
+            options=options,
         )
-        if options.attention == "dense":
-            with jax.named_scope("attention"):
-                out, lse = paged_flash_attention(
-                    q,
-                    cache.kv,
-                    placement.page_table,
-                    placement.start,
-                    scale=self.scale,
-                    implementation=options.implementation,
-                )
-            found = AttentionIntermediates(q, lse, None, None)
-        else:
-            found, out = attend_sparse(
-                q,
-                index_q,
-                gates,
+        if parallel is None:
+            cache = cache.append(*where, placement.count, new.kv, index_keys, index_scales)
+            found = attend(q, index_q, gates, cache, *where)
+        elif x.shape[1] == 1:
+            found, cache = decode_step(
+                new,
                 cache,
-                placement,
-                top_k=self.top_k,
+                *where,
+                placement.count,
+                top_k=self.top_k if sparse else None,
                 scale=self.scale,
                 index_scale=indexer.scale,
-                options=options,
+                implementation=options.implementation,
+                parallel=parallel,
+                intermediates=options.intermediates,
             )
-        return self.o_proj(out), cache, found if options.intermediates else None
+        else:
+            found, cache = read_chunk(
+                attend,
+                new,
+                cache,
+                *where,
+                placement.count,
+                parallel=parallel,
+                intermediates=options.intermediates and sparse,
+            )
+        intermediates = AttentionIntermediates(q, found.lse, found.index_scores, found.selected)
+        return self.o_proj(found.out), cache, intermediates if options.intermediates else None
+
+
+def attend_dense(
+    q: jax.Array,
+    index_q: jax.Array,
+    gates: jax.Array,
+    cache: LayerCache,
+    page_table: jax.Array,
+    start: jax.Array,
+    *,
+    scale: float,
+    options: AttentionOptions,
+    **sparse: float,
+) -> Attended:
+    """Attends to all that each query sees. Takes what `attend_sparse` does; the indexer's arguments are not used."""
+    del index_q, gates, sparse
+
+    def attend(q: jax.Array, table: jax.Array, start: jax.Array) -> Attended:
+        with jax.named_scope("attention"):
+            return Attended(
+                *paged_flash_attention(q, cache.kv, table, start, scale=scale, implementation=options.implementation)
+            )
+
+    row_bytes = math.prod(cache.kv.shape[2:]) * cache.kv.dtype.itemsize
+    at_once = _DENSE_BYTES // (page_table.shape[1] * PAGE_SIZE * row_bytes) if q.shape[1] > 1 else len(q)
+    return _in_turns(attend, max(1, at_once), q, page_table, start)
 
 
 def attend_sparse(
@@ -164,13 +209,14 @@ def attend_sparse(
     index_q: jax.Array,
     gates: jax.Array,
     cache: LayerCache,
-    placement: Placement,
+    page_table: jax.Array,
+    start: jax.Array,
     *,
     top_k: int,
     scale: float,
     index_scale: float,
     options: AttentionOptions,
-) -> tuple[AttentionIntermediates | None, jax.Array]:
+) -> Attended:
     """Scores, selects and attends, a block of queries at a time.
 
     Memory: the scores of one block of queries, the smaller the longer the context; never those of all queries.
@@ -179,16 +225,15 @@ def attend_sparse(
       q: `[b, t, n, d]` queries.
       index_q, gates: index queries `[b, t, ni, di]` and their gates float32 `[b, t, ni]`, times float8 queries' scales.
       cache: holds the keys of the whole context, the new tokens' included.
+      page_table: int32 `[b, m]`.
+      start: int32 `[b]`, position of each sequence's first query.
 
     Returns:
-      intermediates if asked for, and the attention output `[b, t, n, d]`.
+      the attention output, and scores and selection if the options ask for intermediates.
     """
-    table, kwargs = placement.page_table, {"implementation": options.implementation}
+    kwargs = {"implementation": options.implementation}
 
-    def attend(
-        q: jax.Array, index_q: jax.Array, gates: jax.Array, offset: jax.Array | int
-    ) -> tuple[AttentionIntermediates, jax.Array]:
-        start = placement.start + offset
+    def attend(q: jax.Array, index_q: jax.Array, gates: jax.Array, table: jax.Array, start: jax.Array) -> Attended:
         with jax.named_scope("indexer"):
             scores = indexer_scores(
                 index_q,
@@ -204,25 +249,53 @@ def attend_sparse(
         lengths = jnp.minimum(start[:, None] + jnp.arange(q.shape[1]) + 1, scores.shape[-1])
         with jax.named_scope("attention"):
             out, lse = topk_attention(q, scores, lengths, cache.kv, table, top_k=top_k, scale=scale, **kwargs)
-        selected = select_topk(scores, lengths, top_k, **kwargs) if options.intermediates else None
-        return AttentionIntermediates(q, lse, scores, selected), out
+        if not options.intermediates:
+            return Attended(out, lse)
+        return Attended(out, lse, scores, select_topk(scores, lengths, top_k, **kwargs))
 
     batch, queries = q.shape[:2]
     score_bytes = _SCORE_BYTES.get(options.kernels, _FEW_SCORE_BYTES)
-    block = max(1, score_bytes // (4 * batch * table.shape[1] * PAGE_SIZE))
-    if options.intermediates or queries <= block:
-        return attend(q, index_q, gates, 0)
+    at_once = max(1, score_bytes // (4 * page_table.shape[1] * PAGE_SIZE))
+    if options.intermediates or batch * queries <= at_once:
+        return attend(q, index_q, gates, page_table, start)
+    if batch > 1 and queries <= at_once:
+        return _in_turns(attend, at_once // queries, q, index_q, gates, page_table, start)
 
-    blocks = math.ceil(queries / block)
+    blocks = math.ceil(queries / max(1, at_once // batch))
     block = math.ceil(queries / blocks)
     padding = ((0, 0), (0, blocks * block - queries))
     q, index_q, gates = (jnp.pad(x, padding + ((0, 0),) * (x.ndim - 2)) for x in (q, index_q, gates))
 
-    def attend_block(i: jax.Array, out: jax.Array) -> jax.Array:
-        """Overwrites a block's queries with what they attended to."""
-        first = i * block
-        q, *index = (jax.lax.dynamic_slice_in_dim(x, first, block, axis=1) for x in (out, index_q, gates))
-        return jax.lax.dynamic_update_slice_in_dim(out, attend(q, *index, offset=first)[1], first, axis=1)
+    def attend_block(q: jax.Array, index_q: jax.Array, gates: jax.Array, first: jax.Array) -> Attended:
+        return attend(q, index_q, gates, page_table, start + first)
 
-    # In place: the program of a step would hold an output buffer of zeros for every layer from its beginning.
-    return None, jax.lax.fori_loop(0, blocks, attend_block, q)[:, :queries]
+    found = _in_place(attend_block, block, 1, q, index_q, gates)
+    return Attended(found.out[:, :queries], found.lse[:, :queries])
+
+
+def _in_turns(attend: Callable[..., Attended], at_once: int, *arguments: jax.Array) -> Attended:
+    """`attend` on at most so many sequences, the first dimension of all arguments, at a time."""
+    batch = len(arguments[0])
+    if batch <= at_once:
+        return attend(*arguments)
+    at_once = next(count for count in range(at_once, 0, -1) if batch % count == 0)
+    return _in_place(lambda *turn: attend(*turn[:-1]), at_once, 0, *arguments)
+
+
+def _in_place(attend: Callable[..., Attended], size: int, axis: int, q: jax.Array, *others: jax.Array) -> Attended:
+    """`attend(*slices, first)` on slices of `size` along an axis, which it divides, one after the other.
+
+    What is attended to overwrites the queries: a program would hold an output buffer of zeros for every layer from its
+    beginning.
+    """
+
+    def turn(index: jax.Array, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        out, lse = done
+        first = index * size
+        found = attend(*(jax.lax.dynamic_slice_in_dim(x, first, size, axis) for x in (out, *others)), first)
+        return (
+            jax.lax.dynamic_update_slice_in_dim(out, found.out, first, axis),
+            jax.lax.dynamic_update_slice_in_dim(lse, found.lse, first, axis),
+        )
+
+    return Attended(*jax.lax.fori_loop(0, q.shape[axis] // size, turn, (q, jnp.zeros(q.shape[:3], jnp.float32))))

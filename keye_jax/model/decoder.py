@@ -15,7 +15,9 @@ from keye_jax.model.attention import Attention, AttentionIntermediates, Attentio
 from keye_jax.model.indexer import Indexer
 from keye_jax.model.layers import Linear, RMSNorm, param
 from keye_jax.model.moe import MoE
+from keye_jax.model.parallel import Parallel
 from keye_jax.model.rope import mrope_angles
+from keye_jax.model.vocab_parallel import look_up
 
 
 @jax.tree_util.register_dataclass
@@ -53,26 +55,30 @@ class DecoderLayer(nnx.Module):
         cache: LayerCache,
         placement: Placement,
         options: AttentionOptions,
+        parallel: Parallel | None = None,
     ) -> tuple[jax.Array, LayerCache, LayerIntermediates | None]:
+        if parallel and parallel.cache_sequence and x.shape[1] > 1:
+            # So that no layer's cache is gathered, and held, before its turn.
+            x, cache = jax.lax.optimization_barrier((x, cache))
         attended, cache, found = self.attention(
-            self.input_norm(x), self.indexer, angles, index_angles, cache, placement, options
+            self.input_norm(x), self.indexer, angles, index_angles, cache, placement, options, parallel
         )
         x = x + attended
-        batch, tokens, hidden = x.shape
-        valid = jnp.arange(tokens) < placement.count[:, None]
+        if parallel:
+            x = parallel.constrain(x, parallel.batch, parallel.query_sequence)
+        order = jnp.asarray(parallel.token_order(x.shape[1])) if parallel else jnp.arange(x.shape[1])
         with jax.named_scope("experts"):
             mixed, experts = self.moe(
-                self.post_attention_norm(x).reshape(-1, hidden),
-                valid.reshape(-1),
+                self.post_attention_norm(x),
+                order < placement.count[:, None],
                 implementation=options.implementation,
+                parallel=parallel,
             )
-        x = x + mixed.reshape(x.shape)
-        if found is None:
-            return x, cache, None
-        return x, cache, LayerIntermediates(found, experts.reshape(batch, tokens, -1), x)
+        x = x + mixed
+        return x, cache, None if found is None else LayerIntermediates(found, experts, x)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "options"))
+@functools.partial(jax.jit, static_argnames=("graph", "options", "parallel"))
 def _run_layer(
     graph: nnx.GraphDef[DecoderLayer],
     state: nnx.State,
@@ -83,9 +89,10 @@ def _run_layer(
     placement: Placement,
     *,
     options: AttentionOptions,
+    parallel: Parallel | None,
 ) -> tuple[jax.Array, LayerCache, LayerIntermediates | None]:
     """A layer as a function of its parameters: traced once for all layers, whatever their number."""
-    return nnx.merge(graph, state)(x, angles, index_angles, cache, placement, options)
+    return nnx.merge(graph, state)(x, angles, index_angles, cache, placement, options, parallel)
 
 
 class Decoder(nnx.Module):
@@ -112,6 +119,7 @@ class Decoder(nnx.Module):
         count: jax.Array,
         cache: Cache,
         options: AttentionOptions,
+        parallel: Parallel | None = None,
     ) -> tuple[jax.Array, Cache, tuple[LayerIntermediates, ...]]:
         """Reads `count` new tokens of each sequence behind those in the cache: a chunk of prefill, or a decode step.
 
@@ -120,6 +128,7 @@ class Decoder(nnx.Module):
           positions: int32 `[3, b, t]`: time, row, column.
           count: int32 `[b]`, how many of the t tokens are there.
           cache: with room for them.
+          parallel: how the arrays lie over devices, tokens in the order of `Parallel.token_order`; None for one device.
 
         Returns:
           hidden states `[b, t, embed]` before the final norm, the cache, and intermediates of each layer if asked for.
@@ -131,16 +140,26 @@ class Decoder(nnx.Module):
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             graph, state = nnx.split(layer)
             x, layer_cache, intermediates = _run_layer(
-                graph, state, x, angles, index_angles, layer_cache, placement, options=options
+                graph, state, x, angles, index_angles, layer_cache, placement, options=options, parallel=parallel
             )
             layers.append(layer_cache)
             found.append(intermediates)
         cache = Cache(tuple(layers), cache.page_table, cache.lengths + count)
         return x, cache, tuple(item for item in found if item is not None)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """float32 `[..., vocab]` of hidden states `[..., embed]` before the final norm."""
-        return self.lm_head(self.norm(hidden), dtype=jnp.float32)
+    def embed(self, ids: jax.Array, parallel: Parallel | None = None) -> jax.Array:
+        """`[b, t, embed]` of ids `[b, t]`."""
+        if parallel and parallel.vocab:
+            return look_up(self.embed_tokens.weight[...], ids, parallel)
+        return self.embed_tokens(ids)
+
+    def logits(self, hidden: jax.Array, parallel: Parallel | None = None) -> jax.Array:
+        """float32 `[..., vocab]` of hidden states `[..., embed]` before the final norm; on every device."""
+        if parallel is None:
+            return self.lm_head(self.norm(hidden), dtype=jnp.float32)
+        logits = self.lm_head(self.norm(parallel.constrain(hidden)), dtype=jnp.float32)
+        split = ((),) * (logits.ndim - 1)
+        return parallel.constrain(parallel.constrain(logits, *split, parallel.vocab))
 
 
 class Embedding(nnx.Module):

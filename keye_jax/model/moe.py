@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from keye_jax.config import KeyeConfig
+from keye_jax.model.expert_parallel import run_experts
 from keye_jax.model.layers import Linear, param
+from keye_jax.model.parallel import Parallel
 from pallas_kernels.grouped_matmul import expert_mlp
 
 _FEW_TOKENS, _FEW_ROWS = 64, 512
@@ -21,15 +23,19 @@ class MoE(nnx.Module):
 
     Attributes:
       router: scores of the experts.
-      gate_up_proj: `[e, embed, 2 * f]`; gate is the first f columns, up the last.
+      gate_up_proj: `[e, embed, 2 * f]`; gate is the first f columns, up the last; of each part of the columns where
+        they were placed in `hidden_parts` parts.
       down_proj: `[e, f, embed]`.
+      hidden_parts: how many parts the experts' hidden dimension was placed in.
     """
 
     def __init__(self, config: KeyeConfig, *, rngs: nnx.Rngs):
         experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
         dtype = config.jax_dtype
         self.experts_per_token, self.normalise = config.num_experts_per_tok, config.norm_topk_prob
-        self.router = Linear({"embed": hidden}, {"experts": experts}, dtype=dtype, rngs=rngs)
+        self.num_experts, self.hidden_parts = experts, 1
+        # Every device routes its own tokens: the router is not split as the experts are.
+        self.router = Linear({"embed": hidden}, {"routes": experts}, dtype=dtype, rngs=rngs)
         self.gate_up_proj = param(rngs, (experts, hidden, 2 * inner), ("experts", "embed", "expert_hidden"), dtype)
         self.down_proj = param(rngs, (experts, inner, hidden), ("experts", "expert_hidden", "embed"), dtype)
 
@@ -41,29 +47,85 @@ class MoE(nnx.Module):
             weights /= jnp.sum(weights, axis=-1, keepdims=True)
         return experts, weights
 
-    def __call__(self, x: jax.Array, valid: jax.Array, *, implementation: str | None) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, x: jax.Array, valid: jax.Array, *, implementation: str | None, parallel: Parallel | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Runs each valid token through its experts; other tokens get zeros and cost nothing.
 
         Args:
-          x: `[tokens, embed]`.
-          valid: bool `[tokens]`.
+          x: `[..., embed]`; `[b, t, embed]` on several devices.
+          valid: bool `[...]`.
+          parallel: how the arrays lie over devices; None for one device.
 
         Returns:
-          `[tokens, embed]`, and the experts chosen, int32 `[tokens, k]`.
+          `[..., embed]`, and the experts chosen, int32 `[..., k]`.
         """
-        num_experts = self.router.weight.shape[0]
-        experts, weights = self.route(x)
-        # One row per (token, expert), sorted by expert; rows of invalid tokens go behind the last expert.
-        flat = jnp.where(valid[:, None], experts, num_experts).reshape(-1)
-        order, row_of = sort_rows(flat)
-        row_of = row_of.reshape(experts.shape)
-        group_sizes = jnp.sum(flat == jnp.arange(num_experts)[:, None], axis=-1, dtype=jnp.int32)
-        rows = take_rows(x, order // self.experts_per_token)
-        out = expert_mlp(rows, self.gate_up_proj[...], self.down_proj[...], group_sizes, implementation=implementation)
-        weights = jnp.where(valid[:, None], weights, 0.0)
+        mix = functools.partial(mix_experts, implementation=implementation)
+        if parallel is not None:
+            return run_experts(self, x, valid, mix, parallel)
+        assert self.hidden_parts == 1
+        tokens = x.reshape(-1, x.shape[-1])
+        experts, weights = self.route(tokens)
+        own = jnp.where(valid.reshape(-1, 1), experts, self.num_experts)
+        mixed = mix(tokens, own, weights, self.gate_up_proj[...], self.down_proj[...])
+        return mixed.reshape(x.shape), experts.reshape(*valid.shape, -1)
+
+
+def mix_experts(
+    x: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    *,
+    rows_at_once: int | None = None,
+    implementation: str | None,
+) -> jax.Array:
+    """Weighted sums of what each token's experts give.
+
+    Memory: a few rows of `embed` and of `f` numbers for each of `rows_at_once`.
+
+    Args:
+      x: `[tokens, embed]`.
+      experts: int32 `[tokens, k]`, from 0 to e - 1, or e for one that is not here, which counts as zeros.
+      weights: float32 `[tokens, k]`.
+      gate_up, down: `[e, embed, 2 * f]` and `[e, f, embed]`.
+      rows_at_once: of the `tokens * k` rows, those whose experts are here are worked on so many at a time: as many
+        turns as it takes. None for one turn for all, known beforehand.
+
+    Returns:
+      `[tokens, embed]` in the dtype of x.
+    """
+    (tokens, k), num_experts = experts.shape, gate_up.shape[0]
+    # One row per (token, expert), sorted by expert; rows of experts that are not here go behind the last one.
+    flat = experts.reshape(-1)
+    order, row_of = sort_rows(flat)
+    row_of = row_of.reshape(tokens, k)
+    group_sizes = jnp.sum(flat == jnp.arange(num_experts)[:, None], axis=-1, dtype=jnp.int32)
+    weights = jnp.where(experts < num_experts, weights, 0.0)
+
+    def mix(order: jax.Array, row_of: jax.Array, group_sizes: jax.Array, weights: jax.Array) -> jax.Array:
+        out = expert_mlp(take_rows(x, order // k), gate_up, down, group_sizes, implementation=implementation)
         # One term for each of the few experts: XLA gathers and adds in one pass, without an array of all terms.
-        terms = (weights[:, k, None] * out[row_of[:, k]] for k in range(self.experts_per_token))
-        return functools.reduce(jnp.add, terms).astype(x.dtype), experts
+        terms = (weights[:, i, None] * out[row_of[:, i]] for i in range(k))
+        return functools.reduce(jnp.add, terms).astype(x.dtype)
+
+    if rows_at_once is None or rows_at_once >= order.size:
+        return mix(order, row_of, group_sizes, weights)
+    order = jnp.pad(order, (0, -order.size % rows_at_once))
+    ends = jnp.cumsum(group_sizes)
+
+    def turn(index: jax.Array, mixed: jax.Array) -> jax.Array:
+        first = index * rows_at_once
+        part = jax.lax.dynamic_slice_in_dim(order, first, rows_at_once)
+        until = jnp.clip(ends - first, 0, rows_at_once)
+        at = row_of - first
+        here = (at >= 0) & (at < rows_at_once)
+        part_weights = jnp.where(here, weights, 0.0)
+        # Rows of other turns are all read at one place: they count as zeros, and cost little.
+        return mixed + mix(part, jnp.where(here, at, 0), jnp.diff(until, prepend=0), part_weights)
+
+    return jax.lax.fori_loop(0, (ends[-1] + rows_at_once - 1) // rows_at_once, turn, jnp.zeros_like(x))
 
 
 def few_largest(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

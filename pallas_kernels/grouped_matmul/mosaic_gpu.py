@@ -136,7 +136,8 @@ def _call(lhs, rhs, group_sizes, *, fused, config):
 
 
 def _num_blocks() -> int:
-    if device := jax.sharding.get_abstract_mesh().abstract_device:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device and device.num_cores:
         return device.num_cores
     device = backend.get_default_device()
     return device.core_count if device.platform == "gpu" else 132

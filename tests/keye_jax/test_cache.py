@@ -29,7 +29,7 @@ def test_new_tokens_go_to_their_pages_and_others_stay(golden, indexer_dtype):
     k, v = jnp.ones((2, 3, heads, dim)), 2 * jnp.ones((2, 3, heads, dim))
     keys = jnp.full((2, 3, config.sa_config.indexer_head_dim), 3.0)
     scales = jnp.full((2, 3), 0.5) if indexer_dtype else None
-    layer = cache.layers[0].append(table, start, count, k, v, keys, scales)
+    layer = cache.layers[0].append(table, start, count, jnp.concatenate([k, v], axis=2), keys, scales)
     written = np.zeros((4, PAGE_SIZE), bool)
     written[3, PAGE_SIZE - 1] = written[0, 0] = written[1, 5] = True
     np.testing.assert_array_equal(np.asarray(layer.kv[..., 0, 0]), written * 1.0)

@@ -10,9 +10,14 @@ from keye_jax.sampling import GenerationDefaults, Sampling, sample
 PROBABILITIES = np.array([0.05, 0.4, 0.25, 0.2, 0.1])
 
 
+def rows(count):
+    """A seed and a position for each row: one seed, as in one answer."""
+    return jnp.zeros(count, jnp.uint32), jnp.arange(count)
+
+
 def draw(sampling, count=4000):
     logits = jnp.log(jnp.asarray(PROBABILITIES))[None].repeat(count, axis=0)
-    tokens = np.asarray(sample(logits, jax.random.split(jax.random.key(0), count), sampling))
+    tokens = np.asarray(sample(logits, *rows(count), sampling))
     return np.bincount(tokens, minlength=5) / count
 
 
@@ -21,10 +26,12 @@ def test_greedy_takes_the_most_likely():
 
 
 def test_a_row_does_not_depend_on_the_others():
-    logits, keys = jax.random.normal(jax.random.key(1), (64, 100)), jax.random.split(jax.random.key(0), 64)
-    together, alone = sample(logits, keys, Sampling(1.0)), sample(logits[5:6], keys[5:6], Sampling(1.0))
-    assert together[5] == alone[0]
-    assert len(np.unique(np.asarray(sample(logits[:1].repeat(64, axis=0), keys, Sampling(1.0))))) > 1
+    logits, (seeds, positions) = jax.random.normal(jax.random.key(1), (64, 100)), rows(64)
+    together = sample(logits, seeds, positions, Sampling(1.0))
+    assert together[5] == sample(logits[5:6], seeds[5:6], positions[5:6], Sampling(1.0))[0]
+    same = logits[:1].repeat(64, axis=0)
+    assert len(np.unique(np.asarray(sample(same, seeds, positions, Sampling(1.0))))) > 1
+    assert len(np.unique(np.asarray(sample(same, positions.astype(jnp.uint32), positions, Sampling(1.0))))) > 1
 
 
 def test_plain_sampling_follows_the_probabilities():

@@ -159,7 +159,7 @@ def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, sca
                             k_smem.at[slot, pl.ds(i * copy_rows, copy_rows)],
                             full.at[slot],
                         )
-                        if scaled:
+                        if scales_ref is not None:
                             plgpu.copy_gmem_to_smem(
                                 scales_ref.at[page, pl.ds(row, copy_rows)],
                                 scale_smem.at[slot, pl.ds(i * copy_rows, copy_rows)],

@@ -61,7 +61,7 @@ def test_mistakes_are_one_sentence(keye, config, arguments, message):
 
 def test_what_does_not_fit_is_refused_with_the_numbers(keye, config, monkeypatch):
     weights = 2**20 * 64
-    monkeypatch.setattr("keye_jax.bench.weight_bytes", lambda config: weights)
+    monkeypatch.setattr("keye_jax.sharding.memory.weight_bytes", lambda config, layout: weights)
     monkeypatch.setattr("keye_jax.device.memory_limit_bytes", lambda: weights + 1000)
     code, out, _ = keye("bench", "--config", config, "--prefill", "256", "--decode", "4x256")
     assert code == 0

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from keye_jax.cache import PAGE_SIZE, LayerCache
-from keye_jax.model.attention import AttentionOptions, Placement, attend_sparse
+from keye_jax.model.attention import AttentionOptions, attend_sparse
 
 GIB = 2**30
 
@@ -29,7 +29,8 @@ def temporary_bytes(context, *, queries=2048):
             spec(1, queries, 16, 64),
             spec(1, queries, 16, dtype=jnp.float32),
             LayerCache(spec(pages, PAGE_SIZE, 8, 128), spec(pages, PAGE_SIZE, 64)),
-            Placement(spec(1, pages, dtype=jnp.int32), spec(1, dtype=jnp.int32), spec(1, dtype=jnp.int32)),
+            spec(1, pages, dtype=jnp.int32),
+            spec(1, dtype=jnp.int32),
         )
         .compile()
     )

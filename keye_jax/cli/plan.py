@@ -1,0 +1,140 @@
+"""`keye-jax plan`: whether a job will fit, before any device is there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from keye_jax.cli import options
+from keye_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from keye_jax.plan import Plan, Step
+
+_RELEASED = Path(__file__).parents[2] / "configs" / "model" / "keye_vl_2_30b_a3b.json"
+_GIB = 2**30
+
+
+def plan(
+    sharding: Annotated[Path, typer.Option(help="How the model lies over the devices: a file as in configs/sharding.")],
+    platform: Annotated[
+        str, typer.Option(help="The devices: KIND:COUNT, such as h200:4, or of TPUs KIND:TOPOLOGY, such as v5p:2x2x4.")
+    ],
+    context: Annotated[str, typer.Option(help="Tokens that each sequence has room for, such as 131072 or 128K.")],
+    batch: Annotated[int, typer.Option(help="Sequences that are decoded together.")] = 1,
+    config: Annotated[Path, typer.Option(help="Configuration of the model, a config.json.")] = _RELEASED,
+    prefill_chunk: options.PrefillChunk = None,
+    slices: Annotated[int, typer.Option(help="How many TPU slices of this topology.")] = 1,
+    implementation: Annotated[str, typer.Option(help="Kernels in the programs that are compiled.")] = "xla",
+    indexer_dtype: options.IndexerDtype = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile for TPUs, which takes minutes, or estimate.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Says what a job takes on devices that need not be there, and whether it fits.
+
+    Exits with 1 if it does not.
+    """
+    chunk = options.prefill_chunk_size(prefill_chunk)
+    tokens = options.tokens("--context", context)
+    _without_devices()
+
+    from keye_jax.config import KeyeConfig
+    from keye_jax.plan import plan as compute
+    from keye_jax.platforms import Platform
+    from keye_jax.sharding import ShardingConfig
+    from pallas_kernels.dispatch import IMPLEMENTATIONS
+
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f"--implementation is {implementation!r}; it must be one of: {', '.join(IMPLEMENTATIONS)}")
+    found = compute(
+        KeyeConfig.from_file(config),
+        ShardingConfig.from_file(sharding),
+        Platform.parse(platform, slices),
+        context=tokens,
+        batch=batch,
+        prefill_chunk=chunk,
+        implementation=implementation,
+        indexer_dtype=options.attention_options("sparse", None, indexer_dtype=indexer_dtype).indexer_dtype,
+        compile_for_tpu=compile_,
+    )
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        _print(found)
+    return 0 if found.fits else 1
+
+
+def _without_devices() -> None:
+    """Keeps JAX off accelerators, and the TPU compiler from looking for the machine it would run on."""
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }.items():
+        os.environ.setdefault(name, value)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    options.enable_compilation_cache()
+
+
+def _print(found: Plan) -> None:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
+    print(f"{found.platform}: {found.devices} devices ({mesh})")
+    print(f"{found.batch} x {found.context:,} tokens, prompts read {found.prefill_chunk:,} tokens at a time")
+    print()
+    steps = {"reading a prompt": found.prefill, "writing a token": found.decode}
+    lines: list[tuple[str, ...]] = [("GiB on each device", "weights", "cache and inputs", "workspace", "peak", "")]
+    for name, step in steps.items():
+        if step:
+            how = f"compiled in {step.compile_seconds:.0f} s" if step.compiled else "estimated"
+            own = step.arguments - found.weights
+            lines.append((name, *map(_gib, (found.weights, own, step.workspace, step.peak)), how))
+    _print_table(lines)
+    print(f"weights and cache are computed; there are {_gib(found.memory)} GiB")
+    print()
+    lines = [("on each device", "TFLOP", "GB moved", "at least", "collectives")]
+    for name, step in steps.items():
+        if step:
+            least = f"{step.at_least_seconds * 1e3:.2f} ms" if step.at_least_seconds is not None else "?"
+            lines.append((name, f"{step.flops / 1e12:.3f}", f"{step.bytes_moved / 1e9:.2f}", least, _traffic(step)))
+    _print_table(lines)
+    print("operations and bytes moved are estimated, the last chunk's of a prompt; 'at least' is at peak rates")
+    print()
+    for each in found.video:
+        minutes, seconds = divmod(each["seconds"], 60)
+        print(
+            f"{found.context:,} tokens hold {each['frames']:,} frames of {each['tokens_per_frame']} tokens: "
+            f"{minutes:.0f} min {seconds:.0f} s of video at 2 frames a second"
+        )
+    print()
+    largest = f"the largest context that would is about {found.largest_context:,} tokens"
+    if found.fits:
+        print(f"it fits; {largest}")
+    else:
+        print(f"it does NOT fit{f' ({found.problem})' if found.problem else ''}; {largest}")
+
+
+def _traffic(step: Step) -> str:
+    parts = (f"{each.count} {each.kind} {each.bytes_received / 1e6:,.1f} MB" for each in step.collectives)
+    return ", ".join(parts) or "none"
+
+
+def _print_table(lines: list[tuple[str, ...]]) -> None:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line[1:-1], widths[1:-1], strict=True)]
+        print("  ".join([line[0].ljust(widths[0]), *cells, line[-1]]).rstrip())
+
+
+def _gib(count: float) -> str:
+    return f"{count / _GIB:.2f}"

@@ -1,0 +1,239 @@
+"""Several processes, one job: starting `jax.distributed`, and ending all of them when one is lost.
+
+JAX tells processes apart and carries their data. What it says when one of them dies is the number of a task, after a
+while, or nothing until a collective times out; so each process also keeps a sign of life in JAX's own key-value store
+and ends with a sentence that names the host whose sign is missing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import Any, NoReturn
+
+from keye_jax.errors import UserError
+
+SILENCE_S = 10.0
+"""Seconds without a sign of life after which a process is lost."""
+
+_SIGN_S = 1.0
+_HEARTBEAT_S = 20
+_START_S = 300
+_SHUTDOWN_S = 20
+_ALIVE, _DONE, _FAILED = "keye/alive/", "done", "failed: "
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+def start(coordinator: str | None = None, processes: int | None = None, process_id: int | None = None) -> None:
+    """Joins this process to the others of its job; does nothing where there is only one.
+
+    Without arguments the environment decides: a Slurm step of several tasks (each with the GPU of its local number),
+    Open MPI, or the TPU workers that GKE names. "auto" for `coordinator` asks JAX, which also finds the workers of a
+    TPU machine outside GKE. Afterwards only process 0 prints.
+
+    Args:
+      coordinator: "HOST:PORT" of process 0, the same for all processes.
+      processes: how many there are.
+      process_id: which one this is, from 0.
+
+    Raises:
+      UserError: some of the arguments are missing or impossible, or the others cannot be reached.
+    """
+    given = {"--coordinator": coordinator, "--processes": processes, "--process-id": process_id}
+    if coordinator == "auto" and processes is None and process_id is None:
+        arguments: dict[str, Any] = {}
+    elif any(value is not None for value in given.values()):
+        arguments = _checked(given)
+    elif _several_in_environment():
+        arguments = {}
+    else:
+        return
+
+    import jax
+
+    # With the preemption service on, a signal to terminate is noted and nothing happens.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=_START_S,
+            heartbeat_timeout_seconds=_HEARTBEAT_S,
+            shutdown_timeout_seconds=_SHUTDOWN_S,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the processes of this job cannot find each other: {str(error).splitlines()[0]}") from error
+    if jax.process_count() > 1:
+        global _job
+        _job = _Job(jax.process_index(), jax.process_count())
+
+
+def _checked(given: dict[str, Any]) -> dict[str, Any]:
+    missing = [flag for flag, value in given.items() if value is None]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} must be given too: {', '.join(given)} belong together")
+    address, processes, process_id = given.values()
+    host, _, port = str(address).rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--coordinator is {address!r}; it must be HOST:PORT of process 0, or auto, alone")
+    if processes < 1:
+        raise UserError(f"--processes is {processes}; it must be at least 1")
+    if not 0 <= process_id < processes:
+        raise UserError(f"--process-id is {process_id}; it must be from 0 to --processes - 1 = {processes - 1}")
+    return {
+        "coordinator_address": address,
+        "num_processes": processes,
+        "process_id": process_id,
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def _several_in_environment() -> bool:
+    environment = os.environ
+    if all(name in environment for name in _SLURM):
+        return int(environment["SLURM_NTASKS"]) > 1
+    if "OMPI_COMM_WORLD_SIZE" in environment:
+        return int(environment["OMPI_COMM_WORLD_SIZE"]) > 1
+    if int(environment.get("MEGASCALE_NUM_SLICES") or 1) > 1:
+        return True
+    return "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes files: process 0, or the only one."""
+    return _job is None or _job.process_id == 0
+
+
+def finish() -> None:
+    """Says that this process has done its part; it may then go before the others."""
+    if _job is not None:
+        _job.sign = _DONE
+        _job.send_sign()
+
+
+def fail(message: str, code: int) -> None:
+    """Ends this process for a reason that it knows, and the others with it; returns only where there are no others.
+
+    When all fail alike, as over a mistake in their arguments, process 0 alone says so.
+    """
+    if _job is None:
+        return
+    _job.fail(message)
+    if _job.process_id:
+        time.sleep(2 * _SIGN_S)
+        if _job.signs().get(0) != _job.sign:
+            _job.say(f"{_job.names[_job.process_id]}: {message}")
+    else:
+        _job.say(message)
+        # The others read the reason before the store goes with this process.
+        time.sleep(3 * _SIGN_S)
+    os._exit(code)
+
+
+def crash(error: BaseException) -> None:
+    """Ends this process after an error nobody expected; returns only where there are no others.
+
+    A process whose partner dies in the middle of a collective gets an error too; so the partner has its time to be
+    found missing, and is then named, before the error is taken for this process's own.
+    """
+    if _job is None:
+        return
+    time.sleep(SILENCE_S + 3 * _SIGN_S)
+    _job.fail(f"{type(error).__name__}: {error}".splitlines()[0])
+    _job.errors.write("".join(traceback.format_exception(error)))
+    _job.say(f"{_job.names[_job.process_id]} failed")
+    time.sleep(3 * _SIGN_S)
+    os._exit(1)
+
+
+class _Job:
+    """This process among the others.
+
+    Attributes:
+      process_id: which one this is.
+      names: of all processes, with their hosts.
+      errors: where messages go; sys.stdout and sys.stderr lead nowhere but in process 0.
+      sign: what the others see of this one: a counter, or that it is done or has failed.
+    """
+
+    def __init__(self, process_id: int, processes: int):
+        from jax._src import distributed
+
+        self.process_id, self.errors, self.sign = process_id, sys.stderr, "0"
+        self._client: Any = distributed.global_state.client
+        self._client.key_value_set(f"keye/name/{process_id}", f"process {process_id} ({socket.gethostname()})")
+        self._client.wait_at_barrier("keye/start", _START_S * 1000)
+        names = self._read("keye/name/")
+        self.names = [names[i] for i in range(processes)]
+        # Libraries below Python write to standard output too, which is for the answer.
+        answer = os.dup(1) if process_id == 0 else os.open(os.devnull, os.O_WRONLY)
+        sys.stdout = os.fdopen(answer, "w", buffering=1)
+        os.dup2(2, 1)
+        if process_id:
+            sys.stderr = sys.stdout
+            self._name_the_coordinator_when_jax_aborts()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def say(self, message: str) -> None:
+        self.errors.write(f"keye-jax: {message}\n")
+        self.errors.flush()
+
+    def send_sign(self) -> None:
+        self._client.key_value_set(f"{_ALIVE}{self.process_id}", self.sign, allow_overwrite=True)
+
+    def signs(self) -> dict[int, str]:
+        """The last sign of each process."""
+        return self._read(_ALIVE)
+
+    def fail(self, message: str) -> None:
+        self.sign = f"{_FAILED}{message}"
+        self.send_sign()
+
+    def _read(self, folder: str) -> dict[int, str]:
+        return {int(key.rpartition("/")[2]): value for key, value in self._client.key_value_dir_get(folder)}
+
+    def _watch(self) -> None:
+        seen, since = {}, dict.fromkeys(range(len(self.names)), time.monotonic())
+        while not self.sign.startswith(_FAILED):
+            time.sleep(_SIGN_S)
+            try:
+                if self.sign.isdecimal():
+                    self.sign = str(int(self.sign) + 1)
+                self.send_sign()
+                signs = self.signs()
+            except Exception:
+                signs = seen  # process 0, which has the store, is the first to be missed
+            for process_id, name in enumerate(self.names):
+                sign = signs.get(process_id, "")
+                if sign == _DONE or sign != seen.get(process_id, ""):
+                    since[process_id] = time.monotonic()
+                if process_id == self.process_id or self.sign.startswith(_FAILED):
+                    continue
+                if sign.startswith(_FAILED):
+                    self._end(f"{name} failed: {sign.removeprefix(_FAILED)}")
+                if time.monotonic() - since[process_id] > SILENCE_S:
+                    self._end(f"{name} is lost: no sign of life for {SILENCE_S:.0f} s")
+            seen = signs
+
+    def _end(self, why: str) -> NoReturn:
+        self.say(f"{why}; {self.names[self.process_id]} ends")
+        if self.process_id == 0:
+            time.sleep(3 * _SIGN_S)  # until the others have seen it too: with this process their connection breaks
+        os._exit(1)
+
+    def _name_the_coordinator_when_jax_aborts(self) -> None:
+        """JAX aborts a process at once, with a message for its developers, when the connection to process 0 breaks."""
+
+        def handle(_: int) -> None:
+            self._end(f"{self.names[0]} is lost: the connection to it broke")
+
+        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
+        ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)
+
+
+_job: _Job | None = None

@@ -1,0 +1,190 @@
+"""Experts on different devices: tokens go to them and what they give comes back; weights stay where they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from keye_jax.model.parallel import (
+    Axes,
+    Parallel,
+    all_gather,
+    as_words,
+    from_words,
+    only,
+    rank,
+    spec,
+    sum_over,
+    without,
+)
+
+if TYPE_CHECKING:
+    from keye_jax.model.moe import MoE
+
+_SLACK = 1.5
+"""Rows worked on at once, in shares of what a device gets when all experts are chosen as often."""
+
+_FEW_ROWS = 4096
+"""So many are worked on at once in any case: a loop of unknown length costs an accelerator more than they do."""
+
+
+type Mix = Callable[..., jax.Array]
+"""`mix_experts` with an implementation chosen."""
+
+type MixOwn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""What a device's experts add to tokens it has got: `(x, experts, weights)`."""
+
+type _Offsets = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""Of `jax.lax.ragged_all_to_all`: input offsets, send sizes, output offsets, receive sizes."""
+
+
+def run_experts(moe: MoE, x: jax.Array, valid: jax.Array, mix: Mix, parallel: Parallel) -> tuple[jax.Array, jax.Array]:
+    """Runs each valid token through its experts, wherever they are.
+
+    Tokens that every device of the experts' axes has stay where they are, and the devices' results are added up. Where
+    these axes split the tokens, all of them go to all devices ("all_gather"), or each to those that have one of its
+    experts ("all_to_all"); any routing fits, since the arrays are made for the worst one. Memory: the tokens of all
+    devices of the axes, and `_SLACK` times the mean rows of a device.
+
+    Args:
+      moe: the experts; of each array a device has what the rules give it.
+      x: `[b, t, embed]`.
+      valid: bool `[b, t]`.
+      mix: what a device does with the tokens it has.
+
+    Returns:
+      `[b, t, embed]`, and the experts chosen, int32 `[b, t, k]`.
+    """
+    p, num_experts = parallel, moe.num_experts
+    assert moe.hidden_parts == p.size(p.expert_hidden), "the parameters were not placed as this step's layout says"
+    owners = p.experts + p.expert_hidden
+    exchanged = only(p.experts, p.tokens) if p.expert_exchange == "all_to_all" else ()
+    gathered = without(only(owners, p.tokens), exchanged)
+
+    def body(moe: MoE, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+        gate_up, down = moe.gate_up_proj[...], moe.down_proj[...]
+        tokens = x.reshape(-1, x.shape[-1])
+        experts, weights = moe.route(tokens)
+        chosen = jnp.where(valid.reshape(-1, 1), experts, num_experts)
+
+        def mix_own(x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
+            here = gate_up.shape[0]
+            own = chosen - rank(p.experts) * here
+            own = jnp.where((own >= 0) & (own < here), own, here)
+            expected = math.ceil(_SLACK * chosen.size / p.size(p.experts))
+            return mix(x, own, weights, gate_up, down, rows_at_once=max(_FEW_ROWS, expected))
+
+        routing = jnp.concatenate([as_words(chosen), as_words(weights)], axis=1)
+        tokens, routing = all_gather(tokens, gathered, axis=0), all_gather(routing, gathered, axis=0)
+        chosen, weights = _unpack(routing)
+        if exchanged:
+            owner = _exchange_ranks(chosen // gate_up.shape[0], exchanged, p)
+            mixed = _to_owners_and_back(mix_own, tokens, chosen, weights, owner, exchanged, num_experts, p)
+        else:
+            mixed = mix_own(tokens, chosen, weights)
+        mixed = sum_over(mixed, without(owners, p.tokens), scatter=gathered)
+        return mixed.reshape(x.shape), experts.reshape(*valid.shape, -1)
+
+    tokens = spec(p.batch, p.query_sequence)
+    return p.shard_module(moe, body, (tokens, tokens), (tokens, tokens))(x, valid)
+
+
+def _unpack(routing: jax.Array) -> tuple[jax.Array, jax.Array]:
+    experts, weights = jnp.split(routing, 2, axis=1)
+    return from_words(experts, jnp.int32), from_words(weights, jnp.float32)
+
+
+def _exchange_ranks(owner: jax.Array, exchanged: Axes, parallel: Parallel) -> jax.Array:
+    """Numbers along `exchanged` of the devices that tokens go to, from their owners' numbers along the experts' axes.
+
+    An owner that differs from this device in an axis that is not among `exchanged` is served by another device that has
+    the same tokens: it, and an owner that does not exist, gets the number behind the last.
+    """
+    number, same, stride = jnp.zeros_like(owner), owner < parallel.size(parallel.experts), 1
+    for axis in reversed(parallel.experts):
+        size = parallel.size((axis,))
+        owner, coordinate = jnp.divmod(owner, size)
+        if axis in exchanged:
+            number, stride = number + coordinate * stride, stride * size
+        else:
+            same &= coordinate == rank((axis,))
+    return jnp.where(same, number, stride)
+
+
+def _to_owners_and_back(
+    mix_own: MixOwn,
+    x: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    owner: jax.Array,
+    axes: Axes,
+    nowhere: int,
+    parallel: Parallel,
+) -> jax.Array:
+    """Sends each token once to every device that has one of its experts, and adds up what comes back.
+
+    Args:
+      x: `[tokens, embed]`.
+      chosen, weights: experts int32 `[tokens, k]` and their weights float32.
+      owner: int32 `[tokens, k]`, devices along `axes`; their number where no token is to go.
+      nowhere: an expert that does not exist.
+
+    Returns:
+      `[tokens, embed]`.
+    """
+    (tokens, k), ranks, me = owner.shape, parallel.size(axes), rank(axes)
+    goes = (owner[:, :, None] == jnp.arange(ranks)).any(axis=1)  # [tokens, ranks]
+    counts = goes.sum(axis=0, dtype=jnp.int32)
+    begins = jnp.cumsum(counts) - counts
+    slots = begins + jnp.cumsum(goes, axis=0, dtype=jnp.int32) - 1
+    size = tokens * min(ranks, k)
+    source = jnp.broadcast_to(jnp.arange(tokens)[:, None], slots.shape)
+    token_of = jnp.zeros(size, jnp.int32).at[jnp.where(goes, slots, size)].set(source, mode="drop")
+
+    sizes = all_gather(counts[None], axes, axis=0)  # [from, to]
+    ahead_of_mine = jnp.cumsum(sizes, axis=0) - sizes
+    received = sizes[:, me]
+    there = (begins, counts, ahead_of_mine[me], received)
+    back = (ahead_of_mine[:, me], received, (jnp.cumsum(sizes, axis=1) - sizes)[:, me], counts)
+
+    def send(rows: jax.Array, into: jax.Array, how: _Offsets) -> jax.Array:
+        with jax.named_scope("collectives"):
+            return _ragged_all_to_all(rows, into, *how, axes, parallel)
+
+    routing = jnp.concatenate([as_words(chosen), as_words(weights)], axis=1)
+    no_routing = jnp.zeros((ranks * tokens, 2 * k), jnp.uint32).at[:, :k].set(nowhere)
+    got = send(x[token_of], jnp.zeros((ranks * tokens, x.shape[1]), x.dtype), there)
+    mixed = mix_own(got, *_unpack(send(routing[token_of], no_routing, there)))
+    returned = send(mixed, jnp.zeros((size, x.shape[1]), x.dtype), back)
+    terms = [jnp.where(goes[:, i, None], returned[slots[:, i]], 0).astype(jnp.float32) for i in range(ranks)]
+    return sum(terms[1:], start=terms[0]).astype(x.dtype)
+
+
+def _ragged_all_to_all(
+    operand: jax.Array,
+    output: jax.Array,
+    input_offsets: jax.Array,
+    send_sizes: jax.Array,
+    output_offsets: jax.Array,
+    recv_sizes: jax.Array,
+    axes: Axes,
+    parallel: Parallel,
+) -> jax.Array:
+    """`jax.lax.ragged_all_to_all`; XLA has none for CPUs, where each device picks its rows from those of all."""
+    if parallel.platform != "cpu":
+        return jax.lax.ragged_all_to_all(
+            operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, axis_name=axes
+        )
+    me = rank(axes)
+    rows = all_gather(operand[None], axes, axis=0)
+    begin, size, target = (
+        all_gather(x[None], axes, axis=0)[:, me, None] for x in (input_offsets, send_sizes, output_offsets)
+    )
+    index = jnp.arange(len(operand))
+    sent = (index >= begin) & (index < begin + size)
+    place = jnp.where(sent, target + index - begin, len(output))
+    return output.at[place.reshape(-1)].set(rows.reshape(-1, *operand.shape[1:]), mode="drop")

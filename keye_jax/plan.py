@@ -1,0 +1,352 @@
+"""What a job would take on devices that are not here: memory, work, traffic, and the longest context that fits.
+
+Weights and cache are computed, exactly, from the layout. Explicit collectives are counted in the traced program. For
+TPUs the whole program is compiled by the TPU compiler for the topology, which needs no TPU, and memory and collectives
+are the compiler's own figures. Floating point operations and bytes read are estimates, by the formulas below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import time
+from typing import Any, Literal
+
+import jax
+
+from keye_jax.config import KeyeConfig
+from keye_jax.errors import UserError
+from keye_jax.model.attention import AttentionOptions
+from keye_jax.model.keye import Keye
+from keye_jax.model.parallel import Parallel
+from keye_jax.platforms import Platform
+from keye_jax.runner import PREFILL_CHUNK, Runner
+from keye_jax.sharding import Layout, ShardingConfig
+from keye_jax.sharding.memory import cache_bytes, weight_bytes
+from keye_jax.traffic import Collective, of_program, of_trace
+
+USABLE = 0.95
+"""Share of a GPU's memory that a job can have; XLA takes 0.75 unless XLA_PYTHON_CLIENT_MEM_FRACTION says more."""
+
+TPU_PREFILL_CHUNK = 1024
+
+_UNION = 8192
+"""Keys that 16 neighbouring queries select together at most, as the technical report has them at 128K tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step of reading a prompt, the last and most expensive one, or of writing a token to each sequence.
+
+    Attributes:
+      tokens: new tokens, of all sequences together.
+      arguments, workspace, peak: bytes on one device: weights, cache and inputs; what the step needs besides; together.
+      compiled: whether these are the TPU compiler's figures; they are estimates otherwise.
+      compile_seconds: how long compiling took, or None.
+      flops: floating point operations on one device.
+      bytes_moved: bytes that one device reads from and writes to its memory.
+      collectives: what travels between devices.
+      at_least_seconds: what operations, bytes and traffic take at the devices' peak rates, the largest of the three.
+    """
+
+    tokens: int
+    arguments: int
+    workspace: int
+    peak: int
+    compiled: bool
+    compile_seconds: float | None
+    flops: float
+    bytes_moved: float
+    collectives: tuple[Collective, ...]
+    at_least_seconds: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a job takes, on one device where nothing else is said.
+
+    Attributes:
+      platform, devices, mesh: the devices, how many, and the mesh's axes with their sizes.
+      context, batch, prefill_chunk: the job.
+      implementation: of the kernels in compiled programs.
+      memory: bytes there are.
+      weights, cache, prompt: bytes of each; the prompt's are of the embeddings of images and frames.
+      prefill, decode: the two kinds of step.
+      fits: whether all of it does.
+      problem: what the compiler said if not.
+      largest_context: the longest context that would fit, in tokens; 0 if none does.
+      video: see `video_capacity`.
+    """
+
+    platform: str
+    devices: int
+    mesh: dict[str, int]
+    context: int
+    batch: int
+    prefill_chunk: int
+    implementation: str
+    memory: int
+    weights: int
+    cache: int
+    prompt: int
+    prefill: Step | None
+    decode: Step | None
+    fits: bool
+    problem: str | None
+    largest_context: int
+    video: list[dict[str, float]]
+
+    @property
+    def workspace(self) -> int:
+        """Bytes of the step that needs more."""
+        return max((step.workspace for step in (self.prefill, self.decode) if step), default=0)
+
+    @property
+    def peak(self) -> int:
+        return max((step.peak for step in (self.prefill, self.decode) if step), default=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"workspace": self.workspace, "peak": self.peak}
+
+
+def plan(
+    config: KeyeConfig,
+    sharding: ShardingConfig,
+    platform: Platform,
+    *,
+    context: int,
+    batch: int = 1,
+    prefill_chunk: int | None = None,
+    implementation: str = "xla",
+    indexer_dtype: Literal["float8_e4m3fn"] | None = None,
+    compile_for_tpu: bool = True,
+) -> Plan:
+    """Plans a job of `batch` sequences with room for `context` tokens each; prompts are read one at a time.
+
+    Args:
+      prefill_chunk: prompt tokens that a device reads in one step; what suits the platform if left out.
+      implementation: of the kernels in the programs that are compiled.
+      compile_for_tpu: False estimates for a TPU what would be compiled.
+
+    Raises:
+      UserError: the context is longer than the model's, the layout impossible, or the topology unknown.
+    """
+    if not 1 <= context <= config.max_position_embeddings:
+        raise UserError(
+            f"--context is {context:,}; this model takes from 1 to {config.max_position_embeddings:,} tokens"
+        )
+    if batch < 1:
+        raise UserError(f"--batch is {batch}; it must be at least 1")
+    chip = platform.chip
+    compiling = compile_for_tpu and chip.platform == "tpu"
+    if compiling:
+        layout = Layout.create(sharding, config, devices=_topology_devices(platform))
+    else:
+        layout = Layout.abstract(sharding, config, platform.devices, chip.platform)
+    chunk = prefill_chunk or PREFILL_CHUNK.get(chip.platform, TPU_PREFILL_CHUNK)
+    options = AttentionOptions(implementation=implementation, dense_below=0, indexer_dtype=indexer_dtype)
+    runner = Runner(Keye.abstract(config), config, layout=layout, options=options, prefill_chunk=chunk)
+    sizes = functools.partial(cache_bytes, config, layout=layout, indexer_dtype=indexer_dtype)
+    weights, cache = weight_bytes(config, layout), sizes(batch, context)
+    prompt = context * config.hidden_size * config.jax_dtype.itemsize
+    memory = int(_memory(platform))
+    work, steps, problem = _Work(config, layout, chunk, indexer_dtype), {}, None
+    for name, tokens in (("prefill", runner.chunk(context)), ("decode", batch)):
+        reading = name == "prefill"
+        traced = runner.prefill_programs(context)[-1] if reading else runner.decode_program(batch, context)
+        collectives, seconds = of_trace(traced.jaxpr, layout.mesh.shape), None
+        if compiling:
+            begun = time.perf_counter()
+            try:
+                program = traced.lower().compile()
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                problem = problem or f"{name}: {_sentence(str(error))}"
+                continue
+            seconds, figures, text = time.perf_counter() - begun, program.memory_analysis(), program.as_text()
+            assert figures is not None and text is not None, "the TPU compiler gives both"
+            # A program's arguments are those that it reads; the others are on the device all the same.
+            others = ("vision", "projector", *(["embed_tokens"] if reading else []))
+            arguments = figures.argument_size_in_bytes + weight_bytes(config, layout, only=others)
+            fresh = figures.output_size_in_bytes - figures.alias_size_in_bytes
+            workspace = figures.temp_size_in_bytes + figures.generated_code_size_in_bytes + fresh
+            collectives = of_program(text)
+        else:
+            arguments = weights + (sizes(1, context) if reading else cache)
+            workspace = work.prefill_workspace(context) if reading else work.decode_workspace(batch, context)
+        flops, moved = work.prefill(context, tokens) if reading else work.decode(batch, context)
+        steps[name] = Step(
+            tokens=tokens,
+            arguments=arguments,
+            workspace=workspace,
+            peak=arguments + workspace + (prompt if reading else 0),
+            compiled=compiling,
+            compile_seconds=seconds,
+            flops=flops,
+            bytes_moved=moved,
+            collectives=collectives,
+            at_least_seconds=_at_least(platform, flops, moved, collectives),
+        )
+    found = [steps.get("prefill"), steps.get("decode")]
+    peak = max((step.peak for step in found if step), default=0)
+    workspaces = [step.workspace if step else 0 for step in found]
+
+    def needs(tokens: int) -> int:
+        """Estimated bytes at another context: of the workspaces, the context's part follows it."""
+        scale = max(1.0, tokens / context)
+        reading = sizes(1, tokens) + tokens * config.hidden_size * config.jax_dtype.itemsize + workspaces[0] * scale
+        return int(weights + max(reading, sizes(batch, tokens) + workspaces[1] * scale))
+
+    return Plan(
+        platform=platform.name if platform.slices == 1 else f"{platform.slices} x {platform.name}",
+        devices=layout.mesh.size,
+        mesh=dict(layout.mesh.shape),
+        context=context,
+        batch=batch,
+        prefill_chunk=runner.chunk(context),
+        implementation=implementation,
+        memory=memory,
+        weights=weights,
+        cache=cache,
+        prompt=prompt,
+        prefill=found[0],
+        decode=found[1],
+        fits=problem is None and peak <= memory,
+        problem=problem,
+        largest_context=_largest(needs, memory, config.max_position_embeddings),
+        video=video_capacity(context),
+    )
+
+
+def _topology_devices(platform: Platform) -> list[Any]:
+    from jax.experimental import topologies
+
+    assert platform.topology is not None, "only TPUs are compiled for"
+    more = {"num_slices": platform.slices} if platform.slices > 1 else {}
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=platform.topology, **more).devices
+    except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--platform is {platform.name!r}; the TPU compiler (pip install 'keye-jax[tpu]') must know it: {reason}"
+        ) from error
+
+
+def _at_least(platform: Platform, flops: float, moved: float, collectives: tuple[Collective, ...]) -> float | None:
+    """Seconds at the devices' peak rates; None where nobody says what these are."""
+    chip = platform.chip
+    if chip.flops is None or chip.bandwidth is None or chip.interconnect is None:
+        return None
+    received = sum(each.bytes_received for each in collectives)
+    return max(flops / chip.flops, moved / chip.bandwidth, received / chip.interconnect)
+
+
+def _memory(platform: Platform) -> float:
+    from keye_jax.device import memory_limit_bytes
+
+    if platform.chip.memory is None:
+        return memory_limit_bytes() * len(jax.local_devices()) / platform.devices
+    return platform.chip.memory * (USABLE if platform.chip.platform == "gpu" else 1)
+
+
+def _sentence(error: str) -> str:
+    found = re.search(r"[Uu]sed [\d.]+[KMGT]? of [\d.]+[KMGT]? \w+", error)
+    return found.group(0) if found else error.splitlines()[0]
+
+
+def _largest(needs: Any, memory: int, limit: int, step: int = 1024) -> int:
+    """The largest multiple of `step` up to `limit` that needs no more than `memory`."""
+    low, high = 0, limit // step
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if needs(middle * step) <= memory else (low, middle - 1)
+    return low * step
+
+
+def video_capacity(context: int, fps: float = 2.0) -> list[dict[str, float]]:
+    """Frames, and seconds at `fps` frames a second, that a context holds with the smallest and the largest frames.
+
+    Each frame has its time before it: a mark, and a token for each character of the seconds with one decimal.
+    """
+    found = []
+    for tokens in (64, 256):
+        frames, used = 0, 2
+        while (used := used + 1 + len(f"{frames / fps:.1f}") + tokens) <= context:
+            frames += 1
+        found.append({"tokens_per_frame": tokens, "frames": frames, "seconds": frames / fps})
+    return found
+
+
+class _Work:
+    """Formulas for one device's share of the work, all layers together."""
+
+    def __init__(self, config: KeyeConfig, layout: Layout, chunk: int, indexer_dtype: str | None):
+        self.config, self.layout, self.chunk = config, layout, chunk
+        self.item = config.jax_dtype.itemsize
+        sa = config.sa_config
+        self.index_row = sa.indexer_head_dim + 4 if indexer_dtype else sa.indexer_head_dim * self.item
+        self.kv_row = 2 * config.num_key_value_heads * config.head_dim * self.item // layout.size("kv_heads")
+        self.expert = 3 * config.hidden_size * config.moe_intermediate_size
+
+    def _token_flops(self, owners: int, ranks: int, heads: int) -> float:
+        """Of a layer's products, for one token, when `ranks` devices share the tokens and `owners` the experts."""
+        c, sa = self.config, self.config.sa_config
+        projections = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads) / heads
+        indexer = c.hidden_size * ((sa.indexer_num_heads + 1) * sa.indexer_head_dim + sa.indexer_num_heads)
+        experts = c.num_experts_per_tok * self.expert / owners
+        return 2 * ((projections + indexer + c.hidden_size * c.num_experts) / ranks + experts)
+
+    def _attention_flops(self, keys: float, parts: int, heads: int) -> float:
+        """Of a layer, for one query that sees so many keys, shared by `parts` devices along queries or keys."""
+        c, sa = self.config, self.config.sa_config
+        scores = 2 * sa.indexer_num_heads * (sa.indexer_head_dim + 1) * keys
+        return (scores + 4 * c.num_attention_heads * c.head_dim * min(keys, sa.topk) / heads) / parts
+
+    def _shares(self, batch: int, tokens: int) -> tuple[Parallel, int, int, int]:
+        p = Parallel.of(self.layout, batch, tokens)
+        ranks = p.size(p.tokens)
+        owners = p.size(tuple(dict.fromkeys((*p.tokens, *p.experts, *p.expert_hidden))))
+        return p, ranks, owners, p.size(p.heads)
+
+    def prefill(self, context: int, tokens: int) -> tuple[float, float]:
+        """Operations and bytes of the last chunk, whose queries see the whole context."""
+        c, (p, ranks, owners, heads) = self.config, self._shares(1, tokens)
+        flops = tokens * (self._token_flops(owners, ranks, heads) + self._attention_flops(context, ranks, heads))
+        gathered = context * (self.kv_row + self.index_row) * (2 if p.cache_sequence else 0)
+        groups = tokens / ranks / 16
+        keys = groups * (min(context, _UNION) * self.kv_row + context * self.index_row / 8)
+        return flops * c.num_hidden_layers, weight_bytes(c, self.layout) + (gathered + keys) * c.num_hidden_layers
+
+    def decode(self, batch: int, context: int) -> tuple[float, float]:
+        """Operations and bytes of one step."""
+        c, (p, ranks, owners, heads) = self.config, self._shares(batch, 1)
+        parts = p.size(p.pages)
+        layer = self._token_flops(owners, ranks, heads) + self._attention_flops(context, parts, heads)
+        head = c.hidden_size * c.vocab_size / p.size(p.vocab)
+        flops = batch * (layer * c.num_hidden_layers + 2 * head)
+        chosen = 1 - (1 - c.num_experts_per_tok / c.num_experts) ** batch
+        experts = c.num_experts * self.expert * c.num_hidden_layers / p.size(p.experts + p.expert_hidden) * self.item
+        others = weight_bytes(c, self.layout) - experts - 2 * head * self.item / 2
+        keys = batch / parts * (context * self.index_row + min(context, c.sa_config.topk) * self.kv_row)
+        return flops, others + experts * chosen + keys * c.num_hidden_layers
+
+    def prefill_workspace(self, context: int) -> int:
+        """What a step of reading was seen to need on GPUs: scores of a block of queries, or the experts' rows."""
+        p, ranks, owners, _ = self._shares(1, min(self.chunk, context))
+        block, scores = 2**30, 4 * min(self.chunk, context) * context
+        attention = scores if scores <= block else 4 * block
+        whole = context * (self.kv_row + self.index_row) * (2 if p.cache_sequence else 0)
+        tokens = min(self.chunk, context) * ranks
+        rows = tokens * self.config.num_experts_per_tok / owners * (1.5 if owners > 1 else 1)
+        widths = 2 * self.config.hidden_size + 2 * self.config.moe_intermediate_size
+        exchanged = 2 * tokens * self.config.hidden_size * self.item if ranks > 1 else 0
+        return int(max(attention + whole, rows * widths * self.item + exchanged))
+
+    def decode_workspace(self, batch: int, context: int) -> int:
+        """Scores, what is selected, and logits."""
+        p, *_ = self._shares(batch, 1)
+        each = batch / p.size(p.batch)
+        scores = 4 * context / p.size(p.cache_sequence) + self.config.sa_config.topk * self.kv_row
+        return int(2 * each * scores + 3 * 4 * batch * self.config.vocab_size + 64 * 2**20)

@@ -1,0 +1,140 @@
+"""A mesh of devices with the rules that split arrays over it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from keye_jax.config import KeyeConfig
+from keye_jax.errors import UserError
+from keye_jax.model.keye import Keye
+from keye_jax.sharding.file import AUTO, ShardingConfig
+
+FEW_EXPERT_RANKS = 8
+"""Up to so many shards of experts, "auto" sends all tokens to all of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How arrays lie over devices; hashable, so static in compiled steps. Two of the same file and devices are equal.
+
+    Attributes:
+      mesh: the devices, or only their number along each axis.
+      rules: the mesh axes of each logical axis that is split, those of one device left out.
+      expert_exchange: "all_gather" or "all_to_all".
+      platform: what the devices are to JAX: "cpu", "gpu" or "tpu".
+    """
+
+    mesh: Mesh | AbstractMesh
+    rules: tuple[tuple[str, tuple[str, ...]], ...]
+    expert_exchange: str = "all_gather"
+    platform: str = "cpu"
+
+    @classmethod
+    def create(
+        cls, sharding: ShardingConfig, model: KeyeConfig | None = None, devices: Sequence[Any] | None = None
+    ) -> Layout:
+        """The layout of a sharding file.
+
+        Args:
+          model: what the rules are held to, if given.
+          devices: those to use, all there are if left out. In one process a mesh may use only some, the first.
+
+        Raises:
+          UserError: there are too few devices, or they cannot be shared out as the file says, or the model cannot.
+        """
+        devices = list(jax.devices() if devices is None else devices)
+        sizes = sharding.sizes(len(devices))
+        if model is not None:
+            sharding.check(model, sizes)
+        needed = math.prod(sizes.values())
+        processes = {device.process_index for device in devices}
+        if needed < len(devices) and len(processes) > 1:
+            raise UserError(
+                f"{sharding.source}: the mesh uses {needed} devices; {len(processes)} processes have {len(devices)}, "
+                "and all must be used"
+            )
+        return cls._on(Mesh(_arrange(sharding, sizes, devices[:needed]), tuple(sizes)), sharding, devices[0].platform)
+
+    @classmethod
+    def abstract(cls, sharding: ShardingConfig, model: KeyeConfig, devices: int, platform: str) -> Layout:
+        """The layout that `create` would make of so many devices, to compute with; nothing can be put there.
+
+        Raises:
+          UserError: as `create` does.
+        """
+        sizes = sharding.sizes(devices)
+        sharding.check(model, sizes)
+        axis_types = (AxisType.Auto,) * len(sizes)
+        return cls._on(AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types), sharding, platform)
+
+    @classmethod
+    def _on(cls, mesh: Mesh | AbstractMesh, sharding: ShardingConfig, platform: str) -> Layout:
+        sizes = mesh.shape
+        rules = {name: tuple(axis for axis in axes if sizes[axis] > 1) for name, axes in sharding.rules}
+        exchange = sharding.experts
+        if exchange == AUTO:
+            ranks = math.prod(sizes[axis] for axis in rules.get("experts", ()))
+            exchange = "all_gather" if ranks <= FEW_EXPERT_RANKS else "all_to_all"
+        return cls(mesh, tuple((name, axes) for name, axes in rules.items() if axes), exchange, platform)
+
+    def axes(self, name: str | None) -> tuple[str, ...]:
+        """Mesh axes of more than one device that the logical axis `name` is split over, the outermost first."""
+        return () if name is None else dict(self.rules).get(name, ())
+
+    def size(self, name: str | None) -> int:
+        """Into how many parts the logical axis `name` is split."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes(name))
+
+    def spec(self, *names: str | None) -> PartitionSpec:
+        """The partition of an array with these logical axes; None, or a name without a rule, is not split."""
+        return PartitionSpec(*(self.axes(name) or None for name in names))
+
+    def sharding(self, *names: str | None) -> NamedSharding:
+        """`spec` on the mesh; of no names, a copy on every device."""
+        return NamedSharding(self.mesh, self.spec(*names))
+
+    def parameters(self, model: KeyeConfig) -> dict[str, Any]:
+        """The sharding of each parameter, nested by module path as `convert.load_params` takes them."""
+        tree: dict[str, Any] = {}
+        for path, (_, axes) in parameter_axes(model).items():
+            node = tree
+            for key in path[:-1]:
+                node = node.setdefault(key, {})
+            node[path[-1]] = self.sharding(*axes)
+        return tree
+
+
+@functools.cache
+def parameter_axes(model: KeyeConfig) -> dict[tuple[str, ...], tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Shape and logical axes of each parameter, by module path."""
+    return {
+        tuple(map(str, path)): (variable.shape, variable.get_metadata("axes"))
+        for path, variable in nnx.to_flat_state(nnx.state(Keye.abstract(model)))
+    }
+
+
+def _arrange(sharding: ShardingConfig, sizes: dict[str, int], devices: list[Any]) -> np.ndarray:
+    """The devices in the mesh's shape, neighbours in the network next to each other on its inner axes."""
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    shape = tuple(sizes.values())
+    if len(slices) <= 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    across = sharding.across_slices
+    if across is None or sizes[across] % len(slices):
+        raise UserError(
+            f"{sharding.source}: across_slices is {across!r}, but the devices are in {len(slices)} slices; it must be "
+            f"a mesh axis whose size is a multiple of {len(slices)}"
+        )
+    between = tuple(len(slices) if axis == across else 1 for axis in sizes)
+    within = tuple(size // count for size, count in zip(shape, between, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)

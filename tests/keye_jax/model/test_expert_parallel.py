@@ -1,0 +1,104 @@
+"""Experts on different devices against one device, for any routing, however the tokens get there."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from keye_jax.config import KeyeConfig
+from keye_jax.model import expert_parallel
+from keye_jax.model.moe import MoE
+from keye_jax.model.parallel import Parallel
+from keye_jax.sharding import Layout, ShardingConfig
+
+BATCH, TOKENS = 2, 16
+
+
+@pytest.fixture(scope="module")
+def config(golden):
+    return dataclasses.replace(KeyeConfig.from_file(golden / "b"), dtype="float32")
+
+
+def parallel_of(config, exchange, rules):
+    values = {"mesh": {"x": 2, "y": 2, "z": 2}, "rules": rules, "exchange": {"experts": exchange}}
+    return Parallel.of(Layout.create(ShardingConfig.from_dict(values), config), BATCH, TOKENS)
+
+
+def steered(config, favourites):
+    """Experts whose router prefers some of them, by far, for tokens whose first number is 1."""
+    moe = MoE(config, rngs=nnx.Rngs(0))
+    router = np.array(moe.router.weight[...])
+    router[:, 0] = 0
+    router[favourites, 0] = 100.0 + np.arange(len(favourites))
+    moe.router.weight.set_value(jnp.asarray(router))
+    return moe
+
+
+def tokens(config, seed=0):
+    x = np.random.default_rng(seed).normal(size=(BATCH, TOKENS, config.hidden_size)).astype(np.float32)
+    x[..., 0] = 1
+    return jnp.asarray(x)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _turns_of_a_few_rows():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expert_parallel, "_FEW_ROWS", 8)
+        yield
+
+
+@functools.partial(jax.jit, static_argnames="parallel")
+def run(moe, x, valid, parallel):
+    return placed(moe, parallel)(x, valid, implementation=None, parallel=parallel)
+
+
+EVERYWHERE = {"batch": "x", "query_sequence": ["y", "z"], "experts": ["z", "x", "y"]}
+SOME_AXES = {"batch": "x", "query_sequence": "y", "experts": ["z", "y"], "expert_hidden": "x"}
+
+
+@pytest.mark.parametrize("rules", [EVERYWHERE, SOME_AXES], ids=["all axes", "some axes"])
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+@pytest.mark.parametrize(
+    "favourites", [(), (3, 5, 9, 14), (0, 1, 2, 3), (12, 13, 14, 15)], ids=["any", "four", "first", "last"]
+)
+def test_any_routing(config, favourites, exchange, rules):
+    """Experts that get every token, devices whose experts get none, and turns of a few rows each."""
+    moe, parallel = steered(config, list(favourites)), parallel_of(config, exchange, rules)
+    x = tokens(config)
+    valid = jnp.asarray(np.random.default_rng(1).random((BATCH, TOKENS)) < 0.8)
+    expected, chosen = moe(x, valid, implementation=None)
+    if favourites:
+        assert set(np.unique(chosen)) == set(favourites)
+    got, got_chosen = run(moe, x, valid, parallel)
+    np.testing.assert_allclose(np.asarray(got), np.asarray(expected), atol=1e-4)
+    np.testing.assert_array_equal(np.asarray(got_chosen), np.asarray(chosen))
+    assert not np.asarray(got)[~np.asarray(valid)].any()
+
+
+def placed(moe, parallel):
+    """The experts with their columns in as many parts as devices split them into."""
+    parts = parallel.size(parallel.expert_hidden)
+    graph, state = nnx.split(moe)
+    moe = nnx.merge(graph, state)
+    columns = moe.gate_up_proj[...]
+    apart = columns.reshape(*columns.shape[:2], 2, parts, -1).swapaxes(2, 3)
+    moe.gate_up_proj.set_value(apart.reshape(columns.shape))
+    moe.hidden_parts = parts
+    return moe
+
+
+def test_without_a_valid_token_there_is_nothing_to_do(config):
+    moe, parallel = steered(config, []), parallel_of(config, "all_to_all", EVERYWHERE)
+    nothing = jnp.zeros((BATCH, TOKENS), bool)
+    got, _ = run(moe, tokens(config), nothing, parallel)
+    assert not np.asarray(got).any()
+
+
+def test_parameters_placed_for_another_layout_are_refused(config):
+    moe, parallel = steered(config, []), parallel_of(config, "all_gather", SOME_AXES)
+    with pytest.raises(AssertionError, match="not placed"):
+        moe(tokens(config), jnp.ones((BATCH, TOKENS), bool), implementation=None, parallel=parallel)
