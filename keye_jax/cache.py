@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from keye_jax.config import KeyeConfig
 from keye_jax.model.parallel import Parallel, spec
@@ -41,6 +42,8 @@ class LayerCache:
         kv: jax.Array,
         index_keys: jax.Array,
         index_scales: jax.Array | None = None,
+        *,
+        order: np.ndarray | None = None,
     ) -> LayerCache:
         """Writes the first `count` of t new tokens of each sequence at positions `start` and on.
 
@@ -52,9 +55,11 @@ class LayerCache:
           kv: `[b, t, 2 * kv_heads, head_dim]`, rows as they are kept.
           index_keys: `[b, t, indexer_head_dim]`.
           index_scales: float32 `[b, t]`, where the cache has them.
+          order: int32 `[t]`, where each of the tokens stands among them; as they come if left out.
         """
         pages = self.kv.shape[0]
-        offsets, capacity = jnp.arange(kv.shape[1]), page_table.shape[1] * PAGE_SIZE
+        offsets = jnp.arange(kv.shape[1]) if order is None else jnp.asarray(order)
+        capacity = page_table.shape[1] * PAGE_SIZE
         positions = start[:, None] + offsets
         there = (offsets < count[:, None]) & (positions >= 0) & (positions < capacity)
         slots = paging.slots(page_table, jnp.clip(positions, 0, capacity - 1), PAGE_SIZE)

@@ -1,25 +1,24 @@
-"""The compiled steps of a model: encoding images, reading a prompt in chunks, decoding token by token."""
+"""A model ready to run: encoding images, reading a prompt in chunks, decoding token by token."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from keye_jax import steps
 from keye_jax.cache import Cache
 from keye_jax.config import KeyeConfig
 from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.decoder import LayerIntermediates
 from keye_jax.model.keye import Keye
 from keye_jax.model.parallel import STRIPE_MULTIPLE, Axes, Parallel, spec
-from keye_jax.model.projector import Projector
-from keye_jax.model.vision import VisionEncoder
 
 if TYPE_CHECKING:
     from keye_jax.sharding import Layout
@@ -39,120 +38,6 @@ def round_up(size: int) -> int:
     """`size` rounded up by at most an eighth (to 64 at least), so that similar sizes share a compiled step."""
     step = max(64, 1 << max(0, size.bit_length() - 4))
     return -(-size // step) * step
-
-
-type Arrays = tuple[jax.Array, ...]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Structure:
-    """A model without its arrays.
-
-    Equal to itself alone, and the arrays a flat tuple: a step of decoding looks its program up in microseconds, where
-    comparing and flattening the modules would take longer than the device does.
-    """
-
-    graph: nnx.GraphDef[Keye]
-    tree: Any
-
-    def merge(self, arrays: Arrays) -> Keye:
-        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, arrays))
-
-
-_structure = functools.cache(_Structure)
-
-
-@functools.partial(jax.jit, static_argnames=("structure", "parallel", "implementation", "project"))
-def _encode(
-    structure: _Structure,
-    arrays: Arrays,
-    pixels: jax.Array,
-    sizes: jax.Array,
-    scale: jax.Array,
-    shift: jax.Array,
-    *,
-    parallel: Parallel | None,
-    implementation: str | None,
-    project: bool,
-) -> jax.Array:
-    def encode(modules: tuple[VisionEncoder, Projector], pixels: jax.Array, sizes: jax.Array) -> jax.Array:
-        vision, projector = modules
-        hidden = vision(pixels, sizes, implementation=implementation)
-        return projector(hidden, sizes) if project else hidden
-
-    model = structure.merge(arrays)
-    modules, pixels = (model.vision, model.projector), pixels.astype(jnp.float32) * scale + shift
-    if parallel is None:
-        return encode(modules, pixels, sizes)
-    images = spec(parallel.vision_patches)
-    return parallel.constrain(parallel.shard_module(modules, encode, (images, images), images)(pixels, sizes))
-
-
-@functools.partial(jax.jit, static_argnames=("structure", "parallel"))
-def _embed(
-    structure: _Structure,
-    arrays: Arrays,
-    ids: jax.Array,
-    vision_embeds: jax.Array,
-    vision_index: jax.Array,
-    *,
-    parallel: Parallel | None,
-) -> jax.Array:
-    return structure.merge(arrays).embed(ids, vision_embeds, vision_index, parallel)
-
-
-@functools.partial(jax.jit, static_argnames=("structure", "parallel", "options", "all_logits"), donate_argnames="cache")
-def _read(
-    structure: _Structure,
-    arrays: Arrays,
-    x: jax.Array,
-    positions: jax.Array,
-    count: jax.Array,
-    cache: Cache,
-    *,
-    parallel: Parallel | None,
-    options: AttentionOptions,
-    all_logits: bool = False,
-) -> tuple[jax.Array, Cache, tuple[LayerIntermediates, ...]]:
-    """Logits of each sequence's last new token, `[b, vocab]`, or of all, `[b, t, vocab]`."""
-    decoder = structure.merge(arrays).decoder
-    hidden, cache, found = decoder(x, positions, count, cache, options, parallel)
-    if parallel:
-        # What is looked at is on all devices, its tokens as they stand in the chunk.
-        found = jax.tree.map(lambda each: parallel.constrain(parallel.in_order(each)), found)
-    if all_logits:
-        hidden = parallel.in_order(hidden) if parallel else hidden
-    elif parallel:
-        last = parallel.token_order(x.shape[1]) == jnp.maximum(count - 1, 0)[:, None]
-        hidden = jnp.sum(jnp.where(last[..., None], hidden, 0), axis=1)
-    else:
-        hidden = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return decoder.logits(hidden, parallel), _pinned(cache, parallel), found
-
-
-@functools.partial(jax.jit, static_argnames=("structure", "parallel", "options"), donate_argnames="cache")
-def _decode(
-    structure: _Structure,
-    arrays: Arrays,
-    tokens: jax.Array,
-    delta: jax.Array,
-    cache: Cache,
-    *,
-    parallel: Parallel | None,
-    options: AttentionOptions,
-) -> tuple[jax.Array, Cache]:
-    decoder = structure.merge(arrays).decoder
-    positions = jnp.broadcast_to((cache.lengths + delta)[None, :, None], (3, tokens.shape[0], 1))
-    x = decoder.embed(tokens[:, None], parallel)
-    if parallel:
-        x = parallel.constrain(x, parallel.batch)
-    hidden, cache, _ = decoder(x, positions, jnp.ones_like(cache.lengths), cache, options, parallel)
-    return decoder.logits(hidden[:, 0], parallel), _pinned(cache, parallel)
-
-
-def _pinned(cache: Cache, parallel: Parallel | None) -> Cache:
-    """The cache as it lay before the step, so that it can be given to the next one."""
-    return jax.lax.with_sharding_constraint(cache, cache.shardings(parallel)) if parallel else cache
 
 
 class Runner:
@@ -183,17 +68,18 @@ class Runner:
         self.config, self.options, self.layout = config, options, layout
         self.prefill_chunk = prefill_chunk or PREFILL_CHUNK.get(jax.default_backend(), _SMALL_PREFILL_CHUNK)
         self.dtype = model.decoder.embed_tokens.weight.dtype
+        self._parallel = functools.cache(functools.partial(Parallel.of, layout)) if layout else None
         if layout:
             from keye_jax.sharding import place
 
             model = place(model, layout)
         graph, state = nnx.split(model)
         arrays, tree = jax.tree.flatten(state)
-        self._structure, self._arrays = _structure(graph, tree), tuple(arrays)
+        self._structure, self._arrays = steps.structure_of(graph, tree), tuple(arrays)
 
     def parallel(self, batch: int, tokens: int) -> Parallel | None:
         """How a step that reads `tokens` tokens of each of `batch` sequences lies over devices; None for one device."""
-        return Parallel.of(self.layout, batch, tokens) if self.layout else None
+        return self._parallel(batch, tokens) if self._parallel else None
 
     def put(self, array: np.ndarray, *dimensions: Axes) -> jax.Array:
         """An array on the devices, its dimensions split over these mesh axes of the layout, () for not at all.
@@ -234,7 +120,9 @@ class Runner:
         cache = self._cache_shape(tokens, 1)
         ends = [min(start + chunk, tokens) for start in range(0, tokens, chunk)]
         return [
-            _read.trace(self._structure, self._arrays, x, positions, count, cache, parallel=parallel, options=options)
+            steps.read.trace(
+                self._structure, self._arrays, x, positions, count, cache, parallel=parallel, options=options
+            )
             for options in {self.options.for_context(end): None for end in ends}
         ]
 
@@ -243,7 +131,7 @@ class Runner:
         each = self._shape((batch,), jnp.int32)
         cache = self._cache_shape(capacity, batch)
         options, parallel = self.options.for_context(cache.capacity), self.parallel(batch, 1)
-        return _decode.trace(self._structure, self._arrays, each, each, cache, parallel=parallel, options=options)
+        return steps.decode.trace(self._structure, self._arrays, each, each, cache, parallel=parallel, options=options)
 
     def compile_prefill(self, tokens: int) -> int:
         """Compiles the steps of `prefill_programs`.
@@ -325,7 +213,7 @@ class Runner:
                 here = min(at_once, images - first)
                 chunk = np.zeros((at_once, padded, flat.shape[1]), flat.dtype)
                 chunk[:here, :each] = flat[done : done + here * each].reshape(here, each, -1)
-                encoded = _encode(
+                encoded = steps.encode(
                     self._structure,
                     self._arrays,
                     self.put(chunk, over),
@@ -368,7 +256,7 @@ class Runner:
         for x, places, count, done in self._chunks(input_ids, positions, vision_embeds):
             options = self.options.for_context(done)
             parallel = self.parallel(1, x.shape[1])
-            logits, cache, _ = _read(
+            logits, cache, _ = steps.read(
                 self._structure, self._arrays, x, places, count, cache, parallel=parallel, options=options
             )
             if progress:
@@ -388,7 +276,7 @@ class Runner:
         """
         options = dataclasses.replace(self.options, intermediates=True).for_context(len(input_ids))
         for x, places, count, done in self._chunks(input_ids, positions, vision_embeds):
-            logits, cache, found = _read(
+            logits, cache, found = steps.read(
                 self._structure,
                 self._arrays,
                 x,
@@ -414,6 +302,8 @@ class Runner:
         index = vision_rows(input_ids, self.config)
         if len(vision_embeds) != np.count_nonzero(index >= 0):
             raise ValueError(f"{len(vision_embeds)} vision embeddings for {np.count_nonzero(index >= 0)} pads")
+        if not isinstance(vision_embeds, jax.Array):
+            vision_embeds = self.put(vision_embeds)
         # At least one row, so that a prompt of text alone can index it.
         vision_embeds = jnp.pad(vision_embeds, ((0, round_up(max(1, len(vision_embeds))) - len(vision_embeds)), (0, 0)))
         padding = -total % chunk
@@ -423,7 +313,7 @@ class Runner:
         for start in range(0, total, chunk):
             part = start + order
             here, rows = self.put(ids[None, part], *split), self.put(index[None, part], *split)
-            x = _embed(self._structure, self._arrays, here, vision_embeds, rows, parallel=parallel)
+            x = steps.embed(self._structure, self._arrays, here, vision_embeds, rows, parallel=parallel)
             count = min(chunk, total - start)
             places = self.put(positions[:, None, part], (), *split)
             yield x, places, self.put(np.asarray([count], np.int32)), start + count
@@ -440,7 +330,7 @@ class Runner:
           float32 `[b, vocab]` logits of the next tokens, and the cache with `tokens` in it.
         """
         options, parallel = self.options.for_context(cache.capacity), self.parallel(len(cache.lengths), 1)
-        return _decode(self._structure, self._arrays, tokens, delta, cache, parallel=parallel, options=options)
+        return steps.decode(self._structure, self._arrays, tokens, delta, cache, parallel=parallel, options=options)
 
 
 def _workspace(step: jax.stages.Traced) -> int:

@@ -57,7 +57,7 @@ class DecoderLayer(nnx.Module):
         options: AttentionOptions,
         parallel: Parallel | None = None,
     ) -> tuple[jax.Array, LayerCache, LayerIntermediates | None]:
-        if parallel:
+        if parallel and parallel.cache_sequence and x.shape[1] > 1:
             # So that no layer's cache is gathered, and held, before its turn.
             x, cache = jax.lax.optimization_barrier((x, cache))
         attended, cache, found = self.attention(

@@ -34,7 +34,7 @@ class Parallel:
     too, and a single token a sequence is not split at all.
 
     Attributes:
-      mesh: the devices.
+      mesh: the devices, or only their number along each axis.
       batch, query_sequence, cache_sequence, heads, kv_heads, experts, expert_hidden, vocab, vision_patches: mesh axes,
         outermost first.
       expert_exchange: "all_gather" or "all_to_all".
@@ -172,8 +172,11 @@ def all_gather(x: jax.Array, axes: Axes, axis: int) -> jax.Array:
     """The parts of all devices along mesh `axes`, one behind the other on `axis`."""
     if not axes:
         return x
+    # Not every platform's collectives know float8.
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.itemsize == 1 else x
     with jax.named_scope("collectives"):
-        return jax.lax.all_gather(x, axes, axis=axis, tiled=True)
+        bits = jax.lax.all_gather(bits, axes, axis=axis, tiled=True)
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
 def sum_over(x: jax.Array, axes: Axes, scatter: Axes = (), axis: int = 0) -> jax.Array:

@@ -104,13 +104,14 @@ def read_chunk(
         new: Projected, cache: LayerCache, table: jax.Array, start: jax.Array, count: jax.Array
     ) -> tuple[Attended, LayerCache]:
         rows = new.kv, new.index_keys, new.index_scales
-        rows = jax.tree.map(lambda x: p.in_order(all_gather(x, p.query_sequence, axis=1)), rows)
+        rows = jax.tree.map(lambda x: all_gather(x, p.query_sequence, axis=1), rows)
+        order = p.token_order(new.q.shape[1] * ranks)
         # The context before the chunk is gathered, not after: that can begin while the chunk's keys are computed.
         whole = jax.tree.map(lambda x: all_gather(x, p.cache_sequence, axis=0), cache)
         here, own_start = _own_part(table, start, p)
-        cache = cache.append(here, own_start, count, *rows)
+        cache = cache.append(here, own_start, count, *rows, order=order)
         table = table - rank(p.batch) * whole.kv.shape[0]
-        whole = whole.append(table, start, count, *rows) if p.cache_sequence else cache
+        whole = whole.append(table, start, count, *rows, order=order) if p.cache_sequence else cache
 
         batch, tokens = new.q.shape[:2]
         stripe = p.stripe(tokens * ranks)
@@ -264,15 +265,10 @@ def _merge(out: jax.Array, lse: jax.Array, parallel: Parallel) -> tuple[jax.Arra
 def _new_specs(new: Projected, parallel: Parallel) -> Any:
     """Partitions in place of the arrays of a `Projected`."""
     tokens = (parallel.batch, parallel.query_sequence)
-    heads = {"q": parallel.heads, "k": parallel.kv_heads, "v": parallel.kv_heads}
-    return dataclasses.replace(
-        new,
-        **{
-            field.name: spec(*tokens, heads.get(field.name, ()))
-            for field in dataclasses.fields(new)
-            if getattr(new, field.name) is not None
-        },
-    )
+    of_tokens = jax.tree.map(lambda _: spec(*tokens), new)
+    q: Any = spec(*tokens, parallel.heads)
+    kv: Any = spec(*tokens, parallel.kv_heads)
+    return dataclasses.replace(of_tokens, q=q, k=kv, v=kv)
 
 
 def _attended_specs(parallel: Parallel, intermediates: bool) -> Any:

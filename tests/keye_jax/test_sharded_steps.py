@@ -204,6 +204,17 @@ def test_batches_of_different_lengths_decode_alike(batch, mesh, rules, attention
     np.testing.assert_allclose(results[1], results[0], atol=ATOL)
 
 
+def test_float8_index_keys_and_their_scales_travel_too():
+    """A rounding that falls the other way may change a selection: of a token now and then, not of all that follow."""
+    model, config = golden_model("a", 1)
+    options, results = AttentionOptions(indexer_dtype="float8_e4m3fn"), []
+    for layout in (None, layout_of(config, {"x": 4}, ONE_AXIS)):
+        runner = Runner(model, config, options=options, layout=layout)
+        assert runner.new_cache(64).layers[0].index_scales is not None
+        results.append(read_and_write(runner)[0])
+    assert np.mean(np.abs(results[1] - results[0]).max(axis=-1) < ATOL) > 0.9
+
+
 def test_of_equal_scores_the_lower_positions_win_on_any_device():
     """Index queries of zeros: all scores are equal, and the first positions are selected, whoever has them."""
     model, config = golden_model("a")
@@ -250,3 +261,17 @@ def test_the_order_of_a_chunk_is_undone():
     order = parallel.token_order(2048)
     assert order[:257].tolist() == [*range(256), 1024]
     np.testing.assert_array_equal(np.asarray(parallel.in_order(jnp.asarray(order)[None])[0]), np.arange(2048))
+
+
+@pytest.mark.parametrize("step", ["read", "decode"])
+def test_hopper_kernels_are_lowered_inside_a_layout(step):
+    """One layer of the released size, the cache's positions, the experts and eight heads a device on four devices."""
+    released = KeyeConfig.from_file(Path(__file__).parents[2] / "configs" / "model" / "keye_vl_2_30b_a3b.json")
+    config = dataclasses.replace(released, num_hidden_layers=1)
+    layout = layout_of(config, {"x": 2, "y": 2, "z": 2}, ONE_AXIS | TENSOR)
+    options = AttentionOptions(implementation="mosaic_gpu", dense_below=0)
+    runner = Runner(Keye.abstract(config), config, layout=layout, options=options, prefill_chunk=2048)
+    (program,) = runner.prefill_programs(32_768) if step == "read" else [runner.decode_program(1, 32_768)]
+    text = program.lower(lowering_platforms=("cuda",)).as_text()
+    # Reading: scores, selection, unions, attention. Decoding: scores, two selections, attention. And the experts' two.
+    assert text.count("custom_call @mosaic_gpu") == 6
