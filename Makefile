@@ -2,8 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The TPU compiler, for Linux on x86-64 only. It is kept out of the environment's packages: JAX would load it everywhere.
+ifeq ($(shell uname -sm),Linux x86_64)
+LIBTPU := $(VENV)/libtpu/.installed
+endif
 
-.PHONY: setup demo test test-gpu lint clean
+.PHONY: setup demo test test-gpu test-tpu test-tpu-compile lint clean
 
 setup: $(VENV)/.installed-dev
 
@@ -18,15 +22,30 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
+# The version that belongs to the installed JAX.
+$(VENV)/libtpu/.installed: $(VENV)/.installed-dev
+	$(BIN)/python -c 'from importlib.metadata import requires; print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))' \
+	| $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/libtpu --requirement /dev/stdin
+	@touch $@
+
 demo: $(VENV)/.installed
 	@$(BIN)/python -m keye_jax.demo build/demo
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev $(LIBTPU)
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # The operations' tests, with the compiled kernels, on a Hopper GPU. PY names a Python with JAX for CUDA.
 test-gpu: $(if $(PY),,$(VENV)/.installed-dev)
-	$(or $(PY),$(BIN)/python) -m pytest tests/pallas_kernels
+	$(or $(PY),$(BIN)/python) -m pytest tests/pallas_kernels tests/keye_jax/gpu
+
+# The same on a TPU. PY names a Python with JAX for TPUs.
+test-tpu: $(if $(PY),,$(VENV)/.installed-dev)
+	JAX_DEFAULT_MATMUL_PRECISION=highest $(or $(PY),$(BIN)/python) -m pytest tests/pallas_kernels
+
+# Everything that is for a TPU, through the TPU compiler, without a TPU: minutes, and a table of what the compiler says.
+test-tpu-compile: $(VENV)/.installed-dev $(LIBTPU)
+	@mkdir -p build
+	$(BIN)/python -m tests.tpu_compile --json build/tpu_compile.json
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

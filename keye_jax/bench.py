@@ -8,7 +8,8 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from keye_jax.config import KeyeConfig
 from keye_jax.model.keye import Keye
 from keye_jax.model.positions import mrope_positions
 from keye_jax.runner import Runner
+from keye_jax.sampling import Sampling
 from keye_jax.sharding import Layout
 
 WEIGHT_SCALE = 0.02
@@ -31,8 +33,8 @@ WEIGHT_SCALE = 0.02
 FRAME = 16
 """Side of a frame of the made-up video, in tokens."""
 
-NOISE = 0.23
-"""Share of each token's embedding that is its own; with 0.23 sixteen neighbouring queries of a model with random
+NOISE = 0.33
+"""Share of each token's embedding that is its own; with 0.33 sixteen neighbouring queries of a model with random
 weights select about 8,192 of 131,072 keys together, with 1 tokens are unrelated."""
 
 PARTS = ("indexer", "selection", "attention", "experts", "collectives")
@@ -41,7 +43,9 @@ PARTS = ("indexer", "selection", "attention", "experts", "collectives")
 _COLLECTIVES = ("nccl", "all_gather", "allgather", "all_reduce", "allreduce", "reduce_scatter", "all_to_all")
 """What the names of kernels that move data between devices hold, whatever scope they are in."""
 
-_GROUP = 16
+GREEDY = Sampling(temperature=0.0)
+
+_GROUP, _TAIL = 16, 64
 _DECODE_STEPS = 16
 _DECODE_SAMPLES = 5
 
@@ -151,19 +155,40 @@ class Timing:
     workspace_bytes: int
 
 
-def time_prefill(runner: Runner, prompt: Prompt, repeats: int) -> Timing:
-    """Reads `prompt` into an empty cache `repeats` times, compiled and warmed up before."""
+def compile_steps(
+    runners: Iterable[Runner], prompts: Iterable[int], batches: Iterable[tuple[int, int]], *, traced: Runner | None
+) -> None:
+    """Compiles side by side all that `time_prefill`, `union_sizes` (of `traced`) and `time_decode` will need."""
+    compiling = [
+        *(functools.partial(traced.compile_trace, _TAIL, tokens) for tokens in prompts if traced),
+        *(functools.partial(runner.compile_prefill, tokens) for runner in runners for tokens in prompts),
+        *(functools.partial(runner.compile_write, *sizes, GREEDY) for runner in runners for sizes in batches),
+    ]
+    # Processes of one job must compile in the same order.
+    with ThreadPoolExecutor(1 if jax.process_count() > 1 else None) as pool:
+        for done in [pool.submit(compile_one) for compile_one in compiling]:
+            done.result()
+
+
+def time_prefill(runner: Runner, prompt: Prompt, repeats: int) -> tuple[Timing, Cache]:
+    """Reads `prompt` into an empty cache `repeats` times, compiled and warmed up before; also gives the last cache."""
     tokens = len(prompt.input_ids)
     workspace = runner.compile_prefill(tokens)
-    read_prompt(runner, prompt.upto(min(tokens, runner.prefill_chunk)), capacity=tokens)
-    times = []
+    # As far as every program that is needed has run once.
+    ends = [*range(runner.prefill_chunk, tokens, runner.prefill_chunk), tokens]
+    last = runner.options.for_context(tokens)
+    warm = next(end for end in ends if runner.options.for_context(end) == last)
+    read_prompt(runner, prompt.upto(warm), capacity=tokens)
+    times, cache = [], None
     for _ in range(repeats):
+        del cache
         cache = jax.block_until_ready(runner.new_cache(tokens))
         start = time.perf_counter()
-        jax.block_until_ready(runner.prefill(prompt.input_ids, prompt.positions, prompt.embeds, cache)[0])
+        _, cache = jax.block_until_ready(runner.prefill(prompt.input_ids, prompt.positions, prompt.embeds, cache))
         times.append(time.perf_counter() - start)
+    assert cache is not None, "repeats is 0"
     seconds = statistics.median(times)
-    return Timing(seconds, tokens / seconds, workspace)
+    return Timing(seconds, tokens / seconds, workspace), cache
 
 
 def read_prompt(runner: Runner, prompt: Prompt, *, capacity: int | None = None) -> Cache:
@@ -172,16 +197,20 @@ def read_prompt(runner: Runner, prompt: Prompt, *, capacity: int | None = None) 
     return jax.block_until_ready(runner.prefill(prompt.input_ids, prompt.positions, prompt.embeds, cache)[1])
 
 
-def union_sizes(runner: Runner, prompt: Prompt) -> np.ndarray:
-    """Distinct keys that 16 neighbouring queries select together, float `[layers]`: means over the last 64 queries."""
-    before = len(prompt.input_ids) - 4 * _GROUP
-    cache = read_prompt(runner, prompt.upto(before), capacity=len(prompt.input_ids))
+def union_sizes(runner: Runner, prompt: Prompt, cache: Cache) -> np.ndarray:
+    """Distinct keys that 16 neighbouring queries select together, float `[layers]`: means over the last 64 queries.
+
+    Args:
+      cache: holds `prompt`, whose last tokens are read into it once more; donated.
+    """
+    before = len(prompt.input_ids) - _TAIL
+    cache = dataclasses.replace(cache, lengths=runner.put(np.full(len(cache.lengths), before, np.int32)))
     tail = prompt.input_ids[before:], prompt.positions[:, before:], prompt.embeds[before:]
     ((_, _, found, _),) = runner.trace(*tail, cache)
     sizes = []
     for layer in found:
         assert layer.attention.selected is not None
-        groups = np.asarray(layer.attention.selected[0]).reshape(4, -1)
+        groups = np.asarray(layer.attention.selected[0]).reshape(_TAIL // _GROUP, -1)
         sizes.append(np.mean([len(np.unique(group[group >= 0])) for group in groups]))
     return np.asarray(sizes)
 
@@ -198,12 +227,13 @@ def random_cache(runner: Runner, batch: int, context: int, length: int, seed: in
 @functools.partial(jax.jit, donate_argnums=2, static_argnums=3)
 def _fill(seed: jax.Array, index: jax.Array, x: jax.Array, sharding: Sharding) -> jax.Array:
     key = jax.random.fold_in(jax.random.key(seed), index)
-    return _on(jax.random.normal(key, x.shape).astype(x.dtype), sharding)
+    # An argument that is not read would not be donated.
+    return _on((jax.random.normal(key, x.shape) + x.astype(jnp.float32)).astype(x.dtype), sharding)
 
 
 def time_decode(runner: Runner, batch: int, context: int) -> Timing:
     """Writes a few dozen tokens to each of `batch` sequences, the last of them with `context` tokens before it."""
-    workspace = runner.compile_decode(batch, context)
+    workspace = runner.compile_write(batch, context, GREEDY)
     cache = random_cache(runner, batch, context, context - (_DECODE_SAMPLES + 1) * _DECODE_STEPS)
     tokens = runner.put(np.zeros(batch, np.int32))
     times = []
@@ -215,14 +245,10 @@ def time_decode(runner: Runner, batch: int, context: int) -> Timing:
     return Timing(seconds, batch / seconds, workspace)
 
 
-_likeliest = jax.jit(lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32))
-
-
 def _write(runner: Runner, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    delta = runner.put(np.zeros(len(tokens), np.int32))
+    delta, keys = runner.put(np.zeros(len(tokens), np.int32)), jax.random.split(jax.random.key(0), len(tokens))
     for _ in range(_DECODE_STEPS):
-        logits, cache = runner.decode(tokens, delta, cache)
-        tokens = _likeliest(logits)
+        tokens, cache = runner.write(tokens, delta, cache, keys, GREEDY)
     return jax.block_until_ready(tokens), cache
 
 

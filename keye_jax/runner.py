@@ -19,6 +19,7 @@ from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.decoder import LayerIntermediates
 from keye_jax.model.keye import Keye
 from keye_jax.model.parallel import STRIPE_MULTIPLE, Axes, Parallel, spec
+from keye_jax.sampling import Sampling
 
 if TYPE_CHECKING:
     from keye_jax.sharding import Layout
@@ -77,6 +78,11 @@ class Runner:
         arrays, tree = jax.tree.flatten(state)
         self._structure, self._arrays = steps.structure_of(graph, tree), tuple(arrays)
 
+    @property
+    def platform(self) -> str:
+        """Of its devices, to JAX."""
+        return self.layout.platform if self.layout else jax.default_backend()
+
     def parallel(self, batch: int, tokens: int) -> Parallel | None:
         """How a step that reads `tokens` tokens of each of `batch` sequences lies over devices; None for one device."""
         return self._parallel(batch, tokens) if self._parallel else None
@@ -112,26 +118,32 @@ class Runner:
     def prefill_programs(self, tokens: int) -> list[jax.stages.Traced]:
         """The steps that `prefill` takes for a prompt of so many tokens, in a cache made for just these."""
         chunk = self.chunk(tokens)
+        ends = [min(start + chunk, tokens) for start in range(0, tokens, chunk)]
+        return [
+            self._read_program(chunk, tokens, options)
+            for options in {self.options.for_context(end): None for end in ends}
+        ]
+
+    def _read_program(
+        self, chunk: int, capacity: int, options: AttentionOptions, *, all_logits: bool = False
+    ) -> jax.stages.Traced:
         parallel = self.parallel(1, chunk)
         split = ((), parallel.query_sequence) if parallel else ()
         x = self._shape((1, chunk, self.config.hidden_size), self.dtype, *split)
         positions = self._shape((3, 1, chunk), jnp.int32, (), *split)
-        count = self._shape((1,), jnp.int32)
-        cache = self._cache_shape(tokens, 1)
-        ends = [min(start + chunk, tokens) for start in range(0, tokens, chunk)]
-        return [
-            steps.read.trace(
-                self._structure, self._arrays, x, positions, count, cache, parallel=parallel, options=options
-            )
-            for options in {self.options.for_context(end): None for end in ends}
-        ]
+        count, cache = self._shape((1,), jnp.int32), self._cache_shape(capacity, 1)
+        static = {"parallel": parallel, "options": options, "all_logits": all_logits}
+        return steps.read.trace(self._structure, self._arrays, x, positions, count, cache, **static)
 
-    def decode_program(self, batch: int, capacity: int) -> jax.stages.Traced:
-        """The step of `decode` for caches of this size."""
-        each = self._shape((batch,), jnp.int32)
-        cache = self._cache_shape(capacity, batch)
-        options, parallel = self.options.for_context(cache.capacity), self.parallel(batch, 1)
-        return steps.decode.trace(self._structure, self._arrays, each, each, cache, parallel=parallel, options=options)
+    def decode_program(self, batch: int, capacity: int, sampling: Sampling | None = None) -> jax.stages.Traced:
+        """The step of `decode` for caches of this size, or with `sampling` that of `write`."""
+        each, cache = self._shape((batch,), jnp.int32), self._cache_shape(capacity, batch)
+        arguments = self._structure, self._arrays, each, each, cache
+        static = {"parallel": self.parallel(batch, 1), "options": self.options.for_context(cache.capacity)}
+        if sampling is None:
+            return steps.decode_step(self.platform).trace(*arguments, **static)
+        keys = self._shape((batch,), jax.random.key(0).dtype)
+        return steps.write_step(self.platform).trace(*arguments, keys, **static, sampling=sampling)
 
     def compile_prefill(self, tokens: int) -> int:
         """Compiles the steps of `prefill_programs`.
@@ -141,9 +153,14 @@ class Runner:
         """
         return max(_workspace(step) for step in self.prefill_programs(tokens))
 
-    def compile_decode(self, batch: int, capacity: int) -> int:
-        """Compiles the step of `decode_program`; returns what `compile_prefill` does."""
-        return _workspace(self.decode_program(batch, capacity))
+    def compile_trace(self, tokens: int, capacity: int) -> int:
+        """Compiles the step of `trace` for a prompt of one chunk; returns what `compile_prefill` does."""
+        options = dataclasses.replace(self.options, intermediates=True).for_context(tokens)
+        return _workspace(self._read_program(self.chunk(tokens), capacity, options, all_logits=True))
+
+    def compile_write(self, batch: int, capacity: int, sampling: Sampling) -> int:
+        """Compiles the step of `write` for caches of this size; returns what `compile_prefill` does."""
+        return _workspace(self.decode_program(batch, capacity, sampling))
 
     def _shape(self, shape: tuple[int, ...], dtype: jnp.dtype, *dimensions: Axes) -> jax.ShapeDtypeStruct:
         sharding = jax.NamedSharding(self.layout.mesh, spec(*dimensions)) if self.layout else None
@@ -330,7 +347,28 @@ class Runner:
           float32 `[b, vocab]` logits of the next tokens, and the cache with `tokens` in it.
         """
         options, parallel = self.options.for_context(cache.capacity), self.parallel(len(cache.lengths), 1)
-        return steps.decode(self._structure, self._arrays, tokens, delta, cache, parallel=parallel, options=options)
+        step = steps.decode_step(self.platform)
+        return step(self._structure, self._arrays, tokens, delta, cache, parallel=parallel, options=options)
+
+    def write(
+        self, tokens: jax.Array, delta: jax.Array, cache: Cache, keys: jax.Array, sampling: Sampling
+    ) -> tuple[jax.Array, Cache]:
+        """A step of decoding with the sampling in it.
+
+        Args:
+          tokens, delta, cache: as for `decode`; tokens are donated too.
+          keys: a random key for each sequence, `[b]`, the same in every step.
+
+        Returns:
+          int32 `[b]`, the next tokens, and the cache with `tokens` in it.
+        """
+        static = {
+            "parallel": self.parallel(len(cache.lengths), 1),
+            "options": self.options.for_context(cache.capacity),
+            "sampling": sampling,
+        }
+        step = steps.write_step(self.platform)
+        return step(self._structure, self._arrays, tokens, delta, cache, keys, **static)
 
 
 def _workspace(step: jax.stages.Traced) -> int:

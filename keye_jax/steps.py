@@ -17,6 +17,7 @@ from keye_jax.model.keye import Keye
 from keye_jax.model.parallel import Parallel, spec
 from keye_jax.model.projector import Projector
 from keye_jax.model.vision import VisionEncoder
+from keye_jax.sampling import Sampling, sample
 
 type Arrays = tuple[jax.Array, ...]
 
@@ -121,8 +122,7 @@ def read(
     return decoder.logits(hidden, parallel), _pinned(cache, parallel), found
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "parallel", "options"), donate_argnames="cache")
-def decode(
+def _decode(
     structure: Structure,
     arrays: Arrays,
     tokens: jax.Array,
@@ -140,6 +140,58 @@ def decode(
         x = parallel.constrain(x, parallel.batch)
     hidden, cache, _ = decoder(x, positions, jnp.ones_like(cache.lengths), cache, options, parallel)
     return decoder.logits(hidden[:, 0], parallel), _pinned(cache, parallel)
+
+
+def _write(
+    structure: Structure,
+    arrays: Arrays,
+    tokens: jax.Array,
+    delta: jax.Array,
+    cache: Cache,
+    keys: jax.Array,
+    *,
+    parallel: Parallel | None,
+    options: AttentionOptions,
+    sampling: Sampling,
+) -> tuple[jax.Array, Cache]:
+    """`_decode` with the sampling in it; see `Runner.write`."""
+    logits, cache = _decode(structure, arrays, tokens, delta, cache, parallel=parallel, options=options)
+    tokens = sample(logits, jax.vmap(jax.random.fold_in)(keys, cache.lengths), sampling)
+    return parallel.constrain(tokens) if parallel else tokens, cache
+
+
+_COMPILER_OPTIONS = {
+    "gpu": {
+        # A step of decoding is one CUDA graph of some 1,500 short kernels: where they may, they run side by side.
+        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+        # Projections of one input are not made one product, for which their weights would be copied at every step.
+        "xla_gpu_dot_merger_threshold_mb": "0",
+    }
+}
+
+
+@functools.cache
+def decode_step(platform: str) -> jax.stages.Wrapped:
+    """The compiled step of `Runner.decode`."""
+    return jax.jit(
+        _decode,
+        static_argnames=("structure", "parallel", "options"),
+        donate_argnames="cache",
+        compiler_options=_COMPILER_OPTIONS.get(platform),
+    )
+
+
+@functools.cache
+def write_step(platform: str) -> jax.stages.Wrapped:
+    """The compiled step of `Runner.write`."""
+    # With the tokens donated, all that a step touches lies where it lay in the last one: an unchanged CUDA graph is
+    # launched in half the time that it takes to update it.
+    return jax.jit(
+        _write,
+        static_argnames=("structure", "parallel", "options", "sampling"),
+        donate_argnames=("tokens", "cache"),
+        compiler_options=_COMPILER_OPTIONS.get(platform),
+    )
 
 
 def _pinned(cache: Cache, parallel: Parallel | None) -> Cache:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.errors import UnsupportedError
 
-IMPLEMENTATIONS = ("mosaic_gpu", "cudnn", "xla")
+IMPLEMENTATIONS = ("mosaic_gpu", "cudnn", "mosaic_tpu", "xla")
 """Names an operation may have implementations under, best first."""
 
 
@@ -18,7 +18,12 @@ IMPLEMENTATIONS = ("mosaic_gpu", "cudnn", "xla")
 def available() -> tuple[str, ...]:
     """The implementations that this machine's default device can run, best first."""
     capability = _cuda_capability()
-    runs = {"mosaic_gpu": capability == (9, 0), "cudnn": capability >= (8, 0), "xla": True}
+    runs = {
+        "mosaic_gpu": capability == (9, 0),
+        "cudnn": capability >= (8, 0),
+        "mosaic_tpu": jax.default_backend() == "tpu",
+        "xla": True,
+    }
     return tuple(name for name in IMPLEMENTATIONS if runs[name])
 
 

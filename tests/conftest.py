@@ -9,6 +9,10 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "compiled"))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--interpret-all", action="store_true", help="interpret every test of what is for a TPU: minutes")
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Directory of recorded reference data."""

@@ -38,8 +38,8 @@ def bench(
     ] = "1x32K,4x32K,16x32K,1x128K,4x128K",
     repeats: Annotated[int, typer.Option(help="Times that each prompt is read; the median counts.")] = 3,
     unrelated: Annotated[
-        bool, typer.Option(help="Also read prompts whose tokens have nothing to do with each other.")
-    ] = True,
+        str, typer.Option(help="Prompt lengths to read also with tokens that have nothing to do with each other.")
+    ] = "128K",
     dense: Annotated[bool, typer.Option(help="Also measure dense attention, for comparison.")] = True,
     fp8: Annotated[bool, typer.Option(help="Also measure with an indexer in float8.")] = True,
     unions: Annotated[bool, typer.Option(help="Also count the keys that neighbouring queries select together.")] = True,
@@ -63,6 +63,7 @@ def bench(
     about 8,192 of 131,072 keys together. What does not fit the device is refused before it is tried.
     """
     lengths = [options.tokens("--prefill", text) for text in _items(prefill)]
+    no_video = [options.tokens("--unrelated", text) for text in _items(unrelated)]
     batches = [_batch_and_context(text) for text in _items(decode)]
     chunk = options.prefill_chunk_size(prefill_chunk)
     if repeats < 1:
@@ -78,7 +79,7 @@ def bench(
     if time_limit is not None:
         _end_after(time_limit)
 
-    from keye_jax.bench import random_model
+    from keye_jax.bench import compile_steps, random_model
     from keye_jax.config import KeyeConfig
     from keye_jax.runner import Runner
     from keye_jax.sharding import place
@@ -104,11 +105,23 @@ def bench(
     if layout:
         model = place(model, layout)  # once, for all runners
     runners = {name: Runner(model, sizes, options=chosen[name], prefill_chunk=chunk, layout=layout) for name in chosen}
+    sparse = runners[_SPARSE]
+    lengths = [
+        tokens
+        for tokens in lengths[: 1 if breakdown else None]
+        if not _refused(sparse, f"prefill {_size(tokens)}", 1, tokens, 2 * tokens * sizes.hidden_size)
+    ]
+    batches = [
+        (batch, context)
+        for batch, context in batches[: 1 if breakdown else None]
+        if not _refused(sparse, f"decode, {batch} x {_size(context)}", batch, context, 0)
+    ]
+    compile_steps(runners.values(), lengths, batches, traced=sparse if unions else None)
     if breakdown:
-        found = _parts(runners, sizes, lengths[:1], batches[:1])
+        found = _parts(runners, sizes, lengths, batches)
     else:
-        prefills = _prefill_rows(runners, sizes, lengths, repeats, unrelated=unrelated, unions=unions)
-        found = itertools.chain(prefills, _decode_rows(runners, sizes, batches))
+        prefills = _prefill_rows(runners, sizes, lengths, repeats, no_video, count_unions=unions)
+        found = itertools.chain(prefills, _decode_rows(runners, batches))
     rows = []
     for row in found:
         rows.append(row)
@@ -134,7 +147,13 @@ def _end_after(seconds: int) -> None:
 
 
 def _prefill_rows(
-    runners: dict[str, Runner], config: KeyeConfig, lengths: list[int], repeats: int, *, unrelated: bool, unions: bool
+    runners: dict[str, Runner],
+    config: KeyeConfig,
+    lengths: list[int],
+    repeats: int,
+    no_video: list[int],
+    *,
+    count_unions: bool,
 ) -> Iterator[dict[str, Any]]:
     import numpy as np
 
@@ -142,37 +161,33 @@ def _prefill_rows(
 
     for tokens in lengths:
         what = f"prefill {_size(tokens)}"
-        if _refused(runners[_SPARSE], what, 1, tokens, 2 * tokens * config.hidden_size):
-            continue
         # Dense attention takes the same time however tokens are related.
         dense = None
-        kinds = {"video": NOISE} | ({"unrelated tokens": 1.0} if unrelated else {})
+        kinds = {"video": NOISE} | ({"unrelated tokens": 1.0} if tokens in no_video else {})
         for kind, noise in kinds.items():
-            prompt = Prompt.video(config, tokens, noise=noise, layout=runners[_SPARSE].layout)
+            prompt, unions = Prompt.video(config, tokens, noise=noise, layout=runners[_SPARSE].layout), None
             for name, runner in runners.items():
                 if noise != NOISE and name != _SPARSE:
                     continue
-                timing = time_prefill(runner, prompt, repeats)
+                timing, cache = time_prefill(runner, prompt, repeats)
                 sizes = {"tokens": tokens, "attention": name, "noise": noise}
                 yield _report(f"{what}, {name}, {kind}", timing, sizes, dense)
                 dense = timing if name == _DENSE else dense
-            if not unions:
+                if name == _SPARSE and count_unions:
+                    unions = union_sizes(runner, prompt, cache)
+                del cache
+            if unions is None:
                 continue
-            counts = union_sizes(runners[_SPARSE], prompt)
-            quartiles = ", ".join(f"{x:,.0f}" for x in np.quantile(counts, [0, 0.25, 0.5, 0.75, 1]))
+            quartiles = ", ".join(f"{x:,.0f}" for x in np.quantile(unions, [0, 0.25, 0.5, 0.75, 1]))
             print(f"    keys that 16 neighbouring queries select: {quartiles} (quartiles of the layers)", flush=True)
-            yield {"what": f"unions of {what}, {kind}", "tokens": tokens, "noise": noise, "unions": counts.tolist()}
+            yield {"what": f"unions of {what}, {kind}", "tokens": tokens, "noise": noise, "unions": unions.tolist()}
 
 
-def _decode_rows(
-    runners: dict[str, Runner], config: KeyeConfig, batches: list[tuple[int, int]]
-) -> Iterator[dict[str, Any]]:
+def _decode_rows(runners: dict[str, Runner], batches: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
     from keye_jax.bench import time_decode
 
     for batch, context in batches:
         what = f"decode, {batch} x {_size(context)}"
-        if _refused(runners[_SPARSE], what, batch, context, 0):
-            continue
         sizes = {"batch": batch, "context": context}
         dense = None
         for name, runner in runners.items():
@@ -192,13 +207,11 @@ def _parts(
         raise UserError("--breakdown needs an NVIDIA GPU, whose profiler tells kernels apart")
     for name, runner in runners.items():
         for tokens in lengths:
-            if not _refused(runner, f"prefill {_size(tokens)}", 1, tokens, 2 * tokens * config.hidden_size):
-                seconds = prefill_parts(runner, Prompt.video(config, tokens, layout=runner.layout))
-                yield _report_parts(f"prefill {_size(tokens)}, {name}", seconds)
+            seconds = prefill_parts(runner, Prompt.video(config, tokens, layout=runner.layout))
+            yield _report_parts(f"prefill {_size(tokens)}, {name}", seconds)
         for batch, context in batches:
-            if not _refused(runner, f"decode, {batch} x {_size(context)}", batch, context, 0):
-                seconds = decode_parts(runner, batch, context)
-                yield _report_parts(f"decode, {batch} x {_size(context)}, {name}", seconds)
+            seconds = decode_parts(runner, batch, context)
+            yield _report_parts(f"decode, {batch} x {_size(context)}, {name}", seconds)
 
 
 def _report(what: str, timing: Timing, sizes: dict[str, Any], dense: Timing | None = None) -> dict[str, Any]:
@@ -266,7 +279,7 @@ def _print_setting(config: KeyeConfig, layout: Layout | None, for_context: Any) 
         where = f" on each ({' x '.join(f'{axis} {size}' for axis, size in layout.mesh.shape.items())})"
     print(
         f"{count}{jax.devices()[0].device_kind}, {config.num_hidden_layers} layers, {each / 1e9:.1f} GB of "
-        f"random {config.dtype} weights{where}; sparse is dense up to {_size(dense)} tokens",
+        f"random {config.dtype} weights{where}" + (f"; sparse is dense up to {_size(dense)} tokens" if dense else ""),
         flush=True,
     )
 

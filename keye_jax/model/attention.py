@@ -25,14 +25,14 @@ from pallas_kernels.indexer_scores import indexer_scores
 from pallas_kernels.select_topk import select_topk
 from pallas_kernels.topk_attention import topk_attention
 
-_SCORE_BYTES = {"mosaic_gpu": 2**30}
+_SCORE_BYTES = {"mosaic_gpu": 2**30, "mosaic_tpu": 2**30}
 _FEW_SCORE_BYTES = 64 * 2**20
 """What the scores of one block of queries may take: at 128K tokens those of 2,048, enough to fill a GPU, or of 128."""
 
 _DENSE_BYTES = 2**30
 """What copies of the contexts of several sequences, read densely at once, may take."""
 
-DENSE_BELOW = {"mosaic_gpu": 8192}
+DENSE_BELOW = {"mosaic_gpu": 16_384}
 """Longest context, in tokens, at which dense attention is the faster one, by the implementation of the sparse one."""
 
 
@@ -243,6 +243,7 @@ def attend_sparse(
                 start,
                 scale=index_scale,
                 key_scales=cache.index_scales,
+                fill=options.intermediates,
                 **kwargs,
             )
         lengths = jnp.minimum(start[:, None] + jnp.arange(q.shape[1]) + 1, scores.shape[-1])
@@ -262,30 +263,47 @@ def attend_sparse(
 
     blocks = math.ceil(queries / max(1, at_once // batch))
     block = math.ceil(queries / blocks)
+    padding = ((0, 0), (0, blocks * block - queries))
+    q, index_q, gates = (jnp.pad(x, padding + ((0, 0),) * (x.ndim - 2)) for x in (q, index_q, gates))
 
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, blocks * block - queries)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, blocks, block, *x.shape[2:]), 1, 0)
+    def attend_block(i: jax.Array, done: Attended) -> Attended:
+        first = i * block
+        part_q, part_index_q, part_gates = (_part(x, first, block, 1) for x in (done.out, index_q, gates))
+        return _overwrite(done, attend(part_q, part_index_q, part_gates, page_table, start + first), first, 1)
 
-    def attend_block(inputs: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> Attended:
-        q, index_q, gates, offset = inputs
-        return attend(q, index_q, gates, page_table, start + offset)
-
-    def join(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(batch, blocks * block, *x.shape[3:])[:, :queries]
-
-    return jax.tree.map(
-        join, jax.lax.map(attend_block, (split(q), split(index_q), split(gates), jnp.arange(blocks) * block))
-    )
+    done = jax.lax.fori_loop(0, blocks, attend_block, _begun(q))
+    return Attended(done.out[:, :queries], done.lse[:, :queries])
 
 
-def _in_turns(attend: Callable[..., Attended], at_once: int, *arguments: jax.Array) -> Attended:
+def _in_turns(attend: Callable[..., Attended], at_once: int, q: jax.Array, *others: jax.Array) -> Attended:
     """`attend` on at most so many sequences, the first dimension of all arguments, at a time."""
-    batch = len(arguments[0])
+    batch = len(q)
     if batch <= at_once:
-        return attend(*arguments)
+        return attend(q, *others)
     at_once = next(count for count in range(at_once, 0, -1) if batch % count == 0)
-    turns = [x.reshape(-1, at_once, *x.shape[1:]) for x in arguments]
-    found = jax.lax.map(lambda turn: attend(*turn), tuple(turns))
-    return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), found)
+
+    def turn(i: jax.Array, done: Attended) -> Attended:
+        first = i * at_once
+        return _overwrite(done, attend(*(_part(x, first, at_once, 0) for x in (done.out, *others))), first, 0)
+
+    return jax.lax.fori_loop(0, batch // at_once, turn, _begun(q))
+
+
+# In place of queries: the program of a step would hold output buffers of zeros for every layer from its beginning.
+
+
+def _begun(q: jax.Array) -> Attended:
+    return Attended(q, q[..., 0].astype(jnp.float32))
+
+
+def _part(x: jax.Array, first: jax.Array, size: int, axis: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, first, size, axis)
+
+
+def _overwrite(done: Attended, part: Attended, first: jax.Array, axis: int) -> Attended:
+    """`done` with a part of its queries overwritten with what they attended to."""
+    out, lse = (
+        jax.lax.dynamic_update_slice_in_dim(old, new, first, axis)
+        for old, new in ((done.out, part.out), (done.lse, part.lse))
+    )
+    return Attended(out, lse)

@@ -159,7 +159,7 @@ def decode_step(
       others: as `read_chunk`'s.
     """
     p = parallel
-    kwargs = {"implementation": implementation}
+    kwargs: dict[str, Any] = {"implementation": implementation}
 
     def body(
         new: Projected, cache: LayerCache, table: jax.Array, start: jax.Array, count: jax.Array

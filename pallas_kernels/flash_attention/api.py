@@ -23,12 +23,14 @@ def flash_attention(
       k, v: `[b, s, k, d]`, n a multiple of k.
       lengths: int32 `[b]`, how many of the s keys are there.
       scale: factor on the dot products.
-      implementation: None, "cudnn" or "xla".
+      implementation: None, "cudnn", "mosaic_tpu" or "xla".
 
     Returns:
       `[b, t, n, d]` in the dtype of q.
     """
-    return dispatch("flash_attention.flash_attention", ("cudnn", "xla"), implementation)(q, k, v, lengths, scale=scale)
+    return dispatch("flash_attention.flash_attention", ("cudnn", "mosaic_tpu", "xla"), implementation)(
+        q, k, v, lengths, scale=scale
+    )
 
 
 def paged_flash_attention(
@@ -48,10 +50,12 @@ def paged_flash_attention(
       page_table: int32 `[b, m]`.
       query_start: int32 `[b]`; query t stands at `query_start + t` and sees positions up to its own.
       scale: factor on the dot products.
-      implementation: None, "mosaic_gpu", "cudnn" or "xla".
+      implementation: None, "mosaic_gpu", "cudnn", "mosaic_tpu" or "xla".
 
     Returns:
       `[b, t, n, d]` in the dtype of q, and the log-sum-exp of the scaled dot products, float32 `[b, t, n]`.
     """
-    run = dispatch("flash_attention.paged_flash_attention", ("mosaic_gpu", "cudnn", "xla"), implementation)
+    run = dispatch(
+        "flash_attention.paged_flash_attention", ("mosaic_gpu", "cudnn", "mosaic_tpu", "xla"), implementation
+    )
     return run(q, kv, page_table, query_start, scale=scale)

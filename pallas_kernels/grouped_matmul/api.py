@@ -16,12 +16,14 @@ def grouped_matmul(
       lhs: `[rows, in]`, sorted by group.
       rhs: `[e, in, out]`.
       group_sizes: int32 `[e]`, rows of each group, in order; they sum to at most `rows`.
-      implementation: None, "mosaic_gpu" or "xla".
+      implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
     Returns:
       `[rows, out]` in the dtype of lhs; rows behind the last group are finite but mean nothing.
     """
-    return dispatch("grouped_matmul.grouped_matmul", ("mosaic_gpu", "xla"), implementation)(lhs, rhs, group_sizes)
+    return dispatch("grouped_matmul.grouped_matmul", ("mosaic_gpu", "mosaic_tpu", "xla"), implementation)(
+        lhs, rhs, group_sizes
+    )
 
 
 def expert_mlp(
@@ -36,9 +38,11 @@ def expert_mlp(
       gate_up: `[e, in, 2 * f]`; gate is the first f columns, up the last.
       down: `[e, f, in]`.
       group_sizes: int32 `[e]`, rows of each group, in order; they sum to at most `rows`.
-      implementation: None, "mosaic_gpu" or "xla".
+      implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
     Returns:
       `[rows, in]` in the dtype of lhs; rows behind the last group are finite but mean nothing.
     """
-    return dispatch("grouped_matmul.expert_mlp", ("mosaic_gpu", "xla"), implementation)(lhs, gate_up, down, group_sizes)
+    return dispatch("grouped_matmul.expert_mlp", ("mosaic_gpu", "mosaic_tpu", "xla"), implementation)(
+        lhs, gate_up, down, group_sizes
+    )

@@ -14,9 +14,11 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, implementation
       scores: float32 `[..., s]`.
       lengths: int32 `[...]`, from 0 to s.
       k: how many to select.
-      implementation: None, "mosaic_gpu" or "xla".
+      implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
     Returns:
       int32 `[..., k]` positions in ascending order, then -1 where a row has fewer than k.
     """
-    return dispatch("select_topk.select_topk", ("mosaic_gpu", "xla"), implementation)(scores, lengths, k=k)
+    return dispatch("select_topk.select_topk", ("mosaic_gpu", "mosaic_tpu", "xla"), implementation)(
+        scores, lengths, k=k
+    )

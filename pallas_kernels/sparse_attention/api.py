@@ -24,11 +24,11 @@ def sparse_attention(
       indices: int32 `[b, t, top_k]` positions each query attends to, all its heads alike; -1 is ignored.
       page_table: int32 `[b, m]`.
       scale: factor on the dot products.
-      implementation: None, "mosaic_gpu" or "xla".
+      implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
     Returns:
       `[b, t, n, d]` in the dtype of q, and the log-sum-exp of the scaled dot products, float32 `[b, t, n]`. A query
       with no selected position gets zeros and -inf.
     """
-    run = dispatch("sparse_attention.sparse_attention", ("mosaic_gpu", "xla"), implementation)
+    run = dispatch("sparse_attention.sparse_attention", ("mosaic_gpu", "mosaic_tpu", "xla"), implementation)
     return run(q, kv, indices, page_table, scale=scale)

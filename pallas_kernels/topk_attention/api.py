@@ -26,10 +26,10 @@ def topk_attention(
       page_table: int32 `[b, m]`.
       top_k: how many positions a query attends to; all it sees when they are fewer.
       scale: factor on the dot products.
-      implementation: None, "mosaic_gpu" or "xla".
+      implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
     Returns:
       `[b, t, n, d]` in the dtype of q, and the log-sum-exp of the scaled dot products, float32 `[b, t, n]`.
     """
-    run = dispatch("topk_attention.topk_attention", ("mosaic_gpu", "xla"), implementation)
+    run = dispatch("topk_attention.topk_attention", ("mosaic_gpu", "mosaic_tpu", "xla"), implementation)
     return run(q, scores, lengths, kv, page_table, top_k=top_k, scale=scale)

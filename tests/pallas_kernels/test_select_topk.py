@@ -84,5 +84,5 @@ class TestSelectTopk:
 
 
 def test_an_unknown_implementation_is_refused():
-    with pytest.raises(ValueError, match="'cuda'; it must be one of: mosaic_gpu, cudnn, xla"):
+    with pytest.raises(ValueError, match="'cuda'; it must be one of: mosaic_gpu, cudnn, mosaic_tpu, xla"):
         select_topk(np.zeros((1, 4), np.float32), np.array([4]), 2, implementation="cuda")

@@ -1,0 +1,201 @@
+"""Dense attention on TPUs: over pages a kernel of our own, without pages JAX's splash attention.
+
+JAX's kernels over pages (`paged_attention`, `ragged_paged_attention`) expect pages in another order of heads and return
+no log-sum-exp, and splash attention expects keys in one piece and queries that are scaled before they are rounded.
+Here a block of queries, all heads of a key head side by side, streams the pages through VMEM once for all key heads:
+the next chunk's pages are copied while the current one is multiplied. The vision encoder's keys are in one piece, and
+splash attention serves it.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu import splash_attention
+
+from pallas_kernels import paging
+from pallas_kernels.sparse_attention.mosaic_tpu import LANES, MASKED, check, precision
+from pallas_kernels.tpu import vmem_limit
+
+_QUERIES = 256
+"""Queries that share one reading of the pages."""
+_ROWS = 512
+"""Rows, a query's head each, that are multiplied at once."""
+_CHUNK = 1024
+"""Positions copied at once."""
+_SPLASH_BLOCK = 512
+
+
+def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, *, scale: float) -> jax.Array:
+    """See `api.flash_attention`. The scaled queries are rounded to their dtype.
+
+    Raises:
+      NotImplementedError: not bfloat16.
+    """
+    queries, keys, dim = q.shape[1], k.shape[1], q.shape[3]
+    if q.dtype != jnp.bfloat16 or k.dtype != q.dtype:
+        raise NotImplementedError(f"takes bfloat16, not {q.dtype} and {k.dtype}")
+    sizes = [(n, min(_SPLASH_BLOCK, -(-n // LANES) * LANES)) for n in (queries, keys)]
+    padding, blocks = [-n % block for n, block in sizes], [block for _, block in sizes]
+
+    def by_head(x: jax.Array, padding: int) -> jax.Array:
+        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, -dim % LANES)))
+
+    mask = splash_attention.FullMask((queries + padding[0], keys + padding[1]))
+    attend = splash_attention.make_splash_mha_single_device(
+        splash_attention.MultiHeadMask([mask] * q.shape[2]),
+        block_sizes=splash_attention.BlockSizes(block_q=blocks[0], block_kv=blocks[1]),
+    )
+    # A segment of the keys that are there, and one of the others, which no query belongs to.
+    there = jnp.arange(keys + padding[1]) >= lengths[:, None]
+    segments = splash_attention.SegmentIds(
+        q=jnp.zeros((q.shape[0], queries + padding[0]), jnp.int32), kv=there.astype(jnp.int32)
+    )
+    scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    arrays = by_head(scaled, padding[0]), by_head(k, padding[1]), by_head(v, padding[1])
+    return jax.lax.map(lambda image: attend(*image), (*arrays, segments))[:, :, :queries, :dim].swapaxes(1, 2)
+
+
+def paged_flash_attention(
+    q: jax.Array, kv: jax.Array, page_table: jax.Array, query_start: jax.Array, *, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.paged_flash_attention`."""
+    batch, queries, heads, dim = q.shape
+    kv_heads, page_size = kv.shape[2] // 2, kv.shape[1]
+    check(q, kv)
+    group = heads // kv_heads
+    if _ROWS % group or _CHUNK % page_size:
+        raise NotImplementedError(f"{heads} heads on {kv_heads}, pages of {page_size}")
+    unit = _ROWS // group if queries * group > _ROWS else 8 // math.gcd(8, group)
+    block = min(_QUERIES, -(-queries // unit) * unit)
+    padded = -(-queries // block) * block
+    context = page_table.shape[1] * page_size
+    chunk = min(_CHUNK, -(-context // LANES) * LANES)
+    table = paging.pad_to_chunks(page_table, chunk // page_size).astype(jnp.int32)
+    blocked = jnp.pad(q, ((0, 0), (0, padded - queries), (0, 0), (0, 0)))
+    blocked = blocked.reshape(batch, padded // block, block, kv_heads, group, dim).transpose(0, 1, 3, 2, 4, 5)
+    blocked = blocked.reshape(batch, padded // block, kv_heads, block * group, dim)
+    out, lse = _attend(blocked, kv, table, query_start.astype(jnp.int32), group=group, chunk=chunk, scale=scale)
+    out = out.reshape(batch, -1, kv_heads, block, group, dim).transpose(0, 1, 3, 2, 4, 5)
+    lse = lse.reshape(batch, -1, kv_heads, block, group).transpose(0, 1, 3, 2, 4)
+    return out.reshape(batch, padded, heads, dim)[:, :queries], lse.reshape(batch, padded, heads)[:, :queries]
+
+
+def _query_start(start: Any, sequence: jax.Array) -> jax.Array | int:
+    return start[sequence]
+
+
+@functools.partial(jax.jit, static_argnames=("group", "chunk", "scale"))
+def _attend(
+    q: jax.Array, kv: jax.Array, table: jax.Array, query_start: jax.Array, *, group: int, chunk: int, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of q `[b, blocks, k, block * group, d]`; also the log-sum-exps, float32 `[b, blocks, k, 1, ...]`."""
+    batch, blocks, kv_heads, rows, dim = q.shape
+    page_size, width = kv.shape[1], 2 * kv_heads * dim
+    turns, chunk_pages = table.shape[1] * page_size // chunk, chunk // page_size
+    tile = min(rows, _ROWS)
+    dot = functools.partial(jax.lax.dot_general, precision=precision(kv.dtype), preferred_element_type=jnp.float32)
+
+    def kernel(query_start, table, q, kv, out, lse, pages, flat, acc, largest, total, done):
+        sequence, block, turn = (pl.program_id(axis) for axis in range(3))
+        first_query = _query_start(query_start, sequence) + block * (rows // group)
+        count = jnp.minimum((first_query + rows // group - 1) // chunk + 1, turns)
+        buffer = jax.lax.rem(turn, 2)
+
+        def start(turn: jax.Array | int) -> None:
+            buffer = jax.lax.rem(turn, 2)
+            for page in range(chunk_pages):
+                source = kv.at[table[sequence, turn * chunk_pages + page]]
+                target = pages.at[buffer, pl.ds(page * page_size, page_size)]
+                pltpu.make_async_copy(source, target, done.at[buffer]).start()
+
+        @pl.when(turn == 0)
+        def _():
+            start(0)
+            acc[...] = jnp.zeros_like(acc)
+            total[...] = jnp.zeros_like(total)
+            largest[...] = jnp.full_like(largest, MASKED)
+
+        def multiply(masked: bool) -> None:
+            def multiply_rows(step: jax.Array, _: None) -> None:
+                head, first = jax.lax.div(step, rows // tile), jax.lax.rem(step, rows // tile) * tile
+                some = pl.ds(pl.multiple_of(first, tile), tile)
+                key = flat[:, pl.ds(pl.multiple_of(head * dim, dim), dim)]
+                value = flat[:, pl.ds(pl.multiple_of((kv_heads + head) * dim, dim), dim)]
+                logits = dot(q[0, 0, head, some], key, (((1,), (1,)), ((), ()))) * scale
+                if masked:
+                    row = first + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+                    position = turn * chunk + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+                    logits = jnp.where(position <= first_query + jax.lax.div(row, group), logits, MASKED)
+                tiles = [logits[:, lanes : lanes + LANES] for lanes in range(0, chunk, LANES)]
+                old = largest[head, some]
+                new = jnp.maximum(old, jnp.max(functools.reduce(jnp.maximum, tiles), axis=1, keepdims=True))
+                weights = [jnp.exp(tile - new) for tile in tiles]
+                correction = jnp.exp(old - new)
+                part = dot(jnp.concatenate(weights, axis=1).astype(value.dtype), value, (((1,), (0,)), ((), ())))
+                acc[head, some] = acc[head, some] * (correction if dim == LANES else correction[:, :1]) + part
+                # Added up lane by lane; the lanes are added at the end.
+                total[head, some] = total[head, some] * correction + functools.reduce(jnp.add, weights)
+                largest[head, some] = new
+
+            jax.lax.fori_loop(0, kv_heads * (rows // tile), multiply_rows, None)
+
+        @pl.when(turn < count)
+        def _():
+            pl.when(turn + 1 < count)(lambda: start(turn + 1))
+            whole = pages.at[buffer]
+            pltpu.make_async_copy(whole, whole, done.at[buffer]).wait()
+            flat[...] = pages[buffer].reshape(chunk, width)
+            all_visible = (turn + 1) * chunk <= first_query + 1
+            pl.when(all_visible)(lambda: multiply(False))
+            pl.when(jnp.logical_not(all_visible))(lambda: multiply(True))
+
+        @pl.when(turn + 1 == count)
+        def _():
+            def finish(head: jax.Array, _: None) -> None:
+                weight = jnp.sum(total[head], axis=1, keepdims=True)
+                out[0, 0, head] = (acc[head] / weight).astype(out.dtype)
+                lse[0, 0, head] = jnp.transpose(largest[head] + jnp.log(weight))[:1]
+
+            jax.lax.fori_loop(0, kv_heads, finish, None)
+
+    def of_block(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, 1, *shape), lambda b, i, *_: (b, i) + (0,) * len(shape))
+
+    pairs = batch * blocks * rows * kv_heads * turns * chunk
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(batch, blocks, turns),
+            in_specs=[of_block(kv_heads, rows, dim), pl.BlockSpec(memory_space=pltpu.HBM)],
+            out_specs=[of_block(kv_heads, rows, dim), of_block(kv_heads, 1, rows)],
+            scratch_shapes=[
+                pltpu.VMEM((2, chunk, 2 * kv_heads, dim), kv.dtype),
+                pltpu.VMEM((chunk, width), kv.dtype),
+                pltpu.VMEM((kv_heads, rows, dim), jnp.float32),
+                pltpu.VMEM((kv_heads, rows, LANES), jnp.float32),
+                pltpu.VMEM((kv_heads, rows, LANES), jnp.float32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, blocks, kv_heads, 1, rows), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=vmem_limit(),
+            disable_bounds_checks=True,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * pairs * dim,
+            bytes_accessed=batch * blocks * turns * chunk * width * kv.dtype.itemsize,
+            transcendentals=pairs,
+        ),
+        name="paged_flash_attention",
+    )(query_start, table, q, kv)

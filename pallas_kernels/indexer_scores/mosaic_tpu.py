@@ -1,0 +1,199 @@
+"""Indexer scores on TPUs, in Pallas Mosaic TPU.
+
+A grid step scores a block of queries against a step of keys. The keys' pages are copied one by one through the page
+table into one of two buffers, those of the next step while this one is computed. Queries are laid out [head, query] in
+rows, keys in lanes, so the sum over heads adds whole vector registers; gates are spread over lanes once for a block of
+queries. With one query a sequence, as in decode, the heads alone are the rows and their sum runs within registers.
+
+Memory of a TPU is in rows of 128: two keys of 64 share one. They are taken apart in registers (`_one_key_a_row`), which
+costs little beside 16 heads' products. The products fill half of a 128 x 128 systolic array and a quarter of one of
+256 x 256, whose depth is more than the 64 elements of a key. That bounds prefill.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+_LANES = 128
+_TILE = 256  # keys of one product: the width of the larger systolic arrays
+_QUERIES = 256  # of one block
+_PREFILL_KEYS, _DECODE_KEYS = 4096, 8192  # of one step: copies of so many pages are under way while a step is computed
+_PREFILL_UNROLL, _DECODE_UNROLL = 2, 16  # tiles of keys
+
+
+def indexer_scores(
+    q: jax.Array,
+    weights: jax.Array,
+    keys: jax.Array,
+    page_table: jax.Array,
+    query_start: jax.Array,
+    *,
+    scale: float,
+    key_scales: jax.Array | None = None,
+    fill: bool = True,
+) -> jax.Array:
+    """See `api.indexer_scores`; fills always.
+
+    Raises:
+      NotImplementedError: dtypes or sizes that this kernel is not made for.
+    """
+    del fill
+    batch, queries, heads, dim = q.shape
+    page_size, pages = keys.shape[1], page_table.shape[1]
+    if key_scales is not None:
+        raise NotImplementedError("takes keys without scales")
+    if q.dtype != jnp.bfloat16 or keys.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"takes bf16 queries and keys, not {q.dtype} and {keys.dtype}")
+    if dim not in (_LANES // 2, _LANES):
+        raise NotImplementedError(f"takes keys of 64 or 128 elements, not of {dim}")
+    rows = page_size * dim // _LANES
+    if rows % 16 or _PREFILL_KEYS % page_size:
+        raise NotImplementedError(
+            f"takes pages of {16 * _LANES // dim} to {_PREFILL_KEYS} positions, not of {page_size}"
+        )
+    block = 1 if queries == 1 else min(_QUERIES, pl.cdiv(queries, 16) * 16)
+    blocks = pl.cdiv(queries, block)
+    padding = (0, block * blocks - queries)
+    q = jnp.pad(jnp.swapaxes(q, 1, 2), ((0, 0), (0, 0), padding, (0, _LANES - dim)))
+    gates = jnp.pad(weights.astype(jnp.float32) * scale, ((0, 0), padding, (0, 0)))
+    if block == 1:
+        q, gates = q.reshape(batch, 1, heads, _LANES), jnp.swapaxes(gates, 1, 2)
+    length = pages * page_size
+    step = min(_DECODE_KEYS if block == 1 else _PREFILL_KEYS, pl.cdiv(length, _TILE) * _TILE)
+    unroll = _DECODE_UNROLL if block == 1 else _PREFILL_UNROLL
+    table = jnp.pad(page_table.astype(jnp.int32), ((0, 0), (0, -pages % (step // page_size))))
+    call = pl.pallas_call(
+        functools.partial(_kernel, page_size=page_size, step=step, block=block, dim=dim, unroll=unroll),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, blocks, pl.cdiv(length, step)),
+            in_specs=[
+                pl.BlockSpec((None, 1, table.shape[1]), lambda b, i, j, start: (b, 0, 0), memory_space=pltpu.SMEM),
+                pl.BlockSpec((None, *_block_of(q, block)), lambda b, i, j, start: (b, 0, i, 0)),
+                pl.BlockSpec((None, *_block_of(gates, block)), lambda b, i, j, start: (b, i, 0)),
+                pl.BlockSpec(memory_space=pltpu.HBM),
+            ],
+            out_specs=pl.BlockSpec((None, block, step), lambda b, i, j, start: (b, i, j)),
+            scratch_shapes=[
+                pltpu.VMEM((2, step * dim // _LANES, _LANES), keys.dtype),
+                pltpu.VMEM((heads, block, _LANES) if block > 1 else (1, heads, _LANES), jnp.float32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct((batch, queries, length), jnp.float32),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=32 * 2**20,
+            disable_bounds_checks=True,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * batch * queries * length * heads * dim,
+            bytes_accessed=batch * length * (queries * 4 + blocks * dim * keys.dtype.itemsize),
+            transcendentals=0,
+        ),
+        name="indexer_scores",
+    )
+    # The memory of these keys is the same; a row of 128 is what copies and registers are made of.
+    keys = keys.reshape(-1, rows, _LANES)
+    return call(query_start.astype(jnp.int32), table[:, None], q, gates, keys)
+
+
+def _block_of(array: jax.Array, block: int) -> tuple[int, ...]:
+    """`array`'s sizes after the first, with `block` queries."""
+    if block == 1:
+        return array.shape[1:]
+    return (block, array.shape[2]) if array.ndim == 3 else (array.shape[1], block, array.shape[3])
+
+
+def _query_start(start_ref, b):
+    return start_ref[b]
+
+
+def _kernel(
+    start_ref,
+    table_ref,
+    q_ref,
+    gates_ref,
+    keys_ref,
+    out_ref,
+    buffer,
+    spread,
+    arrived,
+    *,
+    page_size,
+    step,
+    block,
+    dim,
+    unroll,
+):
+    b, i, j = (pl.program_id(axis) for axis in range(3))
+    first_query = _query_start(start_ref, b) + i * block
+    seen_steps = (first_query + block - 1) // step + 1
+    per_step, rows = step // page_size, page_size * dim // _LANES
+
+    def copies(step_index, each):
+        slot = step_index % 2
+        for p in range(per_step):
+            page = table_ref[0, step_index * per_step + p]
+            target = buffer.at[slot, pl.ds(p * rows, rows)]
+            each(pltpu.make_async_copy(keys_ref.at[page], target, arrived.at[slot]))
+
+    def load(step_index):
+        copies(step_index, lambda copy: copy.start())
+
+    @pl.when(j == 0)
+    def _():
+        for n in range(spread.shape[0]):
+            spread[n] = jnp.broadcast_to(gates_ref[:, n : n + 1], spread.shape[1:])
+        load(j)
+
+    @pl.when(j + 1 < jnp.minimum(seen_steps, pl.num_programs(2)))
+    def _():
+        load(j + 1)
+
+    @pl.when(j >= seen_steps)
+    def _():
+        out_ref[...] = jnp.full(out_ref.shape, -jnp.inf, jnp.float32)
+
+    @pl.when(j < seen_steps)
+    def _():
+        slot = j % 2
+        whole = buffer.at[slot]
+        pltpu.make_async_copy(whole, whole, arrived.at[slot]).wait()
+        tiles = step // _TILE
+
+        @pl.loop(0, tiles, unroll=math.gcd(tiles, unroll))
+        def _(tile):
+            first = pl.multiple_of(tile * _TILE, _TILE)
+            keys = buffer[slot, pl.ds(pl.multiple_of(first * dim // _LANES, _TILE // 2), _TILE * dim // _LANES)]
+            keys = keys if dim == _LANES else _one_key_a_row(keys)
+            q = q_ref[...].reshape(-1, _LANES)
+            dots = lax.dot_general(
+                q,
+                keys,
+                (((1,), (1,)), ((), ())),
+                precision=lax.Precision.DEFAULT,
+                preferred_element_type=jnp.float32,
+            )
+            dots = jnp.maximum(dots.reshape(*spread.shape[:2], _TILE), 0.0)
+            parts = [dots[..., lanes : lanes + _LANES] * spread[...] for lanes in range(0, _TILE, _LANES)]
+            scores = jnp.concatenate([jnp.sum(part, axis=0 if block > 1 else 1) for part in parts], axis=1)
+            positions = j * step + first + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+            visible = positions <= first_query + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+            out_ref[:, pl.ds(first, _TILE)] = jnp.where(visible, scores, -jnp.inf)
+
+
+def _one_key_a_row(pairs: jax.Array) -> jax.Array:
+    """bf16 `[r, 128]`, two keys of 64 a row, to `[2 * r, 128]`, a key and zeros a row."""
+    bits = lax.bitcast_convert_type(pairs.astype(jnp.float32), jnp.uint32)
+    # A 32-bit word of a register holds the elements of two rows.
+    words = (bits >> 16) | pltpu.roll(bits, _LANES // 2, 1)
+    lane = lax.broadcasted_iota(jnp.int32, words.shape, 1)
+    return pltpu.bitcast(jnp.where(lane < _LANES // 2, words, 0), jnp.bfloat16)

@@ -1,0 +1,202 @@
+"""The TPU compiler, on a machine without a TPU, and what it says about a program.
+
+libtpu reads its options from the environment once, when it is loaded, and where it meets what it does not support it
+may end the process. So programs are compiled in processes of their own: one compiles them as they would run, another
+also simulates them.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import re
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+from jax.experimental import topologies
+
+from tests.tpu_compile.cases import all_cases
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+"""The smallest host of each generation; programs are compiled for its first device."""
+
+CLOCK_HZ = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9, "tpu7x": 2.2e9}
+"""Our own arithmetic: the published peak over the products of one cycle, for v6e and tpu7x 2 x 2 x 256 x 256."""
+
+SIMULATION_SECONDS = 300
+
+_reports: tempfile.TemporaryDirectory[str]
+
+
+def library() -> Path | None:
+    """libtpu: where TPU_LIBRARY_PATH says, the installed package, or what `make` put beside the virtual environment."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return None
+    package = importlib.util.find_spec("libtpu")
+    candidates = [os.environ.get("TPU_LIBRARY_PATH"), package and package.origin and Path(package.origin).parent]
+    candidates.append(Path(sys.prefix) / "libtpu" / "libtpu")
+    paths = [Path(path) for path in candidates if path]
+    return next((found for path in paths if (found := path if path.is_file() else path / "libtpu.so").is_file()), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What the compiler says of a program.
+
+    Attributes:
+      compile_seconds: how long it took.
+      roofline_seconds: its cost model's bound; for a Pallas kernel from the kernel's own `pl.CostEstimate`; None where
+        it has none.
+      flops, nbytes: what that bound counts.
+      vmem, vmem_capacity: bytes that the largest operation takes, spilled registers included, and of a core.
+      scratch: bytes of HBM beyond arguments and results.
+      cores: that work on the program together.
+    """
+
+    compile_seconds: float
+    roofline_seconds: float | None
+    flops: float
+    nbytes: float
+    vmem: int
+    vmem_capacity: int
+    scratch: int
+    cores: int
+
+
+class Compiler:
+    """Compiles cases, by their number in `all_cases()`."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._workers: dict[bool, concurrent.futures.ProcessPoolExecutor] = {}
+
+    def figures(self, case: int, generation: str) -> Figures:
+        """Compiles for one device.
+
+        Raises:
+          RuntimeError: the compiler refuses, also for want of VMEM or HBM, or ends.
+        """
+        return self._call(False, _compile, case, generation)
+
+    def kernel_cycles(self, case: int, generation: str) -> int | None:
+        """Cycles of the case's Pallas kernels in the compiler's simulation of one unit; None where it gives none."""
+        try:
+            return self._call(True, _simulate, case, generation)
+        except (RuntimeError, TimeoutError):
+            return None
+
+    def _call(self, simulates: bool, function, *arguments):
+        if simulates not in self._workers:
+            self._workers[simulates] = concurrent.futures.ProcessPoolExecutor(
+                1, multiprocessing.get_context("spawn"), _start, (self._path, simulates)
+            )
+        worker = self._workers[simulates]
+        process = worker.submit(os.getpid).result()
+        try:
+            return worker.submit(function, *arguments).result(SIMULATION_SECONDS if simulates else None)
+        except (concurrent.futures.BrokenExecutor, TimeoutError) as error:
+            if isinstance(error, TimeoutError):
+                os.kill(process, signal.SIGKILL)
+            worker.shutdown(wait=False, cancel_futures=True)
+            del self._workers[simulates]
+            raise RuntimeError("the compiler ended or took too long") from error
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.shutdown()
+
+
+def _start(path: Path, simulates: bool) -> None:
+    """Prepares a worker: the compiler's options, and where it writes reports."""
+    global _reports
+    _reports = tempfile.TemporaryDirectory()
+    options = {"xla_jf_dump_to": _reports.name, "xla_jf_dump_llo_pass_label_regex": "none"}
+    if simulates:
+        # Operands in HBM, since copies from VMEM are not in every generation's model.
+        options = {"xla_jf_dump_static_llo_profile_to": _reports.name, "xla_msa_enable": "false"}
+        # What it prints when it meets something that it does not support says nothing to a user.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.environ |= {
+        "TPU_LIBRARY_PATH": str(path),
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "LIBTPU_INIT_ARGS": " ".join(f"--{name}={value}" for name, value in options.items()),
+    }
+    jax.config.update("jax_platforms", "cpu")
+    # A program from the cache comes without reports.
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def _compile_for(generation: str, function, arguments, donated=()) -> tuple[jax.stages.Compiled, int]:
+    """The program, and how many cores of a device it runs on."""
+    device = topologies.get_topology_desc(topology_name=TOPOLOGIES[generation], platform="tpu").devices[0]
+    mesh = jax.sharding.Mesh([device], ("device",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments)
+    for report in Path(_reports.name).iterdir():
+        report.unlink()
+    # Pallas asks the mesh what it lowers for.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(function, donate_argnums=donated).lower(*placed).compile(), device.num_cores
+
+
+def _compile(case: int, generation: str) -> Figures:
+    wanted = all_cases()[case]
+    start = time.perf_counter()
+    try:
+        program, cores = _compile_for(generation, wanted.function, wanted.arguments, wanted.donated)
+    except Exception as error:  # Its own type may not survive the way between processes.
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+    seconds = time.perf_counter() - start
+    cost, memory = program.cost_analysis() or {}, program.memory_analysis()
+    used, capacity = _vmem()
+    return Figures(
+        compile_seconds=seconds,
+        # Negative where the model has no answer for some operation.
+        roofline_seconds=bound if (bound := cost.get("optimal_seconds", -1.0)) >= 0 else None,
+        flops=cost.get("flops", 0.0),
+        nbytes=cost.get("bytes accessed", 0.0),
+        vmem=used,
+        vmem_capacity=capacity,
+        scratch=memory.temp_size_in_bytes if memory else 0,
+        cores=cores,
+    )
+
+
+def _simulate(case: int, generation: str) -> int | None:
+    unit = all_cases()[case].simulation
+    if unit is None:
+        return None
+    program, _ = _compile_for(generation, unit.function, unit.arguments)
+    kernels = set(re.findall(r'%?([\w.-]+) = [^\n]*custom_call_target="tpu_custom_call"', program.as_text() or ""))
+    found = []
+    for report in Path(_reports.name).glob("*_static_llo_profile.textproto"):
+        for entry in report.read_text().split("hlo_op_estimate")[1:]:
+            name, cycles = re.search(r'hlo_op_name: "([^"]*)"', entry), re.search(r"estimated_cycles: (\d+)", entry)
+            if name and cycles and name[1] in kernels:
+                found.append(int(cycles[1]))
+    return sum(found) if found else None
+
+
+def _vmem() -> tuple[int, int]:
+    """The largest operation's VMEM, and how much there is, of the compiler's report."""
+    used = capacity = 0
+    for report in Path(_reports.name).glob("*vmem_report.html"):
+        text = report.read_text()
+        data, _ = json.JSONDecoder().raw_decode(text, text.index("{", text.index("const DATA")))
+        capacity = data["global_info"]["vmem_capacity"]
+        # What XLA keeps in VMEM from one operation to another gives way to what an operation needs.
+        blocks = [block for operation in data["hlo_breakdowns"].values() for block in operation["blocks"]]
+        used = max([used, *(block["block_size"] for block in blocks if block["block_type"] == "SCOPED")])
+    return used, capacity

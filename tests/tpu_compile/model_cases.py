@@ -1,0 +1,73 @@
+"""A decoder layer and the vision encoder of the released model, as its runner calls them."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from keye_jax.cache import PAGE_SIZE, LayerCache
+from keye_jax.config import KeyeConfig
+from keye_jax.model.attention import AttentionOptions, Placement
+from keye_jax.model.decoder import DecoderLayer
+from keye_jax.model.vision import VisionEncoder
+from tests.tpu_compile.cases import Case, floats, integers, spec
+
+CONFIG = KeyeConfig.from_file(Path(__file__).parents[2] / "configs" / "model" / "keye_vl_2_30b_a3b.json")
+IMPLEMENTATION = "mosaic_tpu"
+
+
+def _state(module: nnx.Module):
+    """A module made under `nnx.eval_shape`, as its graph and its parameters' shapes."""
+    graph, state = nnx.split(module)
+    return graph, jax.tree.map(lambda leaf: spec(*leaf.shape, dtype=leaf.dtype), state)
+
+
+def _decoder_layer(batch: int, tokens: int, context: int, *, quick: bool = False) -> Case:
+    graph, state = _state(nnx.eval_shape(lambda: DecoderLayer(CONFIG, rngs=nnx.Rngs(0))))
+    options = AttentionOptions(implementation=IMPLEMENTATION)
+    pages = context // PAGE_SIZE
+
+    def run(state, x, angles, index_angles, cache, placement):
+        # The cache is updated in place, as in the runner's steps.
+        return nnx.merge(graph, state)(x, angles, index_angles, cache, placement, options)[:2]
+
+    arguments = (
+        state,
+        spec(batch, tokens, CONFIG.hidden_size),
+        floats(batch, tokens, CONFIG.head_dim // 2),
+        floats(batch, tokens, CONFIG.sa_config.indexer_head_dim // 2),
+        LayerCache(
+            kv=spec(batch * pages, PAGE_SIZE, 2 * CONFIG.num_key_value_heads, CONFIG.head_dim),
+            index_keys=spec(batch * pages, PAGE_SIZE, CONFIG.sa_config.indexer_head_dim),
+        ),
+        Placement(page_table=integers(batch, pages), start=integers(batch), count=integers(batch)),
+    )
+    shape = f"{batch} x {tokens} tokens, {context // 1024}K"
+    return Case("decoder_layer", shape, run, arguments, donated=(4,), quick=quick)
+
+
+def _vision_encoder(images: int, patches: int) -> Case:
+    graph, state = _state(
+        nnx.eval_shape(lambda: VisionEncoder(CONFIG.vision_config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    )
+    pixels = CONFIG.vision_config.num_channels * CONFIG.vision_config.patch_size**2
+
+    def run(state, pixels, sizes):
+        return nnx.merge(graph, state)(pixels, sizes, implementation=IMPLEMENTATION)
+
+    return Case(
+        "vision_encoder",
+        f"{images} x {patches} patches",
+        run,
+        (state, floats(images, patches, pixels), integers(images, 2)),
+    )
+
+
+CASES = [
+    _decoder_layer(1, 2048, 131_072),
+    _decoder_layer(1, 2048, 262_144),
+    _decoder_layer(1, 1, 131_072, quick=True),
+    _decoder_layer(8, 1, 131_072),
+    _vision_encoder(8, 1024),
+]
