@@ -158,16 +158,13 @@ class Timing:
 def compile_steps(
     runners: Iterable[Runner], prompts: Iterable[int], batches: Iterable[tuple[int, int]], *, traced: Runner | None
 ) -> None:
-    """Compiles side by side all that `time_prefill`, `union_sizes` (of `traced`) and `time_decode` will need.
-
-    Several processes of a job compile one program after the other: they have to do so in one order.
-    """
+    """Compiles side by side all that `time_prefill`, `union_sizes` (of `traced`) and `time_decode` will need."""
     compiling = [
+        *(functools.partial(traced.compile_trace, _TAIL, tokens) for tokens in prompts if traced),
         *(functools.partial(runner.compile_prefill, tokens) for runner in runners for tokens in prompts),
         *(functools.partial(runner.compile_write, *sizes, GREEDY) for runner in runners for sizes in batches),
     ]
-    if traced:
-        compiling += [functools.partial(traced.compile_trace, _TAIL, tokens) for tokens in prompts]
+    # Processes of one job must compile in the same order.
     with ThreadPoolExecutor(1 if jax.process_count() > 1 else None) as pool:
         for done in [pool.submit(compile_one) for compile_one in compiling]:
             done.result()
@@ -178,7 +175,7 @@ def time_prefill(runner: Runner, prompt: Prompt, repeats: int) -> tuple[Timing, 
     tokens = len(prompt.input_ids)
     workspace = runner.compile_prefill(tokens)
     # As far as every program that is needed has run once.
-    ends = [*range(runner.chunk(tokens), tokens, runner.chunk(tokens)), tokens]
+    ends = [*range(runner.prefill_chunk, tokens, runner.prefill_chunk), tokens]
     last = runner.options.for_context(tokens)
     warm = next(end for end in ends if runner.options.for_context(end) == last)
     read_prompt(runner, prompt.upto(warm), capacity=tokens)
@@ -207,13 +204,13 @@ def union_sizes(runner: Runner, prompt: Prompt, cache: Cache) -> np.ndarray:
       cache: holds `prompt`, whose last tokens are read into it once more; donated.
     """
     before = len(prompt.input_ids) - _TAIL
-    cache = dataclasses.replace(cache, lengths=runner.put(np.full(1, before, np.int32)))
+    cache = dataclasses.replace(cache, lengths=runner.put(np.full(len(cache.lengths), before, np.int32)))
     tail = prompt.input_ids[before:], prompt.positions[:, before:], prompt.embeds[before:]
     ((_, _, found, _),) = runner.trace(*tail, cache)
     sizes = []
     for layer in found:
         assert layer.attention.selected is not None
-        groups = np.asarray(layer.attention.selected[0, :_TAIL]).reshape(_TAIL // _GROUP, -1)
+        groups = np.asarray(layer.attention.selected[0]).reshape(_TAIL // _GROUP, -1)
         sizes.append(np.mean([len(np.unique(group[group >= 0])) for group in groups]))
     return np.asarray(sizes)
 

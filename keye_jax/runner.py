@@ -78,6 +78,11 @@ class Runner:
         arrays, tree = jax.tree.flatten(state)
         self._structure, self._arrays = steps.structure_of(graph, tree), tuple(arrays)
 
+    @property
+    def platform(self) -> str:
+        """Of its devices, to JAX."""
+        return self.layout.platform if self.layout else jax.default_backend()
+
     def parallel(self, batch: int, tokens: int) -> Parallel | None:
         """How a step that reads `tokens` tokens of each of `batch` sequences lies over devices; None for one device."""
         return self._parallel(batch, tokens) if self._parallel else None
@@ -119,11 +124,6 @@ class Runner:
             for options in {self.options.for_context(end): None for end in ends}
         ]
 
-    def trace_program(self, tokens: int, capacity: int) -> jax.stages.Traced:
-        """The step of `trace` for a prompt of one chunk in a cache of this size."""
-        options = dataclasses.replace(self.options, intermediates=True).for_context(tokens)
-        return self._read_program(self.chunk(tokens), capacity, options, all_logits=True)
-
     def _read_program(
         self, chunk: int, capacity: int, options: AttentionOptions, *, all_logits: bool = False
     ) -> jax.stages.Traced:
@@ -135,25 +135,15 @@ class Runner:
         static = {"parallel": parallel, "options": options, "all_logits": all_logits}
         return steps.read.trace(self._structure, self._arrays, x, positions, count, cache, **static)
 
-    def decode_program(self, batch: int, capacity: int) -> jax.stages.Traced:
-        """The step of `decode` for caches of this size."""
-        each = self._shape((batch,), jnp.int32)
-        cache = self._cache_shape(capacity, batch)
-        options, parallel = self.options.for_context(cache.capacity), self.parallel(batch, 1)
-        step = steps.decode_on(jax.default_backend())
-        return step.trace(self._structure, self._arrays, each, each, cache, parallel=parallel, options=options)
-
-    def write_program(self, batch: int, capacity: int, sampling: Sampling) -> jax.stages.Traced:
-        """The step of `write` for caches of this size."""
-        each, seeds = (self._shape((batch,), dtype) for dtype in (jnp.int32, jnp.uint32))
-        cache = self._cache_shape(capacity, batch)
-        static = {
-            "options": self.options.for_context(cache.capacity),
-            "parallel": self.parallel(batch, 1),
-            "sampling": sampling,
-        }
-        step = steps.write_on(jax.default_backend())
-        return step.trace(self._structure, self._arrays, each, each, cache, seeds, **static)
+    def decode_program(self, batch: int, capacity: int, sampling: Sampling | None = None) -> jax.stages.Traced:
+        """The step of `decode` for caches of this size, or with `sampling` that of `write`."""
+        each, cache = self._shape((batch,), jnp.int32), self._cache_shape(capacity, batch)
+        arguments = self._structure, self._arrays, each, each, cache
+        static = {"parallel": self.parallel(batch, 1), "options": self.options.for_context(cache.capacity)}
+        if sampling is None:
+            return steps.decode_step(self.platform).trace(*arguments, **static)
+        seeds = self._shape((batch,), jnp.uint32)
+        return steps.write_step(self.platform).trace(*arguments, seeds, **static, sampling=sampling)
 
     def compile_prefill(self, tokens: int) -> int:
         """Compiles the steps of `prefill_programs`.
@@ -164,12 +154,13 @@ class Runner:
         return max(_workspace(step) for step in self.prefill_programs(tokens))
 
     def compile_trace(self, tokens: int, capacity: int) -> int:
-        """Compiles `trace_program`; returns what `compile_prefill` does."""
-        return _workspace(self.trace_program(tokens, capacity))
+        """Compiles the step of `trace` for a prompt of one chunk; returns what `compile_prefill` does."""
+        options = dataclasses.replace(self.options, intermediates=True).for_context(tokens)
+        return _workspace(self._read_program(self.chunk(tokens), capacity, options, all_logits=True))
 
     def compile_write(self, batch: int, capacity: int, sampling: Sampling) -> int:
-        """Compiles `write_program`; returns what `compile_prefill` does."""
-        return _workspace(self.write_program(batch, capacity, sampling))
+        """Compiles the step of `write` for caches of this size; returns what `compile_prefill` does."""
+        return _workspace(self.decode_program(batch, capacity, sampling))
 
     def _shape(self, shape: tuple[int, ...], dtype: jnp.dtype, *dimensions: Axes) -> jax.ShapeDtypeStruct:
         sharding = jax.NamedSharding(self.layout.mesh, spec(*dimensions)) if self.layout else None
@@ -234,7 +225,7 @@ class Runner:
         for height, columns, images in _runs(grids):
             each = height * columns
             padded = round_up(each)
-            at_once = devices * max(1, min(-(-images // devices), ENCODE_PATCHES // padded))
+            at_once = _at_once(images, each, devices)
             for first in range(0, images, at_once):
                 here = min(at_once, images - first)
                 chunk = np.zeros((at_once, padded, flat.shape[1]), flat.dtype)
@@ -356,7 +347,7 @@ class Runner:
           float32 `[b, vocab]` logits of the next tokens, and the cache with `tokens` in it.
         """
         options, parallel = self.options.for_context(cache.capacity), self.parallel(len(cache.lengths), 1)
-        step = steps.decode_on(jax.default_backend())
+        step = steps.decode_step(self.platform)
         return step(self._structure, self._arrays, tokens, delta, cache, parallel=parallel, options=options)
 
     def write(
@@ -371,15 +362,44 @@ class Runner:
         Returns:
           int32 `[b]`, the next tokens, and the cache with `tokens` in it.
         """
-        options, parallel = self.options.for_context(cache.capacity), self.parallel(len(cache.lengths), 1)
-        static = {"parallel": parallel, "options": options, "sampling": sampling}
-        step = steps.write_on(jax.default_backend())
+        static = {
+            "parallel": self.parallel(len(cache.lengths), 1),
+            "options": self.options.for_context(cache.capacity),
+            "sampling": sampling,
+        }
+        step = steps.write_step(self.platform)
         return step(self._structure, self._arrays, tokens, delta, cache, seeds, **static)
 
 
 def _workspace(step: jax.stages.Traced) -> int:
     analysis = step.lower().compile().memory_analysis()
     return analysis.temp_size_in_bytes if analysis else 0
+
+
+def _at_once(images: int, patches: int, devices: int) -> int:
+    """Of so many images of so many patches, how many are encoded in one step."""
+    return devices * max(1, min(-(-images // devices), ENCODE_PATCHES // round_up(patches)))
+
+
+def images_here(grids: np.ndarray, layout: Layout) -> np.ndarray:
+    """Which images, or frames, `Runner.encode` gives to devices of this process; it does not look at others' pixels.
+
+    Args:
+      grids: int `[g, 3]`, as for `encode`.
+
+    Returns:
+      bool `[g]`.
+    """
+    here, first = np.zeros(len(grids), bool), 0
+    over = layout.sharding("vision_patches")
+    for height, columns, images in _runs(grids):
+        at_once = _at_once(images, height * columns, layout.size("vision_patches"))
+        for index in over.addressable_devices_indices_map((at_once,)).values():
+            for start in range(0, images, at_once):
+                own = range(at_once)[index[0] if index else slice(None)]
+                here[first + start + own.start : first + min(start + own.stop, images)] = True
+        first += images
+    return here
 
 
 def vision_rows(input_ids: np.ndarray, config: KeyeConfig) -> np.ndarray:

@@ -132,6 +132,7 @@ def _decode(
     parallel: Parallel | None,
     options: AttentionOptions,
 ) -> tuple[jax.Array, Cache]:
+    """Reads one token of each sequence, int32 `[b]`; see `Runner.decode`."""
     decoder = structure.merge(arrays).decoder
     positions = jnp.broadcast_to((cache.lengths + delta)[None, :, None], (3, tokens.shape[0], 1))
     x = decoder.embed(tokens[:, None], parallel)
@@ -153,8 +154,10 @@ def _write(
     options: AttentionOptions,
     sampling: Sampling,
 ) -> tuple[jax.Array, Cache]:
+    """`_decode` with the sampling in it; see `Runner.write`."""
     logits, cache = _decode(structure, arrays, tokens, delta, cache, parallel=parallel, options=options)
-    return sample(logits, seeds, cache.lengths, sampling), cache
+    tokens = sample(logits, seeds, cache.lengths, sampling)
+    return parallel.constrain(tokens) if parallel else tokens, cache
 
 
 _COMPILER_OPTIONS = {
@@ -168,8 +171,8 @@ _COMPILER_OPTIONS = {
 
 
 @functools.cache
-def decode_on(platform: str) -> jax.stages.Wrapped:
-    """`decode(structure, arrays, tokens, delta, cache, *, parallel, options)`: see `Runner.decode`."""
+def decode_step(platform: str) -> jax.stages.Wrapped:
+    """The compiled step of `Runner.decode`."""
     return jax.jit(
         _decode,
         static_argnames=("structure", "parallel", "options"),
@@ -179,12 +182,10 @@ def decode_on(platform: str) -> jax.stages.Wrapped:
 
 
 @functools.cache
-def write_on(platform: str) -> jax.stages.Wrapped:
-    """`write(structure, arrays, tokens, delta, cache, seeds, *, parallel, options, sampling)`: see `Runner.write`.
-
-    With the tokens donated, all that a step touches lies where it lay in the last one: an unchanged CUDA graph is
-    launched in half the time that it takes to update it.
-    """
+def write_step(platform: str) -> jax.stages.Wrapped:
+    """The compiled step of `Runner.write`."""
+    # With the tokens donated, all that a step touches lies where it lay in the last one: an unchanged CUDA graph is
+    # launched in half the time that it takes to update it.
     return jax.jit(
         _write,
         static_argnames=("structure", "parallel", "options", "sampling"),

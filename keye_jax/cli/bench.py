@@ -116,11 +116,11 @@ def bench(
         for batch, context in batches[: 1 if breakdown else None]
         if not _refused(sparse, f"decode, {batch} x {_size(context)}", batch, context, 0)
     ]
-    compile_steps(runners.values(), lengths, batches, traced=sparse if unions and not breakdown else None)
+    compile_steps(runners.values(), lengths, batches, traced=sparse if unions else None)
     if breakdown:
         found = _parts(runners, sizes, lengths, batches)
     else:
-        prefills = _prefill_rows(runners, sizes, lengths, repeats, no_video, unions=unions)
+        prefills = _prefill_rows(runners, sizes, lengths, repeats, no_video, count_unions=unions)
         found = itertools.chain(prefills, _decode_rows(runners, batches))
     rows = []
     for row in found:
@@ -153,7 +153,7 @@ def _prefill_rows(
     repeats: int,
     no_video: list[int],
     *,
-    unions: bool,
+    count_unions: bool,
 ) -> Iterator[dict[str, Any]]:
     import numpy as np
 
@@ -165,7 +165,7 @@ def _prefill_rows(
         dense = None
         kinds = {"video": NOISE} | ({"unrelated tokens": 1.0} if tokens in no_video else {})
         for kind, noise in kinds.items():
-            prompt, counts = Prompt.video(config, tokens, noise=noise, layout=runners[_SPARSE].layout), None
+            prompt, unions = Prompt.video(config, tokens, noise=noise, layout=runners[_SPARSE].layout), None
             for name, runner in runners.items():
                 if noise != NOISE and name != _SPARSE:
                     continue
@@ -173,14 +173,14 @@ def _prefill_rows(
                 sizes = {"tokens": tokens, "attention": name, "noise": noise}
                 yield _report(f"{what}, {name}, {kind}", timing, sizes, dense)
                 dense = timing if name == _DENSE else dense
-                if unions and name == _SPARSE:
-                    counts = union_sizes(runner, prompt, cache)
+                if name == _SPARSE and count_unions:
+                    unions = union_sizes(runner, prompt, cache)
                 del cache
-            if counts is None:
+            if unions is None:
                 continue
-            quartiles = ", ".join(f"{x:,.0f}" for x in np.quantile(counts, [0, 0.25, 0.5, 0.75, 1]))
+            quartiles = ", ".join(f"{x:,.0f}" for x in np.quantile(unions, [0, 0.25, 0.5, 0.75, 1]))
             print(f"    keys that 16 neighbouring queries select: {quartiles} (quartiles of the layers)", flush=True)
-            yield {"what": f"unions of {what}, {kind}", "tokens": tokens, "noise": noise, "unions": counts.tolist()}
+            yield {"what": f"unions of {what}, {kind}", "tokens": tokens, "noise": noise, "unions": unions.tolist()}
 
 
 def _decode_rows(runners: dict[str, Runner], batches: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:

@@ -266,36 +266,44 @@ def attend_sparse(
     padding = ((0, 0), (0, blocks * block - queries))
     q, index_q, gates = (jnp.pad(x, padding + ((0, 0),) * (x.ndim - 2)) for x in (q, index_q, gates))
 
-    def attend_block(q: jax.Array, index_q: jax.Array, gates: jax.Array, first: jax.Array) -> Attended:
-        return attend(q, index_q, gates, page_table, start + first)
+    def attend_block(i: jax.Array, done: Attended) -> Attended:
+        first = i * block
+        part_q, part_index_q, part_gates = (_part(x, first, block, 1) for x in (done.out, index_q, gates))
+        return _overwrite(done, attend(part_q, part_index_q, part_gates, page_table, start + first), first, 1)
 
-    found = _in_place(attend_block, block, 1, q, index_q, gates)
-    return Attended(found.out[:, :queries], found.lse[:, :queries])
+    done = jax.lax.fori_loop(0, blocks, attend_block, _begun(q))
+    return Attended(done.out[:, :queries], done.lse[:, :queries])
 
 
-def _in_turns(attend: Callable[..., Attended], at_once: int, *arguments: jax.Array) -> Attended:
+def _in_turns(attend: Callable[..., Attended], at_once: int, q: jax.Array, *others: jax.Array) -> Attended:
     """`attend` on at most so many sequences, the first dimension of all arguments, at a time."""
-    batch = len(arguments[0])
+    batch = len(q)
     if batch <= at_once:
-        return attend(*arguments)
+        return attend(q, *others)
     at_once = next(count for count in range(at_once, 0, -1) if batch % count == 0)
-    return _in_place(lambda *turn: attend(*turn[:-1]), at_once, 0, *arguments)
+
+    def turn(i: jax.Array, done: Attended) -> Attended:
+        first = i * at_once
+        return _overwrite(done, attend(*(_part(x, first, at_once, 0) for x in (done.out, *others))), first, 0)
+
+    return jax.lax.fori_loop(0, batch // at_once, turn, _begun(q))
 
 
-def _in_place(attend: Callable[..., Attended], size: int, axis: int, q: jax.Array, *others: jax.Array) -> Attended:
-    """`attend(*slices, first)` on slices of `size` along an axis, which it divides, one after the other.
+# In place of queries: the program of a step would hold output buffers of zeros for every layer from its beginning.
 
-    What is attended to overwrites the queries: a program would hold an output buffer of zeros for every layer from its
-    beginning.
-    """
 
-    def turn(index: jax.Array, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        out, lse = done
-        first = index * size
-        found = attend(*(jax.lax.dynamic_slice_in_dim(x, first, size, axis) for x in (out, *others)), first)
-        return (
-            jax.lax.dynamic_update_slice_in_dim(out, found.out, first, axis),
-            jax.lax.dynamic_update_slice_in_dim(lse, found.lse, first, axis),
-        )
+def _begun(q: jax.Array) -> Attended:
+    return Attended(q, q[..., 0].astype(jnp.float32))
 
-    return Attended(*jax.lax.fori_loop(0, q.shape[axis] // size, turn, (q, jnp.zeros(q.shape[:3], jnp.float32))))
+
+def _part(x: jax.Array, first: jax.Array, size: int, axis: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, first, size, axis)
+
+
+def _overwrite(done: Attended, part: Attended, first: jax.Array, axis: int) -> Attended:
+    """`done` with a part of its queries overwritten with what they attended to."""
+    out, lse = (
+        jax.lax.dynamic_update_slice_in_dim(old, new, first, axis)
+        for old, new in ((done.out, part.out), (done.lse, part.lse))
+    )
+    return Attended(out, lse)
