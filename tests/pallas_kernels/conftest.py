@@ -10,7 +10,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.dispatch import available
 from pallas_kernels.errors import UnsupportedError
 
-
 INTERPRETED = {
     "test_attention.py": {
         "TestSparseAttention": {
