@@ -36,7 +36,7 @@ test: $(VENV)/.installed-dev $(LIBTPU)
 
 # The operations' tests, with the compiled kernels, on a Hopper GPU. PY names a Python with JAX for CUDA.
 test-gpu: $(if $(PY),,$(VENV)/.installed-dev)
-	$(or $(PY),$(BIN)/python) -m pytest tests/pallas_kernels
+	$(or $(PY),$(BIN)/python) -m pytest tests/pallas_kernels tests/keye_jax/gpu
 
 # The same on a TPU. PY names a Python with JAX for TPUs.
 test-tpu: $(if $(PY),,$(VENV)/.installed-dev)

@@ -8,7 +8,8 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -21,6 +22,7 @@ from keye_jax.config import KeyeConfig
 from keye_jax.model.keye import Keye
 from keye_jax.model.positions import mrope_positions
 from keye_jax.runner import Runner, round_up
+from keye_jax.sampling import Sampling
 
 WEIGHT_SCALE = 0.02
 """Standard deviation of random matrices, as such models are initialised with."""
@@ -28,14 +30,16 @@ WEIGHT_SCALE = 0.02
 FRAME = 16
 """Side of a frame of the made-up video, in tokens."""
 
-NOISE = 0.23
-"""Share of each token's embedding that is its own; with 0.23 sixteen neighbouring queries of a model with random
+NOISE = 0.33
+"""Share of each token's embedding that is its own; with 0.33 sixteen neighbouring queries of a model with random
 weights select about 8,192 of 131,072 keys together, with 1 tokens are unrelated."""
 
 PARTS = ("indexer", "selection", "attention", "experts")
 """Named scopes of the model that device time is told apart by; what is in none of them is the rest."""
 
-_GROUP = 16
+GREEDY = Sampling(temperature=0.0)
+
+_GROUP, _TAIL = 16, 64
 _DECODE_STEPS = 16
 _DECODE_SAMPLES = 5
 
@@ -136,19 +140,39 @@ class Timing:
     workspace_bytes: int
 
 
-def time_prefill(runner: Runner, prompt: Prompt, repeats: int) -> Timing:
-    """Reads `prompt` into an empty cache `repeats` times, compiled and warmed up before."""
+def compile_steps(
+    runners: Iterable[Runner], prompts: Iterable[int], batches: Iterable[tuple[int, int]], *, traced: Runner
+) -> None:
+    """Compiles side by side all that `time_prefill`, `union_sizes` (of `traced`) and `time_decode` will need."""
+    compiling = [
+        *(functools.partial(traced.compile_trace, _TAIL, tokens) for tokens in prompts),
+        *(functools.partial(runner.compile_prefill, tokens) for runner in runners for tokens in prompts),
+        *(functools.partial(runner.compile_write, *sizes, GREEDY) for runner in runners for sizes in batches),
+    ]
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(compile_one) for compile_one in compiling]:
+            done.result()
+
+
+def time_prefill(runner: Runner, prompt: Prompt, repeats: int) -> tuple[Timing, Cache]:
+    """Reads `prompt` into an empty cache `repeats` times, compiled and warmed up before; also gives the last cache."""
     tokens = len(prompt.input_ids)
     workspace = runner.compile_prefill(tokens)
-    read_prompt(runner, prompt.upto(min(tokens, runner.prefill_chunk)), capacity=tokens)
-    times = []
+    # As far as every program that is needed has run once.
+    ends = [*range(runner.prefill_chunk, tokens, runner.prefill_chunk), tokens]
+    last = runner.options.for_context(tokens)
+    warm = next(end for end in ends if runner.options.for_context(end) == last)
+    read_prompt(runner, prompt.upto(warm), capacity=tokens)
+    times, cache = [], None
     for _ in range(repeats):
+        del cache
         cache = jax.block_until_ready(runner.new_cache(tokens))
         start = time.perf_counter()
-        jax.block_until_ready(runner.prefill(prompt.input_ids, prompt.positions, prompt.embeds, cache)[0])
+        _, cache = jax.block_until_ready(runner.prefill(prompt.input_ids, prompt.positions, prompt.embeds, cache))
         times.append(time.perf_counter() - start)
+    assert cache is not None, "repeats is 0"
     seconds = statistics.median(times)
-    return Timing(seconds, tokens / seconds, workspace)
+    return Timing(seconds, tokens / seconds, workspace), cache
 
 
 def read_prompt(runner: Runner, prompt: Prompt, *, capacity: int | None = None) -> Cache:
@@ -157,16 +181,20 @@ def read_prompt(runner: Runner, prompt: Prompt, *, capacity: int | None = None) 
     return jax.block_until_ready(runner.prefill(prompt.input_ids, prompt.positions, prompt.embeds, cache)[1])
 
 
-def union_sizes(runner: Runner, prompt: Prompt) -> np.ndarray:
-    """Distinct keys that 16 neighbouring queries select together, float `[layers]`: means over the last 64 queries."""
-    before = len(prompt.input_ids) - 4 * _GROUP
-    cache = read_prompt(runner, prompt.upto(before), capacity=len(prompt.input_ids))
+def union_sizes(runner: Runner, prompt: Prompt, cache: Cache) -> np.ndarray:
+    """Distinct keys that 16 neighbouring queries select together, float `[layers]`: means over the last 64 queries.
+
+    Args:
+      cache: holds `prompt`, whose last tokens are read into it once more; donated.
+    """
+    before = len(prompt.input_ids) - _TAIL
+    cache = dataclasses.replace(cache, lengths=jnp.full_like(cache.lengths, before))
     tail = prompt.input_ids[before:], prompt.positions[:, before:], prompt.embeds[before:]
     ((_, _, found, _),) = runner.trace(*tail, cache)
     sizes = []
     for layer in found:
         assert layer.attention.selected is not None
-        groups = np.asarray(layer.attention.selected[0]).reshape(4, -1)
+        groups = np.asarray(layer.attention.selected[0]).reshape(_TAIL // _GROUP, -1)
         sizes.append(np.mean([len(np.unique(group[group >= 0])) for group in groups]))
     return np.asarray(sizes)
 
@@ -181,12 +209,13 @@ def random_cache(runner: Runner, batch: int, context: int, length: int, seed: in
 
 @functools.partial(jax.jit, donate_argnums=1)
 def _fill(key: jax.Array, x: jax.Array) -> jax.Array:
-    return jax.random.normal(key, x.shape).astype(x.dtype)
+    # An argument that is not read would not be donated.
+    return (jax.random.normal(key, x.shape) + x.astype(jnp.float32)).astype(x.dtype)
 
 
 def time_decode(runner: Runner, batch: int, context: int) -> Timing:
     """Writes a few dozen tokens to each of `batch` sequences, the last of them with `context` tokens before it."""
-    workspace = runner.compile_decode(batch, context)
+    workspace = runner.compile_write(batch, context, GREEDY)
     cache = random_cache(runner, batch, context, context - (_DECODE_SAMPLES + 1) * _DECODE_STEPS)
     tokens = jnp.zeros(batch, jnp.int32)
     times = []
@@ -198,14 +227,10 @@ def time_decode(runner: Runner, batch: int, context: int) -> Timing:
     return Timing(seconds, batch / seconds, workspace)
 
 
-_likeliest = jax.jit(lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32))
-
-
 def _write(runner: Runner, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    delta = jnp.zeros_like(tokens)
+    delta, keys = jnp.zeros_like(tokens), jax.random.split(jax.random.key(0), len(tokens))
     for _ in range(_DECODE_STEPS):
-        logits, cache = runner.decode(tokens, delta, cache)
-        tokens = _likeliest(logits)
+        tokens, cache = runner.write(tokens, delta, cache, keys, GREEDY)
     return jax.block_until_ready(tokens), cache
 
 

@@ -159,17 +159,18 @@ class Generator:
         self, logits: jax.Array, cache: Cache, position_delta: int, sampling: Sampling, count: int, seed: int
     ) -> Iterator[int]:
         """Up to `count` tokens, each as soon as it is there."""
-        delta, key = jnp.asarray([position_delta], jnp.int32), jax.random.key(seed)
-        token = sample(logits, jax.random.fold_in(key, 0), sampling)
+        delta, keys = jnp.asarray([position_delta], jnp.int32), jax.random.key(seed)[None]
+        token = sample(logits, jax.vmap(jax.random.fold_in)(keys, cache.lengths), sampling)
         yield int(token[0])
+        written = token
         for index in range(1, count):
-            logits, cache = self.runner.decode(token, delta, cache)
+            token, cache = self.runner.write(token, delta, cache, keys, sampling)
             # This step is under way before the token it reads is looked at, so that the device never waits.
             if index > 1:
-                yield int(token[0])
-            token = sample(logits, jax.random.fold_in(key, index), sampling)
+                yield int(written[0])
+            written = jnp.copy(token)  # the next step overwrites it
         if count > 1:
-            yield int(token[0])
+            yield int(written[0])
 
     def _encode(self, inputs: ModelInputs, hooks: Hooks) -> jax.Array:
         total = len(inputs.image_patches) + len(inputs.video_patches)

@@ -17,6 +17,7 @@ from keye_jax.config import KeyeConfig
 from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.decoder import LayerIntermediates
 from keye_jax.model.keye import Keye
+from keye_jax.sampling import Sampling, sample
 
 PREFILL_CHUNK = {"gpu": 8192}
 _SMALL_PREFILL_CHUNK = 1024
@@ -100,7 +101,6 @@ def _read(
     return decoder.logits(hidden), cache, found
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "options"), donate_argnames="cache")
 def _decode(
     structure: _Structure,
     arrays: Arrays,
@@ -115,6 +115,53 @@ def _decode(
     x = decoder.embed_tokens(tokens[:, None])
     hidden, cache, _ = decoder(x, positions, jnp.ones_like(cache.lengths), cache, options)
     return decoder.logits(hidden[:, 0]), cache
+
+
+def _write(
+    structure: _Structure,
+    arrays: Arrays,
+    tokens: jax.Array,
+    delta: jax.Array,
+    cache: Cache,
+    keys: jax.Array,
+    *,
+    options: AttentionOptions,
+    sampling: Sampling,
+) -> tuple[jax.Array, Cache]:
+    logits, cache = _decode(structure, arrays, tokens, delta, cache, options=options)
+    return sample(logits, jax.vmap(jax.random.fold_in)(keys, cache.lengths), sampling), cache
+
+
+_COMPILER_OPTIONS = {
+    "gpu": {
+        # A step of decoding is one CUDA graph of some 1,500 short kernels: where they may, they run side by side.
+        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+        # Projections of one input are not made one product, for which their weights would be copied at every step.
+        "xla_gpu_dot_merger_threshold_mb": "0",
+    }
+}
+
+
+@functools.cache
+def _decode_step(platform: str) -> jax.stages.Wrapped:
+    return jax.jit(
+        _decode,
+        static_argnames=("structure", "options"),
+        donate_argnames="cache",
+        compiler_options=_COMPILER_OPTIONS.get(platform),
+    )
+
+
+@functools.cache
+def _write_step(platform: str) -> jax.stages.Wrapped:
+    # With the tokens donated, all that a step touches lies where it lay in the last one: an unchanged CUDA graph is
+    # launched in half the time that it takes to update it.
+    return jax.jit(
+        _write,
+        static_argnames=("structure", "options", "sampling"),
+        donate_argnames=("tokens", "cache"),
+        compiler_options=_COMPILER_OPTIONS.get(platform),
+    )
 
 
 class Runner:
@@ -155,21 +202,36 @@ class Runner:
           the most bytes that a step needs beyond its arguments and results.
         """
         chunk = min(self.prefill_chunk, round_up(tokens))
-        x = jax.ShapeDtypeStruct((1, chunk, self.config.hidden_size), self.dtype)
-        positions, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3, 1, chunk), (1,)))
-        cache = jax.eval_shape(lambda: self.new_cache(tokens))
         ends = [min(start + chunk, tokens) for start in range(0, tokens, chunk)]
         return max(
-            _workspace(_read.lower(self._structure, self._arrays, x, positions, count, cache, options=options))
+            _workspace(self._lower_read(chunk, tokens, options))
             for options in {self.options.for_context(end) for end in ends}
         )
 
-    def compile_decode(self, batch: int, capacity: int) -> int:
-        """Compiles the step of `decode` for caches of this size; returns what `compile_prefill` does."""
+    def compile_trace(self, tokens: int, capacity: int) -> int:
+        """Compiles the step of `trace` for a prompt of one chunk; returns what `compile_prefill` does."""
+        chunk = round_up(tokens)
+        options = dataclasses.replace(self.options, intermediates=True).for_context(tokens)
+        return _workspace(self._lower_read(chunk, capacity, options, all_logits=True))
+
+    def _lower_read(
+        self, chunk: int, capacity: int, options: AttentionOptions, *, all_logits: bool = False
+    ) -> jax.stages.Lowered:
+        x = jax.ShapeDtypeStruct((1, chunk, self.config.hidden_size), self.dtype)
+        positions, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3, 1, chunk), (1,)))
+        cache = jax.eval_shape(lambda: self.new_cache(capacity))
+        return _read.lower(
+            self._structure, self._arrays, x, positions, count, cache, options=options, all_logits=all_logits
+        )
+
+    def compile_write(self, batch: int, capacity: int, sampling: Sampling) -> int:
+        """Compiles the step of `write` for caches of this size; returns what `compile_prefill` does."""
         each = jax.ShapeDtypeStruct((batch,), jnp.int32)
         cache = jax.eval_shape(lambda: self.new_cache(capacity, batch))
-        options = self.options.for_context(cache.capacity)
-        return _workspace(_decode.lower(self._structure, self._arrays, each, each, cache, options=options))
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+        step = _write_step(jax.default_backend())
+        static = {"options": self.options.for_context(cache.capacity), "sampling": sampling}
+        return _workspace(step.lower(self._structure, self._arrays, each, each, cache, keys, **static))
 
     def encode(
         self,
@@ -307,8 +369,23 @@ class Runner:
         Returns:
           float32 `[b, vocab]` logits of the next tokens, and the cache with `tokens` in it.
         """
-        options = self.options.for_context(cache.capacity)
-        return _decode(self._structure, self._arrays, tokens, delta, cache, options=options)
+        step, options = _decode_step(jax.default_backend()), self.options.for_context(cache.capacity)
+        return step(self._structure, self._arrays, tokens, delta, cache, options=options)
+
+    def write(
+        self, tokens: jax.Array, delta: jax.Array, cache: Cache, keys: jax.Array, sampling: Sampling
+    ) -> tuple[jax.Array, Cache]:
+        """A step of decoding with the sampling in it.
+
+        Args:
+          tokens, delta, cache: as for `decode`; tokens are donated too.
+          keys: a random key for each sequence, `[b]`, the same in every step.
+
+        Returns:
+          int32 `[b]`, the next tokens, and the cache with `tokens` in it.
+        """
+        step, options = _write_step(jax.default_backend()), self.options.for_context(cache.capacity)
+        return step(self._structure, self._arrays, tokens, delta, cache, keys, options=options, sampling=sampling)
 
 
 def _workspace(step: jax.stages.Lowered) -> int:

@@ -72,12 +72,12 @@ class GenerationDefaults:
 
 
 @functools.partial(jax.jit, static_argnames="sampling")
-def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """Draws one token for each row.
+def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+    """Draws one token for each row, which does not depend on the other rows.
 
     Args:
       logits: float32 `[b, vocab]`.
-      key: random key; unused when greedy.
+      keys: a random key for each row, `[b]`; unused when greedy.
       sampling: how.
 
     Returns:
@@ -91,5 +91,5 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     # A token stays while those before it do not yet reach top_p, so the most likely one always stays.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     kept = jnp.where(before < sampling.top_p, kept, -jnp.inf)
-    drawn = jax.random.categorical(key, kept, axis=-1)
+    drawn = jax.vmap(jax.random.categorical)(keys, kept)
     return jnp.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)

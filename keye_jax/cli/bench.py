@@ -34,8 +34,8 @@ def bench(
     ] = "1x32K,4x32K,16x32K,1x128K,4x128K",
     repeats: Annotated[int, typer.Option(help="Times that each prompt is read; the median counts.")] = 3,
     unrelated: Annotated[
-        bool, typer.Option(help="Also read prompts whose tokens have nothing to do with each other.")
-    ] = True,
+        str, typer.Option(help="Prompt lengths to read also with tokens that have nothing to do with each other.")
+    ] = "128K",
     fp8: Annotated[bool, typer.Option(help="Also measure with an indexer in float8.")] = True,
     breakdown: Annotated[
         bool,
@@ -52,6 +52,7 @@ def bench(
     about 8,192 of 131,072 keys together. What does not fit the device is refused before it is tried.
     """
     lengths = [_tokens("--prefill", text) for text in _items(prefill)]
+    no_video = [_tokens("--unrelated", text) for text in _items(unrelated)]
     batches = [_batch_and_context(text) for text in _items(decode)]
     chunk = options.prefill_chunk_size(prefill_chunk)
     if repeats < 1:
@@ -62,7 +63,7 @@ def bench(
         # Kernels in CUDA graphs do not say which part of the model they belong to.
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
 
-    from keye_jax.bench import random_model
+    from keye_jax.bench import compile_steps, random_model
     from keye_jax.config import KeyeConfig
     from keye_jax.runner import Runner
 
@@ -86,12 +87,23 @@ def bench(
 
     model = random_model(sizes)
     runners = {name: Runner(model, sizes, options=chosen[name], prefill_chunk=chunk) for name in chosen}
+    lengths = [
+        tokens
+        for tokens in lengths[: 1 if breakdown else None]
+        if not _refused(sizes, f"prefill {_size(tokens)}", 1, tokens, 2 * tokens * sizes.hidden_size)
+    ]
+    batches = [
+        (batch, context)
+        for batch, context in batches[: 1 if breakdown else None]
+        if not _refused(sizes, f"decode, {batch} x {_size(context)}", batch, context, 0)
+    ]
+    compile_steps(runners.values(), lengths, batches, traced=runners[_SPARSE])
     if breakdown:
-        rows = list(_parts(runners, sizes, lengths[:1], batches[:1]))
+        rows = list(_parts(runners, sizes, lengths, batches))
     else:
         rows = [
-            *_prefill_rows(runners, sizes, lengths, repeats, unrelated=unrelated),
-            *_decode_rows(runners, sizes, batches),
+            *_prefill_rows(runners, sizes, lengths, repeats, no_video),
+            *_decode_rows(runners, batches),
         ]
     _print_peak()
     if as_json:
@@ -100,7 +112,7 @@ def bench(
 
 
 def _prefill_rows(
-    runners: dict[str, Runner], config: KeyeConfig, lengths: list[int], repeats: int, *, unrelated: bool
+    runners: dict[str, Runner], config: KeyeConfig, lengths: list[int], repeats: int, no_video: list[int]
 ) -> Iterator[dict[str, Any]]:
     import numpy as np
 
@@ -108,35 +120,32 @@ def _prefill_rows(
 
     for tokens in lengths:
         what = f"prefill {_size(tokens)}"
-        if _refused(config, what, 1, tokens, 2 * tokens * config.hidden_size):
-            continue
         # Dense attention takes the same time however tokens are related.
         dense = None
-        kinds = {"video": NOISE} | ({"unrelated tokens": 1.0} if unrelated else {})
+        kinds = {"video": NOISE} | ({"unrelated tokens": 1.0} if tokens in no_video else {})
         for kind, noise in kinds.items():
-            prompt = Prompt.video(config, tokens, noise=noise)
+            prompt, unions = Prompt.video(config, tokens, noise=noise), None
             for name, runner in runners.items():
                 if noise != NOISE and name != _SPARSE:
                     continue
-                timing = time_prefill(runner, prompt, repeats)
+                timing, cache = time_prefill(runner, prompt, repeats)
                 sizes = {"tokens": tokens, "attention": name, "noise": noise}
                 yield _report(f"{what}, {name}, {kind}", timing, sizes, dense)
                 dense = timing if name == _DENSE else dense
-            unions = union_sizes(runners[_SPARSE], prompt)
+                if name == _SPARSE:
+                    unions = union_sizes(runner, prompt, cache)
+                del cache
+            assert unions is not None
             quartiles = ", ".join(f"{x:,.0f}" for x in np.quantile(unions, [0, 0.25, 0.5, 0.75, 1]))
             print(f"    keys that 16 neighbouring queries select: {quartiles} (quartiles of the layers)", flush=True)
             yield {"what": f"unions of {what}, {kind}", "tokens": tokens, "noise": noise, "unions": unions.tolist()}
 
 
-def _decode_rows(
-    runners: dict[str, Runner], config: KeyeConfig, batches: list[tuple[int, int]]
-) -> Iterator[dict[str, Any]]:
+def _decode_rows(runners: dict[str, Runner], batches: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
     from keye_jax.bench import time_decode
 
     for batch, context in batches:
         what = f"decode, {batch} x {_size(context)}"
-        if _refused(config, what, batch, context, 0):
-            continue
         sizes = {"batch": batch, "context": context}
         dense = None
         for name, runner in runners.items():
@@ -156,13 +165,11 @@ def _parts(
         raise UserError("--breakdown needs an NVIDIA GPU, whose profiler tells kernels apart")
     for name, runner in runners.items():
         for tokens in lengths:
-            if not _refused(config, f"prefill {_size(tokens)}", 1, tokens, 2 * tokens * config.hidden_size):
-                seconds = prefill_parts(runner, Prompt.video(config, tokens))
-                yield _report_parts(f"prefill {_size(tokens)}, {name}", seconds)
+            seconds = prefill_parts(runner, Prompt.video(config, tokens))
+            yield _report_parts(f"prefill {_size(tokens)}, {name}", seconds)
         for batch, context in batches:
-            if not _refused(config, f"decode, {batch} x {_size(context)}", batch, context, 0):
-                seconds = decode_parts(runner, batch, context)
-                yield _report_parts(f"decode, {batch} x {_size(context)}, {name}", seconds)
+            seconds = decode_parts(runner, batch, context)
+            yield _report_parts(f"decode, {batch} x {_size(context)}, {name}", seconds)
 
 
 def _report(what: str, timing: Timing, sizes: dict[str, Any], dense: Timing | None = None) -> dict[str, Any]:
@@ -218,7 +225,7 @@ def _print_setting(config: KeyeConfig, for_context: Any) -> None:
     dense = max((tokens for tokens in powers if for_context(tokens).attention == "dense"), default=0)
     print(
         f"{jax.devices()[0].device_kind}, {config.num_hidden_layers} layers, {weight_bytes(config) / 1e9:.1f} GB of "
-        f"random {config.dtype} weights; sparse is dense up to {_size(dense)} tokens",
+        f"random {config.dtype} weights" + (f"; sparse is dense up to {_size(dense)} tokens" if dense else ""),
         flush=True,
     )
 

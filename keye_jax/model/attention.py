@@ -25,7 +25,7 @@ _SCORE_BYTES = {"mosaic_gpu": 2**30, "mosaic_tpu": 2**30}
 _FEW_SCORE_BYTES = 64 * 2**20
 """What the scores of one block of queries may take: at 128K tokens those of 2,048, enough to fill a GPU, or of 128."""
 
-DENSE_BELOW = {"mosaic_gpu": 8192}
+DENSE_BELOW = {"mosaic_gpu": 16_384}
 """Longest context, in tokens, at which dense attention is the faster one, by the implementation of the sparse one."""
 
 
@@ -170,7 +170,7 @@ def attend_sparse(
     scale: float,
     index_scale: float,
     options: AttentionOptions,
-) -> tuple[AttentionIntermediates, jax.Array]:
+) -> tuple[AttentionIntermediates | None, jax.Array]:
     """Scores, selects and attends, a block of queries at a time.
 
     Memory: the scores of one block of queries, the smaller the longer the context; never those of all queries.
@@ -181,7 +181,7 @@ def attend_sparse(
       cache: holds the keys of the whole context, the new tokens' included.
 
     Returns:
-      intermediates, and the attention output `[b, t, n, d]`.
+      intermediates if asked for, and the attention output `[b, t, n, d]`.
     """
     table, kwargs = placement.page_table, {"implementation": options.implementation}
 
@@ -198,6 +198,7 @@ def attend_sparse(
                 start,
                 scale=index_scale,
                 key_scales=cache.index_scales,
+                fill=options.intermediates,
                 **kwargs,
             )
         lengths = jnp.minimum(start[:, None] + jnp.arange(q.shape[1]) + 1, scores.shape[-1])
@@ -214,18 +215,14 @@ def attend_sparse(
 
     blocks = math.ceil(queries / block)
     block = math.ceil(queries / blocks)
+    padding = ((0, 0), (0, blocks * block - queries))
+    q, index_q, gates = (jnp.pad(x, padding + ((0, 0),) * (x.ndim - 2)) for x in (q, index_q, gates))
 
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, blocks * block - queries)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, blocks, block, *x.shape[2:]), 1, 0)
+    def attend_block(i: jax.Array, out: jax.Array) -> jax.Array:
+        """Overwrites a block's queries with what they attended to."""
+        first = i * block
+        q, *index = (jax.lax.dynamic_slice_in_dim(x, first, block, axis=1) for x in (out, index_q, gates))
+        return jax.lax.dynamic_update_slice_in_dim(out, attend(q, *index, offset=first)[1], first, axis=1)
 
-    def attend_block(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        found, out = attend(*inputs)
-        return out, found.lse
-
-    def join(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(batch, blocks * block, *x.shape[3:])[:, :queries]
-
-    out, lse = jax.lax.map(attend_block, (split(q), split(index_q), split(gates), jnp.arange(blocks) * block))
-    return AttentionIntermediates(q, join(lse), None, None), join(out)
+    # In place: the program of a step would hold an output buffer of zeros for every layer from its beginning.
+    return None, jax.lax.fori_loop(0, blocks, attend_block, q)[:, :queries]

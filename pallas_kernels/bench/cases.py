@@ -200,7 +200,9 @@ def attend_sparse(
     q: Any, kv: Any, table: Any, start: Any, index_q: Any, gates: Any, keys: Any, *, implementation: str
 ) -> Any:
     """Scores, selection and attention, as the model puts them together."""
-    scores = indexer_scores(index_q, gates, keys, table, start, scale=INDEX_SCALE, implementation=implementation)
+    scores = indexer_scores(
+        index_q, gates, keys, table, start, scale=INDEX_SCALE, fill=False, implementation=implementation
+    )
     lengths = start[:, None] + jnp.arange(q.shape[1]) + 1
     return topk_attention(q, scores, lengths, kv, table, top_k=TOP_K, scale=SCALE, implementation=implementation)
 

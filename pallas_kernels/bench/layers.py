@@ -135,4 +135,6 @@ def _dense_causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 def _scores(
     q: Any, kv: Any, table: Any, start: Any, index_q: Any, gates: Any, keys: Any, *, implementation: str
 ) -> jax.Array:
-    return indexer_scores(index_q, gates, keys, table, start, scale=INDEX_SCALE, implementation=implementation)
+    return indexer_scores(
+        index_q, gates, keys, table, start, scale=INDEX_SCALE, fill=False, implementation=implementation
+    )

@@ -1,12 +1,8 @@
-"""Dense decode on Hopper GPUs: every position is listed, and the lists attended to as in sparse decode.
-
-Rows are read where they lie in their pages, once.
-"""
+"""Dense decode on Hopper GPUs: the kernel for single queries, without lists."""
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels.sparse_attention.mosaic_gpu import sparse_attention
+from pallas_kernels.sparse_attention.decode import attend_all
 
 
 def paged_flash_attention(
@@ -15,6 +11,4 @@ def paged_flash_attention(
     """See `api.paged_flash_attention`; one query a sequence."""
     if q.shape[1] != 1:
         raise NotImplementedError(f"one query a sequence, not {q.shape[1]}")
-    positions = jnp.arange(page_table.shape[1] * kv.shape[1], dtype=jnp.int32)
-    indices = jnp.where(positions <= query_start[:, None, None], positions, -1)
-    return sparse_attention(q, kv, indices, page_table, scale=scale)
+    return attend_all(q, kv, page_table, query_start[:, None] + 1, scale=scale)

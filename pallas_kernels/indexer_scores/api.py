@@ -14,6 +14,7 @@ def indexer_scores(
     *,
     scale: float,
     key_scales: jax.Array | None = None,
+    fill: bool = True,
     implementation: str | None = None,
 ) -> jax.Array:
     """`I[b,t,s] = scale * sum_n weights[b,t,n] * relu(q[b,t,n] . keys[b,s])` (DeepSeek-V3.2, equation 1), causal.
@@ -32,10 +33,12 @@ def indexer_scores(
         positions up to its own.
       scale: factor on the sum.
       key_scales: float32 `[p, page_size]`, a factor on each key's scores; None for ones.
+      fill: False leaves what is after a query's own position undefined, for callers who do not read it: where a chunk
+        of a long prompt begins, most of the result.
       implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
     Returns:
       float32 `[b, t, m * page_size]`; -inf after a query's own position.
     """
     run = dispatch("indexer_scores.indexer_scores", ("mosaic_gpu", "mosaic_tpu", "xla"), implementation)
-    return run(q, weights, keys, page_table, query_start, scale=scale, key_scales=key_scales)
+    return run(q, weights, keys, page_table, query_start, scale=scale, key_scales=key_scales, fill=fill)

@@ -37,12 +37,14 @@ def indexer_scores(
     *,
     scale: float,
     key_scales: jax.Array | None = None,
+    fill: bool = True,
 ) -> jax.Array:
-    """See `api.indexer_scores`.
+    """See `api.indexer_scores`; fills always.
 
     Raises:
       NotImplementedError: dtypes or sizes that this kernel is not made for.
     """
+    del fill
     batch, queries, heads, dim = q.shape
     page_size, pages = keys.shape[1], page_table.shape[1]
     if key_scales is not None:

@@ -17,7 +17,10 @@ def indexer_scores(
     *,
     scale: float,
     key_scales: jax.Array | None = None,
+    fill: bool = True,
 ) -> jax.Array:
+    """See `api.indexer_scores`; fills always."""
+    del fill
     batch, queries, heads, _ = q.shape
     page_size = keys.shape[1]
     capacity = page_table.shape[1] * page_size

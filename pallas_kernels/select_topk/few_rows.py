@@ -14,15 +14,23 @@ of the row.
 """
 
 import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
 
 from pallas_kernels.select_topk.row_reader import HIGHEST, sort_key
 from pallas_kernels.simt import warp_scan
+from pallas_kernels.simt_machine import MULTIPROCESSORS, launch
 
 BINS = 2048
 FINALISTS = 32
 """Scores that are ranked one by one: a lane each."""
 MAX_CHUNKS = 16
 """Loads of four scores that a thread's registers have room for."""
+
+# Up to so many rows, longer than so, get clusters of 16 blocks.
+_WIDE_ROWS, _WIDE_SIZE = 4, 65_536
 
 # Shared memory, in words: histograms of a block and, three in turn, of the cluster; sums and minima of warps; what was
 # found; each block's floor and highest score; the finalists; the warps' counts.
@@ -56,13 +64,24 @@ class Plan:
         return self.cluster * self.threads // 32
 
 
-def few_rows_plan(rows: int, size: int, k: int, multiprocessors: int) -> Plan | None:
+def few_rows_plan(rows: int, size: int, k: int) -> Plan | None:
     """The widest cluster that the GPU has room for; None where registers do not hold the rows."""
+    # Clusters of 16 are placed less well: eight of them took two turns, one was faster than with 8 blocks.
+    if rows <= _WIDE_ROWS and size > _WIDE_SIZE:
+        return Plan(size, k, 16) if Plan(size, k, 16).chunks <= MAX_CHUNKS else None
     for cluster in (8, 4, 2):
         plan = Plan(size, k, cluster)
-        if rows * cluster <= multiprocessors and plan.chunks <= MAX_CHUNKS:
+        if rows * cluster <= MULTIPROCESSORS and plan.chunks <= MAX_CHUNKS:
             return plan
     return None
+
+
+def select_few_rows(scores: jax.Array, lengths: jax.Array, plan: Plan) -> jax.Array:
+    """`mosaic_gpu.select_topk` of scores `[rows, size]` and lengths `[rows]`, spread as `plan` says."""
+    rows = len(scores)
+    body = functools.partial(few_rows_body, rows=rows, plan=plan)
+    out_type = jax.ShapeDtypeStruct((rows, plan.k), jnp.int32)
+    return launch(body, out_type, rows, plan.cluster, plan.threads, WORDS)(scores, lengths)
 
 
 def few_rows_body(machine, scores, lengths, positions, row, rank, *, rows, plan):

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.select_topk import few_rows
+from pallas_kernels.select_topk.few_rows import few_rows_plan, select_few_rows
 from pallas_kernels.select_topk.row_reader import HIGHEST, Plan
 from pallas_kernels.select_topk.row_selection import RowSelection
 from pallas_kernels.simt_machine import MULTIPROCESSORS, SHARED_WORDS, launch
@@ -72,13 +72,12 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, cluster: int |
     if not 1 <= k <= _MAX_K:
         raise NotImplementedError(f"k must be from 1 to {_MAX_K}")
     rows = scores.size // size
-    out_type = jax.ShapeDtypeStruct((rows, k), jnp.int32)
-    held = few_rows.few_rows_plan(rows, size, k, MULTIPROCESSORS) if cluster is None else None
+    flat, limits = scores.reshape(rows, size), lengths.reshape(rows)
+    held = few_rows_plan(rows, size, k) if cluster is None else None
     if held is not None:
-        body = functools.partial(few_rows.few_rows_body, rows=rows, plan=held)
-        run = launch(body, out_type, rows, held.cluster, held.threads, few_rows.WORDS)
-    else:
-        plan, teams = make_plan(rows, size, k, cluster)
-        body = functools.partial(row_body, rows=rows, plan=plan)
-        run = launch(body, out_type, rows, plan.cluster, plan.threads, plan.words, teams)
-    return run(scores.reshape(rows, size), lengths.reshape(rows)).reshape(*lengths.shape, k)
+        return select_few_rows(flat, limits, held).reshape(*lengths.shape, k)
+    plan, teams = make_plan(rows, size, k, cluster)
+    body = functools.partial(row_body, rows=rows, plan=plan)
+    out_type = jax.ShapeDtypeStruct((rows, k), jnp.int32)
+    run = launch(body, out_type, rows, plan.cluster, plan.threads, plan.words, teams)
+    return run(flat, limits).reshape(*lengths.shape, k)

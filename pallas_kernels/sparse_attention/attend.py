@@ -10,9 +10,6 @@ per stage counts the arrivals of those copies. The compute warpgroups do S = Q K
 at a time, and O += P V; the softmax of one runs while the matmuls of the other do. The mask is a matmul too, which
 costs the softmax nothing: the producer writes a [64 keys, 16 queries] block of zeros (members) and -1e30 beside the
 keys, and its product with a row of zeros and a one that picks the query is added to S.
-
-Decode (`sparse_attention`). The same kernel with one query a group, 8 of 64 rows used (the work is bound by memory),
-and the keys of a query split over several CTAs; their partial results are combined by log-sum-exp.
 """
 
 # The types of Pallas' decorators and transforms are not yet complete.
@@ -78,7 +75,7 @@ def check(q: jax.Array, kv: jax.Array, scale: float) -> int:
     return kv_heads
 
 
-@functools.partial(jax.jit, static_argnames=("share", "group", "splits", "scale", "config"))
+@functools.partial(jax.jit, static_argnames=("share", "group", "scale", "config"))
 def attend(
     q: jax.Array,
     kv: jax.Array,
@@ -88,7 +85,6 @@ def attend(
     *,
     share: int,
     group: int,
-    splits: int,
     scale: float,
     config: Config,
 ) -> tuple[jax.Array, jax.Array]:
@@ -101,10 +97,9 @@ def attend(
       counts: int32 `[groups]`.
       share: rows that belong to one query: row i of a group takes bit i // share of the membership words.
       group: queries of a group.
-      splits: CTAs the keys are split over.
 
     Returns:
-      `[t, k, r, 128]` in bfloat16 and float32 `[t, k, r]`; for splits above 1 both in float32 with a leading axis.
+      bfloat16 `[t, k, r, 128]` and float32 `[t, k, r]`.
     """
     _, kv_heads, piece_rows, _ = q.shape
     groups = counts.shape[0]
@@ -113,25 +108,19 @@ def attend(
     warpgroup_pieces = min(ROWS // piece_rows, group_pieces)  # pieces of one warpgroup
     compute = 1 if group_pieces * piece_rows <= ROWS else 2
     blocks = -(-group_pieces * piece_rows // (compute * ROWS))  # CTAs the rows of a group are split over
-    partial = splits > 1
-    out_dtype = jnp.float32 if partial else q.dtype
     factor = scale * _LOG2E
     n = config.tiles
     rows_layout = plgpu.Layout.WGMMA.reduce(1)
 
     def body(q_ref, pool, slots_ref, members_ref, counts_ref, out_ref, lse_ref, scratch, barriers):
-        q_smem, k_smem, v_smem, mask_smem, out_smem, lse_smem, full = scratch
+        q_smem, k_smem, v_smem, mask_smem, lse_smem, full = scratch
         q_barrier, empty, start = barriers
         cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
         # Heads slowest: the CTAs that run at one time sweep the same slices of the pool and share them in the L2.
-        head, cta = lax.div(cta, groups * blocks * splits), lax.rem(cta, groups * blocks * splits)
-        split, cta = lax.rem(cta, splits), lax.div(cta, splits)
+        head, cta = lax.div(cta, groups * blocks), lax.rem(cta, groups * blocks)
         block, group_index = lax.rem(cta, blocks), lax.div(cta, blocks)
         count = counts_ref[group_index]
-        all_steps = lax.div(count + (n * TILE - 1), n * TILE)
-        per_split = lax.div(all_steps + (splits - 1), splits)
-        first = split * per_split
-        steps = jnp.maximum(jnp.minimum(all_steps - first, per_split), 0)
+        steps = lax.div(count + (n * TILE - 1), n * TILE)
 
         init_barriers(full, stages)
         plgpu.barrier_arrive(start)
@@ -142,10 +131,8 @@ def attend(
             if compute > 1:
                 plgpu.set_max_registers(config.producer_registers, action="decrease")
 
-            first_tile = first * n
-
             def lists_of(tile):
-                tile = jnp.minimum(first_tile + tile, slots.shape[1] // TILE - 1)
+                tile = jnp.minimum(tile, slots.shape[1] // TILE - 1)
                 return read_lists(slots_ref, members_ref, group_index, tile, count)
 
             def produce(tile, lists):
@@ -158,7 +145,7 @@ def attend(
                     plgpu.barrier_wait(empty.at[stage])
 
                 write_mask(words, mask_smem, full, stage)
-                gather_tile(pool, ids, k_smem, v_smem, full, head, first_tile + tile, stage, count)
+                gather_tile(pool, ids, k_smem, v_smem, full, head, tile, stage, count)
                 return following
 
             lax.fori_loop(0, steps * n, produce, lists_of(jnp.int32(0)))
@@ -229,15 +216,15 @@ def attend(
 
             inverse = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1.0), 0.0)
             out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
-            target = out_smem.at[warpgroup] if partial else q_smem.at[warpgroup]
-            target[...] = out.astype(out_dtype)
+            target = q_smem.at[warpgroup]
+            target[...] = out.astype(q.dtype)
             lse_smem[warpgroup] = jnp.where(total > 0, (highest + jnp.log2(total)) * (1 / _LOG2E), -jnp.inf)
             plgpu.commit_smem()
             for i in range(warpgroup_pieces):
                 at = (first_piece + i, head)
                 rows = pl.ds(i * piece_rows, piece_rows)
-                plgpu.copy_smem_to_gmem(target.at[rows], out_ref.at[(split, *at) if partial else at])
-                plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup, rows], lse_ref.at[(split, *at) if partial else at])
+                plgpu.copy_smem_to_gmem(target.at[rows], out_ref.at[at])
+                plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup, rows], lse_ref.at[at])
             plgpu.wait_smem_to_gmem(0)
 
     def entry(q_ref, pool, slots_ref, members_ref, counts_ref, out_ref, lse_ref):
@@ -248,13 +235,6 @@ def attend(
                 plgpu.SMEM((stages, TILE, DIM), kv.dtype, transforms=TRANSFORMS),
                 plgpu.SMEM((stages, TILE, DIM), kv.dtype, transforms=TRANSFORMS),
                 plgpu.SMEM((stages, TILE, GROUP), q.dtype, transforms=MASK_TRANSFORMS),
-                plgpu.SMEM(
-                    (compute, ROWS, DIM),
-                    jnp.float32,
-                    transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
-                )
-                if partial
-                else None,
                 plgpu.SMEM((compute, ROWS), jnp.float32),
                 plgpu.SMEM((stages, 2), jnp.int32),  # the barriers of full stages, 8 bytes each
             ),
@@ -266,14 +246,13 @@ def attend(
             collective_axes="warpgroup",
         )
 
-    lead = (splits,) if partial else ()
     return plgpu.kernel(
         entry,
         out_type=(
-            jax.ShapeDtypeStruct((*lead, *q.shape), out_dtype),
-            jax.ShapeDtypeStruct((*lead, *q.shape[:3]), jnp.float32),
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
         ),
-        grid=(groups * blocks * splits * kv_heads,),
+        grid=(groups * blocks * kv_heads,),
         grid_names=("cta",),
         num_threads=compute + 1,
         thread_name="warpgroup",

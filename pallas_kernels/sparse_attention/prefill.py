@@ -66,9 +66,7 @@ def union_attention(
     packed = q.reshape(queries, kv_heads, share, DIM) if share in (8, 16, 32, 64) else _pack(q, kv_heads)
     padding = ((0, 0), (0, -slots.shape[1] % (config.tiles * TILE)))
     slots, members = jnp.pad(slots, padding), jnp.pad(members, padding)
-    out, lse = attend(
-        packed, kv, slots, members, counts, share=share, group=GROUP, splits=1, scale=scale, config=config
-    )
+    out, lse = attend(packed, kv, slots, members, counts, share=share, group=GROUP, scale=scale, config=config)
     if packed.shape[2] != share:
         out, lse = (_unpack(x, queries, share) for x in (out, lse))
     return out.reshape(q.shape), lse.reshape(queries, heads)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from keye_jax.config import KeyeConfig
 from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.keye import Keye
 from keye_jax.runner import Runner, round_up
+from keye_jax.sampling import Sampling, sample
 
 TOKENS = 96
 
@@ -123,6 +125,22 @@ def test_sequences_of_a_batch_do_not_see_each_other(model, ids, reference):
         logits, cache = runner.decode(tokens, jnp.zeros(2, jnp.int32), cache)
         for row, start in enumerate(starts):
             np.testing.assert_allclose(np.asarray(logits[row]), reference[start + step], atol=2e-4)
+
+
+def test_writing_is_decoding_and_sampling(model, ids):
+    config, keye = model
+    runner, start, embeds = Runner(keye, config), 50, jnp.zeros((0, config.hidden_size))
+    delta, keys = jnp.zeros(1, jnp.int32), jax.random.split(jax.random.key(0), 1)
+    for sampling in (Sampling(temperature=0.0), Sampling(temperature=1.0)):
+        (_, cache), (_, own) = (
+            runner.prefill(ids[:start], text_positions(start), embeds, runner.new_cache(100)) for _ in range(2)
+        )
+        token, written = jnp.asarray(ids[start : start + 1]), jnp.asarray(ids[start : start + 1])
+        for _ in range(5):
+            logits, cache = runner.decode(token, delta, cache)
+            token = sample(logits, jax.vmap(jax.random.fold_in)(keys, cache.lengths), sampling)
+            written, own = runner.write(written, delta, own, keys, sampling)
+            assert written[0] == token[0]
 
 
 def test_images_are_encoded_in_bounded_chunks(model, golden, monkeypatch):

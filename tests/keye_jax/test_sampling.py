@@ -12,12 +12,19 @@ PROBABILITIES = np.array([0.05, 0.4, 0.25, 0.2, 0.1])
 
 def draw(sampling, count=4000):
     logits = jnp.log(jnp.asarray(PROBABILITIES))[None].repeat(count, axis=0)
-    tokens = np.asarray(sample(logits, jax.random.key(0), sampling))
+    tokens = np.asarray(sample(logits, jax.random.split(jax.random.key(0), count), sampling))
     return np.bincount(tokens, minlength=5) / count
 
 
 def test_greedy_takes_the_most_likely():
     assert draw(Sampling(temperature=0.0), 3)[1] == 1
+
+
+def test_a_row_does_not_depend_on_the_others():
+    logits, keys = jax.random.normal(jax.random.key(1), (64, 100)), jax.random.split(jax.random.key(0), 64)
+    together, alone = sample(logits, keys, Sampling(1.0)), sample(logits[5:6], keys[5:6], Sampling(1.0))
+    assert together[5] == alone[0]
+    assert len(np.unique(np.asarray(sample(logits[:1].repeat(64, axis=0), keys, Sampling(1.0))))) > 1
 
 
 def test_plain_sampling_follows_the_probabilities():

@@ -1,3 +1,5 @@
+import collections
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -7,7 +9,8 @@ import pytest
 from pallas_kernels.indexer_scores import indexer_scores
 from tests.pallas_kernels.paged import to_pages
 
-FLOAT8_RTOL, FLOAT8_ATOL = 1e-5, 1e-3
+FLOAT8_ERROR = collections.defaultdict(lambda: 2.0**-20, mosaic_gpu=2.0**-11)
+"""Of the sum of the terms' magnitudes. Hopper's tensor cores add float8 products in fewer bits than float32 has."""
 
 
 def oracle(q, weights, keys, query_start, scale):
@@ -16,12 +19,6 @@ def oracle(q, weights, keys, query_start, scale):
     scores = np.einsum("btns,btn->bts", np.maximum(dots, 0), weights) * scale
     visible = np.arange(keys.shape[1]) <= (query_start[:, None] + np.arange(q.shape[1]))[..., None]
     return np.where(visible, scores, -np.inf)
-
-
-def random_float8(rng, x):
-    """`x` as float8 and scales, powers of two of several sizes; all as numpy, the values in float32."""
-    values = np.asarray(jnp.asarray(x, jnp.float8_e4m3fn), np.float32)
-    return values, (2.0 ** rng.integers(-9, 3, x.shape[:-1])).astype(np.float32)
 
 
 def make(rng, *, batch=1, queries, heads=16, dim=64, length):
@@ -47,64 +44,19 @@ class TestIndexerScores:
         inputs = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in make(rng, queries=8, length=600)]
         self.check(inputs, [592], implementation, dtype=jnp.bfloat16)
 
-    @pytest.mark.parametrize(("heads", "dim"), [(16, 64), (8, 32), (32, 128), (9, 96)])
-    def test_float8(self, rng, heads, dim, implementation):
-        self.check_float8(rng, make(rng, queries=9, heads=heads, dim=dim, length=1100), [1091], implementation)
-
-    @pytest.mark.parametrize(("queries", "length"), [(1, 1), (1, 700), (3, 700), (8, 600), (70, 1300)])
-    def test_float8_lengths(self, rng, queries, length, implementation):
-        self.check_float8(rng, make(rng, queries=queries, length=length), [length - queries], implementation)
-
-    def test_float8_sequences_of_different_lengths(self, rng, implementation):
-        self.check_float8(rng, make(rng, batch=3, queries=5, length=900), [895, 0, 411], implementation)
-
-    def test_float8_scores_are_the_recorded_ones(self, golden, implementation):
-        """Of the publisher's values and scales; accumulated in float32, the reference in float64."""
-        arrays = np.load(golden / "indexer_fp8.npz")
-        q, keys = (arrays[name].view(ml_dtypes.float8_e4m3fn) for name in ("q_fp8", "k_fp8"))
-        padding = ((0, -len(keys) % 64), (0, 0))
-        pages = jnp.asarray(np.pad(keys.view(np.uint8), padding).view(ml_dtypes.float8_e4m3fn).reshape(-1, 64, 64))
-        scales = jnp.asarray(np.pad(arrays["k_scale"], padding[0]).reshape(-1, 64))
-        # Each query stands at a place of its own: a sequence of one, over the same pages.
-        got = indexer_scores(
-            jnp.asarray(q)[:, None],
-            jnp.asarray(arrays["w"] * arrays["q_scale"])[:, None],
-            pages,
-            np.tile(np.arange(len(pages), dtype=np.int32), (len(q), 1)),
-            arrays["positions"],
-            scale=64**-0.5,
-            key_scales=scales,
-            implementation=implementation,
-        )
-        got = np.asarray(got)[:, 0, : len(keys)]
-        expected = arrays["scores_fp8"]
-        np.testing.assert_array_equal(np.isneginf(got), np.arange(len(keys)) > arrays["positions"][:, None])
-        np.testing.assert_allclose(np.where(np.isneginf(got), 0, got), expected, rtol=FLOAT8_RTOL, atol=FLOAT8_ATOL)
-
-    def check_float8(self, rng, inputs, start, implementation):
-        q, weights, keys = inputs
-        q, q_scales = random_float8(rng, q)
-        keys, key_scales = random_float8(rng, keys)
-        self.check((q, weights * q_scales, keys), start, implementation, dtype=jnp.float8_e4m3fn, key_scales=key_scales)
-
-    def check(self, inputs, start, implementation, dtype=jnp.float32, key_scales=None):
+    def check(self, inputs, start, implementation, dtype=jnp.float32):
         q, weights, keys = inputs
         start = np.asarray(start, np.int32)
         pages, table = to_pages(np.random.default_rng(1), keys, 64)
         args = (jnp.asarray(q, dtype), jnp.asarray(weights), jnp.asarray(pages, dtype), table, start)
-        expected, kwargs = oracle(q, weights, keys, start, 0.125), {}
-        if key_scales is not None:
-            kwargs["key_scales"] = jnp.asarray(to_pages(np.random.default_rng(1), key_scales, 64)[0])
-            expected *= key_scales[:, None]
-        # Without this, accelerators multiply float32 matrices in lower precision.
-        with jax.default_matmul_precision("highest"):
-            got = np.asarray(indexer_scores(*args, scale=0.125, implementation=implementation, **kwargs))
+        got = np.asarray(indexer_scores(*args, scale=0.125, implementation=implementation))
+        expected = oracle(q, weights, keys, start, 0.125)
         assert got.shape[-1] == table.shape[1] * 64
         np.testing.assert_array_equal(np.isneginf(got[..., : keys.shape[1]]), np.isneginf(expected))
         assert np.isneginf(got[..., keys.shape[1] :]).all()
         seen = np.isfinite(expected)
         np.testing.assert_allclose(
-            got[..., : keys.shape[1]][seen], expected[seen], rtol=1e-6, atol=2e-5 * np.sqrt(q.shape[2] * 64)
+            got[..., : keys.shape[1]][seen], expected[seen], atol=2e-5 * np.sqrt(q.shape[2] * 64)
         )
 
 
@@ -113,6 +65,7 @@ CASES = {  # batch, queries, heads, dim, length, page size, starts
     "ragged starts": (3, 104, 16, 64, 2048, 64, [0, 777, 1944]),
     "queries no multiple of 8": (2, 101, 16, 64, 2048, 64, [0, 1500]),
     "few queries": (2, 3, 16, 64, 2048, 64, [0, 2045]),
+    "8 queries": (2, 8, 16, 64, 640, 64, [592, 0]),
     "past the end": (1, 64, 16, 64, 1024, 64, [1000]),
     "pages of 16": (2, 104, 16, 64, 2048, 16, [1944, 777]),
     "pages of 256": (2, 104, 16, 64, 2048, 256, [1944, 777]),
@@ -156,3 +109,70 @@ class TestBfloat16:
         np.testing.assert_array_equal(np.isneginf(got), np.isneginf(expected))
         seen = np.isfinite(expected)
         np.testing.assert_allclose(got[seen], expected[seen], rtol=1e-5, atol=2e-5 * np.sqrt(heads * dim))
+
+
+class TestFloat8:
+    """Float8 queries and keys, with a power of two for each key, as `quantize` makes them."""
+
+    @pytest.mark.parametrize("case", [case for case, (*_, dim, _, _, _) in CASES.items() if dim % 32 == 0])
+    def test_matches_the_formula(self, rng, case, implementation):
+        self.check(rng, CASES[case], implementation)
+
+    def test_scales_of_one_change_nothing(self, rng, implementation):
+        q, gates, keys = make(rng, queries=40, length=640)
+        q, pages = (jnp.asarray(x, jnp.float8_e4m3fn) for x in (q, keys.reshape(10, 64, 64)))
+        args = q, jnp.asarray(gates), pages, np.arange(10, dtype=np.int32)[None], np.array([600], np.int32)
+        scaled = run(*args, scale=0.125, key_scales=jnp.ones((10, 64)), implementation=implementation)
+        plain = run(*args, scale=0.125, implementation=implementation)
+        np.testing.assert_array_equal(np.asarray(scaled), np.asarray(plain))
+
+    def test_scores_are_the_recorded_ones(self, golden, implementation):
+        """Of the publisher's values and scales; the reference is in float64."""
+        arrays = np.load(golden / "indexer_fp8.npz")
+        q, keys = (arrays[name].view(ml_dtypes.float8_e4m3fn) for name in ("q_fp8", "k_fp8"))
+        gates, positions = arrays["w"] * arrays["q_scale"], arrays["positions"]
+        padding = ((0, -len(keys) % 64), (0, 0))
+        pages = jnp.asarray(np.pad(keys.view(np.uint8), padding).view(ml_dtypes.float8_e4m3fn).reshape(-1, 64, 64))
+        # Each query stands at a place of its own: a sequence of one, over the same pages.
+        got = run(
+            jnp.asarray(q)[:, None],
+            jnp.asarray(gates)[:, None],
+            pages,
+            np.tile(np.arange(len(pages), dtype=np.int32), (len(q), 1)),
+            positions,
+            scale=64**-0.5,
+            key_scales=jnp.asarray(np.pad(arrays["k_scale"], padding[0]).reshape(-1, 64)),
+            implementation=implementation,
+        )
+        got = np.asarray(got)[:, 0, : len(keys)]
+        seen = np.arange(len(keys)) <= positions[:, None]
+        np.testing.assert_array_equal(np.isneginf(got), ~seen)
+        q, keys = q.astype(np.float32)[:, None], np.broadcast_to(keys.astype(np.float32), (len(q), *keys.shape))
+        magnitude = oracle(np.abs(q), np.abs(gates)[:, None], np.abs(keys), positions, 64**-0.5)[:, 0]
+        error = np.abs(np.where(seen, got - arrays["scores_fp8"], 0))
+        assert (error[seen] <= FLOAT8_ERROR[implementation] * (magnitude * arrays["k_scale"])[seen]).all()
+
+    @staticmethod
+    def check(rng, case, implementation):
+        batch, queries, heads, dim, length, page_size, starts = case
+        q, gates, keys = make(rng, batch=batch, queries=queries, heads=heads, dim=dim, length=length)
+        scales = (2.0 ** rng.integers(-9, 3, (batch, length))).astype(np.float32)
+        pages, table = to_pages(np.random.default_rng(1), keys, page_size)
+        scale_pages, _ = to_pages(np.random.default_rng(1), scales, page_size)
+        q, pages = (jnp.asarray(x, jnp.float8_e4m3fn) for x in (q, pages))
+        starts = np.asarray(starts, np.int32)
+        got = run(
+            *(q, jnp.asarray(gates), pages, table, starts),
+            scale=0.125,
+            key_scales=jnp.asarray(scale_pages),
+            implementation=implementation,
+        )
+        got, q = np.asarray(got), np.asarray(q, np.float32)
+        keys = np.asarray(pages, np.float32)[table].reshape(batch, length, dim)
+        expected = oracle(q, gates, keys, starts, 0.125) * scales[:, None]
+        magnitude = oracle(np.abs(q), np.abs(gates), np.abs(keys), starts, 0.125) * scales[:, None]
+        np.testing.assert_array_equal(np.isneginf(got), np.isneginf(expected))
+        seen = np.isfinite(expected)
+        worst = np.max(np.abs(got[seen] - expected[seen]) / magnitude[seen])
+        print(f"largest error 2 ** {np.log2(worst):.1f} of the terms' magnitudes")
+        assert worst <= FLOAT8_ERROR[implementation]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.grouped_matmul.mosaic_gpu import expert_mlp, gate_up_silu, grouped_matmul
-from pallas_kernels.indexer_scores.mosaic_gpu import indexer_scores, indexer_scores_unfilled
+from pallas_kernels.indexer_scores.mosaic_gpu import indexer_scores
 from pallas_kernels.select_topk.mosaic_gpu import select_topk
 from pallas_kernels.sparse_attention.mosaic_gpu import sparse_attention
 from pallas_kernels.sparse_attention.prefill import union_attention
@@ -36,12 +36,25 @@ def index_arguments(batch, queries, context):
     return q, gates, spec(batch * pages, PAGE, 64), integers(batch, pages), integers(batch)
 
 
-@pytest.mark.parametrize("function", [indexer_scores, indexer_scores_unfilled])
+@pytest.mark.parametrize("fill", [True, False])
 @pytest.mark.parametrize(
     ("batch", "queries", "context"), [(1, 2048, 131_072), (1, 1001, 262_144), (8, 1, 131_072), (64, 1, 32_768)]
 )
-def test_indexer_scores(function, batch, queries, context):
-    lower(functools.partial(function, scale=0.125), *index_arguments(batch, queries, context))
+def test_indexer_scores(fill, batch, queries, context):
+    lower(functools.partial(indexer_scores, scale=0.125, fill=fill), *index_arguments(batch, queries, context))
+
+
+@pytest.mark.parametrize(
+    ("batch", "queries", "context"), [(1, 2048, 131_072), (1, 8, 131_072), (1, 1001, 262_144), (8, 1, 131_072)]
+)
+def test_float8_indexer_scores(batch, queries, context):
+    q, gates, keys, table, start = index_arguments(batch, queries, context)
+    q, keys = (spec(*x.shape, dtype=jnp.float8_e4m3fn) for x in (q, keys))
+
+    def score(*arguments):
+        return indexer_scores(*arguments[:5], scale=0.125, key_scales=arguments[5])
+
+    lower(score, q, gates, keys, table, start, floats(*keys.shape[:2]))
 
 
 @pytest.mark.parametrize(("heads", "dim"), [(8, 32), (24, 96), (32, 128), (64, 64)])

@@ -25,8 +25,9 @@ def test_recorded_values_are_met_bit_by_bit(arrays, what):
 
 @pytest.mark.parametrize("dim", [1, 2, 16, 128])
 def test_rotation_is_orthogonal(rng, dim):
-    a, b = (jnp.asarray(rng.normal(size=(5, dim)), jnp.float32) for _ in range(2))
-    np.testing.assert_allclose(hadamard(a) @ hadamard(b).T, a @ b.T, atol=1e-4)
+    a, b = rng.normal(size=(2, 5, dim)).astype(np.float32)
+    rotated_a, rotated_b = (np.asarray(hadamard(jnp.asarray(x))) for x in (a, b))
+    np.testing.assert_allclose(rotated_a @ rotated_b.T, a @ b.T, atol=1e-4)
 
 
 def test_a_dimension_that_is_no_power_of_two_is_refused():

@@ -25,7 +25,7 @@ def expected(q, kv, table, positions):
 @pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "cluster", "page_size", "size"),
-    [(8, 1, 1, 20, 600), (4, 2, 2, 64, 1300), (12, 1, 4, 16, 200), (16, 2, 8, 64, 2048)],
+    [(8, 1, 1, 20, 600), (4, 2, 2, 64, 1300), (12, 1, 4, 16, 200), (16, 2, 8, 64, 2048), (8, 1, 16, 64, 700)],
 )
 def test_single_queries(heads, kv_heads, cluster, page_size, size, listed):
     rng = np.random.default_rng(size)

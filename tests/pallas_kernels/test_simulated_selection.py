@@ -78,7 +78,7 @@ def test_selection(kind, cluster, slots):
     check_selection(kind, cluster, row_body, plan, plan.words)
 
 
-@pytest.mark.parametrize("cluster", [2, 8])
+@pytest.mark.parametrize("cluster", [2, 8, 16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_selection_of_few_rows(kind, cluster):
     plan = few_rows.Plan(SIZE, K, cluster, THREADS)

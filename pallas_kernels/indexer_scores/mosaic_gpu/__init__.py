@@ -21,16 +21,19 @@ def indexer_scores(
     *,
     scale: float,
     key_scales: jax.Array | None = None,
+    fill: bool = True,
 ) -> jax.Array:
     """`scale * sum_n weights[b,t,n] * relu(q[b,t,n] . keys[b,s])`, causal; see `api.indexer_scores`.
 
     Args:
-      q: bf16 `[b, t, n, d]`.
+      q: bf16 or float8_e4m3fn `[b, t, n, d]`.
       weights: bf16 or fp32 `[b, t, n]`.
-      keys: bf16 `[p, page_size, d]`.
+      keys: `[p, page_size, d]`, as q.
       page_table: int32 `[b, m]`.
       query_start: int32 `[b]`.
       scale: factor on the sum.
+      key_scales: fp32 `[p, page_size]`, or None.
+      fill: whether positions after a query's own are written.
 
     Returns:
       float32 `[b, t, m * page_size]`; -inf after a query's own position.
@@ -38,41 +41,36 @@ def indexer_scores(
     Raises:
       NotImplementedError: dtypes or sizes this kernel is not made for (it does not look at the device).
     """
-    return _dispatch(q, weights, keys, page_table, query_start, scale=scale, key_scales=key_scales, fill=True)
-
-
-def indexer_scores_unfilled(
-    q: jax.Array,
-    weights: jax.Array,
-    keys: jax.Array,
-    page_table: jax.Array,
-    query_start: jax.Array,
-    *,
-    scale: float,
-    key_scales: jax.Array | None = None,
-) -> jax.Array:
-    """`indexer_scores` for a caller that reads only positions up to each query's own; the others are undefined.
-
-    Worth it where the page table reaches far beyond the queries: nothing is written there.
-    """
-    return _dispatch(q, weights, keys, page_table, query_start, scale=scale, key_scales=key_scales, fill=False)
-
-
-def _dispatch(q, weights, keys, page_table, query_start, *, scale, key_scales, fill):
     _, queries, heads, dim = q.shape
     page_size = keys.shape[1]
-    if key_scales is not None:
-        raise NotImplementedError("takes no scales of keys")
     length = page_table.shape[1] * page_size
-    if q.dtype != jnp.bfloat16 or keys.dtype != jnp.bfloat16 or weights.dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"takes bf16 queries and keys, not {q.dtype} and {keys.dtype}, gates {weights.dtype}")
-    if not 8 <= heads <= 64 or not 32 <= dim <= 128 or dim % 16:
-        raise NotImplementedError(f"takes 8 to 64 heads of 32 to 128 elements (a multiple of 16), not {heads} of {dim}")
+    if q.dtype != keys.dtype or q.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
+        raise NotImplementedError(f"takes bf16 or e4m3 queries and keys, not {q.dtype} and {keys.dtype}")
+    if weights.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"takes bf16 or fp32 gates, not {weights.dtype}")
+    dim_step = 32 // q.dtype.itemsize
+    if not 8 <= heads <= 64 or not 32 <= dim <= 128 or dim % dim_step:
+        raise NotImplementedError(
+            f"takes 8 to 64 heads of 32 to 128 elements (a multiple of {dim_step}), not {heads} of {dim}"
+        )
     if length % ROWS or (page_size % ROWS and ROWS % page_size) or page_size % 8:
         raise NotImplementedError(
             f"takes pages that divide 64 or are multiples of it, and whole tiles, not {page_size}"
         )
+    if key_scales is not None and page_size < 32:
+        raise NotImplementedError(
+            f"takes scales in pages of 32 keys or more, not {page_size}: TMA writes whole 128 bytes"
+        )
     run = decode_scores if queries == 1 and heads % 8 == 0 else prefill_scores
+    if key_scales is not None:
+        key_scales = key_scales.astype(jnp.float32)
     return run(
-        q, weights, keys, page_table.astype(jnp.int32), query_start.astype(jnp.int32), scale=float(scale), fill=fill
+        q,
+        weights,
+        keys,
+        page_table.astype(jnp.int32),
+        query_start.astype(jnp.int32),
+        key_scales,
+        scale=float(scale),
+        fill=fill,
     )

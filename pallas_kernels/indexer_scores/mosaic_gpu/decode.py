@@ -15,28 +15,29 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import load_row, store_row, sum_heads_in_quad
+from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import load_row, load_scales, store_row, sum_heads_in_quad
 from pallas_kernels.indexer_scores.mosaic_gpu.products import CTAS, ROWS, finish_dots, start_dots, sync_warpgroup
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "fill"))
-def decode_scores(q, weights, keys, page_table, query_start, *, scale, fill):
+def decode_scores(q, weights, keys, page_table, query_start, key_scales, *, scale, fill):
     batch, _, heads, dim = q.shape
     _, page_size, _ = keys.shape
     length = page_table.shape[1] * page_size
     groups = 2 if length % (2 * ROWS) == 0 else 1
     step = groups * ROWS
-    stages = 128 * 1024 // (step * dim * 2)
+    itemsize, scaled = keys.dtype.itemsize, key_scales is not None
+    stages = 128 * 1024 // (step * dim * itemsize)
     steps = length // step
-    swizzle = plgpu.find_swizzle(dim * 16)
-    transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+    swizzle = plgpu.find_swizzle(dim * itemsize * 8)
+    transforms = (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
     copy_rows = min(page_size, step)
     copies = step // copy_rows
     int32 = jnp.int32
 
-    def kernel(
-        q_ref, gates_ref, keys_ref, table_ref, start_ref, out_ref, q_smem, k_smem, inf_smem, q_barrier, full, empty
-    ):
+    def kernel(q_ref, gates_ref, keys_ref, table_ref, start_ref, *refs):
+        scales_ref = refs[0] if scaled else None
+        out_ref, q_smem, k_smem, scale_smem, inf_smem, q_barrier, full, empty = refs[scaled:]
         cta = lax.axis_index("cta")
         wg = lax.axis_index("wg")
 
@@ -89,6 +90,12 @@ def decode_scores(q, weights, keys, page_table, query_start, *, scale, fill):
                                 k_smem.at[slot, pl.ds(first, copy_rows)],
                                 full.at[slot],
                             )
+                            if scaled:
+                                plgpu.copy_gmem_to_smem(
+                                    scales_ref.at[page, pl.ds(row, copy_rows)],
+                                    scale_smem.at[slot, pl.ds(first, copy_rows)],
+                                    full.at[slot],
+                                )
                         return following
 
                     lax.fori_loop(lo, hi, load, addresses(lo))
@@ -129,15 +136,13 @@ def decode_scores(q, weights, keys, page_table, query_start, *, scale, fill):
                     dots = start_dots(
                         k_smem.at[slot, pl.ds(wg * ROWS, ROWS)], q_smem.at[wg], transforms, heads, swizzle
                     )
+                    factors = load_scales(scale_smem.at[slot], wg) if scaled else None
                     dots = finish_dots(dots, 0)
                     plgpu.barrier_arrive(empty.at[slot])
-                    store_row(
-                        out_ref.at[b, 0],
-                        sum_heads_in_quad(dots, gates),
-                        s * step + wg * ROWS,
-                        position,
-                        masked=masked,
-                    )
+                    sums = sum_heads_in_quad(dots, gates)
+                    if scaled:
+                        sums = sums * factors
+                    store_row(out_ref.at[b, 0], sums, s * step + wg * ROWS, position, masked=masked)
 
                 unmasked = jnp.clip((position + 1) // step, lo, hi)
                 lax.fori_loop(lo, unmasked, functools.partial(score, masked=False), None)
@@ -153,12 +158,13 @@ def decode_scores(q, weights, keys, page_table, query_start, *, scale, fill):
         num_threads=groups + 1,
         thread_name="wg",
         scratch_types=[
-            plgpu.SMEM((groups, heads, dim), jnp.bfloat16, transforms=transforms),
-            plgpu.SMEM((stages, step, dim), jnp.bfloat16, transforms=transforms),
+            plgpu.SMEM((groups, heads, dim), q.dtype, transforms=transforms),
+            plgpu.SMEM((stages, step, dim), keys.dtype, transforms=transforms),
+            plgpu.SMEM((stages, step), jnp.float32),
             plgpu.SMEM((2 * ROWS,), jnp.float32),
             plgpu.Barrier(num_barriers=groups),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=copies * (1 + scaled), num_barriers=stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
         ],
     )
-    return call(q, weights, keys, page_table, query_start)
+    return call(q, weights, keys, page_table, query_start, *([key_scales] if scaled else []))

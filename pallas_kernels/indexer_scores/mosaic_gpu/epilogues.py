@@ -144,6 +144,24 @@ def stage(stage, scores, tile, first_key, first_position, *, masked):
     store(stage, scores, first_key, first_position)
 
 
+def load_scales(scales, tile):
+    """scales[64 * tile:][:64] in SMEM as a [64, 8] fragment with equal columns."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), SPLAT), return_type=plgpu.ShapeDtypeStruct((ROWS, 8), jnp.float32, FRAGMENT)
+    )
+    def load(ctx, scales, tile):
+        del ctx
+        f32 = ir.F32Type.get()
+        row, _ = thread_position()
+        at = arith.addi(row, arith.muli(tile.registers.item(), const(ROWS)))
+        base = utils.getelementptr(utils.memref_ptr(scales), [at], f32)
+        first, second = (llvm.load(f32, utils.getelementptr(base, [8 * half], f32)) for half in range(2))
+        return fragment([first, first, second, second], 8)
+
+    return load(scales, jnp.asarray(tile, jnp.int32))
+
+
 def load_row(weights, heads, scale):
     """scale * weights[heads] as a [64, heads] fragment with equal rows."""
 

@@ -8,6 +8,7 @@ table with TMA; two consumer warpgroups read the same keys, each for 8 queries o
   N, so the 16 terms of one score lie in one thread's registers and their sum needs no exchange between threads.
 * relu and gate are one max and one fma a term, in fp32. The gates are constant for a block and stay in registers.
 * A warpgroup keeps two products in flight: while the tensor cores multiply one tile, it sums the heads of the other.
+* Scales of keys, if there are any, come with the keys and multiply a key's sums.
 * The scores of a step go through swizzled shared memory to a TMA store; where the number of queries is no multiple of 8
   (TMA could not clip there), threads store them directly.
 * Steps that no query of a block sees are not computed; TMA fills them with -inf.
@@ -25,7 +26,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import STAGE_TRANSFORMS, load_gates, stage, store, sum_heads
+from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import (
+    STAGE_TRANSFORMS,
+    load_gates,
+    load_scales,
+    stage,
+    store,
+    sum_heads,
+)
 from pallas_kernels.indexer_scores.mosaic_gpu.products import CTAS, ROWS, finish_dots, start_dots, sync_warpgroup
 
 _WIDTH = 8  # queries of one warpgroup
@@ -45,22 +53,27 @@ class _Config:
     depth: int  # products in flight in a warpgroup
 
 
-def _choose(heads: int, dim: int, length: int) -> _Config:
+def _choose(queries: int, heads: int, row_bytes: int, length: int) -> _Config:
     depth = 2 if heads <= 16 else 1
+    # No more warpgroups than there are groups of queries: TMA does not clip an axis of one tile, it leaves it out.
+    most = _cdiv(queries, _WIDTH)
     for groups, tiles, stages in ((2, 4, 3), (2, 4, 2), (2, 2, 4), (2, 2, 2), (2, 1, 4), (1, 2, 2), (1, 1, 2)):
         step = tiles * ROWS
-        shared = groups * heads * _WIDTH * dim * 2 + stages * step * dim * 2 + (2 * groups + 1) * _WIDTH * step * 4
-        if length % step == 0 and shared <= _SHARED_BYTES:
+        shared = (
+            groups * heads * _WIDTH * row_bytes + stages * step * (row_bytes + 4) + (2 * groups + 1) * _WIDTH * step * 4
+        )
+        if groups <= most and length % step == 0 and shared <= _SHARED_BYTES:
             return _Config(groups, tiles, stages, depth)
-    raise NotImplementedError(f"{heads} heads of {dim} do not fit shared memory")
+    raise NotImplementedError(f"{heads} heads of {row_bytes} bytes do not fit shared memory")
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "fill"))
-def prefill_scores(q, weights, keys, page_table, query_start, *, scale, fill):
+def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, scale, fill):
     batch, queries, heads, dim = q.shape
     _, page_size, _ = keys.shape
     length = page_table.shape[1] * page_size
-    c = _choose(heads, dim, length)
+    itemsize, scaled = keys.dtype.itemsize, key_scales is not None
+    c = _choose(queries, heads, dim * itemsize, length)
     staged = queries % 8 == 0
     q = jnp.pad(
         q, ((0, 0), (0, -queries % 8), (0, 0), (0, 0))
@@ -71,27 +84,15 @@ def prefill_scores(q, weights, keys, page_table, query_start, *, scale, fill):
     head_parts = [(h, min(most_heads, heads - h)) for h in range(0, heads, most_heads)]
     block = c.groups * _WIDTH
     blocks = _cdiv(queries, block)
-    swizzle = plgpu.find_swizzle(dim * 16)
-    transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+    swizzle = plgpu.find_swizzle(dim * itemsize * 8)
+    transforms = (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
     copy_rows = min(page_size, step)
     copies = step // copy_rows
     int32 = jnp.int32
 
-    def kernel(
-        q_ref,
-        weights_ref,
-        keys_ref,
-        table_ref,
-        start_ref,
-        out_ref,
-        q_smem,
-        k_smem,
-        stage_smem,
-        inf_smem,
-        q_barrier,
-        full,
-        empty,
-    ):
+    def kernel(q_ref, weights_ref, keys_ref, table_ref, start_ref, *refs):
+        scales_ref = refs[0] if scaled else None
+        out_ref, q_smem, k_smem, scale_smem, stage_smem, inf_smem, q_barrier, full, empty = refs[scaled:]
         cta = lax.axis_index("cta")
         wg = lax.axis_index("wg")
 
@@ -158,6 +159,12 @@ def prefill_scores(q, weights, keys, page_table, query_start, *, scale, fill):
                             k_smem.at[slot, pl.ds(i * copy_rows, copy_rows)],
                             full.at[slot],
                         )
+                        if scaled:
+                            plgpu.copy_gmem_to_smem(
+                                scales_ref.at[page, pl.ds(row, copy_rows)],
+                                scale_smem.at[slot, pl.ds(i * copy_rows, copy_rows)],
+                                full.at[slot],
+                            )
                     return following
 
                 lax.fori_loop(lo, hi, load, addresses(jnp.minimum(lo, steps - 1)))
@@ -214,6 +221,7 @@ def prefill_scores(q, weights, keys, page_table, query_start, *, scale, fill):
                     out_slot = lax.rem(at, int32(2))
                     plgpu.barrier_wait(full.at[slot])
                     work = [(tile, part) for tile in range(c.tiles) for part in range(len(head_parts))]
+                    factors = [load_scales(scale_smem.at[slot], tile) if scaled else None for tile in range(c.tiles)]
                     running = []
                     sums = None
 
@@ -225,6 +233,8 @@ def prefill_scores(q, weights, keys, page_table, query_start, *, scale, fill):
                             plgpu.barrier_arrive(empty.at[slot])
                         sums = sum_heads(dots, gates[part], _WIDTH, sums if part else None)
                         if part == len(head_parts) - 1:
+                            if scaled:
+                                sums = sums * factors[tile]
                             first_key = s * step + tile * ROWS
                             if staged:
                                 if tile == 0:
@@ -272,13 +282,14 @@ def prefill_scores(q, weights, keys, page_table, query_start, *, scale, fill):
         num_threads=c.groups + 1,
         thread_name="wg",
         scratch_types=[
-            plgpu.SMEM((c.groups, heads * _WIDTH, dim), jnp.bfloat16, transforms=transforms),
-            plgpu.SMEM((c.stages, step, dim), jnp.bfloat16, transforms=transforms),
+            plgpu.SMEM((c.groups, heads * _WIDTH, dim), q.dtype, transforms=transforms),
+            plgpu.SMEM((c.stages, step, dim), keys.dtype, transforms=transforms),
+            plgpu.SMEM((c.stages, step), jnp.float32),
             plgpu.SMEM((c.groups, 2, _WIDTH, step), jnp.float32, transforms=STAGE_TRANSFORMS),
             plgpu.SMEM((_WIDTH, step), jnp.float32),
             plgpu.Barrier(num_arrivals=heads, num_barriers=c.groups),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=c.stages),
+            plgpu.Barrier(num_arrivals=copies * (1 + scaled), num_barriers=c.stages),
             plgpu.Barrier(num_arrivals=c.groups, num_barriers=c.stages),
         ],
     )
-    return call(q, weights, keys, page_table, query_start)
+    return call(q, weights, keys, page_table, query_start, *([key_scales] if scaled else []))

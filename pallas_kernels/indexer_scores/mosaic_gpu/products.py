@@ -56,7 +56,7 @@ def thread_position():
 
 
 def start_dots(keys, queries, transforms, columns, swizzle):
-    """Starts keys[64, d] @ queries[columns, d].T; the result may be used after `finish_dots`."""
+    """Starts keys[64, d] @ queries[columns, d].T, bf16 or float8_e4m3fn; the result may be used after `finish_dots`."""
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(transforms),) * 2,
@@ -65,7 +65,9 @@ def start_dots(keys, queries, transforms, columns, swizzle):
     def start(ctx, keys, queries):
         del ctx
         queries = utils.memref_transpose(queries, (1, 0, 3, 2))
-        k_group = swizzle // 2
+        kind = ir.MemRefType(keys.type).element_type
+        itemsize = utils.bytewidth(kind)
+        k_group, k_step = swizzle // itemsize, 32 // itemsize
         (a, (_, a_step)), (_, a_group), _ = mma_utils.create_descriptor(
             keys, swizzle=swizzle, large_tile=(ROWS, k_group), group_size=(ROWS, k_group), logical_k_major=False
         )
@@ -75,16 +77,17 @@ def start_dots(keys, queries, transforms, columns, swizzle):
         count = columns // 2
         k_groups = ir.MemRefType(keys.type).shape[1]
         result = "{" + ", ".join(f"${i}" for i in range(count)) + "}"
+        types, transposes = ("bf16.bf16", ", 0, 0") if itemsize == 2 else ("e4m3.e4m3", "")
         operands, lines = [], []
         for group in range(k_groups):
-            for i in range(k_group // 16):
+            for i in range(k_group // k_step):
                 at = count + len(operands)
                 for base, step, stride in ((a, a_step, a_group), (b, b_step, b_group)):
                     offset = group * stride + i * step[0]
                     operands.append(arith.addi(base, const(offset >> 4, 64)) if offset else base)
                 lines.append(
-                    f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {result}, ${at}, ${at + 1}, "
-                    f"{'p' if len(lines) else 'q'}, 1, 1, 0, 0;"
+                    f"wgmma.mma_async.sync.aligned.m64n{columns}k{k_step}.f32.{types} {result}, ${at}, ${at + 1}, "
+                    f"{'p' if len(lines) else 'q'}, 1, 1{transposes};"
                 )
         text = "\n".join(
             [

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from keye_jax.config import KeyeConfig
-from keye_jax.model.moe import MoE
+from keye_jax.model.moe import MoE, few_largest, sort_rows, take_rows
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,29 @@ def test_invalid_tokens_get_zeros(config):
     got, _ = moe(jnp.asarray(x), jnp.arange(20) % 3 > 0, implementation=None)
     expected = np.where((np.arange(20) % 3 > 0)[:, None], oracle(moe, x), 0.0)
     np.testing.assert_allclose(np.asarray(got), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 65])
+def test_few_largest_is_top_k(tokens):
+    """Above and below the number of tokens where the method changes; values repeat."""
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 9, (tokens, 128)), jnp.float32)
+    for got, expected in zip(few_largest(x, 8), jax.lax.top_k(x, 8), strict=True):
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+
+
+@pytest.mark.parametrize("size", [8, 512, 520])
+def test_rows_are_sorted_stably(size):
+    keys = np.random.default_rng(0).integers(0, 20, size)
+    order, place = sort_rows(jnp.asarray(keys))
+    np.testing.assert_array_equal(np.asarray(order), np.argsort(keys, kind="stable"))
+    np.testing.assert_array_equal(np.asarray(order)[np.asarray(place)], np.arange(size))
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 6), ("bfloat16", 5), ("float32", 6)])
+def test_rows_are_taken_bit_for_bit(dtype, width):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(7, width)), dtype).at[0, 0].set(jnp.nan)
+    rows = jnp.asarray([3, 0, 6, 3])
+    np.testing.assert_array_equal(np.asarray(take_rows(x, rows), np.float32), np.asarray(x[rows], np.float32))
 
 
 def test_work_grows_with_the_tokens_experts_not_with_all_experts(config):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.select_topk import mosaic_gpu, xla
+from pallas_kernels.select_topk import few_rows, mosaic_gpu, xla
 
 KINDS = ("random", "clustered", "ties", "zeros", "constant", "infinite", "blocks", "front", "one_ulp", "periodic")
 
@@ -65,6 +65,31 @@ def test_all(kind, rows, size, k, cluster):
     positions = run(scores, lengths, k=k, cluster=cluster)
     np.testing.assert_array_equal(positions, portable(scores, lengths, k=k))
     np.testing.assert_array_equal(positions, run(scores, lengths, k=k, cluster=cluster))
+
+
+few = jax.jit(few_rows.select_few_rows, static_argnames="plan")
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "k", "cluster"),
+    [
+        (10, 131_072, 2048, 16),
+        (10, 131_072, 2048, 8),
+        (10, 32_768, 2048, 8),
+        (10, 40_004, 2048, 4),
+        (10, 20_000, 4096, 2),
+        (6, 1024, 100, 8),
+    ],
+)
+def test_few_rows(rows, size, k, cluster):
+    plan = few_rows.Plan(size, k, cluster)
+    for kind in KINDS:
+        scores, lengths = make_scores(kind, rows, size), make_lengths(rows, size, k)
+        for row, length in enumerate(lengths):
+            scores[row, length:] = np.where(np.arange(size - length) % 2, np.nan, np.inf)
+        positions = few(scores, lengths, plan)
+        np.testing.assert_array_equal(positions, portable(scores, lengths, k=k), err_msg=kind)
+        np.testing.assert_array_equal(positions, few(scores, lengths, plan), err_msg=kind)
 
 
 def test_leading_dimensions_and_short_rows():

@@ -1,13 +1,17 @@
 """Sparse attention over unions and over lists, and selection with attention, against the portable ones."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import paging, topk_attention
-from pallas_kernels.sparse_attention import mosaic_gpu, xla
+from pallas_kernels.flash_attention import xla as dense
+from pallas_kernels.sparse_attention import xla
 from pallas_kernels.sparse_attention.attend import Config
+from pallas_kernels.sparse_attention.decode import attend_all, attend_single
 from pallas_kernels.sparse_attention.gather import GROUP
 from pallas_kernels.sparse_attention.prefill import union_attention
 from pallas_kernels.sparse_attention.unions import build_unions
@@ -149,17 +153,42 @@ def test_union_reads_nothing_behind_count():
 
 
 @pytest.mark.parametrize(
-    "batch,length,heads,kv_heads,top_k",
-    [(3, 1, 32, 4, 200), (2, 1, 32, 4, 2048), (2, 5, 8, 2, 130)],
+    "batch,length,heads,kv_heads,top_k,cluster",
+    [
+        (3, 1, 32, 4, 200, None),
+        (2, 1, 32, 4, 2048, 8),
+        (2, 5, 8, 2, 130, 1),
+        (3, 2, 24, 2, 2048, 4),
+        (70, 1, 8, 1, 500, 2),
+    ],
 )
-def test_single_queries_match_xla(batch, length, heads, kv_heads, top_k):
+def test_single_queries_match_xla(batch, length, heads, kv_heads, top_k, cluster):
     key = jax.random.key(3)
     kv, pages = pool_and_pages(key, 4096, kv_heads)
     q = jax.random.normal(key, (batch, length, heads, 128), jnp.bfloat16)
     tables = jnp.stack([jax.random.permutation(k, pages) for k in jax.random.split(key, batch)])
     indices = make_indices(key, batch * length, 4096, top_k).reshape(batch, length, top_k)
-    out, lse = mosaic_gpu.sparse_attention(q, kv, indices, tables, scale=SCALE)
-    expected_out, expected_lse = xla.sparse_attention(q, kv, indices, tables, scale=SCALE)
+    run = jax.jit(functools.partial(attend_single, scale=SCALE, cluster=cluster))
+    out, lse = run(q, kv, indices, tables)
+    expected_out, expected_lse = jax.jit(functools.partial(xla.sparse_attention, scale=SCALE))(q, kv, indices, tables)
+    assert relative_error(out, expected_out) < 5e-3
+    assert relative_error(lse, expected_lse) < 1e-5
+    for a, b in zip((out, lse), run(q, kv, indices, tables), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.parametrize("batch,kv_heads,cluster", [(3, 4, None), (2, 2, 1), (70, 1, 2), (4, 4, 16)])
+def test_dense_decode_matches_xla(batch, kv_heads, cluster):
+    key = jax.random.key(5)
+    kv, pages = pool_and_pages(key, 4096, kv_heads)
+    q = jax.random.normal(key, (batch, 1, 8 * kv_heads, 128), jnp.bfloat16)
+    tables = jnp.stack([jax.random.permutation(k, pages) for k in jax.random.split(key, batch)])
+    start = jax.random.randint(key, (batch,), 0, 4096).at[0].set(4095).at[-1].set(0)
+    run = jax.jit(functools.partial(attend_all, scale=SCALE, cluster=cluster))
+    out, lse = run(q, kv, tables, start[:, None] + 1)
+    expected_out, expected_lse = jax.jit(functools.partial(dense.paged_flash_attention, scale=SCALE))(
+        q, kv, tables, start
+    )
     assert relative_error(out, expected_out) < 5e-3
     assert relative_error(lse, expected_lse) < 1e-5
 

@@ -1,0 +1,93 @@
+"""`keye-jax bench` on a tiny model: what it measures, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+
+from keye_jax.bench import Prompt, random_model
+from keye_jax.config import KeyeConfig
+
+
+@pytest.fixture(scope="module")
+def config(golden, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "config.json"
+    values = KeyeConfig.from_file(golden / "a").to_dict() | {"num_hidden_layers": 2}
+    path.write_text(json.dumps(values))
+    return path
+
+
+def test_measures_prompts_and_steps(keye, config, tmp_path):
+    file = tmp_path / "figures.json"
+    code, out, err = keye(
+        *("bench", "--config", config, "--layers", 1, "--repeats", 1, "--json", file),
+        *("--prefill", "96,160", "--decode", "2x128", "--prefill-chunk", 64),
+        *("--unrelated", 160),
+    )
+    assert code == 0, out + err
+    rows = {row["what"]: row for row in json.loads(file.read_text())}
+    for tokens in (96, 160):
+        dense, sparse = (rows[f"prefill {tokens}, {name}, video"] for name in ("dense", "sparse"))
+        assert sparse["of_dense"] == sparse["seconds"] / dense["seconds"]
+        assert sparse["tokens_per_second"] == tokens / sparse["seconds"]
+        assert f"prefill {tokens}, sparse, fp8 indexer, video" in rows
+        assert (f"prefill {tokens}, sparse, unrelated tokens" in rows) == (tokens == 160)
+        (unions,) = rows[f"unions of prefill {tokens}, video"]["unions"]
+        top_k = KeyeConfig.from_file(config).sa_config.topk
+        assert top_k <= unions <= min(tokens, 16 * top_k)
+    decode = rows["decode, 2 x 128, sparse"]
+    assert decode["tokens_per_second"] == 2 / decode["seconds"]
+    assert all(what in out for what in rows if not what.startswith("unions"))
+    assert out.count("keys that 16 neighbouring queries select") == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prefill", "8X"), "--prefill has '8X'"),
+        (("--decode", "32K"), "--decode has '32K'"),
+        (("--layers", 3), "--layers is 3; it must be from 1 to 2"),
+        (("--repeats", 0), "--repeats is 0"),
+        (("--prefill", "1024K"), "1,048,576 tokens are more than this model takes"),
+        (("--json", "nowhere/figures.json"), "there is no directory 'nowhere'"),
+    ],
+)
+def test_mistakes_are_one_sentence(keye, config, arguments, message):
+    code, out, err = keye("bench", "--config", config, *arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in out + err
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers(keye, config, monkeypatch):
+    weights = 2**20 * 64
+    monkeypatch.setattr("keye_jax.bench.weight_bytes", lambda config: weights)
+    monkeypatch.setattr("keye_jax.device.memory_limit_bytes", lambda: weights + 1000)
+    code, out, _ = keye("bench", "--config", config, "--prefill", "256", "--decode", "4x256")
+    assert code == 0
+    assert "prefill 256: does not fit: 0.1 GiB of weights" in out
+    assert "decode, 4 x 256: does not fit" in out
+    monkeypatch.setattr("keye_jax.device.memory_limit_bytes", lambda: weights - 1)
+    code, _, err = keye("bench", "--config", config, "--prefill", "256", "--decode", "")
+    assert code == 2
+    assert "the model does not fit" in err
+
+
+def test_random_weights_are_drawn_anew_for_each_array(config):
+    model = random_model(KeyeConfig.from_file(config))
+    first, second = (np.asarray(layer.attention.q_proj.weight[...], np.float32) for layer in model.decoder.layers)
+    assert not np.array_equal(first, second)
+    assert 0.015 < first.std() < 0.025
+
+
+def test_neighbours_in_a_made_up_video_are_alike(config):
+    sizes = KeyeConfig.from_file(config)
+
+    def likeness(prompt):
+        x = np.asarray(prompt.embeds, np.float32)
+        x /= np.linalg.norm(x, axis=-1, keepdims=True)
+        return float(np.mean(np.sum(x[1:] * x[:-1], axis=-1)))
+
+    assert likeness(Prompt.video(sizes, 512, noise=0.2)) > 0.9
+    assert abs(likeness(Prompt.video(sizes, 512, noise=1.0))) < 0.1
+    assert Prompt.video(sizes, 512).positions.shape == (3, 512)
