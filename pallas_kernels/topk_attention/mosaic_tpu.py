@@ -212,7 +212,7 @@ def _attend(
             position = turn * config.chunk + tile * _TILE + _lanes(score.shape)
             above = (score > bounds[...]) & (position < ends[0])
             chosen = jnp.where(above | ((score == bounds[...]) & (position <= ends[1])), 1.0, 0.0)
-            selected[tile] = chosen.astype(selected.dtype)
+            selected[tile] = chosen
             # Through memory, where the groups' rows come to lie side by side.
             places[tile] = jnp.max(chosen.reshape(_GROUPS, GROUP, _TILE), axis=1)
             union = places[tile]
@@ -236,7 +236,7 @@ def _attend(
             packed[step, :, :width] = exact(one, values, across).astype(kv.dtype)
             for part in range(0, QUERIES, LANES):
                 queries = pl.ds(part, LANES)
-                members = dot(one[part : part + LANES], selected[tile, queries], along)
+                members = dot(ones[queries], selected[tile, queries], along, precision=jax.lax.Precision.DEFAULT)
                 packed[step, queries, width:] = members.astype(packed.dtype)
             filled[0] = step + 1
 
@@ -290,17 +290,17 @@ def _attend(
 
         @pl.when(turn + 1 == count)
         def _():
-            def finish(step: jax.Array, _: None) -> None:
-                group, head = jax.lax.div(step, kv_heads), jax.lax.rem(step, kv_heads)
-                weight = _sum_of_lanes(total[group, head])
-                # Who selected nothing has attended to masked rows at most.
-                found = largest[group, head] > MASKED / 2
-                attended = acc[group, head] / weight
-                out[0, group, head] = jnp.where(_columns(found, dim), attended, 0.0).astype(out.dtype)
-                sums = jnp.where(found, largest[group, head] + jnp.log(weight), -jnp.inf)
-                lse[0, group, head] = jnp.transpose(sums)[:1]
+            def finish(group: jax.Array, _: None) -> None:
+                for head in range(kv_heads):
+                    weight = _sum_of_lanes(total[group, head])
+                    # Who selected nothing has attended to masked rows at most.
+                    found = largest[group, head] > MASKED / 2
+                    attended = acc[group, head] / weight
+                    out[0, group, head] = jnp.where(_columns(found, dim), attended, 0.0).astype(out.dtype)
+                    sums = jnp.where(found, largest[group, head] + jnp.log(weight), -jnp.inf)
+                    lse[0, group, head] = jnp.transpose(sums)[:1]
 
-            jax.lax.fori_loop(0, _GROUPS * kv_heads, finish, None)
+            jax.lax.fori_loop(0, _GROUPS, finish, None)
 
     def of_block(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, *shape), lambda b, i, *_: (b, i) + (0,) * (len(shape) - 1))
@@ -328,7 +328,7 @@ def _attend(
                 pltpu.VMEM((2, config.chunk, 2 * kv_heads, dim), kv.dtype),
                 pltpu.VMEM((QUERIES, _TILE), jnp.float32),
                 pltpu.VMEM((2, QUERIES, _TILE), jnp.int32),
-                pltpu.VMEM((tiles, QUERIES, _TILE), kv.dtype),
+                pltpu.VMEM((tiles, QUERIES, _TILE), jnp.float32),
                 pltpu.VMEM((tiles, _GROUPS, _TILE), jnp.float32),
                 pltpu.SMEM((tiles,), jnp.int32),
                 pltpu.VMEM((QUERIES, _TILE), jnp.float32),

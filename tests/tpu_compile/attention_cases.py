@@ -25,7 +25,8 @@ ROW_BYTES = 2 * KV_HEADS * DIM * 2
 
 
 def _pages(batch: int, context: int) -> jax.ShapeDtypeStruct:
-    return spec(batch * context // PAGE, PAGE, 2 * KV_HEADS, DIM)
+    """At most 8 GiB of pages, which a v5e holds: sequences may share them."""
+    return spec(min(batch * context, 2**22) // PAGE, PAGE, 2 * KV_HEADS, DIM)
 
 
 def _prefill(batch: int, queries: int, context: int, *, quick: bool = False) -> Case:
