@@ -106,14 +106,14 @@ def _apart(entry: Stored, target: NamedSharding) -> NamedSharding | None:
     if axis is None:
         return None
     spec = [*target.spec, *[None] * (len(entry.shape) - len(target.spec))]
-    split = [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec]
+    split = [[axes] if isinstance(axes, str) else list(axes or ()) for axes in spec]
     used, sizes = set(itertools.chain(*split)), target.mesh.shape
     parts = math.prod(sizes[name] for name in split[axis])
     for name, size in sizes.items():
         if name not in used and entry.shape[axis] % (parts * size) == 0:
-            split[axis] += (name,)
+            split[axis].append(name)
             parts *= size
-    apart = NamedSharding(target.mesh, PartitionSpec(*split))
+    apart = NamedSharding(target.mesh, PartitionSpec(*map(tuple, split)))
     return None if apart.is_equivalent_to(target, len(entry.shape)) else apart
 
 

@@ -28,9 +28,10 @@ MANIFEST = "checkpoint.json"
 
 # Bytes that Orbax may hold while it restores, besides the arrays themselves.
 _READ_BYTES = 1 << 30
-# Larger arrays are stored in chunks, so that several hosts can share them out: along the first axis whose slices are at
-# least this large, the experts' or the heads', or else in up to so many pieces of the longest axis.
-_CHUNKED_BYTES, _SLICE_BYTES, _PIECES = 1 << 20, 1 << 17, 64
+# Larger arrays are stored in chunks, so that several hosts can share them out: along the first axis of few and large
+# slices, the experts' or the heads', or else in pieces of the longest axis.
+_CHUNKED_BYTES = 1 << 20
+_SLICE_BYTES, _MOST_SLICES, _PIECES = 1 << 17, 256, 64
 # Metadata is smaller than this. Before a merge, smaller files are copied and larger ones linked.
 _COPIED_BYTES = 1 << 20
 
@@ -79,7 +80,7 @@ def _saving_context() -> ocp.Context:
         axis = chunk_axis(value.shape, value.nbytes)
         if axis is None:
             return None
-        if value.nbytes >= value.shape[axis] * _SLICE_BYTES:
+        if _in_slices(value.shape[axis], value.nbytes):
             # One expert a chunk: every split of the experts over devices is then whole chunks.
             return options(chunk_byte_size=value.nbytes // value.shape[axis], shard_axes=(axis,))
         return options(chunk_byte_size=max(_CHUNKED_BYTES, value.nbytes // _PIECES))
@@ -92,8 +93,13 @@ def chunk_axis(shape: tuple[int, ...], nbytes: int) -> int | None:
     """The axis along which an array is stored in chunks; None if it is in one."""
     if nbytes <= _CHUNKED_BYTES:
         return None
-    slices = (axis for axis, size in enumerate(shape) if nbytes >= size * _SLICE_BYTES)
+    slices = (axis for axis, size in enumerate(shape) if _in_slices(size, nbytes))
     return next(slices, max(range(len(shape)), key=lambda axis: shape[axis]))
+
+
+def _in_slices(size: int, nbytes: int) -> bool:
+    """Whether an axis of so many slices is stored a slice a chunk."""
+    return size <= _MOST_SLICES and nbytes >= size * _SLICE_BYTES
 
 
 class OrbaxWriter:

@@ -208,7 +208,7 @@ class Runner:
         for height, columns, images in _runs(grids):
             each = height * columns
             padded = round_up(each)
-            at_once = devices * max(1, min(-(-images // devices), ENCODE_PATCHES // padded))
+            at_once = _at_once(images, each, devices)
             for first in range(0, images, at_once):
                 here = min(at_once, images - first)
                 chunk = np.zeros((at_once, padded, flat.shape[1]), flat.dtype)
@@ -336,6 +336,32 @@ class Runner:
 def _workspace(step: jax.stages.Traced) -> int:
     analysis = step.lower().compile().memory_analysis()
     return analysis.temp_size_in_bytes if analysis else 0
+
+
+def _at_once(images: int, patches: int, devices: int) -> int:
+    """Of so many images of so many patches, how many are encoded in one step."""
+    return devices * max(1, min(-(-images // devices), ENCODE_PATCHES // round_up(patches)))
+
+
+def images_here(grids: np.ndarray, layout: Layout) -> np.ndarray:
+    """Which images, or frames, `Runner.encode` gives to devices of this process; it does not look at others' pixels.
+
+    Args:
+      grids: int `[g, 3]`, as for `encode`.
+
+    Returns:
+      bool `[g]`.
+    """
+    here, first = np.zeros(len(grids), bool), 0
+    over = layout.sharding("vision_patches")
+    for height, columns, images in _runs(grids):
+        at_once = _at_once(images, height * columns, layout.size("vision_patches"))
+        for index in over.addressable_devices_indices_map((at_once,)).values():
+            for start in range(0, images, at_once):
+                own = range(at_once)[index[0] if index else slice(None)]
+                here[first + start + own.start : first + min(start + own.stop, images)] = True
+        first += images
+    return here
 
 
 def vision_rows(input_ids: np.ndarray, config: KeyeConfig) -> np.ndarray:

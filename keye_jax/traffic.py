@@ -47,7 +47,8 @@ def _received(kind: str, held: float, devices: int) -> float:
 
 
 def _collected(each: Iterator[tuple[str, float, int]]) -> tuple[Collective, ...]:
-    counts, sizes = dict.fromkeys(_KINDS, 0), dict.fromkeys(_KINDS, 0.0)
+    counts: dict[str, int] = dict.fromkeys(_KINDS, 0)
+    sizes: dict[str, float] = dict.fromkeys(_KINDS, 0.0)
     for kind, received, times in each:
         counts[kind] += times
         sizes[kind] += received * times

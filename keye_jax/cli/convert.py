@@ -10,6 +10,7 @@ from typing import Annotated, Self
 
 import typer
 
+from keye_jax.cli import options
 from keye_jax.errors import UserError
 
 _PLAIN_INTERVAL_S = 30.0
@@ -36,10 +37,12 @@ def convert(
     shard_size: Annotated[
         int, typer.Option(metavar="BYTES", help="Tensor data in one safetensors file.")
     ] = 5_000_000_000,
+    sharding: options.Sharding = None,
 ) -> None:
     """Converts a checkpoint: safetensors into Orbax, Orbax into safetensors.
 
-    What SRC is decides the direction. A conversion that was stopped goes on when the same command is run again.
+    What SRC is decides the direction. A conversion that was stopped goes on when the same command is run again. What it
+    makes restores onto any devices; with --sharding a file that does not suit the model is refused before it begins.
     """
     source, destination = _paths(paths, hf, modelscope)
     if source is not None and (revision is not None or cache_dir is not None):
@@ -53,6 +56,8 @@ def convert(
                 source = hub.download(
                     hf=hf, modelscope=modelscope, revision=revision, cache_dir=cache_dir, progress=progress
                 )
+            if sharding is not None:
+                _check_layout(sharding, source)
             done = conversion.convert(
                 source,
                 destination,
@@ -80,6 +85,15 @@ def _paths(paths: list[Path], hf: str | None, modelscope: str | None) -> tuple[P
     if len(paths) != 2:
         raise UserError(f"the command takes SRC and DST, or DST with --hf or --modelscope; it got {len(paths)} paths")
     return paths[0], paths[1]
+
+
+def _check_layout(file: Path, source: Path) -> None:
+    """Raises UserError if the model cannot lie over devices as the sharding file says; "auto" is settled later."""
+    from keye_jax.config import KeyeConfig
+    from keye_jax.sharding import ShardingConfig
+
+    read = ShardingConfig.from_file(file)
+    read.check(KeyeConfig.from_file(source), {axis: size or 1 for axis, size in read.mesh})
 
 
 def _keep_off_accelerators() -> None:

@@ -19,8 +19,9 @@ from keye_jax.errors import UserError
 
 if TYPE_CHECKING:
     from keye_jax.generate import Answer
-    from keye_jax.processor import Plan
+    from keye_jax.processor import FrameShare, Plan
     from keye_jax.sampling import Sampling
+    from keye_jax.sharding import Layout
 
 
 class InOrder(TyperCommand):
@@ -80,6 +81,8 @@ def generate(
     conversation = _conversation(prompt, image or [], video or [], ctx.meta["media"], messages)
     distributed.start(coordinator, processes, process_id)
 
+    import jax
+
     from convert import kind_of, load_params
     from keye_jax.config import KeyeConfig
     from keye_jax.device import memory_limit_bytes, peak_memory_bytes
@@ -122,7 +125,11 @@ def generate(
 
     start = time.perf_counter()
     with options.ProgressBars() as report:
-        inputs = processor.process(plan, progress=lambda done, total: report("decoding frames", done, total))
+        inputs = processor.process(
+            plan,
+            progress=lambda done, total: report("decoding frames", done, total),
+            share=_frame_share(layout) if layout and jax.process_count() > 1 else None,
+        )
         decoded = time.perf_counter()
         report("loading weights", 0, None)
         shardings = layout.parameters(config) if layout else None
@@ -148,6 +155,20 @@ def generate(
     else:
         _print_summary(summary)
     return 0
+
+
+def _frame_share(layout: Layout) -> FrameShare:
+    """Of each frame, the process that will encode it decodes it."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    from keye_jax.processor import FrameShare
+    from keye_jax.runner import images_here
+
+    return FrameShare(
+        here=lambda grids: images_here(grids, layout),
+        gather=lambda part: np.max(multihost_utils.process_allgather(part), axis=0, initial=-1),
+    )
 
 
 def _conversation(

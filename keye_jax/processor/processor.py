@@ -56,6 +56,19 @@ class ModelInputs:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class FrameShare:
+    """What one of several processes decodes; the pixels of frames that it does not are zeros in its `ModelInputs`.
+
+    Attributes:
+      here: of grids int32 [F, 3], one row per frame, which of them this process decodes, bool [F].
+      gather: of an int32 array in which each process has filled in its part, -1 elsewhere, the whole.
+    """
+
+    here: Callable[[np.ndarray], np.ndarray]
+    gather: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class ImagePlan:
     """An image, and the (height, width) in pixels that it is shown at."""
 
@@ -267,12 +280,13 @@ class Processor:
             raise
         return Plan(tuple(ids), images, plans, rendered.opens_thinking, tuple(downloads))
 
-    def process(self, plan: Plan, progress: Progress | None = None) -> ModelInputs:
+    def process(self, plan: Plan, progress: Progress | None = None, share: FrameShare | None = None) -> ModelInputs:
         """Decodes the media of a plan.
 
         Args:
           plan: from `plan`.
-          progress: called with (frames done, frames in all) after each frame.
+          progress: called with (frames done, frames to do) after each frame.
+          share: this process's part of the frames, where several processes share them; all if left out.
 
         Raises:
           UserError: an image or a video that cannot be decoded.
@@ -281,7 +295,9 @@ class Processor:
         image_grids = _grids([(image.height, image.width) for image in plan.images], patch)
         video_grids = _grids([(video.height, video.width) for video in plan.videos for _ in video.indices], patch)
         image_patches, video_patches = (
-            np.empty((int(grids.prod(1).sum()), 3, patch, patch), np.uint8) for grids in (image_grids, video_grids)
+            # Zeros that nobody writes, of frames that other processes decode, take no memory.
+            np.zeros((int(grids.prod(1).sum()), 3, patch, patch), np.uint8)
+            for grids in (image_grids, video_grids)
         )
         start = 0
         for image in plan.images:
@@ -290,20 +306,29 @@ class Processor:
             image_patches[start : start + len(shown)] = shown
             start += len(shown)
 
-        start = done = 0
-        times = []
+        here = share.here(video_grids) if share else np.ones(len(video_grids), bool)
+        used = np.full(len(video_grids), -1, np.int32)
+        first = start = done = 0
         for video in plan.videos:
-            used = []
-            for index, pixels in video.source.read(video.indices):
+            own = np.flatnonzero(here[first : first + video.frames])
+            each = video.height * video.width // patch**2
+            for frame_number, (index, pixels) in zip(own, video.source.read(video.indices[own]), strict=True):
                 frame = Image.fromarray(pixels).resize((video.width, video.height), Image.Resampling.BILINEAR)
                 shown = patchify(np.asarray(frame), patch)
-                video_patches[start : start + len(shown)] = shown
-                start += len(shown)
+                at = start + frame_number * each
+                video_patches[at : at + each] = shown
+                used[first + frame_number] = index
                 done += 1
-                used.append(index)
                 if progress is not None:
-                    progress(done, plan.num_frames)
-            times.append(video.source.info.times[used])
+                    progress(done, int(np.count_nonzero(here)))
+            first, start = first + video.frames, start + each * video.frames
+        if share:
+            used = share.gather(used)
+        ends = np.cumsum([video.frames for video in plan.videos])
+        times = [
+            video.source.info.times[used[end - video.frames : end]]
+            for video, end in zip(plan.videos, ends, strict=True)
+        ]
 
         input_ids = np.fromiter(self._expand(plan, times), np.int32)
         positions, delta = mrope_positions(

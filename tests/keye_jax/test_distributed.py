@@ -1,0 +1,235 @@
+"""Real processes on one machine: they load a checkpoint by parts, give one answer, and end together."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from convert import convert
+from convert.mapping import rows
+from convert.synthetic import write_checkpoint
+from keye_jax import distributed
+from keye_jax.config import KeyeConfig
+from keye_jax.errors import UserError
+from keye_jax.testing import write_clip, write_processor_files
+
+ROOT = Path(__file__).parents[2]
+SHARDING = ROOT / "configs" / "sharding" / "combined.yaml"
+
+# Reads a prompt and writes tokens, says what it wrote and how much it read from disk, and goes on until it is stopped.
+WORKER = """
+import json, sys, time
+from keye_jax import distributed
+checkpoint, sharding, count, port, process_id = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+if count > 1:
+    distributed.start(f"127.0.0.1:{port}", count, process_id)
+said = distributed._job.errors if distributed._job else sys.stdout
+import jax, numpy as np, tensorstore
+from convert import load_params
+from keye_jax.config import KeyeConfig
+from keye_jax.model.keye import Keye
+from keye_jax.runner import Runner
+from keye_jax.sharding import Layout, ShardingConfig
+
+def bytes_read():
+    metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in metrics for value in metric["values"])
+
+config = KeyeConfig.from_file(checkpoint)
+layout = Layout.create(ShardingConfig.from_file(sharding), config)
+params = load_params(checkpoint, config, shardings=layout.parameters(config))
+read = bytes_read()
+runner = Runner(Keye.from_params(config, params), config, layout=layout)
+ids = np.random.default_rng(0).integers(0, 500, 90).astype(np.int32)
+no_vision = runner.put(np.zeros((0, config.hidden_size), np.float32))
+positions = np.broadcast_to(np.arange(90, dtype=np.int32), (3, 90))
+logits, cache = runner.prefill(ids, positions, no_vision, runner.new_cache(4096))
+delta, tokens = runner.put(np.zeros(1, np.int32)), []
+while True:
+    token = runner.put(np.asarray(logits).argmax(-1).astype(np.int32))
+    tokens.append(int(token[0]))
+    if len(tokens) == 8:
+        print(json.dumps([tokens, read]), file=said, flush=True)
+        if count == 1:
+            break
+    logits, cache = runner.decode(token, delta, cache)
+"""
+
+# Runs the command, and says how many frames this process decoded.
+COMMAND = """
+import sys
+from keye_jax.cli import app, run
+from keye_jax.processor.decode import VideoFile
+frames, read = [], VideoFile.read
+
+def counted(self, indices):
+    frames.extend(indices)
+    return read(self, indices)
+
+VideoFile.read = counted
+counts, arguments = sys.argv[1], sys.argv[2:]
+code = run(app, arguments)
+open(counts, "w").write(str(len(frames)))
+sys.exit(code)
+"""
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def begin(program, *arguments):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process, seconds=240):
+    """Exit code, stdout and stderr; a process that does not end in time is killed, and its test fails."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A converted checkpoint that is mostly experts, as the released one is."""
+    directory = tmp_path_factory.mktemp("distributed")
+    config = KeyeConfig.from_file(ROOT / "configs" / "model" / "tiny.json")
+    vision = dataclasses.replace(config.vision_config, num_hidden_layers=1)
+    config = dataclasses.replace(
+        config, num_hidden_layers=1, hidden_size=256, moe_intermediate_size=768, vision_config=vision
+    )
+    write_checkpoint(directory / "hf", config, dtype="float32")
+    write_processor_files(directory / "hf", config)
+    convert(directory / "hf", directory / "orbax")
+    write_clip(directory / "clip.mp4", seconds=4, size=(112, 56))
+    return directory / "orbax"
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint):
+    """What one process writes, and the bytes it reads."""
+    code, out, err = finish(begin(WORKER, checkpoint, SHARDING, 1, 0, 0))
+    assert code == 0, err
+    return json.loads(out)
+
+
+def small_bytes(checkpoint):
+    """Of the arrays that are in one chunk, which every process reads: those of 1 MB and less."""
+    config = KeyeConfig.from_file(checkpoint)
+    sizes = [4 * math.prod(row.shape) for row in rows(config) if row.in_model]
+    return sum(size for size in sizes if size <= 2**20)
+
+
+@pytest.mark.parametrize(("count", "victim"), [(4, 2)])
+def test_processes_read_their_parts_write_the_same_and_end_when_one_is_killed(checkpoint, alone, count, victim):
+    port = free_port()
+    workers = [begin(WORKER, checkpoint, SHARDING, count, port, i) for i in range(count)]
+    (tokens, whole), small = alone, small_bytes(checkpoint)
+    assert small < 0.15 * whole
+    try:
+        for worker in workers:
+            line = next(line for line in worker.stderr if line.startswith("[["))
+            found, read = json.loads(line)
+            assert found == tokens
+            assert read <= 1.15 * ((whole - small) / count + small)  # chunks are no finer than 1 MB
+        workers[victim].send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        for number, worker in enumerate(workers):
+            _, _, err = finish(worker, seconds=60)
+            if number != victim:
+                assert worker.returncode == 1
+                assert f"keye-jax: process {victim} ({socket.gethostname()}) is lost" in err
+        assert time.monotonic() - killed < 30
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def test_the_coordinator_is_named_when_it_is_killed():
+    program = """if True:
+        import sys, time
+        from keye_jax import distributed
+        distributed.start(sys.argv[1], 2, int(sys.argv[2]))
+        print("up", file=distributed._job.errors, flush=True)
+        time.sleep(60)
+    """
+    address = f"127.0.0.1:{free_port()}"
+    workers = [begin(program, address, i) for i in range(2)]
+    try:
+        for worker in workers:
+            assert next(line for line in worker.stderr if line == "up\n")
+        workers[0].kill()
+        code, _, err = finish(workers[1], seconds=30)
+        assert code == 1 and f"keye-jax: process 0 ({socket.gethostname()}) is lost" in err
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def test_two_processes_answer_as_one_and_share_the_frames(checkpoint, tmp_path):
+    ask = ["generate", "--checkpoint", checkpoint, "--video", checkpoint.parent / "clip.mp4", "--prompt", "What moves?"]
+    ask += ["--greedy", "--max-new-tokens", 4, "--json"]
+    code, out, err = finish(begin(COMMAND, tmp_path / "alone", *ask))
+    assert code == 0, err
+    several = [*ask, "--sharding", SHARDING, "--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2]
+    workers = [begin(COMMAND, tmp_path / str(i), *several, "--process-id", i) for i in range(2)]
+    (code, first, err), (_, second, _) = [finish(worker) for worker in workers]
+    assert code == 0, err
+    answers = [json.loads(text) for text in (out, first)]
+    assert answers[0]["reasoning"] == answers[1]["reasoning"] and answers[0]["answer"] == answers[1]["answer"]
+    assert answers[0]["frame_times"] == answers[1]["frame_times"]
+    assert second == ""
+    frames = len(answers[0]["frame_times"][0])
+    assert frames == 8 == int((tmp_path / "alone").read_text())
+    assert [int((tmp_path / str(i)).read_text()) for i in range(2)] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("host:1", None, None), "--processes and --process-id must be given too"),
+        ((None, 2, 0), "--coordinator must be given too"),
+        (("host", 2, 0), "--coordinator is 'host'; it must be HOST:PORT"),
+        (("host:1", 2, 2), "--process-id is 2; it must be from 0 to --processes - 1 = 1"),
+        (("host:1", 0, 0), "--processes is 0; it must be at least 1"),
+    ],
+)
+def test_flags_that_do_not_belong_together_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        distributed.start(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        ({name: "2" for name in distributed._SLURM}, True),
+        ({name: "2" for name in distributed._SLURM} | {"SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "4"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "one"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "one,two"}, True),
+        ({"MEGASCALE_NUM_SLICES": "2", "TPU_WORKER_HOSTNAMES": "one"}, True),
+    ],
+)
+def test_the_environment_says_whether_there_are_several_processes(monkeypatch, environment, several):
+    for name in (*distributed._SLURM, "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed._several_in_environment() is several

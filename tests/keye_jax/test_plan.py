@@ -1,0 +1,138 @@
+"""Plans: bytes are those of the arrays there would be, collectives those of the program, mistakes are refused."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from keye_jax.cache import Cache
+from keye_jax.cli import app, run
+from keye_jax.config import KeyeConfig
+from keye_jax.errors import UserError
+from keye_jax.plan import plan, video_capacity
+from keye_jax.platforms import GIB, Platform
+from keye_jax.sharding import ShardingConfig
+from keye_jax.traffic import Collective, of_program
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "configs" / "model" / "tiny.json"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return KeyeConfig.from_file(TINY)
+
+
+def sharding(name):
+    return ShardingConfig.from_file(ROOT / "configs" / "sharding" / f"{name}.yaml")
+
+
+def make(config, name, platform, **job):
+    return plan(config, sharding(name), Platform.parse(platform), **job)
+
+
+def test_weights_and_cache_are_those_of_the_arrays(tiny):
+    from keye_jax.model.keye import Keye
+
+    one, four = (
+        make(tiny, *where, context=4096, batch=4) for where in (("one_device", "h200:1"), ("combined", "h200:4"))
+    )
+    cache = jax.eval_shape(lambda: Cache.create(tiny, 4, 4096))
+    assert one.weights == 2 * Keye.parameter_count(tiny)
+    assert one.cache == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    layer = 3 * tiny.num_experts * tiny.hidden_size * tiny.moe_intermediate_size
+    split = 2 * (tiny.num_hidden_layers * layer + 2 * tiny.vocab_size * tiny.hidden_size)
+    assert four.weights == one.weights - split * 3 // 4
+    small = 4 * (cache.page_table.size + cache.lengths.size)
+    assert four.cache == (one.cache - small) // 4 + small
+    assert one.fits and one.prefill.collectives == () and one.largest_context == tiny.max_position_embeddings
+    assert four.peak == max(four.prefill.peak, four.decode.peak) <= four.memory
+
+
+def test_collectives_of_a_step_of_decoding(tiny):
+    """Of each layer: candidates' scores, outputs with their log-sum-exps, and the experts' sums."""
+    found = make(tiny, "combined", "h200:4", context=4096).decode.collectives
+    kinds = {each.kind: each.count for each in found}
+    assert kinds["all-gather"] == 2 * tiny.num_hidden_layers
+    assert kinds["all-reduce"] == tiny.num_hidden_layers + 1
+    gathered = next(each for each in found if each.kind == "all-gather")
+    candidates = 4 * tiny.sa_config.topk
+    merged = tiny.num_attention_heads * (2 * tiny.head_dim + 4)
+    assert gathered.bytes_received == tiny.num_hidden_layers * 3 * (candidates + merged)
+
+
+def test_what_does_not_fit_is_told_with_the_largest_context_that_would():
+    config = KeyeConfig.from_file(ROOT / "configs" / "model" / "keye_vl_2_30b_a3b.json")
+    found = make(config, "sequence", "h100:2", context=262_144, batch=4)
+    assert not found.fits and found.peak > found.memory
+    assert 0 < found.largest_context < 262_144
+    fitting = make(config, "sequence", "h100:2", context=found.largest_context, batch=4)
+    assert fitting.fits and fitting.peak > 0.97 * fitting.memory
+
+
+def test_collectives_of_a_compiled_program():
+    text = """
+  %all-gather.1 = bf16[4,8]{1,0} all-gather(%p), replica_groups=[4,4]<=[16], dimensions={0}
+  %ar = (f32[2,2]{1,0}, f32[3]{0}) all-reduce(%a, %b), replica_groups={{0,1},{2,3}}
+  %start = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%p), replica_groups=[1,4]<=[4]
+  %done = bf16[8,8]{1,0} all-gather-done(%start)
+"""
+    assert of_program(text) == (
+        Collective("all-gather", 2, 64 * 3 // 4 + 128 * 3 // 4),
+        Collective("all-reduce", 1, 28),
+    )
+
+
+def test_video_that_a_context_holds():
+    small, large = video_capacity(262_144)
+    assert (small["tokens_per_frame"], large["tokens_per_frame"]) == (64, 256)
+    # A time such as "1234.5" is seven tokens with its mark.
+    assert 262_144 / (64 + 7) < small["frames"] < 262_144 / (64 + 4)
+    assert small["seconds"] == small["frames"] / 2
+    assert video_capacity(60)[0]["frames"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "devices", "topology"),
+    [
+        ("h200:4", 4, None),
+        ("v5e:4x8", 32, "v5e:4x8"),
+        ("v5p:2x2x4", 16, "v5p:2x2x4"),
+        ("tpu7x:2x2x1", 8, "tpu7x:2x2x1"),
+    ],
+)
+def test_platforms(text, devices, topology):
+    platform = Platform.parse(text)
+    assert (platform.devices, platform.topology) == (devices, topology)
+    assert platform.chip.memory >= 16 * GIB and platform.chip.source
+
+
+@pytest.mark.parametrize(
+    ("text", "slices", "message"),
+    [
+        ("a100:4", 1, "--platform is 'a100:4'; it must be KIND:COUNT or KIND:TOPOLOGY, KIND of cpu, h100"),
+        ("h200", 1, "after the colon must be a number"),
+        ("v5e:32", 1, "a slice of v5e has 2 sides, as in v5e:4x8"),
+        ("v5p:4x4", 1, "a slice of v5p has 3 sides, as in v5p:2x2x4"),
+        ("h200:4", 2, "--slices is 2; it must be at least 1, and only TPUs come in slices"),
+    ],
+)
+def test_platforms_that_there_are_not(text, slices, message):
+    with pytest.raises(UserError, match=message):
+        Platform.parse(text, slices)
+
+
+def test_the_command_prints_a_table_or_json_and_its_code_says_whether_it_fits(capsys):
+    arguments = ["plan", "--config", str(TINY), "--sharding", str(ROOT / "configs/sharding/combined.yaml")]
+    arguments += ["--platform", "h200:4", "--context", "4K", "--batch", "2"]
+    assert run(app, arguments) == 0
+    out, err = capsys.readouterr()
+    assert "weights and cache are computed" in out and "estimated" in out and "it fits" in out and not err
+    assert run(app, [*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["mesh"] == {"sequence": 4} and found["decode"]["collectives"]
+    assert run(app, [*arguments[:-3], "40000"]) == 2
+    assert "this model takes from 1 to 32,768 tokens" in capsys.readouterr().err
+    assert run(app, [*arguments[:-5], "h200:3", *arguments[-4:]]) == 2
+    assert "splits num_experts 16 into 3 (sequence 3)" in capsys.readouterr().err
