@@ -216,19 +216,17 @@ def test_float8_index_keys_and_their_scales_travel_too():
 
 
 def test_of_equal_scores_the_lower_positions_win_on_any_device():
-    """Index queries of zeros: all scores are equal, and the first positions are selected, whoever has them."""
-    model, config = golden_model("a")
-    blind = nnx.clone(model)
+    """Index queries of zeros: all scores are equal, and the first positions are selected, more than one device has."""
+    model, config = golden_model("a", 1)
+    top_k = PAGE_SIZE + 26
+    config = dataclasses.replace(config, sa_config=dataclasses.replace(config.sa_config, topk=top_k))
+    blind = Keye.from_params(config, nnx.to_pure_dict(nnx.state(model)))
     for layer in blind.decoder.layers:
         layer.indexer.q_proj.weight.set_value(jnp.zeros_like(layer.indexer.q_proj.weight[...]))
     layout = layout_of(config, {"x": 4}, ONE_AXIS)
-    runner = Runner(blind, config, layout=layout)
-    ids, positions = prompt()
-    _, selected, cache = traced(runner, ids, positions, runner.new_cache(TOKENS + 1))
-    _, decoded, _ = traced(runner, ids[:1], positions[:, :1] + TOKENS, cache)
-    top_k = config.sa_config.topk
-    for found in (selected[:, top_k:], decoded):
-        np.testing.assert_array_equal(found, np.broadcast_to(np.arange(top_k), found.shape))
+    (one, *_), (many, selected, _) = (read_and_write(Runner(blind, config, layout=each)) for each in (None, layout))
+    np.testing.assert_array_equal(selected[0, top_k:], np.tile(np.arange(top_k), (TOKENS + GREEDY - top_k, 1)))
+    np.testing.assert_allclose(many, one, atol=ATOL)
 
 
 @pytest.mark.parametrize("devices", [{"x": 8}, {"x": 3}, {"x": 2, "y": 2}])
