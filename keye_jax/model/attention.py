@@ -25,9 +25,12 @@ from pallas_kernels.indexer_scores import indexer_scores
 from pallas_kernels.select_topk import select_topk
 from pallas_kernels.topk_attention import topk_attention
 
-_SCORE_BYTES = {"mosaic_gpu": 2**30, "mosaic_tpu": 2**30}
+_SCORE_BYTES = {"mosaic_gpu": 2**30, "mosaic_tpu": 2**31}
 _FEW_SCORE_BYTES = 64 * 2**20
-"""What the scores of one block of queries may take: at 128K tokens those of 2,048, enough to fill a GPU, or of 128."""
+"""What the scores of one block of queries may take: at 128K tokens those of 2,048, enough to fill a GPU, or of 128.
+
+On TPUs 2,048 queries at 256K tokens are one block: v5e's compiler aborts on the loop over two of 1,024.
+"""
 
 _DENSE_BYTES = 2**30
 """What copies of the contexts of several sequences, read densely at once, may take."""
