@@ -33,9 +33,9 @@ WEIGHT_SCALE = 0.02
 FRAME = 16
 """Side of a frame of the made-up video, in tokens."""
 
-NOISE = 0.33
-"""Share of each token's embedding that is its own; with 0.33 sixteen neighbouring queries of a model with random
-weights select about 8,192 of 131,072 keys together, with 1 tokens are unrelated."""
+NOISE = 0.3
+"""Share of each token's embedding that is its own; with 1 tokens are unrelated. With 0.3, sixteen neighbouring queries of
+a model of the released size selected 6,493 of 131,072 keys together (median of the layers; docs/performance.md)."""
 
 PARTS = ("indexer", "selection", "attention", "experts", "collectives")
 """Named scopes of the model that device time is told apart by; what is in none of them is the rest."""
@@ -174,11 +174,7 @@ def time_prefill(runner: Runner, prompt: Prompt, repeats: int) -> tuple[Timing, 
     """Reads `prompt` into an empty cache `repeats` times, compiled and warmed up before; also gives the last cache."""
     tokens = len(prompt.input_ids)
     workspace = runner.compile_prefill(tokens)
-    # As far as every program that is needed has run once.
-    ends = [*range(runner.prefill_chunk, tokens, runner.prefill_chunk), tokens]
-    last = runner.options.for_context(tokens)
-    warm = next(end for end in ends if runner.options.for_context(end) == last)
-    read_prompt(runner, prompt.upto(warm), capacity=tokens)
+    _warm_up(runner, prompt)
     times, cache = [], None
     for _ in range(repeats):
         del cache
@@ -189,6 +185,14 @@ def time_prefill(runner: Runner, prompt: Prompt, repeats: int) -> tuple[Timing, 
     assert cache is not None, "repeats is 0"
     seconds = statistics.median(times)
     return Timing(seconds, tokens / seconds, workspace), cache
+
+
+def _warm_up(runner: Runner, prompt: Prompt) -> None:
+    """Reads as much of a prompt as runs every program that the whole of it needs."""
+    tokens = len(prompt.input_ids)
+    chunk, last = runner.chunk(tokens), runner.options.for_context(tokens)
+    end = next(end for end in (*range(chunk, tokens, chunk), tokens) if runner.options.for_context(end) == last)
+    read_prompt(runner, prompt.upto(end), capacity=tokens)
 
 
 def read_prompt(runner: Runner, prompt: Prompt, *, capacity: int | None = None) -> Cache:
@@ -254,7 +258,7 @@ def _write(runner: Runner, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, 
 
 def prefill_parts(runner: Runner, prompt: Prompt) -> dict[str, float]:
     """Device seconds of each part of the model while it reads `prompt`; see `device_seconds`."""
-    read_prompt(runner, prompt.upto(runner.prefill_chunk), capacity=len(prompt.input_ids))
+    _warm_up(runner, prompt)
     return device_seconds(lambda: read_prompt(runner, prompt))
 
 

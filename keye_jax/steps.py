@@ -184,8 +184,8 @@ def decode_step(platform: str) -> jax.stages.Wrapped:
 @functools.cache
 def write_step(platform: str) -> jax.stages.Wrapped:
     """The compiled step of `Runner.write`."""
-    # With the tokens donated, all that a step touches lies where it lay in the last one: an unchanged CUDA graph is
-    # launched in half the time that it takes to update it.
+    # With the tokens donated, all that a step touches lies where it lay in the last one, and its CUDA graph, of some 34
+    # nodes a layer, is launched without being updated first.
     return jax.jit(
         _write,
         static_argnames=("structure", "parallel", "options", "sampling"),

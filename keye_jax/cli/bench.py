@@ -59,8 +59,8 @@ def bench(
 ) -> int:
     """Measures the model with random weights: prompts read and tokens written, sparse and dense.
 
-    Prompts are made-up video, whose embeddings drift from token to token, tuned so that 16 neighbouring queries select
-    about 8,192 of 131,072 keys together. What does not fit the device is refused before it is tried.
+    Prompts are made-up video, whose embeddings drift from token to token, so that neighbouring queries select much the
+    same keys. What does not fit the device is refused before it is tried.
     """
     lengths = [options.tokens("--prefill", text) for text in _items(prefill)]
     no_video = [options.tokens("--unrelated", text) for text in _items(unrelated)]

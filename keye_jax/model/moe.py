@@ -15,7 +15,7 @@ from keye_jax.model.parallel import Parallel
 from pallas_kernels.grouped_matmul import expert_mlp
 
 _FEW_TOKENS, _FEW_ROWS = 64, 512
-"""Up to so many, comparing all with all in one pass is faster on a GPU than sorting, which is many small kernels."""
+"""Up to so many are ordered by comparing all with all in one pass; sorting is several small kernels more on a GPU."""
 
 
 class MoE(nnx.Module):

@@ -7,6 +7,7 @@ differently. Scores that close change places in the selection: 97% of the positi
 """
 
 import dataclasses
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,7 @@ TOKENS, TOP_K = 1000, 256
 
 @pytest.fixture(scope="module")
 def config():
-    released = KeyeConfig.from_file("configs/model/keye_vl_2_30b_a3b.json")
+    released = KeyeConfig.from_file(Path(__file__).parents[3] / "configs" / "model" / "keye_vl_2_30b_a3b.json")
     return dataclasses.replace(
         released, num_hidden_layers=2, sa_config=dataclasses.replace(released.sa_config, topk=TOP_K)
     )
