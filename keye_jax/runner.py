@@ -272,10 +272,8 @@ class Runner:
         logits = None
         for x, places, count, done in self._chunks(input_ids, positions, vision_embeds):
             options = self.options.for_context(done)
-            parallel = self.parallel(1, x.shape[1])
-            logits, cache, _ = steps.read(
-                self._structure, self._arrays, x, places, count, cache, parallel=parallel, options=options
-            )
+            static = {"parallel": self.parallel(1, x.shape[1]), "options": options, "all_logits": False}
+            logits, cache, _ = steps.read(self._structure, self._arrays, x, places, count, cache, **static)
             if progress:
                 jax.block_until_ready(logits)
                 progress(done, len(input_ids))

@@ -99,7 +99,7 @@ def read(
     *,
     parallel: Parallel | None,
     options: AttentionOptions,
-    all_logits: bool = False,
+    all_logits: bool,
 ) -> tuple[jax.Array, Cache, tuple[LayerIntermediates, ...]]:
     """Reads `count` of t new tokens of each sequence; see `Decoder`.
 

@@ -179,7 +179,8 @@ def _prefill_rows(
             if unions is None:
                 continue
             quartiles = ", ".join(f"{x:,.0f}" for x in np.quantile(unions, [0, 0.25, 0.5, 0.75, 1]))
-            print(f"    keys that 16 neighbouring queries select: {quartiles} (quartiles of the layers)", flush=True)
+            mean = f"{unions.mean():,.0f} in the mean of the layers"
+            print(f"    keys that 16 neighbouring queries select: {mean}; quartiles {quartiles}", flush=True)
             yield {"what": f"unions of {what}, {kind}", "tokens": tokens, "noise": noise, "unions": unions.tolist()}
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -172,3 +173,17 @@ def test_uint8_patches_are_normalised_on_the_device(model):
 def test_sizes_are_rounded_up_a_little(size):
     rounded = round_up(size)
     assert size <= rounded <= size + max(64, size / 8)
+
+
+def test_compiled_steps_are_those_that_run(model, ids, caplog):
+    config, keye = model
+    runner, places = Runner(keye, config, prefill_chunk=40), text_positions(TOKENS)
+    runner.compile_prefill(TOKENS)
+    runner.compile_write(1, TOKENS, Sampling(temperature=0.0))
+    with jax.log_compiles():
+        _, cache = runner.prefill(ids, places, jnp.zeros((0, config.hidden_size)), runner.new_cache(TOKENS))
+        start = [runner.put(np.zeros(1, dtype)) for dtype in (np.int32, np.int32, np.uint32)]
+        runner.write(*start[:2], cache, start[2], Sampling(temperature=0.0))
+    compiled = [record.args[0] for record in caplog.records if record.msg.startswith("Compiling")]
+    assert any("embed" in name for name in compiled)
+    assert not any("read" in name or "write" in name for name in compiled)
