@@ -190,8 +190,9 @@ def time_prefill(runner: Runner, prompt: Prompt, repeats: int) -> tuple[Timing, 
 def _warm_up(runner: Runner, prompt: Prompt) -> None:
     """Reads as much of a prompt as runs every program that the whole of it needs."""
     tokens = len(prompt.input_ids)
-    chunk, last = runner.chunk(tokens), runner.options.for_context(tokens)
-    end = next(end for end in (*range(chunk, tokens, chunk), tokens) if runner.options.for_context(end) == last)
+    chunk = runner.chunk(tokens)
+    last = runner.prefill_options(chunk, tokens)
+    end = next(end for end in (*range(chunk, tokens, chunk), tokens) if runner.prefill_options(chunk, end) == last)
     read_prompt(runner, prompt.upto(end), capacity=tokens)
 
 

@@ -121,8 +121,13 @@ class Runner:
         ends = [min(start + chunk, tokens) for start in range(0, tokens, chunk)]
         return [
             self._read_program(chunk, tokens, options)
-            for options in {self.options.for_context(end): None for end in ends}
+            for options in {self.prefill_options(chunk, end): None for end in ends}
         ]
+
+    def prefill_options(self, chunk: int, end: int) -> AttentionOptions:
+        """The options of the step of `prefill` that reads a chunk of so many tokens up to the context's end `end`."""
+        parallel = self.parallel(1, chunk)
+        return self.options.for_context(end, split=bool(parallel and parallel.query_sequence))
 
     def _read_program(
         self, chunk: int, capacity: int, options: AttentionOptions, *, all_logits: bool = False
@@ -270,13 +275,20 @@ class Runner:
           float32 `[1, vocab]` logits of the last token, and the cache.
         """
         logits = None
-        for x, places, count, done in self._chunks(input_ids, positions, vision_embeds):
-            options = self.options.for_context(done)
-            static = {"parallel": self.parallel(1, x.shape[1]), "options": options, "all_logits": False}
-            logits, cache, _ = steps.read(self._structure, self._arrays, x, places, count, cache, **static)
+        chunks = self._chunks(input_ids, positions, vision_embeds)
+        chunk = next(chunks, None)
+        while chunk:
+            # A loop whose end devices decide keeps this thread until they are there: the next chunk is prepared before.
+            following = next(chunks, None)
+            x, places, count, done = chunk
+            tokens = x.shape[1]
+            static = {"parallel": self.parallel(1, tokens), "options": self.prefill_options(tokens, done)}
+            arrays = self._structure, self._arrays, x, places, count, cache
+            logits, cache, _ = steps.read(*arrays, **static, all_logits=False)
             if progress:
                 jax.block_until_ready(logits)
                 progress(done, len(input_ids))
+            chunk = following
         assert logits is not None, "an empty prompt"
         return logits, cache
 

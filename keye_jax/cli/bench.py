@@ -20,6 +20,7 @@ from keye_jax.errors import UserError
 if TYPE_CHECKING:
     from keye_jax.bench import Timing
     from keye_jax.config import KeyeConfig
+    from keye_jax.model.attention import AttentionOptions
     from keye_jax.runner import Runner
     from keye_jax.sharding import Layout
 
@@ -99,7 +100,7 @@ def bench(
         chosen[_FP8] = dataclasses.replace(chosen[_SPARSE], indexer_dtype="float8_e4m3fn")
     layout = options.layout(sharding, sizes)
     _refuse_if_weights_do_not_fit(sizes, layout)
-    _print_setting(sizes, layout, chosen[_SPARSE].for_context)
+    _print_setting(sizes, layout, chosen[_SPARSE])
 
     model = random_model(sizes, layout=layout)
     if layout:
@@ -267,20 +268,22 @@ def _device(layout: Layout | None) -> str:
     return f"each of {layout.mesh.size} devices" if layout else "the device"
 
 
-def _print_setting(config: KeyeConfig, layout: Layout | None, for_context: Any) -> None:
+def _print_setting(config: KeyeConfig, layout: Layout | None, attention: AttentionOptions) -> None:
     import jax
 
     from keye_jax.sharding.memory import weight_bytes
 
     powers = (2**i for i in range(10, 19))
-    dense = max((tokens for tokens in powers if for_context(tokens).attention == "dense"), default=0)
-    each, count, where = weight_bytes(config, layout), "", ""
+    dense = max((tokens for tokens in powers if attention.for_context(tokens).attention == "dense"), default=0)
+    each, count = weight_bytes(config, layout), ""
+    where = f"; sparse is dense up to {_size(dense)} tokens" if dense else ""
     if layout:
         count = f"{layout.mesh.size} x "
         where = f" on each ({' x '.join(f'{axis} {size}' for axis, size in layout.mesh.shape.items())})"
     print(
         f"{count}{jax.devices()[0].device_kind}, {config.num_hidden_layers} layers, {each / 1e9:.1f} GB of "
-        f"random {config.dtype} weights{where}" + (f"; sparse is dense up to {_size(dense)} tokens" if dense else ""),
+        f"random {config.dtype} weights{where}"
+        + (f"; sparse is dense up to {_size(dense)} tokens" if dense and not layout else ""),
         flush=True,
     )
 

@@ -64,10 +64,15 @@ class AttentionOptions:
         """Name of the implementation that comes first."""
         return self.implementation or available()[0]
 
-    def for_context(self, tokens: int) -> AttentionOptions:
-        """The options of a step whose context has at most so many tokens: whether it attends sparsely is settled."""
+    def for_context(self, tokens: int, *, split: bool = False) -> AttentionOptions:
+        """The options of a step whose context has at most so many tokens: whether it attends sparsely is settled.
+
+        Args:
+          split: whether devices have stripes of its queries: each stripe attends densely by itself, to a copy of all
+            keys of its own, so that selecting is faster at any length.
+        """
         limit = DENSE_BELOW.get(self.kernels, 0) if self.dense_below is None else self.dense_below
-        dense = self.attention == "dense" or (tokens <= limit and not self.intermediates)
+        dense = self.attention == "dense" or (tokens <= limit and not split and not self.intermediates)
         return dataclasses.replace(self, attention="dense" if dense else "sparse", dense_below=0)
 
 
