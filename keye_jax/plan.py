@@ -118,7 +118,7 @@ def plan(
     context: int,
     batch: int = 1,
     prefill_chunk: int | None = None,
-    implementation: str = "xla",
+    implementation: str | None = None,
     indexer_dtype: Literal["float8_e4m3fn"] | None = None,
     compile_for_tpu: bool = True,
 ) -> Plan:
@@ -126,7 +126,7 @@ def plan(
 
     Args:
       prefill_chunk: prompt tokens that a device reads in one step; what suits the platform if left out.
-      implementation: of the kernels in the programs that are compiled.
+      implementation: of the kernels in the programs that are compiled; None takes those that a TPU takes by itself.
       compile_for_tpu: False estimates for a TPU what would be compiled.
 
     Raises:
@@ -144,6 +144,9 @@ def plan(
         layout = Layout.create(sharding, config, devices=_topology_devices(platform))
     else:
         layout = Layout.abstract(sharding, config, platform.devices, chip.platform)
+    if implementation is None:
+        # On TPUs the portable form scores float8 keys, which a program that is told one implementation must be told.
+        implementation = "mosaic_tpu" if compiling and indexer_dtype is None else "xla"
     chunk = prefill_chunk or PREFILL_CHUNK.get(chip.platform, TPU_PREFILL_CHUNK)
     options = AttentionOptions(implementation=implementation, dense_below=0, indexer_dtype=indexer_dtype)
     runner = Runner(Keye.abstract(config), config, layout=layout, options=options, prefill_chunk=chunk)

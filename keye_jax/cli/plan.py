@@ -29,7 +29,9 @@ def plan(
     config: Annotated[Path, typer.Option(help="Configuration of the model, a config.json.")] = _RELEASED,
     prefill_chunk: options.PrefillChunk = None,
     slices: Annotated[int, typer.Option(help="How many TPU slices of this topology.")] = 1,
-    implementation: Annotated[str, typer.Option(help="Kernels in the programs that are compiled.")] = "xla",
+    implementation: Annotated[
+        str | None, typer.Option(help="Kernels in the programs that are compiled, by default a TPU's own.")
+    ] = None,
     indexer_dtype: options.IndexerDtype = None,
     compile_: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile for TPUs, which takes minutes, or estimate.")
@@ -50,7 +52,7 @@ def plan(
     from keye_jax.sharding import ShardingConfig
     from pallas_kernels.dispatch import IMPLEMENTATIONS
 
-    if implementation not in IMPLEMENTATIONS:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise UserError(f"--implementation is {implementation!r}; it must be one of: {', '.join(IMPLEMENTATIONS)}")
     found = compute(
         KeyeConfig.from_file(config),
