@@ -57,7 +57,8 @@ class DecoderLayer(nnx.Module):
         options: AttentionOptions,
         parallel: Parallel | None = None,
     ) -> tuple[jax.Array, LayerCache, LayerIntermediates | None]:
-        if parallel and parallel.cache_sequence and x.shape[1] > 1:
+        gathers = parallel is not None and parallel.cache_sequence and x.shape[1] > 1
+        if gathers:
             # So that no layer's cache is gathered, and held, before its turn.
             x, cache = jax.lax.optimization_barrier((x, cache))
         attended, cache, found = self.attention(
@@ -75,6 +76,9 @@ class DecoderLayer(nnx.Module):
                 parallel=parallel,
             )
         x = x + mixed
+        if gathers:
+            # Nor are the chunk's rows, of all devices, kept for writing them to the cache later.
+            x, cache = jax.lax.optimization_barrier((x, cache))
         return x, cache, None if found is None else LayerIntermediates(found, experts, x)
 
 
