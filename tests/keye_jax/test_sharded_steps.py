@@ -1,7 +1,6 @@
-"""Whatever the layout: logits, selected sets and greedy tokens are those of one device, on eight virtual ones."""
+"""Steps over eight virtual devices: batches, float8 keys, ties, images, and what travels."""
 
 import dataclasses
-import functools
 import re
 from pathlib import Path
 
@@ -11,18 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert import load_params
 from keye_jax.cache import PAGE_SIZE, Cache
 from keye_jax.config import KeyeConfig
-from keye_jax.errors import UserError
 from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.keye import Keye
 from keye_jax.runner import Runner
-from keye_jax.sharding import Layout, ShardingConfig
-
-PRESETS = sorted((Path(__file__).parents[2] / "configs" / "sharding").glob("*.yaml"))
-TOKENS, GREEDY = 203, 4
-ATOL = 5e-4
+from tests.keye_jax.sharded_helpers import ATOL, GREEDY, ONE_AXIS, TOKENS, golden_model, layout_of, read_and_write
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,121 +23,6 @@ def _quick_to_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-@functools.cache
-def golden_model(name, layers=2):
-    """A golden model, of so many of its layers, and its configuration."""
-    directory = Path(__file__).parents[1] / "golden" / name
-    whole = KeyeConfig.from_file(directory)
-    params = load_params(directory, whole)
-    numbered = params["decoder"]["layers"]
-    params["decoder"]["layers"] = {number: numbered[number] for number in map(str, range(layers))}
-    config = dataclasses.replace(whole, num_hidden_layers=layers)
-    return Keye.from_params(config, params), config
-
-
-@functools.cache
-def expected(name, layers):
-    model, config = golden_model(name, layers)
-    return read_and_write(Runner(model, config))
-
-
-def prompt():
-    ids = np.random.default_rng(0).integers(0, 500, TOKENS).astype(np.int32)
-    return ids, np.broadcast_to(np.arange(TOKENS, dtype=np.int32), (3, TOKENS))
-
-
-def traced(runner, ids, positions, cache):
-    """Logits `[t, vocab]`, selected `[l, t, top_k]`, and the cache."""
-    logits, selected, start = [], [], 0
-    embeds = np.zeros((0, runner.config.hidden_size), np.float32)
-    steps = runner.trace(ids, positions, embeds, cache)
-    for part, cache, found, done in steps:  # noqa: B007 (the last one is returned)
-        logits.append(np.asarray(part[0, : done - start]))
-        selected.append(np.stack([np.asarray(layer.attention.selected[0, : done - start]) for layer in found]))
-        start = done
-    return np.concatenate(logits), np.concatenate(selected, axis=1), cache
-
-
-def read_and_write(runner):
-    """Logits, selected positions and greedy tokens of a prompt and of a few decoding steps behind it."""
-    ids, positions = prompt()
-    logits, selected, cache = traced(runner, ids, positions, runner.new_cache(TOKENS + GREEDY))
-    tokens, rows, sets = [], [logits], [selected]
-    for index in range(GREEDY):
-        tokens.append(int(np.argmax(rows[-1][-1])))
-        place = np.full((3, 1), TOKENS + index, np.int32)
-        logits, selected, cache = traced(runner, np.asarray(tokens[-1:], np.int32), place, cache)
-        rows.append(logits)
-        sets.append(selected)
-    return np.concatenate(rows), np.concatenate(sets, axis=1), tokens
-
-
-def check(name, layers, sharding, **kwargs):
-    (model, config), (logits, selected, tokens) = golden_model(name, layers), expected(name, layers)
-    layout = Layout.create(sharding, config)
-    got_logits, got_selected, got_tokens = read_and_write(Runner(model, config, layout=layout, **kwargs))
-    np.testing.assert_allclose(got_logits, logits, atol=ATOL)
-    np.testing.assert_array_equal(got_selected, selected)
-    assert got_tokens == tokens
-
-
-def on_eight(sharding):
-    """The file's rules on eight devices, where it is for more."""
-    smaller = {"data": 2, "sequence": 4} if "tensor" not in dict(sharding.mesh) else {"sequence": 2}
-    sizes = {axis: size for axis, size in smaller.items() if axis in dict(sharding.mesh)}
-    try:
-        sharding.sizes(len(jax.devices()))
-    except UserError:
-        return sharding.with_sizes(**sizes)
-    return sharding
-
-
-@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_presets(path):
-    check("b", 2 if path.stem == "combined" else 1, on_eight(ShardingConfig.from_file(path)), prefill_chunk=16)
-
-
-def random_sharding(config, seed):
-    """A mesh of eight devices and rules that the model allows."""
-    rng = np.random.default_rng(seed)
-    mesh = [{"x": 8}, {"x": 2, "y": 4}, {"x": 4, "y": 2}, {"x": 2, "y": 2, "z": 2}][rng.integers(4)]
-    rules = {name: [] for name in ("batch", "query_sequence", "cache_sequence", "vocab", "vision_patches")}
-    rules |= {name: [] for name in ("heads", "experts", "expert_hidden")}
-    parts = config.num_key_value_heads
-    for axis in map(str, rng.permutation(list(mesh))):
-        if rng.random() < 0.4 and parts % mesh[axis] == 0:
-            rules["heads"].append(axis)
-            parts //= mesh[axis]
-        else:
-            for name in ("batch", "query_sequence", "cache_sequence"):
-                if rng.random() < 0.6:
-                    rules[name].insert(rng.integers(2), axis)
-        if rng.random() < 0.8:
-            rules[str(rng.choice(["experts", "experts", "expert_hidden"]))].append(axis)
-        for name in ("vocab", "vision_patches"):
-            if rng.random() < 0.5:
-                rules[name].insert(rng.integers(2), axis)
-    values = {"mesh": mesh, "rules": rules | {"kv_heads": rules["heads"]}}
-    values["exchange"] = {"experts": str(rng.choice(["all_gather", "all_to_all"]))}
-    return ShardingConfig.from_dict(values, source=f"random layout {seed}")
-
-
-@pytest.mark.parametrize("number", range(12))
-def test_random_layouts(number):
-    name = "ab"[number % 2]
-    sharding = random_sharding(golden_model(name, 1)[1], number)
-    check(name, 1, sharding, prefill_chunk=[16, 40, None][number % 3])
-
-
-def layout_of(config, mesh, rules, experts="auto"):
-    return Layout.create(
-        ShardingConfig.from_dict({"mesh": mesh, "rules": rules, "exchange": {"experts": experts}}), config
-    )
-
-
-ONE_AXIS = {name: "x" for name in ("batch", "query_sequence", "cache_sequence", "experts", "vocab", "vision_patches")}
 
 
 def filled(cache, sequences, lengths, parallel):
@@ -179,7 +57,7 @@ TENSOR = {"heads": "y", "kv_heads": "y", "experts": ["z", "x"], "vocab": "y"}
 )
 def test_batches_of_different_lengths_decode_alike(batch, mesh, rules, attention):
     """One sequence is empty, and one ends where a device's positions do."""
-    model, config = golden_model("b")
+    model, config = golden_model("b", 2)
     options, rng, size = AttentionOptions(attention), np.random.default_rng(0), 4 * PAGE_SIZE
     kv = rng.normal(
         size=(config.num_hidden_layers, batch, size, 2 * config.num_key_value_heads, config.head_dim)
@@ -231,7 +109,7 @@ def test_of_equal_scores_the_lower_positions_win_on_any_device():
 
 @pytest.mark.parametrize("devices", [{"x": 8}, {"x": 3}, {"x": 2, "y": 2}])
 def test_images_are_shared_out_whatever_their_number(golden, devices):
-    model, config = golden_model("a")
+    model, config = golden_model("a", 2)
     arrays = np.load(golden / "a" / "golden.npz")
     layout = layout_of(config, devices, {"vision_patches": list(devices)})
     embeds = Runner(model, config, layout=layout).encode(arrays["pixels"], arrays["grids"])
@@ -240,7 +118,7 @@ def test_images_are_shared_out_whatever_their_number(golden, devices):
 
 def test_a_decoding_step_moves_what_it_must_and_no_weights():
     """A layer: candidates, parts of the attention, and sums of the experts. The model: embeddings and logits."""
-    model, config = golden_model("a")
+    model, config = golden_model("a", 2)
     runner = Runner(model, config, layout=layout_of(config, {"x": 4}, ONE_AXIS))
     program = runner.decode_program(1, 4096).lower().compile().as_text()
     moved = re.findall(
@@ -253,7 +131,7 @@ def test_a_decoding_step_moves_what_it_must_and_no_weights():
 
 
 def test_the_order_of_a_chunk_is_undone():
-    _, config = golden_model("a")
+    _, config = golden_model("a", 2)
     runner = Runner(Keye.abstract(config), config, layout=layout_of(config, {"x": 4}, ONE_AXIS))
     parallel = runner.parallel(1, 2048)
     order = parallel.token_order(2048)
