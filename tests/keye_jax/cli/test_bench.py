@@ -1,6 +1,7 @@
 """`keye-jax bench` on a tiny model: what it measures, and what it refuses."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +40,19 @@ def test_measures_prompts_and_steps(keye, config, tmp_path):
     assert decode["tokens_per_second"] == 2 / decode["seconds"]
     assert all(what in out for what in rows if not what.startswith("unions"))
     assert out.count("keys that 16 neighbouring queries select") == 3
+
+
+def test_measures_a_layout(keye, config, tmp_path):
+    file = tmp_path / "figures.json"
+    sharding = Path(__file__).parents[3] / "configs" / "sharding" / "expert.yaml"
+    code, out, err = keye(
+        *("bench", "--config", config, "--layers", 1, "--repeats", 1, "--json", file, "--sharding", sharding),
+        *("--prefill", "160", "--decode", "8x128", "--prefill-chunk", 16, "--no-dense", "--no-fp8", "--unrelated", ""),
+    )
+    assert code == 0, out + err
+    assert out.startswith("8 x cpu, 1 layers") and "weights on each (expert 8)" in out
+    what = [row["what"] for row in json.loads(file.read_text())]
+    assert what == ["prefill 160, sparse, video", "unions of prefill 160, video", "decode, 8 x 128, sparse"]
 
 
 @pytest.mark.parametrize(
