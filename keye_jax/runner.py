@@ -278,9 +278,9 @@ class Runner:
         chunks = self._chunks(input_ids, positions, vision_embeds)
         chunk = next(chunks, None)
         while chunk:
-            # A loop whose end devices decide keeps this thread until they are there: the next chunk is prepared before.
-            following = next(chunks, None)
             x, places, count, done = chunk
+            # Before this one is read: a loop whose end devices decide keeps this thread until they are there.
+            chunk = next(chunks, None)
             tokens = x.shape[1]
             static = {"parallel": self.parallel(1, tokens), "options": self.prefill_options(tokens, done)}
             arrays = self._structure, self._arrays, x, places, count, cache
@@ -288,7 +288,6 @@ class Runner:
             if progress:
                 jax.block_until_ready(logits)
                 progress(done, len(input_ids))
-            chunk = following
         assert logits is not None, "an empty prompt"
         return logits, cache
 
