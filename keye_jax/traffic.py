@@ -84,7 +84,8 @@ def _traced(program: Any, times: int, sizes: Mapping[str, int]) -> Iterator[tupl
 
 _INSTRUCTION = re.compile(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
-_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[([^\]]*)\] \{([^}]*)\})")
+_AXIS = re.compile(r"'([^']+)'(?:=(\d+))?")
 
 
 def of_program(text: str) -> tuple[Collective, ...]:
@@ -98,12 +99,24 @@ def _compiled(text: str) -> Iterator[tuple[str, float, int]]:
         if not found:
             continue
         result, kind, start = found.groups()
-        shapes = [
+        # What starts an asynchronous collective also returns numbers that it waits by.
+        arrays = [
             _DTYPE_BYTES.get(dtype, 4) * math.prod(int(side) for side in sides.split(",") if side)
             for dtype, sides in _SHAPE.findall(result)
+            if sides or not start
         ]
-        # What starts an asynchronous collective returns its operands before its results, and what it waits on.
-        held = max(shapes, default=0) if start else sum(shapes)
-        groups = _GROUPS.search(line)
-        devices = int(groups.group(1) or len(groups.group(2).split(","))) if groups else 2
-        yield kind, _received(kind, held, devices), 1
+        # And its operands before its results, but for a sum.
+        held = sum(arrays[len(arrays) // 2 :] if start and kind != "all-reduce" else arrays)
+        yield kind, _received(kind, held, _group_size(line)), 1
+
+
+def _group_size(line: str) -> int:
+    """How many devices take part in one exchange of a collective; of a permutation two."""
+    groups = _GROUPS.search(line)
+    if groups is None:
+        return 2
+    size, members, mesh, axes = groups.groups()
+    if mesh is not None:
+        sizes = {axis: int(size) for axis, size in _AXIS.findall(mesh)}
+        return math.prod(sizes[axis] for axis, _ in _AXIS.findall(axes))
+    return int(size) if size else len(members.split(","))

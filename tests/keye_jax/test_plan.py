@@ -77,10 +77,14 @@ def test_collectives_of_a_compiled_program():
   %ar = (f32[2,2]{1,0}, f32[3]{0}) all-reduce(%a, %b), replica_groups={{0,1},{2,3}}
   %start = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%p), replica_groups=[1,4]<=[4]
   %done = bf16[8,8]{1,0} all-gather-done(%start)
+  %two = ((bf16[2,8], s32[3]), (bf16[16,8], s32[24]), u32[]) all-gather-start(%p), replica_groups=mesh['a'=2,'b'=8] {'b'}
+  %sums = (f32[6]{0}, f32[]) all-reduce-start(%a, %b), replica_groups=mesh['a'=2,'b'=3] {'a','b'}, to_apply=%add
+  %part = ((bf16[32]{0}), bf16[4]{0}) reduce-scatter-start(%p), replica_groups=mesh['a'=8] {'a'}, dimensions={0}
 """
     assert of_program(text) == (
-        Collective("all-gather", 2, 64 * 3 // 4 + 128 * 3 // 4),
-        Collective("all-reduce", 1, 28),
+        Collective("all-gather", 3, 64 * 3 // 4 + 128 * 3 // 4 + (256 + 96) * 7 // 8),
+        Collective("all-reduce", 2, 28 + 2 * 24 * 5 // 6),
+        Collective("reduce-scatter", 1, 8 * 7),
     )
 
 
