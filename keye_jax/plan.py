@@ -1,8 +1,8 @@
 """What a job would take on devices that are not here: memory, work, traffic, and the longest context that fits.
 
-Weights and cache are computed, exactly, from the layout. Explicit collectives are counted in the traced program. For
-TPUs the whole program is compiled by the TPU compiler for the topology, which needs no TPU, and memory and collectives
-are the compiler's own figures. Floating point operations and bytes read are estimates, by the formulas below.
+Weights and cache are computed, exactly, from the layout. Explicit collectives are counted in the traced program. Where
+the platform's compiler is installed, the whole program is compiled, which needs no such device: memory and collectives
+are the compiler's own figures then. Floating point operations and bytes read are estimates, by the formulas below.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ from keye_jax.runner import PREFILL_CHUNK, Runner
 from keye_jax.sharding import Layout, ShardingConfig
 from keye_jax.sharding.memory import cache_bytes, weight_bytes
 from keye_jax.traffic import Collective, of_program, of_trace
+from pallas_kernels.errors import UnsupportedError
 
 USABLE = 0.95
 """Share of a GPU's memory that a job can have; XLA takes 0.75 unless XLA_PYTHON_CLIENT_MEM_FRACTION says more."""
 
 TPU_PREFILL_CHUNK = 1024
+
+_COMPILER_OPTIONS = {"gpu": {"xla_gpu_autotune_level": "0"}}
+"""Trying which way is the fastest takes a GPU."""
 
 _UNION = 8192
 """Keys that 16 neighbouring queries select together at most, as the technical report has them at 128K tokens."""
@@ -42,7 +46,7 @@ class Step:
     Attributes:
       tokens: new tokens, of all sequences together.
       arguments, workspace, peak: bytes on one device: weights, cache and inputs; what the step needs besides; together.
-      compiled: whether these are the TPU compiler's figures; they are estimates otherwise.
+      compiled: whether these are a compiler's figures; they are estimates otherwise.
       compile_seconds: how long compiling took, or None.
       flops: floating point operations on one device.
       bytes_moved: bytes that one device reads from and writes to its memory.
@@ -120,14 +124,16 @@ def plan(
     prefill_chunk: int | None = None,
     implementation: str | None = None,
     indexer_dtype: Literal["float8_e4m3fn"] | None = None,
-    compile_for_tpu: bool = True,
+    compile_programs: bool = True,
 ) -> Plan:
     """Plans a job of `batch` sequences with room for `context` tokens each; prompts are read one at a time.
 
     Args:
       prefill_chunk: prompt tokens that a device reads in one step; what suits the platform if left out.
-      implementation: of the kernels in the programs that are compiled; None takes those that a TPU takes by itself.
-      compile_for_tpu: False estimates for a TPU what would be compiled.
+      implementation: of the kernels in the programs that are compiled; None takes the platform's own, or all portable
+        ones where those refuse.
+      compile_programs: False estimates what would be compiled: programs for TPUs, and for GPUs that are described where
+        JAX's plugin for CUDA is installed.
 
     Raises:
       UserError: the context is longer than the model's, the layout impossible, or the topology unknown.
@@ -139,37 +145,48 @@ def plan(
     if batch < 1:
         raise UserError(f"--batch is {batch}; it must be at least 1")
     chip = platform.chip
-    compiling = compile_for_tpu and chip.platform == "tpu"
+    devices = _compile_only_devices(platform) if compile_programs else None
+    compiling = devices is not None
     if compiling:
-        layout = Layout.create(sharding, config, devices=_topology_devices(platform))
+        layout = Layout.create(sharding, config, devices=devices)
     else:
         layout = Layout.abstract(sharding, config, platform.devices, chip.platform)
-    if implementation is None:
-        # On TPUs the portable form scores float8 keys, which a program that is told one implementation must be told.
-        implementation = "mosaic_tpu" if compiling and indexer_dtype is None else "xla"
     chunk = prefill_chunk or PREFILL_CHUNK.get(chip.platform, TPU_PREFILL_CHUNK)
-    options = AttentionOptions(implementation=implementation, dense_below=0, indexer_dtype=indexer_dtype)
-    runner = Runner(Keye.abstract(config), config, layout=layout, options=options, prefill_chunk=chunk)
+
+    def traced_with(implementation: str) -> tuple[Runner, dict[str, jax.stages.Traced]]:
+        options = AttentionOptions(implementation=implementation, dense_below=0, indexer_dtype=indexer_dtype)
+        runner = Runner(Keye.abstract(config), config, layout=layout, options=options, prefill_chunk=chunk)
+        reading, writing = runner.prefill_programs(context)[-1], runner.decode_program(batch, context)
+        return runner, {"prefill": reading, "decode": writing}
+
+    own = implementation or (chip.implementation if compiling else "xla")
+    try:
+        runner, programs = traced_with(own)
+    except UnsupportedError:
+        if implementation is not None:
+            raise
+        own = "xla"
+        runner, programs = traced_with(own)
     sizes = functools.partial(cache_bytes, config, layout=layout, indexer_dtype=indexer_dtype)
     weights, cache = weight_bytes(config, layout), sizes(batch, context)
     prompt = context * config.hidden_size * config.jax_dtype.itemsize
     memory = int(_memory(platform))
     work, steps, problem = _Work(config, layout, chunk, indexer_dtype), {}, None
-    for name, tokens in (("prefill", runner.chunk(context)), ("decode", batch)):
+    for name, traced in programs.items():
         reading = name == "prefill"
-        traced = runner.prefill_programs(context)[-1] if reading else runner.decode_program(batch, context)
+        tokens = runner.chunk(context) if reading else batch
         collectives, seconds = of_trace(traced.jaxpr, layout.mesh.shape), None
         if compiling:
             begun = time.perf_counter()
             try:
-                program = traced.lower().compile()
+                program = _compile(traced, _COMPILER_OPTIONS.get(chip.platform))
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 problem = problem or f"{name}: {_sentence(str(error))}"
                 continue
             seconds, figures, text = time.perf_counter() - begun, program.memory_analysis(), program.as_text()
-            assert figures is not None and text is not None, "the TPU compiler gives both"
+            assert figures is not None and text is not None, "these compilers give both"
             # A program's arguments are those that it reads; the others are on the device all the same.
             others = ("vision", "projector", *(["embed_tokens"] if reading else []))
             arguments = figures.argument_size_in_bytes + weight_bytes(config, layout, only=others)
@@ -209,7 +226,7 @@ def plan(
         context=context,
         batch=batch,
         prefill_chunk=runner.chunk(context),
-        implementation=implementation,
+        implementation=own,
         memory=memory,
         weights=weights,
         cache=cache,
@@ -223,10 +240,18 @@ def plan(
     )
 
 
-def _topology_devices(platform: Platform) -> list[Any]:
+def _compile_only_devices(platform: Platform) -> list[Any] | None:
+    """Devices that programs can be compiled for, though they are not here; None where there is no compiler for them."""
     from jax.experimental import topologies
 
-    assert platform.topology is not None, "only TPUs are compiled for"
+    if platform.chip.description is not None:
+        count, description = f"1x1x{platform.devices}", platform.chip.description
+        try:
+            return topologies.get_topology_desc(platform="cuda", topology=count, target_config=description).devices
+        except (NotImplementedError, RuntimeError):
+            return None
+    if platform.topology is None:
+        return None
     more = {"num_slices": platform.slices} if platform.slices > 1 else {}
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=platform.topology, **more).devices
@@ -235,6 +260,16 @@ def _topology_devices(platform: Platform) -> list[Any]:
         raise UserError(
             f"--platform is {platform.name!r}; the TPU compiler (pip install 'keye-jax[tpu]') must know it: {reason}"
         ) from error
+
+
+def _compile(program: jax.stages.Traced, options: dict[str, str] | None) -> jax.stages.Compiled:
+    kept = jax.config.jax_enable_compilation_cache
+    # What is compiled for devices that are not there cannot be read back from the cache.
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        return program.lower().compile(compiler_options=options)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", kept)
 
 
 def _at_least(platform: Platform, flops: float, moved: float, collectives: tuple[Collective, ...]) -> float | None:

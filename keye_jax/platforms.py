@@ -21,6 +21,9 @@ class Chip:
       bandwidth: bytes a second from and to memory.
       interconnect: bytes a second to other devices, in one direction, all links together.
       source: where the figures come from.
+      description: of a GPU, what XLA's compiler must know of it to compile for it elsewhere, a `GpuTargetConfigProto`
+        in text; None for one that programs are not compiled for elsewhere.
+      implementation: of the kernels that it runs by itself.
     """
 
     platform: str
@@ -29,20 +32,40 @@ class Chip:
     bandwidth: float | None = None
     interconnect: float | None = None
     source: str = ""
+    description: str | None = None
+    implementation: str = "xla"
 
 
-_NVIDIA, _CLOUD = "NVIDIA's data sheet", "Google Cloud's TPU documentation"
+def _hopper(memory: float, bandwidth: float) -> str:
+    """A GPU of NVIDIA's compute capability 9.0, SXM."""
+    return f"""
+        platform_name: "CUDA"
+        gpu_device_info {{
+          cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
+          core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+          device_memory_size: {memory:.0f} memory_bandwidth: {bandwidth:.0f} l2_cache_size: {50 * 2**20}
+          shared_memory_per_core: {228 * 1024}
+          shared_memory_per_block: {48 * 1024} shared_memory_per_block_optin: {227 * 1024}
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+          block_dim_limit_x: {2**31 - 1} block_dim_limit_y: 65535 block_dim_limit_z: 65535
+        }}"""
+
+
+_NVIDIA, _CLOUD, _TPU = "NVIDIA's data sheet", "Google Cloud's TPU documentation", "mosaic_tpu"
 
 CHIPS = {
     "cpu": Chip("cpu", None),
-    "h100": Chip("gpu", 80e9, 989e12, 3.35e12, 450e9, f"{_NVIDIA}, H100 SXM"),
-    "h200": Chip("gpu", 141e9, 989e12, 4.8e12, 450e9, f"{_NVIDIA}, H200 SXM"),
+    "h100": Chip(*("gpu", 80e9, 989e12, 3.35e12, 450e9, f"{_NVIDIA}, H100 SXM"), _hopper(80e9, 3.35e12), "mosaic_gpu"),
+    "h200": Chip(*("gpu", 141e9, 989e12, 4.8e12, 450e9, f"{_NVIDIA}, H200 SXM"), _hopper(141e9, 4.8e12), "mosaic_gpu"),
     "b200": Chip("gpu", 180e9, 2.25e15, 8e12, 900e9, f"{_NVIDIA}, DGX B200"),
-    "v5e": Chip("tpu", 16 * GIB, 197e12, 819e9, 200e9, f"{_CLOUD}, v5e"),
-    "v5p": Chip("tpu", 95 * GIB, 459e12, 2765e9, 600e9, f"{_CLOUD}, v5p"),
-    "v6e": Chip("tpu", 32 * GIB, 918e12, 1638e9, 400e9, f"{_CLOUD}, v6e"),
+    "v5e": Chip("tpu", 16 * GIB, 197e12, 819e9, 200e9, f"{_CLOUD}, v5e", implementation=_TPU),
+    "v5p": Chip("tpu", 95 * GIB, 459e12, 2765e9, 600e9, f"{_CLOUD}, v5p", implementation=_TPU),
+    "v6e": Chip("tpu", 32 * GIB, 918e12, 1638e9, 400e9, f"{_CLOUD}, v6e", implementation=_TPU),
     # A chip of two cores, each a device with its half of the chip.
-    "tpu7x": Chip("tpu", 96 * GIB, 2307e12 / 2, 7380e9 / 2, 600e9 / 2, f"{_CLOUD}, TPU7x, half a chip"),
+    "tpu7x": Chip(
+        *("tpu", 96 * GIB, 2307e12 / 2, 7380e9 / 2, 600e9 / 2, f"{_CLOUD}, TPU7x, half a chip"), implementation=_TPU
+    ),
 }
 
 _CORES = {"tpu7x": 2}

@@ -30,11 +30,11 @@ def plan(
     prefill_chunk: options.PrefillChunk = None,
     slices: Annotated[int, typer.Option(help="How many TPU slices of this topology.")] = 1,
     implementation: Annotated[
-        str | None, typer.Option(help="Kernels in the programs that are compiled, by default a TPU's own.")
+        str | None, typer.Option(help="Kernels in the programs that are compiled; by default the platform's.")
     ] = None,
     indexer_dtype: options.IndexerDtype = None,
     compile_: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Compile for TPUs, which takes minutes, or estimate.")
+        bool, typer.Option("--compile/--no-compile", help="Compile where there is a compiler for it, in minutes.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
@@ -63,7 +63,7 @@ def plan(
         prefill_chunk=chunk,
         implementation=implementation,
         indexer_dtype=options.attention_options("sparse", None, indexer_dtype=indexer_dtype).indexer_dtype,
-        compile_for_tpu=compile_,
+        compile_programs=compile_,
     )
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
@@ -86,7 +86,6 @@ def _without_devices() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    options.enable_compilation_cache()
 
 
 def _print(found: Plan) -> None:

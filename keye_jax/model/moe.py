@@ -115,7 +115,7 @@ def mix_experts(
     order = jnp.pad(order, (0, -order.size % rows_at_once))
     ends = jnp.cumsum(group_sizes)
 
-    def turn(index: jax.Array | int) -> jax.Array:
+    def turn(index: jax.Array, mixed: jax.Array) -> jax.Array:
         first = index * rows_at_once
         part = jax.lax.dynamic_slice_in_dim(order, first, rows_at_once)
         until = jnp.clip(ends - first, 0, rows_at_once)
@@ -123,11 +123,14 @@ def mix_experts(
         here = (at >= 0) & (at < rows_at_once)
         part_weights = jnp.where(here, weights, 0.0)
         # Rows of other turns are all read at one place: they count as zeros, and cost little.
-        return mix(part, jnp.where(here, at, 0), jnp.diff(until, prepend=0), part_weights)
+        return mixed + mix(part, jnp.where(here, at, 0), jnp.diff(until, prepend=0), part_weights)
 
-    # Most often there is one turn. To begin with zeros would keep zeros for every layer from the step's beginning.
     turns = (ends[-1] + rows_at_once - 1) // rows_at_once
-    return jax.lax.fori_loop(1, turns, lambda index, mixed: mixed + turn(index), turn(0))
+    # On GPUs a program keeps constants for every layer from its beginning: there, zeros that XLA does not know to be.
+    zeros = jax.lax.platform_dependent(
+        turns, cuda=lambda turns: jnp.full_like(x, jnp.where(turns < 0, 1, 0)), default=lambda _: jnp.zeros_like(x)
+    )
+    return jax.lax.fori_loop(0, turns, turn, zeros)
 
 
 def few_largest(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

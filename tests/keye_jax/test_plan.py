@@ -1,6 +1,7 @@
 """Plans: bytes are those of the arrays there would be, collectives those of the program, mistakes are refused."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -28,8 +29,8 @@ def sharding(name):
     return ShardingConfig.from_file(ROOT / "configs" / "sharding" / f"{name}.yaml")
 
 
-def make(config, name, platform, **job):
-    return plan(config, sharding(name), Platform.parse(platform), **job)
+def make(config, name, platform, *, compile_programs=False, **job):
+    return plan(config, sharding(name), Platform.parse(platform), compile_programs=compile_programs, **job)
 
 
 def test_weights_and_cache_are_those_of_the_arrays(tiny):
@@ -71,13 +72,26 @@ def test_what_does_not_fit_is_told_with_the_largest_context_that_would():
     assert fitting.fits and fitting.peak > 0.97 * fitting.memory
 
 
+@pytest.mark.skipif(not find_spec("jax_cuda13_plugin"), reason="JAX's plugin for CUDA is not installed")
+def test_programs_are_compiled_for_gpus_that_are_not_there(tiny):
+    found = make(tiny, "combined", "h200:2", context=1024, compile_programs=True)
+    assert found.prefill.compiled and found.decode.compiled
+    assert {"all-gather", "reduce-scatter"} <= {each.kind for each in found.prefill.collectives}
+    # The kernels for Hopper GPUs take no index heads of 16 elements.
+    assert found.implementation == "xla" and found.fits
+
+
+def test_gpus_without_a_description_are_estimated(tiny):
+    assert not make(tiny, "combined", "b200:2", context=1024, compile_programs=True).prefill.compiled
+
+
 def test_collectives_of_a_compiled_program():
     text = """
   %all-gather.1 = bf16[4,8]{1,0} all-gather(%p), replica_groups=[4,4]<=[16], dimensions={0}
   %ar = (f32[2,2]{1,0}, f32[3]{0}) all-reduce(%a, %b), replica_groups={{0,1},{2,3}}
   %start = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%p), replica_groups=[1,4]<=[4]
   %done = bf16[8,8]{1,0} all-gather-done(%start)
-  %two = ((bf16[2,8], s32[3]), (bf16[16,8], s32[24]), u32[]) all-gather-start(%p), replica_groups=mesh['a'=2,'b'=8] {'b'}
+  %q = ((bf16[2,8], s32[3]), (bf16[16,8], s32[24]), u32[]) all-gather-start(%p), replica_groups=mesh['a'=2,'b'=8] {'b'}
   %sums = (f32[6]{0}, f32[]) all-reduce-start(%a, %b), replica_groups=mesh['a'=2,'b'=3] {'a','b'}, to_apply=%add
   %part = ((bf16[32]{0}), bf16[4]{0}) reduce-scatter-start(%p), replica_groups=mesh['a'=8] {'a'}, dimensions={0}
 """

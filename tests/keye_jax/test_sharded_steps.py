@@ -139,8 +139,8 @@ def test_the_order_of_a_chunk_is_undone():
     np.testing.assert_array_equal(np.asarray(parallel.in_order(jnp.asarray(order)[None])[0]), np.arange(2048))
 
 
-@pytest.mark.parametrize(("step", "kernels"), [("read", 8), ("decode", 6)])
-def test_hopper_kernels_are_lowered_inside_a_layout(step, kernels):
+@pytest.mark.parametrize("step", ["read", "decode"])
+def test_hopper_kernels_are_lowered_inside_a_layout(step):
     """One layer of the released size, the cache's positions, the experts and eight heads a device on four devices."""
     released = KeyeConfig.from_file(Path(__file__).parents[2] / "configs" / "model" / "keye_vl_2_30b_a3b.json")
     config = dataclasses.replace(released, num_hidden_layers=1)
@@ -149,6 +149,5 @@ def test_hopper_kernels_are_lowered_inside_a_layout(step, kernels):
     runner = Runner(Keye.abstract(config), config, layout=layout, options=options, prefill_chunk=2048)
     (program,) = runner.prefill_programs(32_768) if step == "read" else [runner.decode_program(1, 32_768)]
     text = program.lower(lowering_platforms=("cuda",)).as_text()
-    # Reading: scores, selection, unions, attention, and the experts' two in the first turn and in the loop of others.
-    # Decoding: scores, two selections, attention, and the experts' two.
-    assert text.count("custom_call @mosaic_gpu") == kernels
+    # Reading: scores, selection, unions, attention. Decoding: scores, two selections, attention. And the experts' two.
+    assert text.count("custom_call @mosaic_gpu") == 6
