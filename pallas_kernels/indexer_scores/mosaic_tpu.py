@@ -21,6 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.tpu import vmem_limit
+
 _LANES = 128
 _TILE = 256  # keys of one product: the width of the larger systolic arrays
 _QUERIES = 256  # of one block
@@ -90,7 +92,8 @@ def indexer_scores(
         out_shape=jax.ShapeDtypeStruct((batch, queries, length), jnp.float32),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=32 * 2**20,
+            # No more than it needs: XLA keeps other arrays of a step in the rest.
+            vmem_limit_bytes=min(vmem_limit(), 32 * 2**20),
             disable_bounds_checks=True,
         ),
         cost_estimate=pl.CostEstimate(
