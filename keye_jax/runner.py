@@ -125,7 +125,7 @@ class Runner:
         ]
 
     def prefill_options(self, chunk: int, end: int) -> AttentionOptions:
-        """The options of the step of `prefill` that reads a chunk of so many tokens up to the context's end `end`."""
+        """The options of the step of `prefill` that reads a chunk of so many tokens, up to position `end`."""
         parallel = self.parallel(1, chunk)
         return self.options.for_context(end, split=bool(parallel and parallel.query_sequence))
 

@@ -17,3 +17,13 @@ def pytest_addoption(parser):
 def golden():
     """Directory of recorded reference data."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def quick_to_compile():
+    """For many programs, each run once."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -276,14 +276,13 @@ def _print_setting(config: KeyeConfig, layout: Layout | None, attention: Attenti
     powers = (2**i for i in range(10, 19))
     dense = max((tokens for tokens in powers if attention.for_context(tokens).attention == "dense"), default=0)
     each, count = weight_bytes(config, layout), ""
-    where = f"; sparse is dense up to {_size(dense)} tokens" if dense else ""
+    detail = f"; sparse is dense up to {_size(dense)} tokens" if dense else ""
     if layout:
         count = f"{layout.mesh.size} x "
-        where = f" on each ({' x '.join(f'{axis} {size}' for axis, size in layout.mesh.shape.items())})"
+        detail = f" on each ({' x '.join(f'{axis} {size}' for axis, size in layout.mesh.shape.items())})"
     print(
         f"{count}{jax.devices()[0].device_kind}, {config.num_hidden_layers} layers, {each / 1e9:.1f} GB of "
-        f"random {config.dtype} weights{where}"
-        + (f"; sparse is dense up to {_size(dense)} tokens" if dense and not layout else ""),
+        f"random {config.dtype} weights{detail}",
         flush=True,
     )
 

@@ -68,8 +68,8 @@ class AttentionOptions:
         """The options of a step whose context has at most so many tokens: whether it attends sparsely is settled.
 
         Args:
-          split: whether devices have stripes of its queries: each stripe attends densely by itself, to a copy of all
-            keys of its own, so that selecting is faster at any length.
+          split: whether devices have stripes of its queries. Each stripe would attend densely to a copy of all keys of
+            its own, which `DENSE_BELOW` does not count: only the option "dense" is dense then.
         """
         limit = DENSE_BELOW.get(self.kernels, 0) if self.dense_below is None else self.dense_below
         dense = self.attention == "dense" or (tokens <= limit and not split and not self.intermediates)

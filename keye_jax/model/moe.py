@@ -126,7 +126,7 @@ def mix_experts(
         return mixed + mix(part, jnp.where(here, at, 0), jnp.diff(until, prepend=0), part_weights)
 
     turns = (ends[-1] + rows_at_once - 1) // rows_at_once
-    # On GPUs a program keeps constants for every layer from its beginning: there, zeros that XLA does not know to be.
+    # On GPUs XLA makes constants of all layers at a program's beginning, and what it cannot foresee when it is needed.
     zeros = jax.lax.platform_dependent(
         turns, cuda=lambda turns: jnp.full_like(x, jnp.where(turns < 0, 1, 0)), default=lambda _: jnp.zeros_like(x)
     )

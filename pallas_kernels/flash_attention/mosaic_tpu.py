@@ -109,7 +109,7 @@ def _attend(
         def start(turn: jax.Array | int) -> None:
             buffer = jax.lax.rem(turn, 2)
             for page in range(chunk_pages):
-                source = kv.at[table[sequence, turn * chunk_pages + page]]
+                source = kv.at[table[0, turn * chunk_pages + page]]
                 target = pages.at[buffer, pl.ds(page * page_size, page_size)]
                 pltpu.make_async_copy(source, target, done.at[buffer]).start()
 
@@ -170,9 +170,14 @@ def _attend(
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=1,
             grid=(batch, blocks, turns),
-            in_specs=[of_block(kv_heads, rows, dim), pl.BlockSpec(memory_space=pltpu.HBM)],
+            in_specs=[
+                # One sequence's: those of 64 sequences of 256K tokens are more than the scalar memory.
+                pl.BlockSpec((None, 1, table.shape[1]), lambda b, *_: (b, 0, 0), memory_space=pltpu.SMEM),
+                of_block(kv_heads, rows, dim),
+                pl.BlockSpec(memory_space=pltpu.HBM),
+            ],
             out_specs=[of_block(kv_heads, rows, dim), of_block(kv_heads, 1, rows)],
             scratch_shapes=[
                 pltpu.VMEM((2, chunk, 2 * kv_heads, dim), kv.dtype),
@@ -198,4 +203,4 @@ def _attend(
             transcendentals=pairs,
         ),
         name="paged_flash_attention",
-    )(query_start, table, q, kv)
+    )(query_start, table[:, None], q, kv)

@@ -10,14 +10,8 @@ from keye_jax.errors import UserError
 from keye_jax.sharding import ShardingConfig
 from tests.keye_jax.sharded_helpers import check, golden_model
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "sharding").glob("*.yaml"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def on_eight(sharding):

@@ -17,12 +17,7 @@ from keye_jax.model.keye import Keye
 from keye_jax.runner import Runner
 from tests.keye_jax.sharded_helpers import ATOL, GREEDY, ONE_AXIS, TOKENS, golden_model, layout_of, read_and_write
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 def filled(cache, sequences, lengths, parallel):

@@ -55,6 +55,13 @@ def test_measures_a_layout(keye, config, tmp_path):
     assert what == ["prefill 160, sparse, video", "unions of prefill 160, video", "decode, 8 x 128, sparse"]
 
 
+def test_says_once_what_one_device_attends_to_densely(keye, config):
+    nothing = "bench", "--config", config, "--prefill", "", "--decode", "", "--dense-below", 2048
+    assert keye(*nothing)[1].count("sparse is dense up to 2K tokens") == 1
+    sharding = Path(__file__).parents[3] / "configs" / "sharding" / "expert.yaml"
+    assert "sparse is dense" not in keye(*nothing, "--sharding", sharding)[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
