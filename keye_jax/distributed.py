@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from types import TracebackType
 from typing import Any, NoReturn
 
 from keye_jax.errors import UserError
@@ -23,7 +24,8 @@ SILENCE_S = 10.0
 """Seconds without a sign of life after which a process is lost."""
 
 _SIGN_S = 1.0
-_HEARTBEAT_S = 20
+# After this silence JAX aborts all. Up to half of it may be over when a process dies: twice what ending it here takes.
+_HEARTBEAT_S = 60
 _START_S = 300
 _SHUTDOWN_S = 20
 _ALIVE, _DONE, _FAILED = "keye/alive/", "done", "failed: "
@@ -35,7 +37,7 @@ def start(coordinator: str | None = None, processes: int | None = None, process_
 
     Without arguments the environment decides: a Slurm step of several tasks (each with the GPU of its local number),
     Open MPI, or the TPU workers that GKE names. "auto" for `coordinator` asks JAX, which also finds the workers of a
-    TPU machine outside GKE. Afterwards only process 0 prints.
+    TPU machine outside GKE. Afterwards only process 0 prints, and an error that nothing catches ends all of them.
 
     Args:
       coordinator: "HOST:PORT" of process 0, the same for all processes.
@@ -135,22 +137,6 @@ def fail(message: str, code: int) -> None:
     os._exit(code)
 
 
-def crash(error: BaseException) -> None:
-    """Ends this process after an error nobody expected; returns only where there are no others.
-
-    A process whose partner dies in the middle of a collective gets an error too; so the partner has its time to be
-    found missing, and is then named, before the error is taken for this process's own.
-    """
-    if _job is None:
-        return
-    time.sleep(SILENCE_S + 3 * _SIGN_S)
-    _job.fail(f"{type(error).__name__}: {error}".splitlines()[0])
-    _job.errors.write("".join(traceback.format_exception(error)))
-    _job.say(f"{_job.names[_job.process_id]} failed")
-    time.sleep(3 * _SIGN_S)
-    os._exit(1)
-
-
 class _Job:
     """This process among the others.
 
@@ -177,6 +163,8 @@ class _Job:
         if process_id:
             sys.stderr = sys.stdout
             self._name_the_coordinator_when_jax_aborts()
+        # Left to itself, Python would first wait at its exit for the others, until JAX aborts it.
+        sys.excepthook = self._crash
         threading.Thread(target=self._watch, daemon=True).start()
 
     def say(self, message: str) -> None:
@@ -224,6 +212,19 @@ class _Job:
         self.say(f"{why}; {self.names[self.process_id]} ends")
         if self.process_id == 0:
             time.sleep(3 * _SIGN_S)  # until the others have seen it too: with this process their connection breaks
+        os._exit(1)
+
+    def _crash(self, _: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
+        """Ends this process after an error that nothing caught.
+
+        A process whose partner dies in the middle of a collective gets an error too; so the partner has its time to be
+        found missing, and is then named, before the error is taken for this process's own.
+        """
+        time.sleep(SILENCE_S + 3 * _SIGN_S)
+        self.fail(f"{type(error).__name__}: {error}".splitlines()[0])
+        self.errors.write("".join(traceback.format_exception(error.with_traceback(trace))))
+        self.say(f"{self.names[self.process_id]} failed")
+        time.sleep(3 * _SIGN_S)
         os._exit(1)
 
     def _name_the_coordinator_when_jax_aborts(self) -> None:

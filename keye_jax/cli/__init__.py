@@ -48,9 +48,6 @@ def run(command: typer.Typer, arguments: list[str]) -> int:
         distributed.fail("interrupted", 130)
         print("keye-jax: interrupted", file=sys.stderr)
         return 130
-    except Exception as error:
-        distributed.crash(error)
-        raise
     return code if isinstance(code, int) else 0
 
 

@@ -152,7 +152,7 @@ def test_processes_read_their_parts_write_the_same_and_end_when_one_is_killed(ch
         for number, worker in enumerate(workers):
             _, _, err = finish(worker, seconds=60)
             if number != victim:
-                assert worker.returncode == 1
+                assert worker.returncode == 1, err
                 assert f"keye-jax: process {victim} ({socket.gethostname()}) is lost" in err
         assert time.monotonic() - killed < 30
     finally:
