@@ -77,9 +77,9 @@ def pytest_pyfunc_call():
         pytest.skip(str(error))
 
 
-@pytest.fixture(params=dict.fromkeys([*available(), "mosaic_tpu"]))
+@pytest.fixture(params=(*available(), "mosaic_tpu") if jax.default_backend() == "cpu" else available())
 def implementation(request):
-    """Each name in turn; what is for a TPU is interpreted elsewhere, its memories, copies and semaphores simulated."""
+    """Each name in turn; what is for a TPU is interpreted on a CPU, its memories, copies and semaphores simulated."""
     interpreted = request.param == "mosaic_tpu" and "mosaic_tpu" not in available()
     with pltpu.force_tpu_interpret_mode() if interpreted else contextlib.nullcontext():
         yield request.param
