@@ -27,7 +27,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
     from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     lines: dict[str, list[tuple[int, float]]] = {name: [] for name in _COLOURS}
-    labels = {"clustered": "sparse, clustered selections", "uniform": "sparse, unrelated selections"}
+    labels = {"clustered": "sparse, clustered selections (of dense)", "uniform": "sparse, unrelated selections"}
     ratios = []
     for layer in result["layers"]:
         if "dsa_seconds" in layer:
@@ -54,13 +54,15 @@ def draw(result: dict[str, Any], file: Path) -> None:
                 milliseconds = [x * 1e3 for x in seconds]
                 axes.plot(tokens, milliseconds, marker="o", linewidth=2, color=_COLOURS[name], label=labels[name])
         for tokens, seconds, ratio in ratios:
-            place = {"textcoords": "offset points", "xytext": (0, -16), "ha": "center"}
-            axes.annotate(f"{ratio:.2f}x", (tokens, seconds * 1e3), color=_COLOURS["clustered"], **place)
+            beside = {"xytext": (-2, 6), "ha": "right"} if ratio > 1 else {"xytext": (2, -14), "ha": "left"}
+            place = beside | {"textcoords": "offset points"}
+            axes.annotate(f"{ratio:.2f}", (tokens, seconds * 1e3), color=_COLOURS["clustered"], **place)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         ticks = sorted({layer["tokens"] for layer in result["layers"]})
         axes.set_xticks(ticks, [f"{tick // 1024}K" for tick in ticks], minor=False)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.margins(x=0.08)
         axes.set_xlabel("tokens")
         axes.set_ylabel("ms")
         axes.set_title(f"Attention of one layer, {result['device']}")
