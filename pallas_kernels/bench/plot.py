@@ -54,9 +54,15 @@ def draw(result: dict[str, Any], file: Path) -> None:
                 milliseconds = [x * 1e3 for x in seconds]
                 axes.plot(tokens, milliseconds, marker="o", linewidth=2, color=_COLOURS[name], label=labels[name])
         for tokens, seconds, ratio in ratios:
-            beside = {"xytext": (-2, 6), "ha": "right"} if ratio > 1 else {"xytext": (2, -14), "ha": "left"}
-            place = beside | {"textcoords": "offset points"}
-            axes.annotate(f"{ratio:.2f}", (tokens, seconds * 1e3), color=_COLOURS["clustered"], **place)
+            beside, side = ((-2, 6), "right") if ratio > 1 else ((2, -14), "left")
+            axes.annotate(
+                f"{ratio:.2f}",
+                (tokens, seconds * 1e3),
+                beside,
+                textcoords="offset points",
+                ha=side,
+                color=_COLOURS["clustered"],
+            )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         ticks = sorted({layer["tokens"] for layer in result["layers"]})
