@@ -45,7 +45,8 @@ class Step:
 
     Attributes:
       tokens: new tokens, of all sequences together.
-      arguments, workspace, peak: bytes on one device: weights, cache and inputs; what the step needs besides; together.
+      arguments, workspace: bytes on one device: weights, cache and inputs; what the step needs besides.
+      peak: both, and of a step of reading the embeddings of the whole prompt.
       compiled: whether these are a compiler's figures; they are estimates otherwise.
       compile_seconds: how long compiling took, or None.
       flops: floating point operations on one device.

@@ -25,7 +25,7 @@ def convert(
     modelscope: Annotated[str | None, typer.Option(metavar="ID", help="Take the checkpoint from ModelScope.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Where downloads are kept, in place of the hub library's own cache.")
+        Path | None, typer.Option(help="Where downloads are kept, in place of the user's cache directory.")
     ] = None,
     check_finite: Annotated[
         bool, typer.Option("--check-finite", help="Read everything first and refuse infinities and NaNs.")

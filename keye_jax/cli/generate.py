@@ -43,13 +43,15 @@ def generate(
         Path | None, typer.Option(help="JSON file of a whole conversation, in place of a prompt.")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens to write; 4096 or what fits if left out.")
+        int | None, typer.Option(help="Most tokens to write; 4096 or what the model's positions allow if left out.")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="0 takes the most likely token. [default: checkpoint's]")
+        float | None, typer.Option(help="0 takes the most likely token; the checkpoint's if left out.")
     ] = None,
-    top_p: Annotated[float | None, typer.Option(help="Probability to draw from. [default: checkpoint's]")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Tokens to draw from; 0 for all. [default: checkpoint's]")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Probability to draw from; the checkpoint's if left out.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Tokens to draw from, 0 for all; the checkpoint's if left out.")
+    ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
     seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
     fps: Annotated[float | None, typer.Option(help="Frames to look at a second of video.")] = None,

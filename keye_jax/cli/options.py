@@ -23,7 +23,7 @@ Implementation = Annotated[
     str | None, typer.Option(help="Kernels to use; the best that the device supports if left out.")
 ]
 PrefillChunk = Annotated[
-    int | None, typer.Option(help="Prompt tokens read in one step; the answer does not depend on it.")
+    int | None, typer.Option(help="Prompt tokens that each device reads in one step; the answer does not depend on it.")
 ]
 DenseBelow = Annotated[
     int | None,

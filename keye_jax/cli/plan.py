@@ -98,7 +98,7 @@ def _print(found: Plan) -> None:
     for name, step in steps.items():
         if step:
             how = f"compiled in {step.compile_seconds:.0f} s" if step.compiled else "estimated"
-            own = step.arguments - found.weights
+            own = step.peak - step.workspace - found.weights
             lines.append((name, *map(_gib, (found.weights, own, step.workspace, step.peak)), how))
     _print_table(lines)
     print(f"weights and cache are computed; there are {_gib(found.memory)} GiB")

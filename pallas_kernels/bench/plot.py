@@ -27,7 +27,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
     from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     lines: dict[str, list[tuple[int, float]]] = {name: [] for name in _COLOURS}
-    labels = {"clustered": "sparse, clustered selections (of dense)", "uniform": "sparse, unrelated selections"}
+    labels = {"clustered": "sparse, clustered selections (of dense)", "uniform": "sparse, uniform selections"}
     ratios = []
     for layer in result["layers"]:
         if "dsa_seconds" in layer:

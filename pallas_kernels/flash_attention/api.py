@@ -42,7 +42,7 @@ def paged_flash_attention(
     scale: float,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Causal softmax attention over paged keys and values: what sparse attention is compared with.
+    """Causal softmax attention over paged keys and values: for short contexts, and to compare sparse attention with.
 
     Args:
       q: `[b, t, n, d]`.
