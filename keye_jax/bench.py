@@ -45,9 +45,15 @@ _COLLECTIVES = ("nccl", "all_gather", "allgather", "all_reduce", "allreduce", "r
 
 GREEDY = Sampling(temperature=0.0)
 
-_GROUP, _TAIL = 16, 64
+TAIL = 64
+"""Last tokens of a prompt, whose selections are looked at."""
+
+_GROUP = 16
 _DECODE_STEPS = 16
 _DECODE_SAMPLES = 5
+
+SHORTEST_CONTEXT = (_DECODE_SAMPLES + 1) * _DECODE_STEPS
+"""Tokens that are written to each sequence while a step is timed."""
 
 
 def random_model(config: KeyeConfig, seed: int = 0, layout: Layout | None = None) -> Keye:
@@ -160,7 +166,7 @@ def compile_steps(
 ) -> None:
     """Compiles side by side all that `time_prefill`, `union_sizes` (of `traced`) and `time_decode` will need."""
     compiling = [
-        *(functools.partial(traced.compile_trace, _TAIL, tokens) for tokens in prompts if traced),
+        *(functools.partial(traced.compile_trace, TAIL, tokens) for tokens in prompts if traced),
         *(functools.partial(runner.compile_prefill, tokens) for runner in runners for tokens in prompts),
         *(functools.partial(runner.compile_write, *sizes, GREEDY) for runner in runners for sizes in batches),
     ]
@@ -208,14 +214,14 @@ def union_sizes(runner: Runner, prompt: Prompt, cache: Cache) -> np.ndarray:
     Args:
       cache: holds `prompt`, whose last tokens are read into it once more; donated.
     """
-    before = len(prompt.input_ids) - _TAIL
+    before = len(prompt.input_ids) - TAIL
     cache = dataclasses.replace(cache, lengths=runner.put(np.full(len(cache.lengths), before, np.int32)))
     tail = prompt.input_ids[before:], prompt.positions[:, before:], prompt.embeds[before:]
-    ((_, _, found, _),) = runner.trace(*tail, cache)
+    chunks = [found for _, _, found, _ in runner.trace(*tail, cache)]
     sizes = []
-    for layer in found:
-        assert layer.attention.selected is not None
-        groups = np.asarray(layer.attention.selected[0]).reshape(_TAIL // _GROUP, -1)
+    for layer in zip(*chunks, strict=True):
+        selected = np.concatenate([np.asarray(chunk.attention.selected)[0] for chunk in layer])
+        groups = selected[:TAIL].reshape(TAIL // _GROUP, -1)
         sizes.append(np.mean([len(np.unique(group[group >= 0])) for group in groups]))
     return np.asarray(sizes)
 
@@ -239,7 +245,7 @@ def _fill(seed: jax.Array, index: jax.Array, x: jax.Array, sharding: Sharding) -
 def time_decode(runner: Runner, batch: int, context: int) -> Timing:
     """Writes a few dozen tokens to each of `batch` sequences, the last of them with `context` tokens before it."""
     workspace = runner.compile_write(batch, context, GREEDY)
-    cache = random_cache(runner, batch, context, context - (_DECODE_SAMPLES + 1) * _DECODE_STEPS)
+    cache = random_cache(runner, batch, context, context - SHORTEST_CONTEXT)
     tokens = runner.put(np.zeros(batch, np.int32))
     times = []
     for _ in range(_DECODE_SAMPLES + 1):

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.errors import UnsupportedError
 
@@ -60,7 +61,8 @@ def dispatch(operation: str, candidates: Sequence[str], implementation: str | No
         raise ValueError(f"implementation of {function} is {implementation!r}; it must be one of: {names}")
 
     def call(*arrays: Any, **kwargs: Any) -> Any:
-        arrays = tuple(jnp.asarray(array) for array in arrays)
+        arrays = tuple(_as_array(array) for array in arrays)
+        kwargs = {name: _as_array(x) if isinstance(x, np.ndarray) else x for name, x in kwargs.items()}
         reasons = []
         for name in chosen:
             module = importlib.import_module(f"pallas_kernels.{folder}.{name}")
@@ -71,3 +73,9 @@ def dispatch(operation: str, candidates: Sequence[str], implementation: str | No
         raise UnsupportedError(f"no implementation of {function} supports these arguments ({'; '.join(reasons)})")
 
     return call
+
+
+def _as_array(x: Any) -> jax.Array:
+    """An array of JAX; kernels read integers as int32."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.int32) if jnp.issubdtype(x.dtype, jnp.integer) else x

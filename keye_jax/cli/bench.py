@@ -71,6 +71,8 @@ def bench(
         raise UserError(f"--repeats is {repeats}; it must be at least 1")
     if time_limit is not None and time_limit < 1:
         raise UserError(f"--time-limit is {time_limit}; it must be at least 1")
+    if as_json and as_json.is_dir():
+        raise UserError(f"--json is {str(as_json)!r}; it is a directory")
     if as_json and not as_json.parent.is_dir():
         raise UserError(f"--json is {str(as_json)!r}; there is no directory {str(as_json.parent)!r}")
     if breakdown:
@@ -80,11 +82,14 @@ def bench(
     if time_limit is not None:
         _end_after(time_limit)
 
-    from keye_jax.bench import compile_steps, random_model
+    from keye_jax.bench import SHORTEST_CONTEXT, compile_steps, random_model
     from keye_jax.config import KeyeConfig
     from keye_jax.runner import Runner
     from keye_jax.sharding import place
 
+    for batch, context in batches:
+        if context < SHORTEST_CONTEXT:
+            raise UserError(f"--decode has {batch}x{context}; a context must have at least {SHORTEST_CONTEXT} tokens")
     options.enable_compilation_cache()
     sizes = KeyeConfig.from_file(config)
     if layers is not None:
@@ -158,7 +163,7 @@ def _prefill_rows(
 ) -> Iterator[dict[str, Any]]:
     import numpy as np
 
-    from keye_jax.bench import NOISE, Prompt, time_prefill, union_sizes
+    from keye_jax.bench import NOISE, TAIL, Prompt, time_prefill, union_sizes
 
     for tokens in lengths:
         what = f"prefill {_size(tokens)}"
@@ -174,7 +179,7 @@ def _prefill_rows(
                 sizes = {"tokens": tokens, "attention": name, "noise": noise}
                 yield _report(f"{what}, {name}, {kind}", timing, sizes, dense)
                 dense = timing if name == _DENSE else dense
-                if name == _SPARSE and count_unions:
+                if name == _SPARSE and count_unions and tokens >= TAIL:
                     unions = union_sizes(runner, prompt, cache)
                 del cache
             if unions is None:
@@ -301,7 +306,9 @@ def _batch_and_context(text: str) -> tuple[int, int]:
     batch, _, context = text.partition("x")
     if not batch.isdecimal() or int(batch) < 1:
         raise UserError(f"--decode has {text!r}; it must be sequences x tokens, such as 4x32K")
-    return int(batch), options.tokens("--decode", context or "?")
+    if not context:
+        raise UserError(f"--decode has {text!r}; it must be sequences x tokens, such as 4x32K")
+    return int(batch), options.tokens("--decode", context)
 
 
 def _size(tokens: int) -> str:

@@ -48,12 +48,13 @@ def paged_flash_attention(
       q: `[b, t, n, d]`.
       kv: `[p, page_size, 2 * k, d]` pages; a row holds the keys of all k heads, then their values.
       page_table: int32 `[b, m]`.
-      query_start: int32 `[b]`; query t stands at `query_start + t` and sees positions up to its own.
+      query_start: int32 `[b]`; query t stands at `query_start + t` and sees positions up to its own, none if below 0.
       scale: factor on the dot products.
       implementation: None, "mosaic_gpu", "cudnn", "mosaic_tpu" or "xla".
 
     Returns:
-      `[b, t, n, d]` in the dtype of q, and the log-sum-exp of the scaled dot products, float32 `[b, t, n]`.
+      `[b, t, n, d]` in the dtype of q, and the log-sum-exp of the scaled dot products, float32 `[b, t, n]`. A query
+      that sees nothing gets zeros and -inf.
     """
     run = dispatch(
         "flash_attention.paged_flash_attention", ("mosaic_gpu", "cudnn", "mosaic_tpu", "xla"), implementation

@@ -103,7 +103,8 @@ def _attend(
     def kernel(query_start, table, q, kv, out, lse, pages, flat, acc, largest, total, done):
         sequence, block, turn = (pl.program_id(axis) for axis in range(3))
         first_query = _query_start(query_start, sequence) + block * (rows // group)
-        count = jnp.minimum((first_query + rows // group - 1) // chunk + 1, turns)
+        # A query that sees nothing is given a turn too, in which all is masked.
+        count = jnp.clip((first_query + rows // group - 1) // chunk + 1, 1, turns)
         buffer = jax.lax.rem(turn, 2)
 
         def start(turn: jax.Array | int) -> None:
@@ -157,9 +158,10 @@ def _attend(
         @pl.when(turn + 1 == count)
         def _():
             def finish(head: jax.Array, _: None) -> None:
-                weight = jnp.sum(total[head], axis=1, keepdims=True)
-                out[0, 0, head] = (acc[head] / weight).astype(out.dtype)
-                lse[0, 0, head] = jnp.transpose(largest[head] + jnp.log(weight))[:1]
+                weight, found = jnp.sum(total[head], axis=1, keepdims=True), largest[head] > MASKED / 2
+                attended = acc[head] / weight
+                out[0, 0, head] = jnp.where(found if dim == LANES else found[:, :1], attended, 0.0).astype(out.dtype)
+                lse[0, 0, head] = jnp.transpose(jnp.where(found, largest[head] + jnp.log(weight), -jnp.inf))[:1]
 
             jax.lax.fori_loop(0, kv_heads, finish, None)
 

@@ -51,7 +51,7 @@ def _attend(
     if num_chunks == 1:
         out, total, largest = step(jnp.int32(0), state)
     else:
-        chunks = (jnp.max(last_visible) + chunk_size) // chunk_size
+        chunks = jnp.minimum((jnp.max(last_visible) + chunk_size) // chunk_size, num_chunks)
         out, total, largest = jax.lax.fori_loop(0, chunks, step, state)
     out = out / jnp.where(total > 0, total, 1.0)[..., None]
     lse = largest + jnp.log(total)

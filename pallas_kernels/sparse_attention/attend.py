@@ -108,6 +108,7 @@ def attend(
     warpgroup_pieces = min(ROWS // piece_rows, group_pieces)  # pieces of one warpgroup
     compute = 1 if group_pieces * piece_rows <= ROWS else 2
     blocks = -(-group_pieces * piece_rows // (compute * ROWS))  # CTAs the rows of a group are split over
+    assert blocks * compute * warpgroup_pieces == group_pieces, "a warpgroup would take the next group's rows"
     factor = scale * _LOG2E
     n = config.tiles
     rows_layout = plgpu.Layout.WGMMA.reduce(1)

@@ -89,7 +89,6 @@ def _run(q, kv, lists, page_table, size, *, scale, cluster, listed=True):
         queries_per_sequence=length,
         heads=heads,
         kv_heads=kv_heads,
-        sequences=batch,
         pages=page_table.shape[1],
         page_size=kv.shape[1],
         size=size,
@@ -128,7 +127,6 @@ class Shape:
     queries_per_sequence: int
     heads: int
     kv_heads: int
-    sequences: int
     pages: int
     page_size: int
     size: int

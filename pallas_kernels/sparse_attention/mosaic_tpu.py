@@ -55,9 +55,9 @@ def check(q: jax.Array, kv: jax.Array) -> None:
     """Raises NotImplementedError for what no attention kernel for TPUs takes."""
     if q.dtype != kv.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"queries {q.dtype} and keys {kv.dtype}: both must be bfloat16 or both float32")
-    if jax.default_backend() == "tpu" and (q.shape[-1] % LANES or kv.shape[2] % 8 or kv.shape[1] % 8):
+    if jax.default_backend() == "tpu" and (q.shape[-1] % LANES or kv.shape[1] % 8):
         raise NotImplementedError(
-            f"keys and values {kv.shape[1:]} of a page: a TPU copies rows of a multiple of 8 heads of a multiple of 128"
+            f"keys and values {kv.shape[1:]} of a page: a TPU copies a multiple of 8 rows of a multiple of 128 elements"
         )
 
 

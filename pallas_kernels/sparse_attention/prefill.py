@@ -45,7 +45,7 @@ def union_attention(
     Args:
       q: bfloat16 `[t, n, 128]`; queries `16 * g` to `16 * g + 15` are group g, the last group may be short.
       kv: bfloat16 `[p, page_size, 2 * k, 128]` pages; a row holds the keys of all k heads, then their values.
-        n / k is at most 64.
+        n / k is at most 64, and not 9 to 12, 17 to 20 and so on.
       slots: int32 `[ceil(t / 16), u]` rows of the flattened pages; an entry below 0 is no key.
         Best u is a multiple of 128: others cost a copy.
       members: int32 `[ceil(t / 16), u]`: bit i is set if query i of the group attends to this key.
@@ -63,6 +63,9 @@ def union_attention(
     if slots.shape != members.shape or slots.shape[0] != groups or counts.shape != (groups,):
         raise ValueError(f"{slots.shape=}, {members.shape=}, {counts.shape=} do not fit {groups} groups")
     share = heads // kv_heads
+    pieces = -(-GROUP * share // ROWS)
+    if pieces > 1 and pieces % 2:
+        raise NotImplementedError(f"{share} query heads on a KV head: {GROUP} queries fill no pairs of warpgroups")
     packed = q.reshape(queries, kv_heads, share, DIM) if share in (8, 16, 32, 64) else _pack(q, kv_heads)
     padding = ((0, 0), (0, -slots.shape[1] % (config.tiles * TILE)))
     slots, members = jnp.pad(slots, padding), jnp.pad(members, padding)

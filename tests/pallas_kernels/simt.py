@@ -11,7 +11,7 @@ U32 = np.uint32
 
 
 class NumpyMachine:
-    """Same methods as `pallas_kernels.simt.Machine`. Reads outside an array by an active thread raise."""
+    """Same methods as `pallas_kernels.simt_machine.Machine`. Reads outside an array by an active thread raise."""
 
     def __init__(self, threads, cluster, shared_words, seed=0):
         self.threads, self.cluster, self.teams = threads, cluster, 1

@@ -118,6 +118,10 @@ class TestPagedFlashAttention:
     def test_sequences_of_different_lengths(self, rng, form, implementation):
         self.check(make(rng, form, batch=3, queries=4, length=700), [696, 0, 300], form, implementation)
 
+    def test_a_query_that_sees_nothing(self, rng, form, implementation):
+        """As on a device whose part of the cache its sequence has not reached."""
+        self.check(make(rng, form, batch=4, queries=1, length=700), [100, -1, 650, -1], form, implementation)
+
     @staticmethod
     def check(inputs, start, form, implementation):
         (q, k, v), (dtype, _, atol) = inputs, form

@@ -53,10 +53,8 @@ def indexer_scores(
         raise NotImplementedError(
             f"takes 8 to 64 heads of 32 to 128 elements (a multiple of {dim_step}), not {heads} of {dim}"
         )
-    if length % ROWS or (page_size % ROWS and ROWS % page_size) or page_size % 8:
-        raise NotImplementedError(
-            f"takes pages that divide 64 or are multiples of it, and whole tiles, not {page_size}"
-        )
+    if length % ROWS or page_size < 8 or page_size & (page_size - 1):
+        raise NotImplementedError(f"takes pages of a power of two from 8, and whole tiles, not {page_size}")
     if key_scales is not None and page_size < 32:
         raise NotImplementedError(
             f"takes scales in pages of 32 keys or more, not {page_size}: TMA writes whole 128 bytes"

@@ -51,8 +51,12 @@ def test_measures_a_layout(keye, config, tmp_path):
     )
     assert code == 0, out + err
     assert out.startswith("8 x cpu, 1 layers") and "weights on each (expert 8)" in out
-    what = [row["what"] for row in json.loads(file.read_text())]
+    rows = json.loads(file.read_text())
+    what = [row["what"] for row in rows]
     assert what == ["prefill 160, sparse, video", "unions of prefill 160, video", "decode, 8 x 128, sparse"]
+    one_device = "bench", "--config", config, "--layers", 1, "--repeats", 1, "--json", file, "--prefill-chunk", 16
+    assert keye(*one_device, "--prefill", "160", "--decode", "", "--no-dense", "--no-fp8", "--unrelated", "")[0] == 0
+    assert rows[1]["unions"] == pytest.approx(json.loads(file.read_text())[1]["unions"], rel=0.02)
 
 
 def test_says_once_what_one_device_attends_to_densely(keye, config):
@@ -67,10 +71,13 @@ def test_says_once_what_one_device_attends_to_densely(keye, config):
     [
         (("--prefill", "8X"), "--prefill has '8X'"),
         (("--decode", "32K"), "--decode has '32K'"),
+        (("--decode", "4x"), "--decode has '4x'; it must be sequences x tokens"),
+        (("--decode", "4x64"), "--decode has 4x64; a context must have at least 96 tokens"),
         (("--layers", 3), "--layers is 3; it must be from 1 to 2"),
         (("--repeats", 0), "--repeats is 0"),
         (("--prefill", "1024K"), "1,048,576 tokens are more than this model takes"),
         (("--json", "nowhere/figures.json"), "there is no directory 'nowhere'"),
+        (("--json", "."), "--json is '.'; it is a directory"),
     ],
 )
 def test_mistakes_are_one_sentence(keye, config, arguments, message):

@@ -48,7 +48,9 @@ def test_deterministic(case):
         np.testing.assert_array_equal(np.asarray(mosaic_gpu.indexer_scores(*args, scale=0.125)), first)
 
 
-@pytest.mark.parametrize("change", [{"dtype": jnp.float32}, {"heads": 4}, {"dim": 160}, {"page_size": 24}])
+@pytest.mark.parametrize(
+    "change", [{"dtype": jnp.float32}, {"heads": 4}, {"dim": 160}, {"page_size": 24}, {"page_size": 192}]
+)
 def test_refuses(change):
     args = make_inputs(1, 8, change.get("heads", 16), change.get("dim", 64), 960, change.get("page_size", 64), [100])
     if "dtype" in change:

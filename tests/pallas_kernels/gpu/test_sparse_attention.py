@@ -193,6 +193,14 @@ def test_dense_decode_matches_xla(batch, kv_heads, cluster):
     assert relative_error(lse, expected_lse) < 1e-5
 
 
+@pytest.mark.parametrize("share", [9, 12, 20, 60])
+def test_refuses_groups_that_fill_an_odd_number_of_warpgroups(share):
+    q, kv = jnp.zeros((16, share, 128), jnp.bfloat16), jnp.zeros((1, 64, 2, 128), jnp.bfloat16)
+    lists = jnp.zeros((1, 64), jnp.int32), jnp.zeros((1, 64), jnp.int32), jnp.zeros((1,), jnp.int32)
+    with pytest.raises(NotImplementedError):
+        union_attention(q, kv, *lists, scale=SCALE)
+
+
 def test_refuses():
     q, kv = jnp.zeros((16, 8, 64), jnp.bfloat16), jnp.zeros((1, 64, 4, 64), jnp.bfloat16)
     lists = jnp.zeros((1, 64), jnp.int32), jnp.zeros((1, 64), jnp.int32), jnp.zeros((1,), jnp.int32)
