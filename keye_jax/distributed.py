@@ -7,6 +7,7 @@ and ends with a sentence that names the host whose sign is missing.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
@@ -27,7 +28,7 @@ _SIGN_S = 1.0
 # After this silence JAX aborts all. Up to half of it may be over when a process dies: twice what ending it here takes.
 _HEARTBEAT_S = 60
 _START_S = 300
-_SHUTDOWN_S = 20
+_SHUTDOWN_S = 7 * 24 * 3600  # whoever is lost before is named by its silence
 _ALIVE, _DONE, _FAILED = "keye/alive/", "done", "failed: "
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
@@ -81,7 +82,7 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{' and '.join(missing)} must be given too: {', '.join(given)} belong together")
     address, processes, process_id = given.values()
     host, _, port = str(address).rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"--coordinator is {address!r}; it must be HOST:PORT of process 0, or auto, alone")
     if processes < 1:
         raise UserError(f"--processes is {processes}; it must be at least 1")
@@ -165,7 +166,20 @@ class _Job:
             self._name_the_coordinator_when_jax_aborts()
         # Left to itself, Python would first wait at its exit for the others, until JAX aborts it.
         sys.excepthook = self._crash
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._over = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        atexit.register(self._leave)
+
+    def _leave(self) -> None:
+        """Waits for the others and stops watching: a thread inside JAX while Python ends would abort the process."""
+        import jax
+
+        jax.distributed.shutdown()
+        self._over.set()
+        self._watcher.join(5 * _SIGN_S)
+        if self.process_id:
+            ctypes.CDLL(None).signal(signal.SIGABRT, None)  # SIG_DFL
 
     def say(self, message: str) -> None:
         self.errors.write(f"keye-jax: {message}\n")
@@ -187,8 +201,7 @@ class _Job:
 
     def _watch(self) -> None:
         seen, since = {}, dict.fromkeys(range(len(self.names)), time.monotonic())
-        while not self.sign.startswith(_FAILED):
-            time.sleep(_SIGN_S)
+        while not self.sign.startswith(_FAILED) and not self._over.wait(_SIGN_S):
             try:
                 if self.sign.isdecimal():
                     self.sign = str(int(self.sign) + 1)

@@ -183,7 +183,7 @@ def plan(
                 program = _compile(traced, _COMPILER_OPTIONS.get(chip.platform))
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
+                    raise UserError(f"{platform.name} has no program for {name}: {_sentence(str(error))}") from error
                 problem = problem or f"{name}: {_sentence(str(error))}"
                 continue
             seconds, figures, text = time.perf_counter() - begun, program.memory_analysis(), program.as_text()
@@ -212,13 +212,16 @@ def plan(
         )
     found = [steps.get("prefill"), steps.get("decode")]
     peak = max((step.peak for step in found if step), default=0)
-    workspaces = [step.workspace if step else 0 for step in found]
+    estimates = work.prefill_workspace, functools.partial(work.decode_workspace, batch)
 
     def needs(tokens: int) -> int:
-        """Estimated bytes at another context: of the workspaces, the context's part follows it."""
-        scale = max(1.0, tokens / context)
-        reading = sizes(1, tokens) + tokens * config.hidden_size * config.jax_dtype.itemsize + workspaces[0] * scale
-        return int(weights + max(reading, sizes(batch, tokens) + workspaces[1] * scale))
+        """Estimated bytes at another context: compiled workspaces follow it as estimated ones do."""
+        workspaces = [
+            step.workspace * estimate(tokens) / estimate(context) if step else estimate(tokens)
+            for step, estimate in zip(found, estimates, strict=True)
+        ]
+        reading = sizes(1, tokens) + tokens * config.hidden_size * config.jax_dtype.itemsize + workspaces[0]
+        return int(weights + max(reading, sizes(batch, tokens) + workspaces[1]))
 
     return Plan(
         platform=platform.name if platform.slices == 1 else f"{platform.slices} x {platform.name}",
@@ -236,7 +239,7 @@ def plan(
         decode=found[1],
         fits=problem is None and peak <= memory,
         problem=problem,
-        largest_context=_largest(needs, memory, config.max_position_embeddings),
+        largest_context=_largest(needs, memory, context - 1 if problem else config.max_position_embeddings),
         video=video_capacity(context),
     )
 
@@ -356,7 +359,8 @@ class _Work:
         gathered = context * (self.kv_row + self.index_row) * (2 if p.cache_sequence else 0)
         groups = tokens / ranks / 16
         keys = groups * (min(context, _UNION) * self.kv_row + context * self.index_row / 8)
-        return flops * c.num_hidden_layers, weight_bytes(c, self.layout) + (gathered + keys) * c.num_hidden_layers
+        weights = self._read_weights("embed_tokens")
+        return flops * c.num_hidden_layers, weights + (gathered + keys) * c.num_hidden_layers
 
     def decode(self, batch: int, context: int) -> tuple[float, float]:
         """Operations and bytes of one step."""
@@ -367,9 +371,14 @@ class _Work:
         flops = batch * (layer * c.num_hidden_layers + 2 * head)
         chosen = 1 - (1 - c.num_experts_per_tok / c.num_experts) ** batch
         experts = c.num_experts * self.expert * c.num_hidden_layers / p.size(p.experts + p.expert_hidden) * self.item
-        others = weight_bytes(c, self.layout) - experts - 2 * head * self.item / 2
+        others = self._read_weights() - experts - head * self.item
         keys = batch / parts * (context * self.index_row + min(context, c.sa_config.topk) * self.kv_row)
         return flops, others + experts * chosen + keys * c.num_hidden_layers
+
+    def _read_weights(self, *but: str) -> int:
+        """Bytes of the weights that a step reads."""
+        unread = weight_bytes(self.config, self.layout, only=("vision", "projector", *but))
+        return weight_bytes(self.config, self.layout) - unread
 
     def prefill_workspace(self, context: int) -> int:
         """What a step of reading needs on GPUs: scores of a block of queries, or the experts' rows."""

@@ -82,11 +82,15 @@ def bench(
     if time_limit is not None:
         _end_after(time_limit)
 
+    import jax
+
     from keye_jax.bench import SHORTEST_CONTEXT, compile_steps, random_model
     from keye_jax.config import KeyeConfig
     from keye_jax.runner import Runner
     from keye_jax.sharding import place
 
+    if breakdown and jax.default_backend() != "gpu":
+        raise UserError("--breakdown needs an NVIDIA GPU, whose profiler tells kernels apart")
     for batch, context in batches:
         if context < SHORTEST_CONTEXT:
             raise UserError(f"--decode has {batch}x{context}; a context must have at least {SHORTEST_CONTEXT} tokens")
@@ -122,7 +126,7 @@ def bench(
         for batch, context in batches[: 1 if breakdown else None]
         if not _refused(sparse, f"decode, {batch} x {_size(context)}", batch, context, 0)
     ]
-    compile_steps(runners.values(), lengths, batches, traced=sparse if unions else None)
+    compile_steps(runners.values(), lengths, batches, traced=sparse if unions and not breakdown else None)
     if breakdown:
         found = _parts(runners, sizes, lengths, batches)
     else:
@@ -206,12 +210,8 @@ def _decode_rows(runners: dict[str, Runner], batches: list[tuple[int, int]]) -> 
 def _parts(
     runners: dict[str, Runner], config: KeyeConfig, lengths: list[int], batches: list[tuple[int, int]]
 ) -> Iterator[dict[str, Any]]:
-    import jax
-
     from keye_jax.bench import Prompt, decode_parts, prefill_parts
 
-    if jax.default_backend() != "gpu":
-        raise UserError("--breakdown needs an NVIDIA GPU, whose profiler tells kernels apart")
     for name, runner in runners.items():
         for tokens in lengths:
             seconds = prefill_parts(runner, Prompt.video(config, tokens, layout=runner.layout))

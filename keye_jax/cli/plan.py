@@ -112,10 +112,10 @@ def _print(found: Plan) -> None:
     print("operations and bytes moved are estimated, the last chunk's of a prompt; 'at least' is at peak rates")
     print()
     for each in found.video:
-        minutes, seconds = divmod(each["seconds"], 60)
+        minutes, seconds = divmod(round(each["seconds"]), 60)
         print(
             f"{found.context:,} tokens hold {each['frames']:,} frames of {each['tokens_per_frame']} tokens: "
-            f"{minutes:.0f} min {seconds:.0f} s of video at 2 frames a second"
+            f"{minutes} min {seconds} s of video at 2 frames a second"
         )
     print()
     largest = f"the largest context that would is about {found.largest_context:,} tokens"

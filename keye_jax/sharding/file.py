@@ -86,7 +86,8 @@ class ShardingConfig:
         """
         try:
             values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        # YAML's own tags convert with Python's functions, whose errors come as they are.
+        except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
             raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         return cls.from_dict(values, source=str(path))
 
@@ -104,14 +105,14 @@ class ShardingConfig:
         if len(automatic) > 1:
             read.fail("mesh", f"auto for {' and '.join(automatic)}", "auto for one axis at most")
         names = [name for name, _ in mesh]
-        given = read.mapping("rules", top.get("rules") or {}, tuple(LOGICAL_AXES))
+        given = read.mapping("rules", {} if top.get("rules") is None else top["rules"], tuple(LOGICAL_AXES))
         rules = {name: read.axes(f"rules.{name}", value, names) for name, value in given.items()}
         rules = {name: axes for name, axes in rules.items() if axes}
         for together in TOGETHER:
             read.refuse_repeats(rules, *together)
         if rules.get("heads") != rules.get("kv_heads"):
             read.fail("rules.kv_heads", given.get("kv_heads"), "that of rules.heads: query heads lie with their keys")
-        exchange = read.mapping("exchange", top.get("exchange") or {}, ("experts",))
+        exchange = read.mapping("exchange", {} if top.get("exchange") is None else top["exchange"], ("experts",))
         experts = exchange.get("experts", AUTO)
         if experts not in EXPERT_EXCHANGES:
             read.fail("exchange.experts", experts, f"one of {', '.join(EXPERT_EXCHANGES)}")

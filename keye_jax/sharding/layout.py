@@ -128,7 +128,11 @@ def _arrange(sharding: ShardingConfig, sizes: dict[str, int], devices: list[Any]
     slices = {getattr(device, "slice_index", 0) for device in devices}
     shape = tuple(sizes.values())
     if len(slices) <= 1:
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        try:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        except (AssertionError, NotImplementedError, ValueError) as error:
+            found = " x ".join(map(str, shape))
+            raise UserError(f"{sharding.source}: mesh is {found}; these {len(devices)} devices form none") from error
     across = sharding.across_slices
     if across is None or sizes[across] % len(slices):
         raise UserError(

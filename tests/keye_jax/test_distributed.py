@@ -205,6 +205,7 @@ def test_two_processes_answer_as_one_and_share_the_frames(checkpoint, tmp_path):
         (("host:1", None, None), "--processes and --process-id must be given too"),
         ((None, 2, 0), "--coordinator must be given too"),
         (("host", 2, 0), "--coordinator is 'host'; it must be HOST:PORT"),
+        (("host:99999", 2, 0), "--coordinator is 'host:99999'; it must be HOST:PORT"),
         (("host:1", 2, 2), "--process-id is 2; it must be from 0 to --processes - 1 = 1"),
         (("host:1", 0, 0), "--processes is 0; it must be at least 1"),
     ],
