@@ -32,15 +32,23 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.plot and (problem := plot.problem(arguments.plot)):
         parser.error(problem)
+    for name, file in (("--json", arguments.json), ("--plot", arguments.plot)):
+        if file and (file.is_dir() or not file.parent.is_dir()):
+            parser.error(f"{name} is {str(file)!r}; it must be a file in a directory that exists")
     if arguments.source:
-        result = json.loads(arguments.source.read_text())
+        try:
+            result = json.loads(arguments.source.read_text())
+        except (OSError, ValueError):
+            result = None
+        if not isinstance(result, dict) or not {"ceilings", "rows", "layers"} <= result.keys():
+            parser.error(f"--from is {str(arguments.source)!r}; it must be a file that --json wrote")
     else:
         # PyTorch's baselines share the device's memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         result = _measure(parser, arguments)
-    tables.show(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    tables.show(result)
     if arguments.plot:
         plot.draw(result, arguments.plot)
 

@@ -61,8 +61,10 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=2048)
     arguments = parser.parse_args()
     for context in arguments.context or (32_768, 131_072):
-        if context % PAGE_SIZE or context < max(arguments.queries, arguments.top_k):
-            parser.error(f"--context is {context}; it must be a multiple of {PAGE_SIZE}, and hold queries and top-k")
+        if arguments.queries < 1 or arguments.top_k < 1:
+            parser.error("--queries and --top-k must be at least 1")
+        if context % PAGE_SIZE or context <= arguments.queries + arguments.top_k:
+            parser.error(f"--context is {context}; it must be a multiple of {PAGE_SIZE} and above queries and top-k")
         overlap, error = agreement(0, queries=arguments.queries, context=context, top_k=arguments.top_k)
         overlap = np.asarray(overlap)
         print(

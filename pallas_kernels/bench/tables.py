@@ -55,7 +55,7 @@ def _layers(result: dict[str, Any]) -> Table:
         return f"{layer[key] * 1e3:.2f}" if key in layer else ""
 
     for layer in result["layers"]:
-        unions = " ".join(f"{sample['union']:.0f}" for sample in layer["samples"])
+        unions = " ".join(f"{sample['union']:.0f}" for sample in layer["samples"] if sample["union"] is not None)
         ratio = f"{layer['ratio']:.2f}" if "ratio" in layer else ""
         times = milliseconds("dsa_seconds"), milliseconds("scores_seconds"), milliseconds("dense_seconds"), ratio
         table.add_row(f"{layer['tokens']:,}", layer["selections"], unions, *times)

@@ -129,6 +129,29 @@ class TestFloat8:
     def test_scores_are_the_recorded_ones(self, golden, implementation):
         """Of the publisher's values and scales; the reference is in float64."""
         arrays = np.load(golden / "indexer_fp8.npz")
+        got, gates = self.recorded(arrays, implementation), arrays["w"] * arrays["q_scale"]
+        positions = arrays["positions"]
+        q, keys = (arrays[name].view(ml_dtypes.float8_e4m3fn).astype(np.float32) for name in ("q_fp8", "k_fp8"))
+        seen = np.arange(len(keys)) <= positions[:, None]
+        np.testing.assert_array_equal(np.isneginf(got), ~seen)
+        q, keys = q[:, None], np.broadcast_to(keys, (len(q), *keys.shape))
+        magnitude = oracle(np.abs(q), np.abs(gates)[:, None], np.abs(keys), positions, 64**-0.5)[:, 0]
+        error = np.abs(np.where(seen, got - arrays["scores_fp8"], 0))
+        assert (error[seen] <= FLOAT8_ERROR[implementation] * (magnitude * arrays["k_scale"])[seen]).all()
+
+    def test_most_selected_positions_are_those_of_recorded_exact_scores(self, golden, implementation):
+        arrays, top_k, overlaps = np.load(golden / "indexer_fp8.npz"), 48, []
+        got = self.recorded(arrays, implementation)
+        for position, coarse, exact in zip(arrays["positions"], got, arrays["scores_exact"], strict=True):
+            if position >= top_k:
+                chosen = (set(np.argsort(-row[: position + 1], kind="stable")[:top_k]) for row in (coarse, exact))
+                overlaps.append(len(set.intersection(*chosen)) / top_k)
+        print(f"{np.mean(overlaps):.1%} in common, least {np.min(overlaps):.1%}")
+        assert np.mean(overlaps) > 0.96
+
+    @staticmethod
+    def recorded(arrays, implementation):
+        """Scores of the recorded queries and keys, `[queries, keys]`."""
         q, keys = (arrays[name].view(ml_dtypes.float8_e4m3fn) for name in ("q_fp8", "k_fp8"))
         gates, positions = arrays["w"] * arrays["q_scale"], arrays["positions"]
         padding = ((0, -len(keys) % 64), (0, 0))
@@ -144,13 +167,7 @@ class TestFloat8:
             key_scales=jnp.asarray(np.pad(arrays["k_scale"], padding[0]).reshape(-1, 64)),
             implementation=implementation,
         )
-        got = np.asarray(got)[:, 0, : len(keys)]
-        seen = np.arange(len(keys)) <= positions[:, None]
-        np.testing.assert_array_equal(np.isneginf(got), ~seen)
-        q, keys = q.astype(np.float32)[:, None], np.broadcast_to(keys.astype(np.float32), (len(q), *keys.shape))
-        magnitude = oracle(np.abs(q), np.abs(gates)[:, None], np.abs(keys), positions, 64**-0.5)[:, 0]
-        error = np.abs(np.where(seen, got - arrays["scores_fp8"], 0))
-        assert (error[seen] <= FLOAT8_ERROR[implementation] * (magnitude * arrays["k_scale"])[seen]).all()
+        return np.asarray(got)[:, 0, : len(keys)]
 
     @staticmethod
     def check(rng, case, implementation):

@@ -59,13 +59,3 @@ def test_most_selected_positions_are_those_of_a_bfloat16_indexer():
     assert overlap.mean() > 0.9
     assert overlap.min() > 0.8
     assert error < 0.06
-
-
-def test_most_selected_positions_are_those_of_recorded_exact_scores(arrays):
-    top_k, overlaps = 48, []
-    for position, coarse, exact in zip(arrays["positions"], arrays["scores_fp8"], arrays["scores_exact"], strict=True):
-        if position >= top_k:
-            chosen = (set(np.argsort(-row[: position + 1], kind="stable")[:top_k]) for row in (coarse, exact))
-            overlaps.append(len(set.intersection(*chosen)) / top_k)
-    print(f"{np.mean(overlaps):.2%} in common, least {np.min(overlaps):.2%}")
-    assert np.mean(overlaps) > 0.97
