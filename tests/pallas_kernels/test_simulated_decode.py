@@ -49,7 +49,6 @@ def test_single_queries(heads, kv_heads, cluster, page_size, size, listed):
         queries_per_sequence=length,
         heads=heads,
         kv_heads=kv_heads,
-        sequences=sequences,
         pages=pages,
         page_size=page_size,
         size=entries,
