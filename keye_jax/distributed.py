@@ -164,7 +164,7 @@ class _Job:
         if process_id:
             sys.stderr = sys.stdout
             self._name_the_coordinator_when_jax_aborts()
-        # Left to itself, Python would first wait at its exit for the others, until JAX aborts it.
+        # Left to itself, Python would wait at its exit for the others, who may be waiting for this process.
         sys.excepthook = self._crash
         self._over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)

@@ -304,9 +304,7 @@ def _items(text: str) -> list[str]:
 
 def _batch_and_context(text: str) -> tuple[int, int]:
     batch, _, context = text.partition("x")
-    if not batch.isdecimal() or int(batch) < 1:
-        raise UserError(f"--decode has {text!r}; it must be sequences x tokens, such as 4x32K")
-    if not context:
+    if not batch.isdecimal() or int(batch) < 1 or not context:
         raise UserError(f"--decode has {text!r}; it must be sequences x tokens, such as 4x32K")
     return int(batch), options.tokens("--decode", context)
 

@@ -21,8 +21,7 @@ def sparse_attention(
     Args:
       q: `[b, t, n, d]`.
       kv: `[p, page_size, 2 * k, d]` pages; a row holds the keys of all k heads, then their values.
-      indices: int32 `[b, t, top_k]` positions each query attends to, all its heads alike, none
-        twice; -1 is ignored.
+      indices: int32 `[b, t, top_k]` positions each query attends to, all its heads alike, none twice; -1 is ignored.
       page_table: int32 `[b, m]`.
       scale: factor on the dot products.
       implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".

@@ -147,7 +147,7 @@ class TestFloat8:
                 chosen = (set(np.argsort(-row[: position + 1], kind="stable")[:top_k]) for row in (coarse, exact))
                 overlaps.append(len(set.intersection(*chosen)) / top_k)
         print(f"{np.mean(overlaps):.1%} in common, least {np.min(overlaps):.1%}")
-        assert np.mean(overlaps) > 0.96
+        assert np.mean(overlaps) > 0.97
 
     @staticmethod
     def recorded(arrays, implementation):
