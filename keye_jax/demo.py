@@ -14,10 +14,11 @@ import sys
 import time
 from pathlib import Path
 
+from keye_jax import presets
 from keye_jax.config import KeyeConfig
 from keye_jax.testing import write_clip, write_picture, write_processor_files
 
-CONFIG = Path(__file__).parents[1] / "configs" / "model" / "tiny.json"
+CONFIG = presets.TINY
 
 
 def write_inputs(directory: Path) -> None:

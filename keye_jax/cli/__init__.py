@@ -6,9 +6,9 @@ import sys
 
 import typer
 
-from keye_jax import distributed
 from keye_jax.cli import bench, convert, generate, inspect, plan, verify
 from keye_jax.errors import UserError
+from keye_jax.runtime import distributed
 from pallas_kernels.errors import UnsupportedError
 
 app = typer.Typer(

@@ -13,24 +13,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from keye_jax import distributed
+from keye_jax import presets
 from keye_jax.cli import options
 from keye_jax.errors import UserError
+from keye_jax.runtime import distributed
 
 if TYPE_CHECKING:
-    from keye_jax.bench import Timing
+    from keye_jax.bench.timing import Timing
     from keye_jax.config import KeyeConfig
-    from keye_jax.model.attention import AttentionOptions
-    from keye_jax.runner import Runner
-    from keye_jax.sharding import Layout
+    from keye_jax.runtime.runtime import Runtime
+    from keye_jax.sharding import MeshRules
 
-_RELEASED = Path(__file__).parents[2] / "configs" / "model" / "keye_vl_2_30b_a3b.json"
 _DENSE, _SPARSE, _FP8 = "dense", "sparse", "sparse, fp8 indexer"
 
 
 def bench(
-    config: Annotated[Path, typer.Option(help="Configuration of the model, a config.json.")] = _RELEASED,
-    layers: Annotated[int | None, typer.Option(help="Use only so many decoder layers, for a quick run.")] = None,
+    config: Annotated[Path, typer.Option(help="Configuration of the model, a config.json.")] = presets.RELEASED,
+    layers: Annotated[int | None, typer.Option(help="Decoder layers to use, the first ones, for a quick run.")] = None,
     prefill: Annotated[str, typer.Option(help="Prompt lengths to read, in tokens; '' for none.")] = (
         "8K,32K,128K,256K"
     ),
@@ -48,11 +47,11 @@ def bench(
         bool,
         typer.Option("--breakdown", help="Instead, show where the GPU's time goes, at the first length of each list."),
     ] = False,
-    dense_below: options.DenseBelow = None,
+    dense_below: options.DenseBelow = 0,
     implementation: options.Implementation = None,
     prefill_chunk: options.PrefillChunk = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Also write all figures there.")] = None,
-    time_limit: Annotated[int | None, typer.Option(help="End after so many seconds, whatever is under way.")] = None,
+    time_limit: Annotated[int | None, typer.Option(help="Seconds after which it ends, whatever is under way.")] = None,
     sharding: options.Sharding = None,
     coordinator: options.Coordinator = None,
     processes: options.Processes = None,
@@ -84,10 +83,11 @@ def bench(
 
     import jax
 
-    from keye_jax.bench import SHORTEST_CONTEXT, compile_steps, random_model
+    from keye_jax.bench.inputs import random_model
+    from keye_jax.bench.timing import SHORTEST_CONTEXT, compile_steps
     from keye_jax.config import KeyeConfig
-    from keye_jax.runner import Runner
-    from keye_jax.sharding import place
+    from keye_jax.model.params import shard_params
+    from keye_jax.runtime.runtime import Runtime
 
     if breakdown and jax.default_backend() != "gpu":
         raise UserError("--breakdown needs an NVIDIA GPU, whose profiler tells kernels apart")
@@ -104,18 +104,17 @@ def bench(
         if tokens > sizes.max_position_embeddings:
             raise UserError(f"{tokens:,} tokens are more than this model takes, {sizes.max_position_embeddings:,}")
     chosen = {_DENSE: options.attention_options("dense", implementation)} if dense else {}
-    chosen[_SPARSE] = options.attention_options("sparse", implementation, dense_below)
+    chosen[_SPARSE] = options.attention_options("sparse", implementation)
     if fp8:
         chosen[_FP8] = dataclasses.replace(chosen[_SPARSE], indexer_dtype="float8_e4m3fn")
-    layout = options.layout(sharding, sizes)
-    _refuse_if_weights_do_not_fit(sizes, layout)
-    _print_setting(sizes, layout, chosen[_SPARSE])
+    rules = options.mesh_rules(sharding, sizes)
+    _refuse_if_weights_do_not_fit(sizes, rules)
+    _print_setting(sizes, rules)
 
-    model = random_model(sizes, layout=layout)
-    if layout:
-        model = place(model, layout)  # once, for all runners
-    runners = {name: Runner(model, sizes, options=chosen[name], prefill_chunk=chunk, layout=layout) for name in chosen}
-    sparse = runners[_SPARSE]
+    model = shard_params(random_model(sizes, rules=rules), rules)  # once, for all runtimes
+    how = {"prefill_chunk": chunk, "dense_below": options.dense_limit(dense_below), "rules": rules}
+    runtimes = {name: Runtime(model, sizes, options=chosen[name], **how) for name in chosen}
+    sparse = runtimes[_SPARSE]
     lengths = [
         tokens
         for tokens in lengths[: 1 if breakdown else None]
@@ -126,12 +125,12 @@ def bench(
         for batch, context in batches[: 1 if breakdown else None]
         if not _refused(sparse, f"decode, {batch} x {_size(context)}", batch, context, 0)
     ]
-    compile_steps(runners.values(), lengths, batches, traced=sparse if unions and not breakdown else None)
+    compile_steps(runtimes.values(), lengths, batches, with_intermediates=sparse if unions and not breakdown else None)
     if breakdown:
-        found = _parts(runners, sizes, lengths, batches)
+        found = _parts(runtimes, sizes, lengths, batches)
     else:
-        prefills = _prefill_rows(runners, sizes, lengths, repeats, no_video, count_unions=unions)
-        found = itertools.chain(prefills, _decode_rows(runners, batches))
+        prefills = _prefill_rows(runtimes, sizes, lengths, repeats, no_video, count_unions=unions)
+        found = itertools.chain(prefills, _decode_rows(runtimes, batches))
     rows = []
     for row in found:
         rows.append(row)
@@ -157,7 +156,7 @@ def _end_after(seconds: int) -> None:
 
 
 def _prefill_rows(
-    runners: dict[str, Runner],
+    runtimes: dict[str, Runtime],
     config: KeyeConfig,
     lengths: list[int],
     repeats: int,
@@ -167,7 +166,8 @@ def _prefill_rows(
 ) -> Iterator[dict[str, Any]]:
     import numpy as np
 
-    from keye_jax.bench import NOISE, TAIL, Prompt, time_prefill, union_sizes
+    from keye_jax.bench.inputs import NOISE, Prompt
+    from keye_jax.bench.timing import TAIL, time_prefill, union_sizes
 
     for tokens in lengths:
         what = f"prefill {_size(tokens)}"
@@ -175,17 +175,17 @@ def _prefill_rows(
         dense = None
         kinds = {"video": NOISE} | ({"unrelated tokens": 1.0} if tokens in no_video else {})
         for kind, noise in kinds.items():
-            prompt, unions = Prompt.video(config, tokens, noise=noise, layout=runners[_SPARSE].layout), None
-            for name, runner in runners.items():
+            prompt, unions = Prompt.video(config, tokens, noise=noise, rules=runtimes[_SPARSE].rules), None
+            for name, runtime in runtimes.items():
                 if noise != NOISE and name != _SPARSE:
                     continue
-                timing, cache = time_prefill(runner, prompt, repeats)
+                timing, pool, pages = time_prefill(runtime, prompt, repeats)
                 sizes = {"tokens": tokens, "attention": name, "noise": noise}
                 yield _report(f"{what}, {name}, {kind}", timing, sizes, dense)
                 dense = timing if name == _DENSE else dense
                 if name == _SPARSE and count_unions and tokens >= TAIL:
-                    unions = union_sizes(runner, prompt, cache)
-                del cache
+                    unions = union_sizes(runtime, prompt, pool, pages)
+                del pool
             if unions is None:
                 continue
             quartiles = ", ".join(f"{x:,.0f}" for x in np.quantile(unions, [0, 0.25, 0.5, 0.75, 1]))
@@ -194,30 +194,31 @@ def _prefill_rows(
             yield {"what": f"unions of {what}, {kind}", "tokens": tokens, "noise": noise, "unions": unions.tolist()}
 
 
-def _decode_rows(runners: dict[str, Runner], batches: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-    from keye_jax.bench import time_decode
+def _decode_rows(runtimes: dict[str, Runtime], batches: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+    from keye_jax.bench.timing import time_decode
 
     for batch, context in batches:
         what = f"decode, {batch} x {_size(context)}"
         sizes = {"batch": batch, "context": context}
         dense = None
-        for name, runner in runners.items():
-            timing = time_decode(runner, batch, context)
+        for name, runtime in runtimes.items():
+            timing = time_decode(runtime, batch, context)
             yield _report(f"{what}, {name}", timing, sizes | {"attention": name}, dense)
             dense = timing if name == _DENSE else dense
 
 
 def _parts(
-    runners: dict[str, Runner], config: KeyeConfig, lengths: list[int], batches: list[tuple[int, int]]
+    runtimes: dict[str, Runtime], config: KeyeConfig, lengths: list[int], batches: list[tuple[int, int]]
 ) -> Iterator[dict[str, Any]]:
-    from keye_jax.bench import Prompt, decode_parts, prefill_parts
+    from keye_jax.bench.inputs import Prompt
+    from keye_jax.bench.profile import decode_parts, prefill_parts
 
-    for name, runner in runners.items():
+    for name, runtime in runtimes.items():
         for tokens in lengths:
-            seconds = prefill_parts(runner, Prompt.video(config, tokens, layout=runner.layout))
+            seconds = prefill_parts(runtime, Prompt.video(config, tokens, rules=runtime.rules))
             yield _report_parts(f"prefill {_size(tokens)}, {name}", seconds)
         for batch, context in batches:
-            seconds = decode_parts(runner, batch, context)
+            seconds = decode_parts(runtime, batch, context)
             yield _report_parts(f"decode, {batch} x {_size(context)}, {name}", seconds)
 
 
@@ -228,7 +229,7 @@ def _report(what: str, timing: Timing, sizes: dict[str, Any], dense: Timing | No
         f"{timing.workspace_bytes / 2**30:>8.2f} GiB workspace{f'{ratio:>8.3f} of dense' if ratio else ''}",
         flush=True,
     )
-    from keye_jax.device import peak_memory_bytes
+    from keye_jax.runtime.device import peak_memory_bytes
 
     peak = {"peak_bytes_so_far": peak_memory_bytes()}
     return {"what": what, "of_dense": ratio} | sizes | dataclasses.asdict(timing) | peak
@@ -241,50 +242,47 @@ def _report_parts(what: str, seconds: dict[str, float]) -> dict[str, Any]:
     return {"what": what, "kernel_seconds": total, "parts": seconds}
 
 
-def _refuse_if_weights_do_not_fit(config: KeyeConfig, layout: Layout | None) -> None:
-    from keye_jax.device import memory_limit_bytes
-    from keye_jax.sharding.memory import weight_bytes
+def _refuse_if_weights_do_not_fit(config: KeyeConfig, rules: MeshRules) -> None:
+    from keye_jax.runtime.device import memory_limit_bytes
+    from keye_jax.runtime.memory import weight_bytes
 
-    needed, limit = weight_bytes(config, layout), memory_limit_bytes()
+    needed, limit = weight_bytes(config, rules), memory_limit_bytes()
     if needed > limit:
         raise UserError(
-            f"the model does not fit: {needed / 2**30:.1f} GiB of weights, {_device(layout)} has "
+            f"the model does not fit: {needed / 2**30:.1f} GiB of weights, {_device(rules)} has "
             f"{limit / 2**30:.1f} GiB; --layers measures a part of it"
         )
 
 
-def _refused(runner: Runner, what: str, batch: int, context: int, extra_bytes: int) -> bool:
+def _refused(runtime: Runtime, what: str, batch: int, context: int, extra_bytes: int) -> bool:
     """Says so, with the numbers, if weights, cache and prompt are more than the device, or each of several, has."""
-    from keye_jax.device import memory_limit_bytes
-    from keye_jax.sharding.memory import cache_bytes, weight_bytes
+    from keye_jax.runtime.device import memory_limit_bytes
+    from keye_jax.runtime.memory import pool_bytes, weight_bytes
 
-    config, layout, limit = runner.config, runner.layout, memory_limit_bytes()
-    weights, cache = weight_bytes(config, layout), cache_bytes(config, batch, context, layout)
+    config, rules, limit = runtime.config, runtime.rules, memory_limit_bytes()
+    weights, cache = weight_bytes(config, rules), pool_bytes(config, batch, context, rules)
     if weights + cache + extra_bytes <= limit:
         return False
     print(
         f"{what}: does not fit: {weights / 2**30:.1f} GiB of weights and {cache / 2**30:.1f} GiB of cache, "
-        f"{_device(layout)} has {limit / 2**30:.1f} GiB"
+        f"{_device(rules)} has {limit / 2**30:.1f} GiB"
     )
     return True
 
 
-def _device(layout: Layout | None) -> str:
-    return f"each of {layout.mesh.size} devices" if layout else "the device"
+def _device(rules: MeshRules) -> str:
+    return f"each of {rules.devices} devices" if rules.devices > 1 else "the device"
 
 
-def _print_setting(config: KeyeConfig, layout: Layout | None, attention: AttentionOptions) -> None:
+def _print_setting(config: KeyeConfig, rules: MeshRules) -> None:
     import jax
 
-    from keye_jax.sharding.memory import weight_bytes
+    from keye_jax.runtime.memory import weight_bytes
 
-    powers = (2**i for i in range(10, 19))
-    dense = max((tokens for tokens in powers if attention.for_context(tokens).attention == "dense"), default=0)
-    each, count = weight_bytes(config, layout), ""
-    detail = f"; sparse is dense up to {_size(dense)} tokens" if dense else ""
-    if layout:
-        count = f"{layout.mesh.size} x "
-        detail = f" on each ({' x '.join(f'{axis} {size}' for axis, size in layout.mesh.shape.items())})"
+    each, count, detail = weight_bytes(config, rules), "", ""
+    if rules.devices > 1:
+        count = f"{rules.devices} x "
+        detail = f" on each ({' x '.join(f'{axis} {size}' for axis, size in rules.mesh.shape.items())})"
     print(
         f"{count}{jax.devices()[0].device_kind}, {config.num_hidden_layers} layers, {each / 1e9:.1f} GB of "
         f"random {config.dtype} weights{detail}",
@@ -293,7 +291,7 @@ def _print_setting(config: KeyeConfig, layout: Layout | None, attention: Attenti
 
 
 def _print_peak() -> None:
-    from keye_jax.device import memory_limit_bytes, peak_memory_bytes
+    from keye_jax.runtime.device import memory_limit_bytes, peak_memory_bytes
 
     print(f"peak memory of a device {peak_memory_bytes() / 2**30:.1f} of {memory_limit_bytes() / 2**30:.1f} GiB")
 

@@ -57,7 +57,7 @@ def convert(
                     hf=hf, modelscope=modelscope, revision=revision, cache_dir=cache_dir, progress=progress
                 )
             if sharding is not None:
-                _check_layout(sharding, source)
+                _check_sharding(sharding, source)
             done = conversion.convert(
                 source,
                 destination,
@@ -87,12 +87,13 @@ def _paths(paths: list[Path], hf: str | None, modelscope: str | None) -> tuple[P
     return paths[0], paths[1]
 
 
-def _check_layout(file: Path, source: Path) -> None:
+def _check_sharding(sharding: str, source: Path) -> None:
     """Raises UserError if the model cannot lie over devices as the sharding file says; "auto" is settled later."""
+    from keye_jax import presets
     from keye_jax.config import KeyeConfig
     from keye_jax.sharding import ShardingConfig
 
-    read = ShardingConfig.from_file(file)
+    read = ShardingConfig.from_file(presets.sharding_file(sharding))
     read.check(KeyeConfig.from_file(source), {axis: size or 1 for axis, size in read.mesh})
 
 

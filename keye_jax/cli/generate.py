@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from keye_jax import distributed
 from keye_jax.cli import options
 from keye_jax.errors import UserError
+from keye_jax.runtime import distributed
 
 if TYPE_CHECKING:
-    from keye_jax.generate import Answer
+    from keye_jax.engine.generate import Answer
     from keye_jax.processor import FrameShare, Plan
-    from keye_jax.sampling import Sampling
-    from keye_jax.sharding import Layout
+    from keye_jax.runtime.sampling import SamplingParams
+    from keye_jax.sharding import MeshRules
 
 
 class InOrder(TyperCommand):
@@ -64,7 +64,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     attention: options.Attention = "sparse",
     implementation: options.Implementation = None,
-    dense_below: options.DenseBelow = None,
+    dense_below: options.DenseBelow = 0,
     indexer_dtype: options.IndexerDtype = None,
     prefill_chunk: options.PrefillChunk = None,
     dtype: options.Dtype = "checkpoint",
@@ -77,7 +77,8 @@ def generate(
 
     The answer goes to stdout; reasoning, progress and a summary go to stderr.
     """
-    chosen = options.attention_options(attention, implementation, dense_below, indexer_dtype)
+    chosen = options.attention_options(attention, implementation, indexer_dtype)
+    dense = options.dense_limit(dense_below)
     chunk = options.prefill_chunk_size(prefill_chunk)
     cast = options.parameter_dtype(dtype)
     conversation = _conversation(prompt, image or [], video or [], ctx.meta["media"], messages)
@@ -87,19 +88,20 @@ def generate(
 
     from convert import kind_of, load_params
     from keye_jax.config import KeyeConfig
-    from keye_jax.device import memory_limit_bytes, peak_memory_bytes
-    from keye_jax.generate import Generator, Hooks, new_token_limit
+    from keye_jax.engine.generate import Generator, Hooks, new_token_limit
+    from keye_jax.engine.generation_config import GenerationDefaults
     from keye_jax.model.keye import Keye
+    from keye_jax.model.params import parameter_shardings
     from keye_jax.processor import Processor
-    from keye_jax.runner import Runner
-    from keye_jax.sampling import GenerationDefaults
+    from keye_jax.runtime.device import memory_limit_bytes, peak_memory_bytes
+    from keye_jax.runtime.runtime import Runtime
 
     options.enable_compilation_cache()
     kind_of(checkpoint)
     config = KeyeConfig.from_file(checkpoint)
-    layout = options.layout(sharding, config)
+    rules = options.mesh_rules(sharding, config)
     defaults = GenerationDefaults.from_checkpoint(checkpoint, fallback_end=config.extra.get("eos_token_id"))
-    asked = {"temperature": 0.0 if greedy else temperature, "top_p": top_p, "top_k": top_k}
+    asked = {"temperature": 0.0 if greedy else temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     sampling = dataclasses.replace(defaults.sampling, **{name: x for name, x in asked.items() if x is not None})
     media = {
         "fps": fps,
@@ -122,7 +124,7 @@ def generate(
         dtype=cast or config.dtype,
         indexer_dtype=chosen.indexer_dtype,
         memory_limit=memory_limit_bytes(),
-        layout=layout,
+        rules=rules,
     )
 
     start = time.perf_counter()
@@ -130,23 +132,22 @@ def generate(
         inputs = processor.process(
             plan,
             progress=lambda done, total: report("decoding frames", done, total),
-            share=_frame_share(layout) if layout and jax.process_count() > 1 else None,
+            share=_frame_share(rules) if jax.process_count() > 1 else None,
         )
         decoded = time.perf_counter()
         report("loading weights", 0, None)
-        shardings = layout.parameters(config) if layout else None
+        shardings = parameter_shardings(config, rules)
         model = Keye.from_params(config, load_params(checkpoint, config, dtype=cast, shardings=shardings))
         report("loading weights", 1, 1)
     loaded = time.perf_counter()
-    runner = Runner(model, config, options=chosen, prefill_chunk=chunk, layout=layout)
-    generator = Generator(runner, processor, defaults.end_tokens)
+    runtime = Runtime(model, config, options=chosen, prefill_chunk=chunk, dense_below=dense, rules=rules)
+    generator = Generator(runtime, processor, defaults.end_tokens)
     with options.ProgressBars() as report:
         printer = _Printer(enabled=stream and not as_json, before=report.stop)
         answer = generator.generate(
             inputs,
             sampling=sampling,
             max_new_tokens=limit,
-            seed=seed,
             hooks=Hooks(text=printer, progress=report),
         )
     printer.finish(answer, plain=not stream and not as_json)
@@ -159,16 +160,16 @@ def generate(
     return 0
 
 
-def _frame_share(layout: Layout) -> FrameShare:
+def _frame_share(rules: MeshRules) -> FrameShare:
     """Of each frame, the process that will encode it decodes it."""
     import numpy as np
     from jax.experimental import multihost_utils
 
     from keye_jax.processor import FrameShare
-    from keye_jax.runner import images_here
+    from keye_jax.runtime.encode import images_here
 
     return FrameShare(
-        here=lambda grids: images_here(grids, layout),
+        here=lambda grids: images_here(grids, rules),
         gather=lambda part: np.max(multihost_utils.process_allgather(part), axis=0, initial=-1),
     )
 
@@ -225,7 +226,7 @@ class _Printer:
 
 
 def _summary(
-    plan: Plan, frame_times: tuple, answer: Answer, sampling: Sampling, decode_seconds: float, load_seconds: float
+    plan: Plan, frame_times: tuple, answer: Answer, sampling: SamplingParams, decode_seconds: float, load_seconds: float
 ) -> dict[str, Any]:
     return {
         "answer": answer.text,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from keye_jax.config import KeyeConfig
     from keye_jax.model.attention import AttentionOptions
-    from keye_jax.sharding import Layout
+    from keye_jax.sharding import MeshRules
 
 Checkpoint = Annotated[Path, typer.Option(help="Directory of a checkpoint, safetensors or Orbax.")]
 Attention = Annotated[str, typer.Option(help="'sparse', the model as released, or 'dense', for comparison.")]
@@ -26,9 +26,10 @@ PrefillChunk = Annotated[
     int | None, typer.Option(help="Prompt tokens that each device reads in one step; the answer does not depend on it.")
 ]
 DenseBelow = Annotated[
-    int | None,
+    int,
     typer.Option(
-        help="Attend densely while the context has at most so many tokens; where that is faster if left out, 0 never."
+        help="Prompt tokens at positions below this attend to all earlier ones. The model was trained with selection: "
+        "above 0 it is another model, less exact, and faster for short prompts."
     ),
 ]
 IndexerDtype = Annotated[
@@ -38,7 +39,8 @@ IndexerDtype = Annotated[
 Dtype = Annotated[str, typer.Option(help="'checkpoint', 'bfloat16' or 'float32': what the parameters are cast to.")]
 
 Sharding = Annotated[
-    Path | None, typer.Option(help="How the model lies over several devices: a file as in configs/sharding.")
+    str | None,
+    typer.Option(help="How the model lies over several devices: a preset's name, such as 'expert', or a file."),
 ]
 Coordinator = Annotated[
     str | None,
@@ -50,27 +52,25 @@ Processes = Annotated[int | None, typer.Option(help="Of several processes: how m
 ProcessId = Annotated[int | None, typer.Option(help="Of several processes: which one this is, from 0.")]
 
 
-def layout(file: Path | None, config: KeyeConfig) -> Layout | None:
-    """The layout of a sharding file on the devices there are; None where all is on one device.
+def mesh_rules(sharding: str | None, config: KeyeConfig) -> MeshRules:
+    """The rules of a preset or a sharding file on the devices there are; all on one device without.
 
     Raises UserError: the file, or what it asks of these devices or this model, is impossible.
     """
     import jax
 
-    from keye_jax.sharding import Layout, ShardingConfig
+    from keye_jax import presets
+    from keye_jax.sharding import MeshRules, ShardingConfig
 
-    if file is None:
+    if sharding is None:
         if jax.process_count() > 1:
-            raise UserError(f"{jax.process_count()} processes need --sharding FILE, which says what each of them has")
-        return None
-    found = Layout.create(ShardingConfig.from_file(file), config)
-    return found if found.mesh.size > 1 else None
+            raise UserError(f"{jax.process_count()} processes need --sharding, which says what each of them has")
+        return MeshRules.single_device()
+    return MeshRules.create(ShardingConfig.from_file(presets.sharding_file(sharding)), config)
 
 
-def attention_options(
-    attention: str, implementation: str | None, dense_below: int | None = 0, indexer_dtype: str | None = None
-) -> AttentionOptions:
-    """Checked attention options. Raises UserError for an unknown name or a negative number of tokens."""
+def attention_options(attention: str, implementation: str | None, indexer_dtype: str | None = None) -> AttentionOptions:
+    """Checked attention options. Raises UserError for an unknown name."""
     from keye_jax.model.attention import AttentionOptions
     from pallas_kernels.dispatch import available
 
@@ -78,11 +78,16 @@ def attention_options(
         raise UserError(f"--attention is {attention!r}; it must be 'sparse' or 'dense'")
     if implementation is not None and implementation not in available():
         raise UserError(f"--implementation is {implementation!r}; it must be one of: {', '.join(available())}")
-    if dense_below is not None and dense_below < 0:
-        raise UserError(f"--dense-below is {dense_below}; it must be 0 or more")
     if indexer_dtype not in (None, "float8_e4m3fn"):
         raise UserError(f"--indexer-dtype is {indexer_dtype!r}; it must be 'float8_e4m3fn' or left out")
-    return AttentionOptions(attention, implementation, dense_below, indexer_dtype)
+    return AttentionOptions(attention, implementation, indexer_dtype)
+
+
+def dense_limit(value: int) -> int:
+    """A checked `--dense-below`. Raises UserError if it is negative."""
+    if value < 0:
+        raise UserError(f"--dense-below is {value}; it must be 0 or more")
+    return value
 
 
 def tokens(option: str, text: str) -> int:

@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from keye_jax import presets
 from keye_jax.cli import options
 from keye_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from keye_jax.plan import Plan, Step
+    from keye_jax.planning.plan import Plan, Step
 
-_RELEASED = Path(__file__).parents[2] / "configs" / "model" / "keye_vl_2_30b_a3b.json"
 _GIB = 2**30
 
 
 def plan(
-    sharding: Annotated[Path, typer.Option(help="How the model lies over the devices: a file as in configs/sharding.")],
     platform: Annotated[
         str, typer.Option(help="The devices: KIND:COUNT, such as h200:4, or of TPUs KIND:TOPOLOGY, such as v5p:2x2x4.")
     ],
     context: Annotated[str, typer.Option(help="Tokens that each sequence has room for, such as 131072 or 128K.")],
     batch: Annotated[int, typer.Option(help="Sequences that are decoded together.")] = 1,
-    config: Annotated[Path, typer.Option(help="Configuration of the model, a config.json.")] = _RELEASED,
+    config: Annotated[Path, typer.Option(help="Configuration of the model, a config.json.")] = presets.RELEASED,
+    sharding: options.Sharding = None,
     prefill_chunk: options.PrefillChunk = None,
     slices: Annotated[int, typer.Option(help="How many TPU slices of this topology.")] = 1,
     implementation: Annotated[
@@ -47,8 +47,8 @@ def plan(
     _without_devices()
 
     from keye_jax.config import KeyeConfig
-    from keye_jax.plan import plan as compute
-    from keye_jax.platforms import Platform
+    from keye_jax.planning.hardware import Platform
+    from keye_jax.planning.plan import plan as compute
     from keye_jax.sharding import ShardingConfig
     from pallas_kernels.dispatch import IMPLEMENTATIONS
 
@@ -56,7 +56,7 @@ def plan(
         raise UserError(f"--implementation is {implementation!r}; it must be one of: {', '.join(IMPLEMENTATIONS)}")
     found = compute(
         KeyeConfig.from_file(config),
-        ShardingConfig.from_file(sharding),
+        ShardingConfig.from_file(presets.sharding_file(sharding or "one_device")),
         Platform.parse(platform, slices),
         context=tokens,
         batch=batch,
@@ -107,7 +107,7 @@ def _print(found: Plan) -> None:
     for name, step in steps.items():
         if step:
             least = f"{step.at_least_seconds * 1e3:.2f} ms" if step.at_least_seconds is not None else "?"
-            lines.append((name, f"{step.flops / 1e12:.3f}", f"{step.bytes_moved / 1e9:.2f}", least, _traffic(step)))
+            lines.append((name, f"{step.flops / 1e12:.3f}", f"{step.bytes_moved / 1e9:.2f}", least, _collectives(step)))
     _print_table(lines)
     print("operations and bytes moved are estimated, the last chunk's of a prompt; 'at least' is at peak rates")
     print()
@@ -125,7 +125,7 @@ def _print(found: Plan) -> None:
         print(f"it does NOT fit{f' ({found.problem})' if found.problem else ''}; {largest}")
 
 
-def _traffic(step: Step) -> str:
+def _collectives(step: Step) -> str:
     parts = (f"{each.count} {each.kind} {each.bytes_received / 1e6:,.1f} MB" for each in step.collectives)
     return ", ".join(parts) or "none"
 

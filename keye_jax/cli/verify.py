@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from keye_jax import distributed
 from keye_jax.cli import options
 from keye_jax.errors import UserError
+from keye_jax.runtime import distributed
 
 
 def verify(
@@ -32,7 +32,7 @@ def verify(
     Prints the largest absolute error of each array and whether the selected sets and experts are identical. Exits
     with 1 if anything is beyond the tolerance.
     """
-    chosen = options.attention_options(attention, implementation, indexer_dtype=indexer_dtype)
+    chosen = options.attention_options(attention, implementation, indexer_dtype)
     chunk = options.prefill_chunk_size(prefill_chunk)
     cast = options.parameter_dtype(dtype)
     if not atol >= 0:
@@ -46,26 +46,27 @@ def verify(
 
     from convert import kind_of, load_params
     from keye_jax.config import KeyeConfig
+    from keye_jax.eval.parity import EXACT, OVERLAP, skipped
+    from keye_jax.eval.parity import verify as compare_all
     from keye_jax.model.keye import Keye
-    from keye_jax.runner import Runner
-    from keye_jax.verify import EXACT, OVERLAP, skipped
-    from keye_jax.verify import verify as compare_all
+    from keye_jax.model.params import parameter_shardings
+    from keye_jax.runtime.runtime import Runtime
 
     options.enable_compilation_cache()
     kind = kind_of(checkpoint)
     config = KeyeConfig.from_file(checkpoint)
-    layout = options.layout(sharding, config)
-    shardings = layout.parameters(config) if layout else None
+    rules = options.mesh_rules(sharding, config)
+    shardings = parameter_shardings(config, rules)
     model = Keye.from_params(config, load_params(checkpoint, config, dtype=cast, shardings=shardings))
-    runner = Runner(model, config, options=chosen, prefill_chunk=chunk, layout=layout)
+    runtime = Runtime(model, config, options=chosen, prefill_chunk=chunk, rules=rules)
 
     how = f"{attention} attention" + (f" and a {indexer_dtype} indexer" if indexer_dtype else "")
-    where = f" on {layout.mesh.size} devices" if layout else ""
-    table = Table("array", "compared", "result", "", title=f"{checkpoint} ({kind}, {runner.dtype}, {how}{where})")
+    where = f" on {rules.devices} devices" if rules.devices > 1 else ""
+    table = Table("array", "compared", "result", "", title=f"{checkpoint} ({kind}, {runtime.dtype}, {how}{where})")
     passed = []
     # Without this, accelerators multiply float32 matrices in lower precision.
     with jax.default_matmul_precision("highest"):
-        for comparison in compare_all(runner, arrays, atol=atol):
+        for comparison in compare_all(runtime, arrays, atol=atol):
             passed.append(comparison.passed)
             if comparison.kind == EXACT:
                 result = "identical" if comparison.passed else f"{int(comparison.error):,} entries differ"

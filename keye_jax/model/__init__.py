@@ -1,1 +1,1 @@
-"""The network in flax.nnx. Modules own parameters; every step is a function of (parameters, inputs, cache)."""
+"""The network in flax.nnx. Modules own parameters; each step is a function of (parameters, inputs, pages)."""

@@ -1,42 +1,46 @@
-"""Grouped-query attention over the cache: sparse through the indexer's selection, or dense."""
+"""Grouped-query attention over a context: sparse through the indexer's selection, or dense.
+
+Over several devices: a step that reads prompts has all keys of its sequences on each device for the time of a layer. A
+step of decode may have each sequence's keys on several devices. Each of them scores its own positions and selects its
+own best; all exchange the scores of what they selected; each attends to those of the exact selection that it has; and
+the parts are merged by their log-sum-exps.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from keye_jax.cache import PAGE_SIZE, LayerCache
 from keye_jax.config import KeyeConfig
+from keye_jax.kv_cache import PAGE_SIZE, Pages
+from keye_jax.model.context import Context, Keys
 from keye_jax.model.indexer import Indexer
 from keye_jax.model.layers import Linear, RMSNorm
-from keye_jax.model.parallel import Parallel
 from keye_jax.model.rope import apply_rope
-from keye_jax.model.sequence_parallel import Attended, Projected, decode_step, read_chunk
+from keye_jax.sharding.collectives import Axes, all_gather, as_words, from_words, rank
+from keye_jax.sharding.step import StepSharding, spec
 from pallas_kernels.dispatch import available
 from pallas_kernels.flash_attention import paged_flash_attention
 from pallas_kernels.indexer_scores import indexer_scores
 from pallas_kernels.select_topk import select_topk
+from pallas_kernels.sparse_attention import sparse_attention
 from pallas_kernels.topk_attention import topk_attention
 
 _SCORE_BYTES = {"mosaic_gpu": 2**30, "mosaic_tpu": 2**31}
-_FEW_SCORE_BYTES = 64 * 2**20
-"""What the scores of one block of queries may take: at 128K tokens those of 2,048, enough to fill a GPU, or of 128.
+_SMALL_SCORE_BYTES = 64 * 2**20
+"""Most bytes of the scores of one block of queries: at 128K tokens those of 2,048 fill a GPU, or those of 128.
 
 On TPUs 2,048 queries at 256K tokens are one block: v5e's compiler aborts on the loop over two of 1,024.
 """
 
 _DENSE_BYTES = 2**30
-"""What copies of the contexts of several sequences, read densely at once, may take."""
-
-DENSE_BELOW = {"mosaic_gpu": 16_384}
-"""Longest context, in tokens, at which dense attention is the faster one, by the implementation of the sparse one."""
+"""Most bytes of the copies of contexts that are attended to densely at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +50,13 @@ class AttentionOptions:
     Attributes:
       attention: "sparse", the model as released, or "dense", every visible key, for comparison.
       implementation: name of the kernels' implementation, or None for the best there is.
-      dense_below: contexts of up to so many tokens are attended to densely by a "sparse" model; None takes what was
-        measured to be faster (`DENSE_BELOW`), 0 always selects, as released.
-      indexer_dtype: of index queries and keys, and of the cache's: "float8_e4m3fn", as the publisher serves them, less
-        exact, or None for the parameters'.
-      intermediates: whether layers also return what they computed on the way (needs memory for all scores).
+      indexer_dtype: of index queries and keys, and of the pool's: "float8_e4m3fn", as the publisher serves them and
+        less exact, or None for the parameters' dtype.
+      intermediates: whether layers also return what they computed on the way, which needs memory for all scores.
     """
 
     attention: Literal["sparse", "dense"] = "sparse"
     implementation: str | None = None
-    dense_below: int | None = None
     indexer_dtype: Literal["float8_e4m3fn"] | None = None
     intermediates: bool = False
 
@@ -64,39 +65,64 @@ class AttentionOptions:
         """Name of the implementation that comes first."""
         return self.implementation or available()[0]
 
-    def for_context(self, tokens: int, *, split: bool = False) -> AttentionOptions:
-        """The options of a step whose context has at most so many tokens: whether it attends sparsely is settled.
 
-        Args:
-          split: whether devices have stripes of its queries. Each stripe would attend densely to a copy of all keys of
-            its own, which `DENSE_BELOW` does not count: only the option "dense" is dense then.
-        """
-        limit = DENSE_BELOW.get(self.kernels, 0) if self.dense_below is None else self.dense_below
-        dense = self.attention == "dense" or (tokens <= limit and not split and not self.intermediates)
-        return dataclasses.replace(self, attention="dense" if dense else "sparse", dense_below=0)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionInputs:
+    """What a layer computes from its new tokens before it attends.
+
+    Attributes:
+      q: `[b, t, n, d]`, after norm and rope.
+      k, v: `[b, t, kv_heads, d]`; keys after norm and rope.
+      index_q: index queries `[b, t, ni, di]`.
+      gates: their gates, float32 `[b, t, ni]`, times the scales of float8 queries.
+      index_keys: `[b, t, di]`.
+      index_scales: float32 `[b, t]`, factors on float8 index keys, or None.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    index_q: jax.Array
+    gates: jax.Array
+    index_keys: jax.Array
+    index_scales: jax.Array | None
+
+    @property
+    def rows(self) -> Pages:
+        """What the cache keeps of the tokens."""
+        return Pages(jnp.concatenate([self.k, self.v], axis=2), self.index_keys, self.index_scales)
+
+    def specs(self, step: StepSharding) -> Any:
+        """Partitions in place of the arrays."""
+        by_row = jax.tree.map(lambda _: spec(step.rows), self)
+        q: Any = spec(step.rows, (), step.heads)
+        kv: Any = spec(step.rows, (), step.kv_heads)
+        return dataclasses.replace(by_row, q=q, k=kv, v=kv)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Placement:
-    """Where a step's new tokens stand: at `start` to `start + count - 1` of their sequences (int32 `[b]` each)."""
+class AttentionOutput:
+    """What queries attended to.
 
-    page_table: jax.Array
-    start: jax.Array
-    count: jax.Array
+    Attributes:
+      out: `[b, t, n, d]`.
+      lse: float32 `[b, t, n]`, log-sum-exp of the scaled dot products; -inf of a query that saw no key.
+      index_scores: float32 `[b, t, s]`, -inf after the query; None when dense or not asked for.
+      selected: int32 `[b, t, top_k]` positions, -1 where there are fewer; None when dense or not asked for.
+    """
+
+    out: jax.Array
+    lse: jax.Array
+    index_scores: jax.Array | None = None
+    selected: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionIntermediates:
-    """What an attention layer computed on the way.
-
-    Attributes:
-      query: `[b, t, n, d]`, after norm and rope.
-      lse: float32 `[b, t, n]`, log-sum-exp of the scaled dot products.
-      index_scores: float32 `[b, t, s]`, -inf after the query; None when dense.
-      selected: int32 `[b, t, top_k]`, -1 where there are fewer; None when dense.
-    """
+    """What an attention layer computed on the way: its queries, and `AttentionOutput`'s fields of the same names."""
 
     query: jax.Array
     lse: jax.Array
@@ -121,176 +147,242 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, axis="head_dim", dtype=dtype)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, axis="head_dim", dtype=dtype)
 
-    def __call__(
+    def __call__[C: Context](
         self,
         x: jax.Array,
         indexer: Indexer,
         angles: jax.Array,
         index_angles: jax.Array,
-        cache: LayerCache,
-        placement: Placement,
+        context: C,
         options: AttentionOptions,
-        parallel: Parallel | None = None,
-    ) -> tuple[jax.Array, LayerCache, AttentionIntermediates | None]:
-        """Attends from new tokens to the cache and themselves.
+        step: StepSharding,
+    ) -> tuple[jax.Array, C, AttentionIntermediates | None]:
+        """Attends from new tokens to their context and themselves.
 
         Args:
           x: `[b, t, embed]`, the normed layer input.
           angles, index_angles: float32 rotary angles `[b, t, head_dim / 2]`, `[b, t, indexer_head_dim / 2]`.
-          cache: what the layer holds of earlier tokens.
-          parallel: how the arrays lie over devices; None for one device.
+          context: what the tokens see.
+          step: how the arrays lie over devices.
 
         Returns:
-          `[b, t, embed]`, the cache with the new tokens, and intermediates if asked for.
+          `[b, t, embed]`, the context with the new tokens, and intermediates if the options ask for them.
         """
+        inputs = self.project(x, indexer, angles, index_angles, options)
+
+        def attend(inputs: AttentionInputs, context: C) -> tuple[AttentionOutput, C]:
+            context, keys = context.append(inputs.rows, step)
+            if options.attention == "dense":
+                found = attend_dense(inputs, keys, scale=self.scale, options=options)
+            else:
+                found = attend_sparse(
+                    inputs, keys, top_k=self.top_k, scale=self.scale, index_scale=indexer.scale, options=options
+                )
+            return merge(found, keys.split), context
+
+        sharded = step.shard_map(
+            attend,
+            (inputs.specs(step), context.specs(step)),
+            (_output_specs(step, options), context.specs(step)),
+        )
+        found, context = sharded(inputs, context)
+        intermediates = AttentionIntermediates(inputs.q, found.lse, found.index_scores, found.selected)
+        return self.o_proj(found.out), context, intermediates if options.intermediates else None
+
+    def project(
+        self, x: jax.Array, indexer: Indexer, angles: jax.Array, index_angles: jax.Array, options: AttentionOptions
+    ) -> AttentionInputs:
+        """Queries, keys and values of the layer and of its indexer; arguments as for `__call__`."""
         q = apply_rope(self.q_norm(self.q_proj(x)), angles)
         k = apply_rope(self.k_norm(self.k_proj(x)), angles)
         with jax.named_scope("indexer"):
             index_q, gates, index_keys, index_scales = indexer(x, index_angles, dtype=options.indexer_dtype)
-        new = Projected(q, k, self.v_proj(x), index_q, gates, index_keys, index_scales)
-        sparse, where = options.attention == "sparse", (placement.page_table, placement.start)
-        attend = functools.partial(
-            attend_sparse if sparse else attend_dense,
-            top_k=self.top_k,
-            scale=self.scale,
-            index_scale=indexer.scale,
-            options=options,
-        )
-        if parallel is None:
-            cache = cache.append(*where, placement.count, new.kv, index_keys, index_scales)
-            found = attend(q, index_q, gates, cache, *where)
-        elif x.shape[1] == 1:
-            found, cache = decode_step(
-                new,
-                cache,
-                *where,
-                placement.count,
-                top_k=self.top_k if sparse else None,
-                scale=self.scale,
-                index_scale=indexer.scale,
-                implementation=options.implementation,
-                parallel=parallel,
-                intermediates=options.intermediates,
-            )
-        else:
-            found, cache = read_chunk(
-                attend,
-                new,
-                cache,
-                *where,
-                placement.count,
-                parallel=parallel,
-                intermediates=options.intermediates and sparse,
-            )
-        intermediates = AttentionIntermediates(q, found.lse, found.index_scores, found.selected)
-        return self.o_proj(found.out), cache, intermediates if options.intermediates else None
+        return AttentionInputs(q, k, self.v_proj(x), index_q, gates, index_keys, index_scales)
 
 
-def attend_dense(
-    q: jax.Array,
-    index_q: jax.Array,
-    gates: jax.Array,
-    cache: LayerCache,
-    page_table: jax.Array,
-    start: jax.Array,
-    *,
-    scale: float,
-    options: AttentionOptions,
-    **sparse: float,
-) -> Attended:
-    """Attends to all that each query sees. Takes what `attend_sparse` does; the indexer's arguments are not used."""
-    del index_q, gates, sparse
+def attend_dense(inputs: AttentionInputs, keys: Keys, *, scale: float, options: AttentionOptions) -> AttentionOutput:
+    """Attends to all keys that each query sees.
 
-    def attend(q: jax.Array, table: jax.Array, start: jax.Array) -> Attended:
+    Memory: copies of the contexts of as many rows as fit into `_DENSE_BYTES`, at least one.
+    """
+    kv = keys.pages.kv
+
+    def attend(q: jax.Array, table: jax.Array, start: jax.Array) -> AttentionOutput:
         with jax.named_scope("attention"):
-            return Attended(
-                *paged_flash_attention(q, cache.kv, table, start, scale=scale, implementation=options.implementation)
+            return AttentionOutput(
+                *paged_flash_attention(q, kv, table, start, scale=scale, implementation=options.implementation)
             )
 
-    row_bytes = math.prod(cache.kv.shape[2:]) * cache.kv.dtype.itemsize
-    at_once = _DENSE_BYTES // (page_table.shape[1] * PAGE_SIZE * row_bytes) if q.shape[1] > 1 else len(q)
-    return _in_turns(attend, max(1, at_once), q, page_table, start)
+    q = inputs.q
+    row_bytes = math.prod(kv.shape[2:]) * kv.dtype.itemsize
+    at_once = _DENSE_BYTES // (keys.page_table.shape[1] * PAGE_SIZE * row_bytes) if q.shape[1] > 1 else len(q)
+    return _in_turns(attend, max(1, at_once), q, keys.page_table, keys.start)
 
 
 def attend_sparse(
-    q: jax.Array,
-    index_q: jax.Array,
-    gates: jax.Array,
-    cache: LayerCache,
-    page_table: jax.Array,
-    start: jax.Array,
-    *,
-    top_k: int,
-    scale: float,
-    index_scale: float,
-    options: AttentionOptions,
-) -> Attended:
+    inputs: AttentionInputs, keys: Keys, *, top_k: int, scale: float, index_scale: float, options: AttentionOptions
+) -> AttentionOutput:
     """Scores, selects and attends, a block of queries at a time.
 
-    Memory: the scores of one block of queries, the smaller the longer the context; never those of all queries.
+    Memory: the scores of one block of queries, which is smaller the longer the context is; never those of all queries.
 
     Args:
-      q: `[b, t, n, d]` queries.
-      index_q, gates: index queries `[b, t, ni, di]` and their gates float32 `[b, t, ni]`, times float8 queries' scales.
-      cache: holds the keys of the whole context, the new tokens' included.
-      page_table: int32 `[b, m]`.
-      start: int32 `[b]`, position of each sequence's first query.
+      keys: of the whole context, the new tokens' included.
 
     Returns:
-      the attention output, and scores and selection if the options ask for intermediates.
+      the attention output, with scores and selection if the options ask for intermediates.
     """
-    kwargs = {"implementation": options.implementation}
+    kwargs: dict[str, Any] = {"implementation": options.implementation}
+    pages = keys.pages
 
-    def attend(q: jax.Array, index_q: jax.Array, gates: jax.Array, table: jax.Array, start: jax.Array) -> Attended:
+    def attend(
+        q: jax.Array, index_q: jax.Array, gates: jax.Array, table: jax.Array, start: jax.Array
+    ) -> AttentionOutput:
         with jax.named_scope("indexer"):
             scores = indexer_scores(
                 index_q,
                 gates,
-                cache.index_keys,
+                pages.index_keys,
                 table,
-                start,
+                # A shard that a sequence has not reached is scored as if it held one key, which is not looked at.
+                jnp.maximum(start, 0) if keys.split else start,
                 scale=index_scale,
-                key_scales=cache.index_scales,
+                key_scales=pages.index_scales,
                 fill=options.intermediates,
                 **kwargs,
             )
         lengths = jnp.minimum(start[:, None] + jnp.arange(q.shape[1]) + 1, scores.shape[-1])
-        with jax.named_scope("attention"):
-            out, lse = topk_attention(q, scores, lengths, cache.kv, table, top_k=top_k, scale=scale, **kwargs)
+        if keys.split:
+            with jax.named_scope("selection"):
+                selected = select_split(scores, lengths, top_k, keys.split, **kwargs)
+            with jax.named_scope("attention"):
+                out, lse = sparse_attention(q, pages.kv, selected, table, scale=scale, **kwargs)
+        else:
+            selected = None
+            with jax.named_scope("attention"):
+                out, lse = topk_attention(q, scores, lengths, pages.kv, table, top_k=top_k, scale=scale, **kwargs)
         if not options.intermediates:
-            return Attended(out, lse)
-        return Attended(out, lse, scores, select_topk(scores, lengths, top_k, **kwargs))
+            return AttentionOutput(out, lse)
+        if selected is None:
+            selected = select_topk(scores, lengths, top_k, **kwargs)
+        scores = jnp.where(jnp.arange(scores.shape[-1]) < lengths[..., None], scores, -jnp.inf)
+        return AttentionOutput(out, lse, _scores_of_all(scores, keys.split), _positions_of_all(selected, keys.split))
 
+    q, index_q, gates = inputs.q, inputs.index_q, inputs.gates
     batch, queries = q.shape[:2]
-    score_bytes = _SCORE_BYTES.get(options.kernels, _FEW_SCORE_BYTES)
-    at_once = max(1, score_bytes // (4 * page_table.shape[1] * PAGE_SIZE))
+    score_bytes = _SCORE_BYTES.get(options.kernels, _SMALL_SCORE_BYTES)
+    at_once = max(1, score_bytes // (4 * keys.page_table.shape[1] * PAGE_SIZE))
     if options.intermediates or batch * queries <= at_once:
-        return attend(q, index_q, gates, page_table, start)
+        return attend(q, index_q, gates, keys.page_table, keys.start)
     if batch > 1 and queries <= at_once:
-        return _in_turns(attend, at_once // queries, q, index_q, gates, page_table, start)
+        return _in_turns(attend, at_once // queries, q, index_q, gates, keys.page_table, keys.start)
 
     blocks = math.ceil(queries / max(1, at_once // batch))
     block = math.ceil(queries / blocks)
     padding = ((0, 0), (0, blocks * block - queries))
     q, index_q, gates = (jnp.pad(x, padding + ((0, 0),) * (x.ndim - 2)) for x in (q, index_q, gates))
 
-    def attend_block(i: jax.Array, done: Attended) -> Attended:
+    def attend_block(i: jax.Array, done: AttentionOutput) -> AttentionOutput:
         first = i * block
         part_q, part_index_q, part_gates = (_part(x, first, block, 1) for x in (done.out, index_q, gates))
-        return _overwrite(done, attend(part_q, part_index_q, part_gates, page_table, start + first), first, 1)
+        part = attend(part_q, part_index_q, part_gates, keys.page_table, keys.start + first)
+        return _overwrite(done, part, first, 1)
 
     done = jax.lax.fori_loop(0, blocks, attend_block, _begun(q))
-    return Attended(done.out[:, :queries], done.lse[:, :queries])
+    return AttentionOutput(done.out[:, :queries], done.lse[:, :queries])
 
 
-def _in_turns(attend: Callable[..., Attended], at_once: int, q: jax.Array, *others: jax.Array) -> Attended:
-    """`attend` on at most so many sequences, the first dimension of all arguments, at a time."""
+def select_split(
+    scores: jax.Array, lengths: jax.Array, top_k: int, axes: Axes, *, implementation: str | None
+) -> jax.Array:
+    """`select_topk` among the positions of all devices along `axes`, which hold a sequence's pages in turns.
+
+    Each device offers its own best positions, so the selection among what is offered is exact. What travels: scores and
+    positions of `top_k` candidates of each device.
+
+    Args:
+      scores: float32 `[b, 1, s]`, of this device's positions.
+      lengths: int32 `[b, 1]`, how many of them each query sees.
+
+    Returns:
+      int32 `[b, 1, top_k]`, those of this device's positions that are selected, -1 in the places of others'.
+    """
+    each = min(top_k, scores.shape[-1])
+    candidates = select_topk(scores, lengths, each, implementation=implementation)
+    best = jnp.take_along_axis(scores, jnp.maximum(candidates, 0), axis=2)
+    best = jnp.where(candidates >= 0, best, -jnp.inf)
+    offered = jnp.stack([as_words(best[..., None]), as_words(_position_of_all(candidates, axes)[..., None])], axis=-1)
+    offered = all_gather(offered[..., 0, :], axes, axis=2)
+    best, position = from_words(offered[..., :1], jnp.float32)[..., 0], from_words(offered[..., 1:], jnp.int32)[..., 0]
+    all_of_them = jnp.full(best.shape[:2], best.shape[2])
+    chosen = select_topk(best, all_of_them, top_k, implementation=implementation)
+    lowest = jnp.where(chosen >= 0, jnp.take_along_axis(best, jnp.maximum(chosen, 0), axis=2), jnp.inf).min(axis=2)
+    # Candidates are not in the order of their positions, so ties for the last places are decided by position here.
+    # Positions are exact in float32 up to 2^24.
+    tie = jnp.where(best == lowest[..., None], -position.astype(jnp.float32), -jnp.inf)
+    order = jnp.where(best > lowest[..., None], 1.0, tie)
+    chosen = select_topk(order, all_of_them, top_k, implementation=implementation)
+    own = chosen - rank(axes) * each
+    selected = jnp.take_along_axis(candidates, jnp.clip(own, 0, each - 1), axis=2)
+    return jnp.where((chosen >= 0) & (own >= 0) & (own < each), selected, -1)
+
+
+def _position_of_all(position: jax.Array, axes: Axes) -> jax.Array:
+    """Positions in their sequence from those among the pages of this device, which has every n-th page."""
+    page, offset = jnp.divmod(position, PAGE_SIZE)
+    return (page * _devices(axes) + rank(axes)) * PAGE_SIZE + offset
+
+
+def _scores_of_all(scores: jax.Array, axes: Axes) -> jax.Array:
+    """Scores `[b, t, s]` of the pages of this device to those of all, `[b, t, devices * s]`."""
+    pages = scores.reshape(*scores.shape[:2], -1, 1, PAGE_SIZE)
+    return all_gather(pages, axes, axis=3).reshape(*scores.shape[:2], -1)
+
+
+def _positions_of_all(selected: jax.Array, axes: Axes) -> jax.Array:
+    """The selected positions of all devices, int32 `[b, t, top_k]`, in ascending order, then -1."""
+    if not axes:
+        return selected
+    nowhere, top_k = jnp.iinfo(jnp.int32).max, selected.shape[2]
+    positions = jnp.where(selected >= 0, _position_of_all(selected, axes), nowhere)
+    positions = jnp.sort(all_gather(positions, axes, axis=2), axis=2)[..., :top_k]
+    return jnp.where(positions < nowhere, positions, -1)
+
+
+def merge(found: AttentionOutput, axes: Axes) -> AttentionOutput:
+    """Attention to the keys of all devices along `axes` from that to each one's, in float32."""
+    if not axes:
+        return found
+    words = jnp.concatenate([as_words(found.out), as_words(found.lse[..., None])], axis=-1)
+    words = all_gather(words[None], axes, axis=0)
+    outs, lses = from_words(words[..., :-1], found.out.dtype), from_words(words[..., -1:], found.lse.dtype)[..., 0]
+    lse = jax.nn.logsumexp(lses, axis=0)
+    weights = jnp.exp(lses - jnp.where(jnp.isfinite(lse), lse, 0.0))
+    out = jnp.sum(weights[..., None] * outs.astype(jnp.float32), axis=0).astype(found.out.dtype)
+    return dataclasses.replace(found, out=out, lse=lse)
+
+
+def _devices(axes: Axes) -> int:
+    return jax.lax.axis_size(axes) if axes else 1
+
+
+def _output_specs(step: StepSharding, options: AttentionOptions) -> Any:
+    """Partitions in place of the arrays of an `AttentionOutput`."""
+    by_head: Any = spec(step.rows, (), step.heads)
+    found: Any = spec(step.rows) if options.intermediates and options.attention == "sparse" else None
+    return AttentionOutput(by_head, by_head, found, found)
+
+
+def _in_turns(
+    attend: Callable[..., AttentionOutput], at_once: int, q: jax.Array, *others: jax.Array
+) -> AttentionOutput:
+    """`attend` on at most `at_once` rows, the first dimension of all arguments, at a time."""
     batch = len(q)
     if batch <= at_once:
         return attend(q, *others)
     at_once = next(count for count in range(at_once, 0, -1) if batch % count == 0)
 
-    def turn(i: jax.Array, done: Attended) -> Attended:
+    def turn(i: jax.Array, done: AttentionOutput) -> AttentionOutput:
         first = i * at_once
         return _overwrite(done, attend(*(_part(x, first, at_once, 0) for x in (done.out, *others))), first, 0)
 
@@ -300,18 +392,18 @@ def _in_turns(attend: Callable[..., Attended], at_once: int, q: jax.Array, *othe
 # In place of queries: the program of a step would hold output buffers of zeros for every layer from its beginning.
 
 
-def _begun(q: jax.Array) -> Attended:
-    return Attended(q, q[..., 0].astype(jnp.float32))
+def _begun(q: jax.Array) -> AttentionOutput:
+    return AttentionOutput(q, q[..., 0].astype(jnp.float32))
 
 
 def _part(x: jax.Array, first: jax.Array, size: int, axis: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, first, size, axis)
 
 
-def _overwrite(done: Attended, part: Attended, first: jax.Array, axis: int) -> Attended:
+def _overwrite(done: AttentionOutput, part: AttentionOutput, first: jax.Array, axis: int) -> AttentionOutput:
     """`done` with a part of its queries overwritten with what they attended to."""
     out, lse = (
         jax.lax.dynamic_update_slice_in_dim(old, new, first, axis)
         for old, new in ((done.out, part.out), (done.lse, part.lse))
     )
-    return Attended(out, lse)
+    return AttentionOutput(out, lse)

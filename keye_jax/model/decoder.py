@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from keye_jax.cache import Cache, LayerCache
 from keye_jax.config import KeyeConfig
-from keye_jax.model.attention import Attention, AttentionIntermediates, AttentionOptions, Placement
+from keye_jax.model.attention import Attention, AttentionIntermediates, AttentionOptions
+from keye_jax.model.context import Context
+from keye_jax.model.embedding import Embedding
 from keye_jax.model.indexer import Indexer
-from keye_jax.model.layers import Linear, RMSNorm, param
+from keye_jax.model.layers import Linear, RMSNorm
 from keye_jax.model.moe import MoE
-from keye_jax.model.parallel import Parallel
 from keye_jax.model.rope import mrope_angles
-from keye_jax.model.vocab_parallel import look_up
+from keye_jax.sharding.step import StepSharding
 
 
 @jax.tree_util.register_dataclass
@@ -47,56 +47,52 @@ class DecoderLayer(nnx.Module):
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, axis="embed", dtype=dtype)
         self.moe = MoE(config, rngs=rngs)
 
-    def __call__(
+    def __call__[C: Context](
         self,
         x: jax.Array,
         angles: jax.Array,
         index_angles: jax.Array,
-        cache: LayerCache,
-        placement: Placement,
+        context: C,
         options: AttentionOptions,
-        parallel: Parallel | None = None,
-    ) -> tuple[jax.Array, LayerCache, LayerIntermediates | None]:
-        gathers = parallel is not None and parallel.cache_sequence and x.shape[1] > 1
-        if gathers:
-            # So that no layer's cache is gathered, and held, before its turn.
-            x, cache = jax.lax.optimization_barrier((x, cache))
-        attended, cache, found = self.attention(
-            self.input_norm(x), self.indexer, angles, index_angles, cache, placement, options, parallel
+        step: StepSharding,
+    ) -> tuple[jax.Array, C, LayerIntermediates | None]:
+        attended, context, found = self.attention(
+            self.input_norm(x), self.indexer, angles, index_angles, context, options, step
         )
-        x = x + attended
-        if parallel:
-            x = parallel.constrain(x, parallel.batch, parallel.query_sequence)
-        order = jnp.asarray(parallel.token_order(x.shape[1])) if parallel else jnp.arange(x.shape[1])
-        with jax.named_scope("experts"):
-            mixed, experts = self.moe(
-                self.post_attention_norm(x),
-                order < placement.count[:, None],
-                implementation=options.implementation,
-                parallel=parallel,
-            )
+        x = step.constrain(x + attended, step.rows)
+        mixed, experts = self.moe(
+            self.post_attention_norm(x), context.batch.valid(x.shape[1]), step, implementation=options.implementation
+        )
         x = x + mixed
-        if gathers:
-            # Nor are the chunk's rows, of all devices, kept for writing them to the cache later.
-            x, cache = jax.lax.optimization_barrier((x, cache))
-        return x, cache, None if found is None else LayerIntermediates(found, experts, x)
+        return x, context, None if found is None else LayerIntermediates(found, experts, x)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "options", "parallel"))
-def _run_layer(
+def _in_its_turn[C: Context](x: jax.Array, context: C, step: StepSharding) -> tuple[jax.Array, C]:
+    """Holds the compiler to one layer after the other where a layer gathers pages.
+
+    Otherwise it gathers those of later layers early, and keeps the chunk's rows of all devices for writing them to the
+    pages later; both cost memory for each layer.
+    """
+    return jax.lax.optimization_barrier((x, context)) if step.gathers_pages else (x, context)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "options", "step"))
+def _run_layer[C: Context](
     graph: nnx.GraphDef[DecoderLayer],
     state: nnx.State,
     x: jax.Array,
     angles: jax.Array,
     index_angles: jax.Array,
-    cache: LayerCache,
-    placement: Placement,
+    context: C,
     *,
     options: AttentionOptions,
-    parallel: Parallel | None,
-) -> tuple[jax.Array, LayerCache, LayerIntermediates | None]:
-    """A layer as a function of its parameters: traced once for all layers, whatever their number."""
-    return nnx.merge(graph, state)(x, angles, index_angles, cache, placement, options, parallel)
+    step: StepSharding,
+) -> tuple[jax.Array, C, LayerIntermediates | None]:
+    """A layer as a function of its parameters: traced once for all layers."""
+    x, context = _in_its_turn(x, context, step)
+    x, context, found = nnx.merge(graph, state)(x, angles, index_angles, context, options, step)
+    x, context = _in_its_turn(x, context, step)
+    return x, context, found
 
 
 class Decoder(nnx.Module):
@@ -116,62 +112,40 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, axis="embed", dtype=dtype)
         self.lm_head = Linear({"embed": config.hidden_size}, {"vocab": config.vocab_size}, dtype=dtype, rngs=rngs)
 
-    def __call__(
+    def __call__[C: Context](
         self,
         x: jax.Array,
         positions: jax.Array,
-        count: jax.Array,
-        cache: Cache,
+        contexts: tuple[C, ...],
         options: AttentionOptions,
-        parallel: Parallel | None = None,
-    ) -> tuple[jax.Array, Cache, tuple[LayerIntermediates, ...]]:
-        """Reads `count` new tokens of each sequence behind those in the cache: a chunk of prefill, or a decode step.
+        step: StepSharding,
+    ) -> tuple[jax.Array, tuple[C, ...], tuple[LayerIntermediates, ...]]:
+        """Reads new tokens: a chunk of prompts, a step of decode, or packed samples.
 
         Args:
-          x: `[b, t, embed]` token or vision embeddings.
+          x: `[b, t, embed]` token or vision embeddings of b rows.
           positions: int32 `[3, b, t]`: time, row, column.
-          count: int32 `[b]`, how many of the t tokens are there.
-          cache: with room for them.
-          parallel: how the arrays lie over devices, tokens in the order of `Parallel.token_order`; None for one device.
+          contexts: what each layer's tokens attend to.
+          step: how the arrays lie over devices.
 
         Returns:
-          hidden states `[b, t, embed]` before the final norm, the cache, and intermediates of each layer if asked for.
+          hidden states `[b, t, embed]` before the final norm, the contexts with the new tokens, and intermediates of
+          each layer if the options ask for them.
         """
         angles = mrope_angles(positions, self.section, self.rope_theta)
         index_angles = mrope_angles(positions, self.index_section, self.rope_theta)
-        placement = Placement(cache.page_table, cache.lengths, count)
-        layers, found = [], []
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+        after, found = [], []
+        for layer, context in zip(self.layers, contexts, strict=True):
             graph, state = nnx.split(layer)
-            x, layer_cache, intermediates = _run_layer(
-                graph, state, x, angles, index_angles, layer_cache, placement, options=options, parallel=parallel
+            x, context, intermediates = _run_layer(
+                graph, state, x, angles, index_angles, context, options=options, step=step
             )
-            layers.append(layer_cache)
+            after.append(context)
             found.append(intermediates)
-        cache = Cache(tuple(layers), cache.page_table, cache.lengths + count)
-        return x, cache, tuple(item for item in found if item is not None)
+        return x, tuple(after), tuple(item for item in found if item is not None)
 
-    def embed(self, ids: jax.Array, parallel: Parallel | None = None) -> jax.Array:
-        """`[b, t, embed]` of ids `[b, t]`."""
-        if parallel and parallel.vocab:
-            return look_up(self.embed_tokens.weight[...], ids, parallel)
-        return self.embed_tokens(ids)
-
-    def logits(self, hidden: jax.Array, parallel: Parallel | None = None) -> jax.Array:
+    def logits(self, hidden: jax.Array, step: StepSharding) -> jax.Array:
         """float32 `[..., vocab]` of hidden states `[..., embed]` before the final norm; on every device."""
-        if parallel is None:
-            return self.lm_head(self.norm(hidden), dtype=jnp.float32)
-        logits = self.lm_head(self.norm(parallel.constrain(hidden)), dtype=jnp.float32)
-        split = ((),) * (logits.ndim - 1)
-        return parallel.constrain(parallel.constrain(logits, *split, parallel.vocab))
-
-
-class Embedding(nnx.Module):
-    """A table `weight [vocab, embed]`."""
-
-    def __init__(self, size: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.weight = param(rngs, (size, width), ("vocab", "embed"), dtype)
-
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """`[..., embed]` of ids `[...]`."""
-        return jnp.take(self.weight[...], ids, axis=0)
+        logits = self.lm_head(self.norm(step.constrain(hidden)), dtype=jnp.float32)
+        not_split = ((),) * (logits.ndim - 1)
+        return step.constrain(step.constrain(logits, *not_split, step.vocab))

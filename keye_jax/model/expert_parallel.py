@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from keye_jax.model.parallel import (
+from keye_jax.sharding.collectives import (
     Axes,
-    Parallel,
     all_gather,
     as_words,
     from_words,
     only,
     rank,
-    spec,
     sum_over,
     without,
 )
+from keye_jax.sharding.step import StepSharding, spec
 
 if TYPE_CHECKING:
     from keye_jax.model.moe import MoE
@@ -29,7 +28,7 @@ _SLACK = 1.5
 """Rows worked on at once, in shares of what a device gets when all experts are chosen as often."""
 
 _FEW_ROWS = 4096
-"""So many are worked on at once in any case: a loop of unknown length costs an accelerator more than they do."""
+"""At least this number is worked on at once: a loop of unknown length costs an accelerator more than they do."""
 
 
 type Mix = Callable[..., jax.Array]
@@ -42,12 +41,12 @@ type _Offsets = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 """Of `jax.lax.ragged_all_to_all`: input offsets, send sizes, output offsets, receive sizes."""
 
 
-def run_experts(moe: MoE, x: jax.Array, valid: jax.Array, mix: Mix, parallel: Parallel) -> tuple[jax.Array, jax.Array]:
+def run_experts(moe: MoE, x: jax.Array, valid: jax.Array, mix: Mix, step: StepSharding) -> tuple[jax.Array, jax.Array]:
     """Runs each valid token through its experts, wherever they are.
 
     Tokens that every device of the experts' axes has stay where they are, and the devices' results are added up. Where
     these axes split the tokens, all of them go to all devices ("all_gather"), or each to those that have one of its
-    experts ("all_to_all"); any routing fits, since the arrays are made for the worst one. Memory: the tokens of all
+    experts ("all_to_all"). Any routing fits, since the arrays are made for the worst one. Memory: the tokens of all
     devices of the axes, and `_SLACK` times the mean rows of a device.
 
     Args:
@@ -59,11 +58,11 @@ def run_experts(moe: MoE, x: jax.Array, valid: jax.Array, mix: Mix, parallel: Pa
     Returns:
       `[b, t, embed]`, and the experts chosen, int32 `[b, t, k]`.
     """
-    p, num_experts = parallel, moe.num_experts
-    assert moe.hidden_parts == p.size(p.expert_hidden), "the parameters were not placed as this step's layout says"
-    owners = p.experts + p.expert_hidden
-    exchanged = only(p.experts, p.tokens) if p.expert_exchange == "all_to_all" else ()
-    gathered = without(only(owners, p.tokens), exchanged)
+    num_experts = moe.num_experts
+    assert moe.hidden_parts == step.size(step.expert_hidden), "the parameters were not placed as this step's rules say"
+    owners = step.experts + step.expert_hidden
+    exchanged = only(step.experts, step.rows) if step.rules.expert_exchange == "all_to_all" else ()
+    gathered = without(only(owners, step.rows), exchanged)
 
     def body(moe: MoE, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
         gate_up, down = moe.gate_up_proj[...], moe.down_proj[...]
@@ -72,25 +71,28 @@ def run_experts(moe: MoE, x: jax.Array, valid: jax.Array, mix: Mix, parallel: Pa
         chosen = jnp.where(valid.reshape(-1, 1), experts, num_experts)
 
         def mix_own(x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
+            if not owners:
+                return mix(x, chosen, weights, gate_up, down)
             here = gate_up.shape[0]
-            own = chosen - rank(p.experts) * here
+            own = chosen - rank(step.experts) * here
             own = jnp.where((own >= 0) & (own < here), own, here)
-            expected = math.ceil(_SLACK * chosen.size / p.size(p.experts))
+            expected = math.ceil(_SLACK * chosen.size / step.size(step.experts))
             return mix(x, own, weights, gate_up, down, rows_at_once=max(_FEW_ROWS, expected))
 
-        routing = jnp.concatenate([as_words(chosen), as_words(weights)], axis=1)
-        tokens, routing = all_gather(tokens, gathered, axis=0), all_gather(routing, gathered, axis=0)
-        chosen, weights = _unpack(routing)
+        if gathered or exchanged:
+            routing = jnp.concatenate([as_words(chosen), as_words(weights)], axis=1)
+            tokens, routing = all_gather(tokens, gathered, axis=0), all_gather(routing, gathered, axis=0)
+            chosen, weights = _unpack(routing)
         if exchanged:
-            owner = _exchange_ranks(chosen // gate_up.shape[0], exchanged, p)
-            mixed = _to_owners_and_back(mix_own, tokens, chosen, weights, owner, exchanged, num_experts, p)
+            owner = _exchange_ranks(chosen // gate_up.shape[0], exchanged, step)
+            mixed = _to_owners_and_back(mix_own, tokens, chosen, weights, owner, exchanged, num_experts, step)
         else:
             mixed = mix_own(tokens, chosen, weights)
-        mixed = sum_over(mixed, without(owners, p.tokens), scatter=gathered)
+        mixed = sum_over(mixed, without(owners, step.rows), scatter=gathered)
         return mixed.reshape(x.shape), experts.reshape(*valid.shape, -1)
 
-    tokens = spec(p.batch, p.query_sequence)
-    return p.shard_module(moe, body, (tokens, tokens), (tokens, tokens))(x, valid)
+    rows = spec(step.rows)
+    return step.shard_module(moe, body, (rows, rows), (rows, rows))(x, valid)
 
 
 def _unpack(routing: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -98,15 +100,15 @@ def _unpack(routing: jax.Array) -> tuple[jax.Array, jax.Array]:
     return from_words(experts, jnp.int32), from_words(weights, jnp.float32)
 
 
-def _exchange_ranks(owner: jax.Array, exchanged: Axes, parallel: Parallel) -> jax.Array:
+def _exchange_ranks(owner: jax.Array, exchanged: Axes, step: StepSharding) -> jax.Array:
     """Numbers along `exchanged` of the devices that tokens go to, from their owners' numbers along the experts' axes.
 
     An owner that differs from this device in an axis that is not among `exchanged` is served by another device that has
     the same tokens: it, and an owner that does not exist, gets the number behind the last.
     """
-    number, same, stride = jnp.zeros_like(owner), owner < parallel.size(parallel.experts), 1
-    for axis in reversed(parallel.experts):
-        size = parallel.size((axis,))
+    number, same, stride = jnp.zeros_like(owner), owner < step.size(step.experts), 1
+    for axis in reversed(step.experts):
+        size = step.size((axis,))
         owner, coordinate = jnp.divmod(owner, size)
         if axis in exchanged:
             number, stride = number + coordinate * stride, stride * size
@@ -123,7 +125,7 @@ def _to_owners_and_back(
     owner: jax.Array,
     axes: Axes,
     nowhere: int,
-    parallel: Parallel,
+    step: StepSharding,
 ) -> jax.Array:
     """Sends each token once to every device that has one of its experts, and adds up what comes back.
 
@@ -136,7 +138,7 @@ def _to_owners_and_back(
     Returns:
       `[tokens, embed]`.
     """
-    (tokens, k), ranks, me = owner.shape, parallel.size(axes), rank(axes)
+    (tokens, k), ranks, me = owner.shape, step.size(axes), rank(axes)
     goes = (owner[:, :, None] == jnp.arange(ranks)).any(axis=1)  # [tokens, ranks]
     counts = goes.sum(axis=0, dtype=jnp.int32)
     begins = jnp.cumsum(counts) - counts
@@ -153,7 +155,7 @@ def _to_owners_and_back(
 
     def send(rows: jax.Array, into: jax.Array, how: _Offsets) -> jax.Array:
         with jax.named_scope("collectives"):
-            return _ragged_all_to_all(rows, into, *how, axes, parallel)
+            return _ragged_all_to_all(rows, into, *how, axes, step)
 
     routing = jnp.concatenate([as_words(chosen), as_words(weights)], axis=1)
     no_routing = jnp.zeros((ranks * tokens, 2 * k), jnp.uint32).at[:, :k].set(nowhere)
@@ -172,10 +174,10 @@ def _ragged_all_to_all(
     output_offsets: jax.Array,
     recv_sizes: jax.Array,
     axes: Axes,
-    parallel: Parallel,
+    step: StepSharding,
 ) -> jax.Array:
     """`jax.lax.ragged_all_to_all`; XLA has none for CPUs, where each device picks its rows from those of all."""
-    if parallel.platform != "cpu":
+    if step.rules.platform != "cpu":
         return jax.lax.ragged_all_to_all(
             operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, axis_name=axes
         )

@@ -11,9 +11,9 @@ from flax import nnx
 
 from keye_jax.config import KeyeConfig
 from keye_jax.model.decoder import Decoder
-from keye_jax.model.parallel import Parallel
 from keye_jax.model.projector import Projector
 from keye_jax.model.vision import VisionEncoder
+from keye_jax.sharding.step import StepSharding
 
 
 class Keye(nnx.Module):
@@ -62,22 +62,20 @@ class Keye(nnx.Module):
         ]
         return nnx.merge(graph, nnx.from_flat_state(flat))
 
-    def embed(
-        self, ids: jax.Array, vision_embeds: jax.Array, vision_index: jax.Array, parallel: Parallel | None = None
-    ) -> jax.Array:
-        """Embeddings of a prompt: of tokens, and of vision where the prompt has a pad.
+    def embed(self, ids: jax.Array, vision_embeds: jax.Array, vision_index: jax.Array, step: StepSharding) -> jax.Array:
+        """Embeddings of rows of a prompt: of tokens, and of vision where the prompt has a pad.
 
         Args:
           ids: int32 `[b, t]`.
-          vision_embeds: `[v, embed]`.
+          vision_embeds: `[v, embed]`, at least one row.
           vision_index: int32 `[b, t]`, the row of `vision_embeds` that stands there, or -1 for a token.
-          parallel: how the result lies over devices; None for one device.
+          step: how the result lies over devices.
 
         Returns:
           `[b, t, embed]`.
         """
         seen = vision_embeds[jnp.maximum(vision_index, 0)]
-        return jnp.where((vision_index >= 0)[..., None], seen, self.decoder.embed(ids, parallel))
+        return jnp.where((vision_index >= 0)[..., None], seen, self.decoder.embed_tokens(ids, step))
 
 
 def flatten_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

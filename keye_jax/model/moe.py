@@ -11,11 +11,11 @@ from flax import nnx
 from keye_jax.config import KeyeConfig
 from keye_jax.model.expert_parallel import run_experts
 from keye_jax.model.layers import Linear, param
-from keye_jax.model.parallel import Parallel
+from keye_jax.sharding.step import StepSharding
 from pallas_kernels.grouped_matmul import expert_mlp
 
 _FEW_TOKENS, _FEW_ROWS = 64, 512
-"""Up to so many are ordered by comparing all with all in one pass; sorting is several small kernels more on a GPU."""
+"""At most this number is ordered by comparing all with all in one pass; sorting takes a GPU several small kernels."""
 
 
 class MoE(nnx.Module):
@@ -42,33 +42,27 @@ class MoE(nnx.Module):
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Experts of each token, int32 `[tokens, k]`, best first, and their weights, float32 `[tokens, k]`."""
         probabilities = jax.nn.softmax(self.router(x, dtype=jnp.float32), axis=-1)
-        weights, experts = few_largest(probabilities, self.experts_per_token)
+        weights, experts = small_top_k(probabilities, self.experts_per_token)
         if self.normalise:
             weights /= jnp.sum(weights, axis=-1, keepdims=True)
         return experts, weights
 
     def __call__(
-        self, x: jax.Array, valid: jax.Array, *, implementation: str | None, parallel: Parallel | None = None
+        self, x: jax.Array, valid: jax.Array, step: StepSharding, *, implementation: str | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Runs each valid token through its experts; other tokens get zeros and cost nothing.
+        """Runs each valid token through its experts, wherever these are; other tokens get zeros and cost nothing.
 
         Args:
-          x: `[..., embed]`; `[b, t, embed]` on several devices.
-          valid: bool `[...]`.
-          parallel: how the arrays lie over devices; None for one device.
+          x: `[b, t, embed]`.
+          valid: bool `[b, t]`.
+          step: how the arrays lie over devices.
 
         Returns:
-          `[..., embed]`, and the experts chosen, int32 `[..., k]`.
+          `[b, t, embed]`, and the experts chosen, int32 `[b, t, k]`.
         """
-        mix = functools.partial(mix_experts, implementation=implementation)
-        if parallel is not None:
-            return run_experts(self, x, valid, mix, parallel)
-        assert self.hidden_parts == 1
-        tokens = x.reshape(-1, x.shape[-1])
-        experts, weights = self.route(tokens)
-        own = jnp.where(valid.reshape(-1, 1), experts, self.num_experts)
-        mixed = mix(tokens, own, weights, self.gate_up_proj[...], self.down_proj[...])
-        return mixed.reshape(x.shape), experts.reshape(*valid.shape, -1)
+        with jax.named_scope("experts"):
+            mix = functools.partial(mix_experts, implementation=implementation)
+            return run_experts(self, x, valid, mix, step)
 
 
 def mix_experts(
@@ -90,8 +84,8 @@ def mix_experts(
       experts: int32 `[tokens, k]`, from 0 to e - 1, or e for one that is not here, which counts as zeros.
       weights: float32 `[tokens, k]`.
       gate_up, down: `[e, embed, 2 * f]` and `[e, f, embed]`.
-      rows_at_once: of the `tokens * k` rows, those whose experts are here are worked on so many at a time: as many
-        turns as it takes. None for one turn for all, known beforehand.
+      rows_at_once: of the `tokens * k` rows, this number of those whose experts are here is worked on in one turn of
+        a loop, whose length the routing decides. None for one turn for all.
 
     Returns:
       `[tokens, embed]` in the dtype of x.
@@ -133,7 +127,7 @@ def mix_experts(
     return jax.lax.fori_loop(0, turns, turn, zeros)
 
 
-def few_largest(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def small_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """`jax.lax.top_k` of `[tokens, e]`: values and positions `[tokens, k]`, largest first, of equal ones the lower."""
     tokens, width = x.shape
     if tokens > _FEW_TOKENS:

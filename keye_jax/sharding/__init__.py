@@ -1,12 +1,12 @@
-"""How the model lies over several devices: sharding files, and the meshes and layouts made of them.
+"""How arrays lie over several devices. Nothing here knows the model.
 
 ShardingConfig.from_file(path)    what a file in `configs/sharding` says
-Layout.create(config)             the mesh over the devices there are, with the file's rules
-place(model, layout)              a model with its parameters where a layout wants them
+MeshRules.create(config)          the mesh over the devices there are, with the file's rules
+StepSharding.prefill(rules)       how the arrays of one compiled step lie over that mesh; or `decode`
 """
 
 from keye_jax.sharding.file import ShardingConfig
-from keye_jax.sharding.layout import Layout
-from keye_jax.sharding.placement import place
+from keye_jax.sharding.mesh_rules import MeshRules
+from keye_jax.sharding.step import StepSharding
 
-__all__ = ["Layout", "ShardingConfig", "place"]
+__all__ = ["MeshRules", "ShardingConfig", "StepSharding"]

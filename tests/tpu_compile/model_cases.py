@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from keye_jax.cache import PAGE_SIZE, LayerCache
 from keye_jax.config import KeyeConfig
+from keye_jax.kv_cache import PAGE_SIZE, LayerCache
 from keye_jax.model.attention import AttentionOptions, Placement
 from keye_jax.model.decoder import DecoderLayer
 from keye_jax.model.vision import VisionEncoder

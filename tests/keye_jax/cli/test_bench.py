@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from keye_jax.bench.measure import Prompt, random_model
 
-from keye_jax.bench import Prompt, random_model
 from keye_jax.config import KeyeConfig
 
 
@@ -89,13 +89,13 @@ def test_mistakes_are_one_sentence(keye, config, arguments, message):
 
 def test_what_does_not_fit_is_refused_with_the_numbers(keye, config, monkeypatch):
     weights = 2**20 * 64
-    monkeypatch.setattr("keye_jax.sharding.memory.weight_bytes", lambda config, layout: weights)
-    monkeypatch.setattr("keye_jax.device.memory_limit_bytes", lambda: weights + 1000)
+    monkeypatch.setattr("keye_jax.runtime.memory.weight_bytes", lambda config, layout: weights)
+    monkeypatch.setattr("keye_jax.runtime.device.memory_limit_bytes", lambda: weights + 1000)
     code, out, _ = keye("bench", "--config", config, "--prefill", "256", "--decode", "4x256")
     assert code == 0
     assert "prefill 256: does not fit: 0.1 GiB of weights" in out
     assert "decode, 4 x 256: does not fit" in out
-    monkeypatch.setattr("keye_jax.device.memory_limit_bytes", lambda: weights - 1)
+    monkeypatch.setattr("keye_jax.runtime.device.memory_limit_bytes", lambda: weights - 1)
     code, _, err = keye("bench", "--config", config, "--prefill", "256", "--decode", "")
     assert code == 2
     assert "the model does not fit" in err

@@ -101,11 +101,11 @@ def test_generation_stops_at_the_checkpoints_end_tokens(ask_json, copy_of, keye)
 def _greedy_ids(keye, checkpoint):
     """Ids of the greedy answer, through the library."""
     from convert import load_params
-    from keye_jax.generate import Generator
+    from keye_jax.engine.generate import Generator
     from keye_jax.model.keye import Keye
     from keye_jax.processor import Processor
-    from keye_jax.runner import Runner
-    from keye_jax.sampling import Sampling
+    from keye_jax.runtime.runtime import Runner
+    from keye_jax.runtime.sampling import Sampling
 
     config = KeyeConfig.from_file(checkpoint)
     processor = Processor.from_checkpoint(checkpoint, config)
@@ -156,7 +156,7 @@ def test_a_context_that_does_not_fit_is_refused_with_the_numbers(keye, inputs):
 
 
 def test_a_context_larger_than_the_memory_is_refused_with_the_numbers(golden):
-    from keye_jax.generate import new_token_limit
+    from keye_jax.engine.generate import new_token_limit
 
     config = KeyeConfig.from_file(golden.parents[1] / "configs" / "model" / "keye_vl_2_30b_a3b.json")
     with pytest.raises(ValueError, match=r"57.90 GiB of weights and 25.50 GiB of cache for 262,144 tokens; .* 80.00"):
@@ -208,7 +208,7 @@ class TestThinking:
         ],
     )
     def test_split(self, opened, words, reasoning, text, count):
-        from keye_jax.generate import Hooks, Timings, _Writer
+        from keye_jax.engine.generate import Hooks, Timings, _Writer
 
         tokens = self.Tokens()
         writer = _Writer(tokens, opened, Hooks())

@@ -12,11 +12,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from keye_jax.bench.measure import Prompt, random_model
 
-from keye_jax.bench import Prompt, random_model
 from keye_jax.config import KeyeConfig
 from keye_jax.model.attention import AttentionOptions
-from keye_jax.runner import Runner
+from keye_jax.runtime.runtime import Runner
 
 TOKENS, TOP_K = 1000, 256
 

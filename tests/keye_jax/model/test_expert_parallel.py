@@ -12,8 +12,8 @@ from flax import nnx
 from keye_jax.config import KeyeConfig
 from keye_jax.model import expert_parallel
 from keye_jax.model.moe import MoE
-from keye_jax.model.parallel import Parallel
 from keye_jax.sharding import Layout, ShardingConfig
+from keye_jax.sharding.step import Parallel
 
 BATCH, TOKENS = 2, 16
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from keye_jax.cache import PAGE_SIZE, LayerCache
+from keye_jax.kv_cache import PAGE_SIZE, LayerCache
 from keye_jax.model.attention import AttentionOptions, attend_sparse
 
 GIB = 2**30

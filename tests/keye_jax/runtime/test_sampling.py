@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from keye_jax.sampling import GenerationDefaults, Sampling, sample
+from keye_jax.runtime.sampling import GenerationDefaults, Sampling, sample
 
 PROBABILITIES = np.array([0.05, 0.4, 0.25, 0.2, 0.1])
 

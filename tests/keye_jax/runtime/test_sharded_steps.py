@@ -10,12 +10,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from keye_jax.cache import PAGE_SIZE, Cache
 from keye_jax.config import KeyeConfig
+from keye_jax.kv_cache import PAGE_SIZE, Cache
 from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.keye import Keye
-from keye_jax.runner import Runner
-from tests.keye_jax.sharded_helpers import ATOL, GREEDY, ONE_AXIS, TOKENS, golden_model, layout_of, read_and_write
+from keye_jax.runtime.runtime import Runner
+from tests.keye_jax.runtime.sharded_helpers import (
+    ATOL,
+    GREEDY,
+    ONE_AXIS,
+    TOKENS,
+    golden_model,
+    layout_of,
+    read_and_write,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -137,7 +145,7 @@ def test_the_order_of_a_chunk_is_undone():
 @pytest.mark.parametrize("step", ["read", "decode"])
 def test_hopper_kernels_are_lowered_inside_a_layout(step):
     """One layer of the released size, the cache's positions, the experts and eight heads a device on four devices."""
-    released = KeyeConfig.from_file(Path(__file__).parents[2] / "configs" / "model" / "keye_vl_2_30b_a3b.json")
+    released = KeyeConfig.from_file(Path(__file__).parents[3] / "configs" / "model" / "keye_vl_2_30b_a3b.json")
     config = dataclasses.replace(released, num_hidden_layers=1)
     layout = layout_of(config, {"x": 2, "y": 2, "z": 2}, ONE_AXIS | TENSOR)
     options = AttentionOptions(implementation="mosaic_gpu", dense_below=0)

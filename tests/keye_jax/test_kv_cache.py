@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from keye_jax.cache import PAGE_SIZE, Cache, bytes_per_token
 from keye_jax.config import KeyeConfig
+from keye_jax.kv_cache import PAGE_SIZE, Cache, bytes_per_token
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from convert import load_params
-from keye_jax.cache import Cache
 from keye_jax.config import KeyeConfig
+from keye_jax.kv_cache import Cache
 from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.keye import Keye
-from keye_jax.runner import Runner, round_up
-from keye_jax.sampling import Sampling, sample
+from keye_jax.runtime.runtime import Runner, round_up
+from keye_jax.runtime.sampling import Sampling, sample
 
 TOKENS = 96
 
@@ -148,7 +148,7 @@ def test_images_are_encoded_in_bounded_chunks(model, golden, monkeypatch):
     arrays = np.load(golden / "a" / "golden.npz")
     runner = Runner(keye, config)
     whole = runner.encode(arrays["pixels"], arrays["grids"])
-    monkeypatch.setattr("keye_jax.runner.ENCODE_PATCHES", 1)
+    monkeypatch.setattr("keye_jax.runtime.runtime.ENCODE_PATCHES", 1)
     one_by_one = runner.encode(arrays["pixels"], arrays["grids"])
     np.testing.assert_allclose(np.asarray(one_by_one), np.asarray(whole), atol=1e-5)
     np.testing.assert_allclose(np.asarray(whole), arrays["vision_embeds"], atol=5e-4)

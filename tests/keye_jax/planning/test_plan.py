@@ -7,16 +7,16 @@ from pathlib import Path
 import jax
 import pytest
 
-from keye_jax.cache import Cache
 from keye_jax.cli import app, run
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
-from keye_jax.plan import plan, video_capacity
-from keye_jax.platforms import GIB, Platform
+from keye_jax.kv_cache import Cache
+from keye_jax.planning.collectives import Collective, of_program
+from keye_jax.planning.hardware import GIB, Platform
+from keye_jax.planning.plan import plan, video_capacity
 from keye_jax.sharding import ShardingConfig
-from keye_jax.traffic import Collective, of_program
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TINY = ROOT / "configs" / "model" / "tiny.json"
 
 

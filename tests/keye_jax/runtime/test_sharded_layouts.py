@@ -8,10 +8,10 @@ import pytest
 
 from keye_jax.errors import UserError
 from keye_jax.sharding import ShardingConfig
-from tests.keye_jax.sharded_helpers import check, golden_model
+from tests.keye_jax.runtime.sharded_helpers import check, golden_model
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
-PRESETS = sorted((Path(__file__).parents[2] / "configs" / "sharding").glob("*.yaml"))
+PRESETS = sorted((Path(__file__).parents[3] / "configs" / "sharding").glob("*.yaml"))
 
 
 def on_eight(sharding):

@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from keye_jax.cache import Cache
 from keye_jax.config import KeyeConfig
+from keye_jax.engine.text import AnswerWriter
 from keye_jax.errors import UserError
+from keye_jax.kv_cache import PagePool
 from keye_jax.processor import ModelInputs, Processor
-from keye_jax.runner import Runner
-from keye_jax.sampling import Sampling, sample
-from keye_jax.sharding import Layout
-from keye_jax.sharding.memory import cache_bytes, weight_bytes
+from keye_jax.runtime.memory import pool_bytes, weight_bytes
+from keye_jax.runtime.prefill import Segment
+from keye_jax.runtime.programs import DecodeState
+from keye_jax.runtime.runtime import Runtime
+from keye_jax.runtime.sampling import SamplingParams
+from keye_jax.sharding import MeshRules
 
 DEFAULT_NEW_TOKENS = 4096
 
@@ -78,7 +80,7 @@ def new_token_limit(
     dtype: str,
     indexer_dtype: str | None = None,
     memory_limit: int,
-    layout: Layout | None = None,
+    rules: MeshRules,
 ) -> int:
     """How many tokens may be generated; refuses a context that does not fit.
 
@@ -88,7 +90,7 @@ def new_token_limit(
       dtype: of the parameters and the cache.
       indexer_dtype: of the cache's index keys, if not `dtype`.
       memory_limit: bytes the device has, or each of several.
-      layout: how the model lies over several devices.
+      rules: how the model lies over devices.
 
     Raises:
       UserError: the context exceeds the model's positions or the device's memory; the message has the numbers.
@@ -102,10 +104,10 @@ def new_token_limit(
             f"the context does not fit: {prompt_tokens:,} prompt tokens and {wanted:,} new ones are "
             f"{prompt_tokens + wanted:,}; this model takes at most {limit:,}"
         )
-    weights = weight_bytes(config, layout, dtype=dtype)
-    cache = cache_bytes(config, 1, prompt_tokens + wanted, layout, dtype=dtype, indexer_dtype=indexer_dtype)
+    weights = weight_bytes(config, rules, dtype=dtype)
+    cache = pool_bytes(config, 1, prompt_tokens + wanted, rules, dtype=dtype, indexer_dtype=indexer_dtype)
     if weights + cache > memory_limit:
-        gib, each = 2**30, f" on each of {layout.mesh.size} devices" if layout else ""
+        gib, each = 2**30, f" on each of {rules.devices} devices" if rules.devices > 1 else ""
         raise UserError(
             f"the context does not fit: {weights / gib:.2f} GiB of weights and {cache / gib:.2f} GiB of cache{each} "
             f"for {prompt_tokens + wanted:,} tokens; the device has {memory_limit / gib:.2f} GiB"
@@ -114,40 +116,45 @@ def new_token_limit(
 
 
 class Generator:
-    """Answers prompts with a model."""
+    """Answers prompts with a model, one at a time."""
 
-    def __init__(self, runner: Runner, processor: Processor, end_tokens: frozenset[int]):
-        self.runner, self.processor, self.end_tokens = runner, processor, end_tokens
+    def __init__(self, runtime: Runtime, processor: Processor, end_tokens: frozenset[int]):
+        self.runtime, self.processor, self.end_tokens = runtime, processor, end_tokens
 
     def generate(
-        self,
-        inputs: ModelInputs,
-        *,
-        sampling: Sampling,
-        max_new_tokens: int,
-        seed: int = 0,
-        hooks: Hooks = Hooks(),
+        self, inputs: ModelInputs, *, sampling: SamplingParams, max_new_tokens: int, hooks: Hooks = Hooks()
     ) -> Answer:
         """Encodes the prompt's images and frames, reads the prompt, and writes until an end token or the limit.
 
-        The same inputs, sampling and seed give the same tokens; with temperature 0 the seed does not matter.
+        The same inputs and sampling give the same tokens; with temperature 0 the seed does not matter.
         """
         start = time.perf_counter()
         vision_embeds = jax.block_until_ready(self._encode(inputs, hooks))
         encoded = time.perf_counter()
-        logits, cache = self.runner.prefill(
-            inputs.input_ids,
-            inputs.positions,
-            vision_embeds,
-            self.runner.new_cache(len(inputs.input_ids) + max_new_tokens),
-            progress=lambda done, total: hooks.progress("reading the prompt", done, total),
-        )
+        prompt = len(inputs.input_ids)
+        pool, tables = self.runtime.new_cache(1, prompt + max_new_tokens)
+        segment = Segment(inputs.input_ids, inputs.positions, tables[0], vision_embeds)
         del vision_embeds
+        logits, pool = self.runtime.prefill(
+            [segment], pool, progress=lambda done, total: hooks.progress("reading the prompt", done, total)
+        )
         prefilled = time.perf_counter()
 
-        writer = _Writer(self.processor, inputs.prompt_opens_thinking, hooks)
+        writer = AnswerWriter(self.processor, inputs.prompt_opens_thinking, hooks.text)
         finish_reason, times = "length", []
-        for token in self._tokens(logits, cache, inputs.position_delta, sampling, max_new_tokens, seed):
+        state = self.runtime.new_state(self.runtime.rules.size("batch"), len(tables[0]))
+        # Row 0 draws the first token as it will draw the others; `draw` counts the prompt's last token as read.
+        state = self.runtime.set_row(
+            state,
+            0,
+            token=int(inputs.input_ids[-1]),
+            length=prompt - 1,
+            position_delta=inputs.position_delta,
+            pages=tables[0],
+            sampling=sampling,
+            prompt=inputs.input_ids,
+        )
+        for token in self._tokens(logits, state, pool, max_new_tokens):
             times.append(time.perf_counter())
             if token in self.end_tokens:
                 finish_reason = "stop"
@@ -155,23 +162,21 @@ class Generator:
             writer.write(token)
         rate = (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else 0.0
         timings = Timings(encoded - start, prefilled - encoded, times[0] - start, times[-1] - start, rate)
-        return writer.answer(finish_reason, timings)
+        text, reasoning = writer.finish()
+        return Answer(text, reasoning, finish_reason, tuple(writer.token_ids), writer.reasoning_tokens, timings)
 
-    def _tokens(
-        self, logits: jax.Array, cache: Cache, position_delta: int, sampling: Sampling, count: int, seed: int
-    ) -> Iterator[int]:
-        """Up to `count` tokens, each as soon as it is there."""
-        put = self.runner.put
-        delta, seeds = put(np.asarray([position_delta], np.int32)), put(np.asarray([seed % 2**32], np.uint32))
-        token = sample(logits, seeds, cache.lengths, sampling)
-        yield int(token[0])
-        written = token
+    def _tokens(self, logits: jax.Array, state: DecodeState, pool: PagePool, count: int) -> Iterator[int]:
+        """Up to `count` tokens of row 0, each as soon as it is there."""
+        rows = len(state.tokens)
+        state = self.runtime.draw(jnp.broadcast_to(logits, (rows, logits.shape[1])), state)
+        written = jnp.copy(state.tokens)  # the next step overwrites them
+        yield int(written[0])
         for index in range(1, count):
-            token, cache = self.runner.write(token, delta, cache, seeds, sampling)
+            state, pool = self.runtime.decode_and_sample(state, pool)
             # This step is under way before the token it reads is looked at, so that the device never waits.
             if index > 1:
                 yield int(written[0])
-            written = jnp.copy(token)  # the next step overwrites it
+            written = jnp.copy(state.tokens)
         if count > 1:
             yield int(written[0])
 
@@ -187,47 +192,6 @@ class Generator:
                 hooks.progress("encoding images and frames", before + done, total)
 
             scale, shift = self.processor.pixel_scale, self.processor.pixel_shift
-            embeds.append(self.runner.encode(patches, grids, scale=scale, shift=shift, progress=progress))
+            embeds.append(self.runtime.encode(patches, grids, scale=scale, shift=shift, progress=progress))
             before += len(patches)
         return jnp.concatenate(embeds)
-
-
-class _Writer:
-    """Turns tokens into text as they come, reasoning apart from the answer."""
-
-    def __init__(self, processor: Processor, thinking: bool, hooks: Hooks):
-        self.ids: list[int] = []
-        self._open, self._close = processor.token_id("<think>"), processor.token_id("</think>")
-        self._stream, self._hooks, self._thinking = processor.stream(), hooks, thinking
-        self._text = {True: "", False: ""}
-        self._reasoning_tokens = 0
-
-    def write(self, token: int) -> None:
-        self.ids.append(token)
-        self._reasoning_tokens += self._thinking
-        if token == self._open:
-            self._thinking = True
-        elif token == self._close:
-            if not self._thinking:
-                # An answer may hold only the closing mark: all before it was reasoning.
-                self._text = {True: self._text[True] + self._text[False], False: ""}
-                self._reasoning_tokens = len(self.ids)
-            self._thinking = False
-        else:
-            self._emit(self._stream.step(token))
-
-    def _emit(self, piece: str) -> None:
-        if piece:
-            self._text[self._thinking] += piece
-            self._hooks.text(piece, self._thinking)
-
-    def answer(self, finish_reason: str, timings: Timings) -> Answer:
-        self._emit(self._stream.flush())
-        return Answer(
-            text=self._text[False].strip(),
-            reasoning=self._text[True].strip(),
-            finish_reason=finish_reason,
-            token_ids=tuple(self.ids),
-            reasoning_tokens=self._reasoning_tokens,
-            timings=timings,
-        )

@@ -16,18 +16,18 @@ import pytest
 from convert import convert
 from convert.mapping import rows
 from convert.synthetic import write_checkpoint
-from keye_jax import distributed
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
+from keye_jax.runtime import distributed
 from keye_jax.testing import write_clip, write_processor_files
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHARDING = ROOT / "configs" / "sharding" / "combined.yaml"
 
 # Reads a prompt and writes tokens, says what it wrote and how much it read from disk, and goes on until it is stopped.
 WORKER = """
 import json, sys, time
-from keye_jax import distributed
+from keye_jax.runtime import distributed
 checkpoint, sharding, count, port, process_id = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 if count > 1:
     distributed.start(f"127.0.0.1:{port}", count, process_id)
@@ -36,7 +36,7 @@ import jax, numpy as np, tensorstore
 from convert import load_params
 from keye_jax.config import KeyeConfig
 from keye_jax.model.keye import Keye
-from keye_jax.runner import Runner
+from keye_jax.runtime.runtime import Runner
 from keye_jax.sharding import Layout, ShardingConfig
 
 def bytes_read():
@@ -163,7 +163,7 @@ def test_processes_read_their_parts_write_the_same_and_end_when_one_is_killed(ch
 def test_the_coordinator_is_named_when_it_is_killed():
     program = """if True:
         import sys, time
-        from keye_jax import distributed
+        from keye_jax.runtime import distributed
         distributed.start(sys.argv[1], 2, int(sys.argv[2]))
         print("up", file=distributed._job.errors, flush=True)
         time.sleep(60)

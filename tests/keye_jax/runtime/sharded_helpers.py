@@ -9,7 +9,7 @@ import numpy as np
 from convert import load_params
 from keye_jax.config import KeyeConfig
 from keye_jax.model.keye import Keye
-from keye_jax.runner import Runner
+from keye_jax.runtime.runtime import Runner
 from keye_jax.sharding import Layout, ShardingConfig
 
 TOKENS, GREEDY = 203, 4
@@ -20,7 +20,7 @@ ONE_AXIS = {name: "x" for name in ("batch", "query_sequence", "cache_sequence", 
 @functools.cache
 def golden_model(name, layers=None):
     """A golden model, or so many of its layers, and its configuration."""
-    directory = Path(__file__).parents[1] / "golden" / name
+    directory = Path(__file__).parents[2] / "golden" / name
     whole = KeyeConfig.from_file(directory)
     params = load_params(directory, whole)
     layers = layers or whole.num_hidden_layers

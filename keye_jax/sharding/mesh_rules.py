@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
-from keye_jax.model.keye import Keye
+from keye_jax.sharding.collectives import Axes, without
 from keye_jax.sharding.file import AUTO, ShardingConfig
 
 FEW_EXPERT_RANKS = 8
-"""Up to so many shards of experts, "auto" sends all tokens to all of them."""
+"""With at most this number of shards of experts, "auto" sends all tokens to all of them."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """How arrays lie over devices; hashable, so static in compiled steps. Two of the same file and devices are equal.
+class MeshRules:
+    """A mesh of devices with the rules that split arrays over it.
+
+    It is hashable, so static in compiled steps. Two that were made of the same file and devices are equal.
 
     Attributes:
       mesh: the devices, or only their number along each axis.
-      rules: the mesh axes of each logical axis that is split, those of one device left out.
+      rules: the mesh axes of each logical axis that is split. Axes of one device are left out.
       expert_exchange: "all_gather" or "all_to_all".
       platform: what the devices are to JAX: "cpu", "gpu" or "tpu".
     """
@@ -42,12 +42,12 @@ class Layout:
     @classmethod
     def create(
         cls, sharding: ShardingConfig, model: KeyeConfig | None = None, devices: Sequence[Any] | None = None
-    ) -> Layout:
-        """The layout of a sharding file.
+    ) -> MeshRules:
+        """The mesh of a sharding file over the devices there are.
 
         Args:
           model: what the rules are held to, if given.
-          devices: those to use, all there are if left out. In one process a mesh may use only some, the first.
+          devices: those to use; all there are if left out. In one process a mesh may use only the first of them.
 
         Raises:
           UserError: there are too few devices, or they cannot be shared out as the file says, or the model cannot.
@@ -66,8 +66,8 @@ class Layout:
         return cls._on(Mesh(_arrange(sharding, sizes, devices[:needed]), tuple(sizes)), sharding, devices[0].platform)
 
     @classmethod
-    def abstract(cls, sharding: ShardingConfig, model: KeyeConfig, devices: int, platform: str) -> Layout:
-        """The layout that `create` would make of so many devices, to compute with; nothing can be put there.
+    def abstract(cls, sharding: ShardingConfig, model: KeyeConfig, devices: int, platform: str) -> MeshRules:
+        """What `create` would make of this number of devices, to compute with. No array can be put there.
 
         Raises:
           UserError: as `create` does.
@@ -78,7 +78,7 @@ class Layout:
         return cls._on(AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types), sharding, platform)
 
     @classmethod
-    def _on(cls, mesh: Mesh | AbstractMesh, sharding: ShardingConfig, platform: str) -> Layout:
+    def _on(cls, mesh: Mesh | AbstractMesh, sharding: ShardingConfig, platform: str) -> MeshRules:
         sizes = mesh.shape
         rules = {name: tuple(axis for axis in axes if sizes[axis] > 1) for name, axes in sharding.rules}
         exchange = sharding.experts
@@ -87,40 +87,46 @@ class Layout:
             exchange = "all_gather" if ranks <= FEW_EXPERT_RANKS else "all_to_all"
         return cls(mesh, tuple((name, axes) for name, axes in rules.items() if axes), exchange, platform)
 
-    def axes(self, name: str | None) -> tuple[str, ...]:
+    @classmethod
+    def single_device(cls, platform: str | None = None) -> MeshRules:
+        """No mesh: all on the default device, whose platform is JAX's default unless named."""
+        return cls(AbstractMesh((), ()), (), platform=platform or jax.default_backend())
+
+    @property
+    def devices(self) -> int:
+        """How many devices there are; 1 where there is no mesh."""
+        return math.prod(self.mesh.shape.values())
+
+    def axes(self, name: str | None) -> Axes:
         """Mesh axes of more than one device that the logical axis `name` is split over, the outermost first."""
         return () if name is None else dict(self.rules).get(name, ())
 
+    @property
+    def cache_sequence(self) -> Axes:
+        """Axes that split the pages of one sequence: those of the rule that do not split sequences."""
+        return without(self.axes("cache_sequence"), self.axes("batch"))
+
+    def parts(self, axes: Axes) -> int:
+        """Into how many parts mesh `axes` split."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
     def size(self, name: str | None) -> int:
         """Into how many parts the logical axis `name` is split."""
-        return math.prod(self.mesh.shape[axis] for axis in self.axes(name))
+        return self.parts(self.axes(name))
 
     def spec(self, *names: str | None) -> PartitionSpec:
         """The partition of an array with these logical axes; None, or a name without a rule, is not split."""
         return PartitionSpec(*(self.axes(name) or None for name in names))
 
-    def sharding(self, *names: str | None) -> NamedSharding:
-        """`spec` on the mesh; of no names, a copy on every device."""
-        return NamedSharding(self.mesh, self.spec(*names))
+    def sharding(self, *names: str | None) -> NamedSharding | None:
+        """`spec` on the mesh: of no names, a copy on every device. None where there is no mesh."""
+        return self.over(*(self.axes(name) for name in names))
 
-    def parameters(self, model: KeyeConfig) -> dict[str, Any]:
-        """The sharding of each parameter, nested by module path as `convert.load_params` takes them."""
-        tree: dict[str, Any] = {}
-        for path, (_, axes) in parameter_axes(model).items():
-            node = tree
-            for key in path[:-1]:
-                node = node.setdefault(key, {})
-            node[path[-1]] = self.sharding(*axes)
-        return tree
-
-
-@functools.cache
-def parameter_axes(model: KeyeConfig) -> dict[tuple[str, ...], tuple[tuple[int, ...], tuple[str, ...]]]:
-    """Shape and logical axes of each parameter, by module path."""
-    return {
-        tuple(map(str, path)): (variable.shape, variable.get_metadata("axes"))
-        for path, variable in nnx.to_flat_state(nnx.state(Keye.abstract(model)))
-    }
+    def over(self, *dimensions: Axes) -> NamedSharding | None:
+        """Of an array whose dimensions are split over these mesh axes; None where there is no mesh."""
+        if not self.mesh.shape:
+            return None
+        return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in dimensions)))
 
 
 def _arrange(sharding: ShardingConfig, sizes: dict[str, int], devices: list[Any]) -> np.ndarray:

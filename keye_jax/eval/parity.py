@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from keye_jax.cache import Cache
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
+from keye_jax.kv_cache import PagePool
 from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.decoder import LayerIntermediates
-from keye_jax.model.rope import mrope_positions
-from keye_jax.runner import Runner
+from keye_jax.model.positions import mrope_positions
+from keye_jax.runtime.prefill import Segment
+from keye_jax.runtime.runtime import Runtime
+from keye_jax.runtime.sampling import SamplingParams
 
 EXACT = "exact"
 """`Comparison.kind` of arrays that must be identical."""
@@ -60,26 +62,26 @@ class _Trace:
     selected: np.ndarray | None  # [l, t, t] bool
 
 
-def verify(runner: Runner, golden: Mapping[str, np.ndarray], *, atol: float) -> Iterator[Comparison]:
+def verify(runtime: Runtime, golden: Mapping[str, np.ndarray], *, atol: float) -> Iterator[Comparison]:
     """Compares every array of `golden` that this way of running has; names and meanings in docs/correctness.md.
 
-    A sparse runner is held to the sparse arrays, a dense one to the dense ones; both to the vision encoder's. Where a
+    A sparse runtime is held to the sparse arrays, a dense one to the dense ones; both to the vision encoder's. Where a
     float8 indexer selects other positions, all that follows differs: of the sparse arrays only the selected sets are
     compared then.
 
     Raises:
       UserError: an array has not the shape that this model gives.
     """
-    compare, config = _Comparer(golden, atol), runner.config
+    compare, config = _Comparer(golden, atol), runtime.config
     top_k = config.sa_config.topk
-    sparse = runner.options.attention == "sparse"
-    float8 = sparse and runner.options.indexer_dtype is not None
-    no_vision = jnp.zeros((0, config.hidden_size), runner.dtype)
+    sparse = runtime.options.attention == "sparse"
+    float8 = sparse and runtime.options.indexer_dtype is not None
+    no_vision = jnp.zeros((0, config.hidden_size), runtime.dtype)
 
     if "text_ids" in golden:
         ids = golden["text_ids"]
         positions = np.broadcast_to(np.arange(len(ids), dtype=np.int32), (3, len(ids)))
-        trace = _trace(runner, ids, positions, no_vision)
+        trace = _trace(runtime, ids, positions, no_vision)
         if sparse:
             yield from compare.sparse("text", trace, top_k if float8 else None)
         else:
@@ -91,9 +93,9 @@ def verify(runner: Runner, golden: Mapping[str, np.ndarray], *, atol: float) -> 
     if "pixels" not in golden:
         return
     grids = golden["grids"]
-    hidden = runner.encode(golden["pixels"], grids, project=False)
+    hidden = runtime.encode(golden["pixels"], grids, project=False)
     yield from compare.close("vit_hidden", np.asarray(hidden, np.float32))
-    embeds = runner.encode(golden["pixels"], grids)
+    embeds = runtime.encode(golden["pixels"], grids)
     yield from compare.close("vision_embeds", np.asarray(embeds, np.float32))
     if "mm_ids" not in golden:
         return
@@ -109,9 +111,9 @@ def verify(runner: Runner, golden: Mapping[str, np.ndarray], *, atol: float) -> 
     )
     yield from compare.exact("mm_positions", positions)
     if sparse:
-        yield from compare.sparse("mm", _trace(runner, ids, positions, embeds), top_k if float8 else None)
+        yield from compare.sparse("mm", _trace(runtime, ids, positions, embeds), top_k if float8 else None)
         if "mm_greedy" in golden and not float8:
-            greedy = _greedy(runner, ids, positions, delta, embeds, len(golden["mm_greedy"]))
+            greedy = _greedy(runtime, ids, positions, delta, embeds, len(golden["mm_greedy"]))
             yield from compare.exact("mm_greedy", greedy)
 
 
@@ -172,18 +174,18 @@ class _Comparer:
             raise UserError(f"{name} has shape {self.golden[name].shape}; this checkpoint gives {computed.shape}")
 
 
-def _trace(runner: Runner, ids: np.ndarray, positions: np.ndarray, vision_embeds: jax.Array) -> _Trace:
-    total, start = len(ids), 0
-    last_cache = runner.new_cache(total)
+def _trace(runtime: Runtime, ids: np.ndarray, positions: np.ndarray, vision_embeds: jax.Array) -> _Trace:
+    total = len(ids)
+    pool, tables = runtime.new_cache(1, total)
     parts: list[dict[str, np.ndarray]] = []
-    for logits, cache, layers, done in runner.trace(ids, positions, vision_embeds, last_cache):
-        count = done - start
+    segment = Segment(ids, positions, tables[0], vision_embeds)
+    for logits, pool, layers, _ in runtime.forward_with_intermediates(segment, pool):  # noqa: B007, B020 (the last stays)
 
-        def stack(pick, layers=layers, count=count) -> np.ndarray:
-            return np.stack([np.asarray(pick(layer)[0, :count], np.float32) for layer in layers])
+        def stack(pick: Callable[[LayerIntermediates], jax.Array | None], layers=layers) -> np.ndarray:
+            return np.stack([np.asarray(pick(layer), np.float32) for layer in layers])
 
         part = {
-            "logits": np.asarray(logits[0, :count]),
+            "logits": np.asarray(logits),
             "hidden": stack(lambda layer: layer.hidden),
             "experts": stack(lambda layer: layer.experts).astype(np.int32),
             "queries": stack(lambda layer: layer.attention.query),
@@ -191,9 +193,8 @@ def _trace(runner: Runner, ids: np.ndarray, positions: np.ndarray, vision_embeds
         }
         if layers[0].attention.selected is not None:
             part["index_scores"] = stack(lambda layer: layer.attention.index_scores)[..., :total]
-            part["selected"] = np.stack([_as_mask(layer, count, total) for layer in layers])
+            part["selected"] = np.stack([_as_mask(layer, total) for layer in layers])
         parts.append(part)
-        start, last_cache = done, cache
 
     def join(name: str, axis: int = 1) -> np.ndarray:
         return np.concatenate([part[name] for part in parts], axis=axis)
@@ -205,26 +206,25 @@ def _trace(runner: Runner, ids: np.ndarray, positions: np.ndarray, vision_embeds
         experts=join("experts"),
         queries=join("queries"),
         lse=join("lse"),
-        keys=_cached_keys(runner, last_cache, total),
+        keys=_cached_keys(runtime, pool, tables[0], total),
         index_scores=None if scores is None else np.where(np.isneginf(scores), 0.0, scores),
         selected=None if scores is None else join("selected"),
     )
 
 
-def _as_mask(layer: LayerIntermediates, count: int, total: int) -> np.ndarray:
-    """The selected positions of the first `count` queries as a mask, bool `[count, total]`."""
+def _as_mask(layer: LayerIntermediates, total: int) -> np.ndarray:
+    """The positions that each of t queries selected as a mask, bool `[t, total]`."""
     assert layer.attention.selected is not None
-    selected = np.asarray(layer.attention.selected[0, :count])
-    mask = np.zeros((count, total), bool)
+    selected = np.asarray(layer.attention.selected)
+    mask = np.zeros((len(selected), total), bool)
     rows, columns = np.nonzero(selected >= 0)
     mask[rows, selected[rows, columns]] = True
     return mask
 
 
-def _cached_keys(runner: Runner, cache: Cache, total: int) -> np.ndarray:
-    """Keys of the first `total` tokens of the first sequence, float32 `[l, total, kv_heads, d]`."""
-    parallel = runner.parallel(1, 1)
-    keys = (cache.keys(layer, 0, parallel)[:total] for layer in range(len(cache.layers)))
+def _cached_keys(runtime: Runtime, pool: PagePool, pages: np.ndarray, total: int) -> np.ndarray:
+    """Keys of the first `total` tokens of a sequence, float32 `[l, total, kv_heads, d]`."""
+    keys = (pool.keys(layer, pages, runtime.rules)[:total] for layer in range(len(pool.layers)))
     return np.stack([multihost_utils.process_allgather(each, tiled=True) for each in keys]).astype(np.float32)
 
 
@@ -246,13 +246,19 @@ def _image_count(ids: np.ndarray, grids: np.ndarray, config: KeyeConfig) -> int:
 
 
 def _greedy(
-    runner: Runner, ids: np.ndarray, positions: np.ndarray, delta: int, vision_embeds: jax.Array, count: int
+    runtime: Runtime, ids: np.ndarray, positions: np.ndarray, delta: int, vision_embeds: jax.Array, count: int
 ) -> np.ndarray:
     """The `count` most likely tokens that follow the prompt, one at a time from the cache."""
-    logits, cache = runner.prefill(ids, positions, vision_embeds, runner.new_cache(len(ids) + count))
+    pool, tables = runtime.new_cache(1, len(ids) + count)
+    logits, pool = runtime.prefill([Segment(ids, positions, tables[0], vision_embeds)], pool)
+    state = runtime.new_state(runtime.rules.size("batch"), len(tables[0]))
+    greedy = SamplingParams(temperature=0.0)
+    where = {"length": len(ids) - 1, "position_delta": delta, "pages": tables[0]}
+    state = runtime.set_row(state, 0, token=int(ids[-1]), sampling=greedy, **where)
     tokens = []
     for _ in range(count):
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        tokens.append(int(token[0]))
-        logits, cache = runner.decode(token, runner.put(np.asarray([delta], np.int32)), cache)
+        state = runtime.draw(jnp.broadcast_to(logits, (len(state.tokens), logits.shape[1])), state)
+        tokens.append(int(state.tokens[0]))
+        logits, pool = runtime.decode(state, pool)
+        logits = logits[:1]
     return np.asarray(tokens)

@@ -1,6 +1,6 @@
-"""What a job would take on devices that are not here: memory, work, traffic, and the longest context that fits.
+"""What a job would take on devices that are not here: memory, work, collectives, and the longest context that fits.
 
-Weights and cache are computed, exactly, from the layout. Explicit collectives are counted in the traced program. Where
+Weights and cache are computed exactly, from the rules. Explicit collectives are counted in the traced program. Where
 the platform's compiler is installed, the whole program is compiled, which needs no such device: memory and collectives
 are the compiler's own figures then. Floating point operations and bytes read are estimates, by the formulas below.
 """
@@ -19,12 +19,13 @@ from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.keye import Keye
-from keye_jax.model.parallel import Parallel
-from keye_jax.platforms import Platform
-from keye_jax.runner import PREFILL_CHUNK, Runner
-from keye_jax.sharding import Layout, ShardingConfig
-from keye_jax.sharding.memory import cache_bytes, weight_bytes
-from keye_jax.traffic import Collective, of_program, of_trace
+from keye_jax.planning.collectives import Collective, of_program, of_trace
+from keye_jax.planning.hardware import Platform
+from keye_jax.planning.work import Work
+from keye_jax.runtime.memory import pool_bytes, weight_bytes
+from keye_jax.runtime.prefill import chunk_tokens
+from keye_jax.runtime.runtime import PREFILL_CHUNK, Runtime
+from keye_jax.sharding import MeshRules, ShardingConfig
 from pallas_kernels.errors import UnsupportedError
 
 USABLE = 0.95
@@ -34,9 +35,6 @@ TPU_PREFILL_CHUNK = 1024
 
 _COMPILER_OPTIONS = {"gpu": {"xla_gpu_autotune_level": "0"}}
 """Trying which way is the fastest takes a GPU."""
-
-_UNION = 8192
-"""Keys that 16 neighbouring queries select together at most, as the technical report has them at 128K tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Step:
       flops: floating point operations on one device.
       bytes_moved: bytes that one device reads from and writes to its memory.
       collectives: what travels between devices.
-      at_least_seconds: what operations, bytes and traffic take at the devices' peak rates, the largest of the three.
+      at_least_seconds: what operations, bytes and collectives take at the devices' peak rates; the largest of these.
     """
 
     tokens: int
@@ -137,7 +135,7 @@ def plan(
         JAX's plugin for CUDA is installed.
 
     Raises:
-      UserError: the context is longer than the model's, the layout impossible, or the topology unknown.
+      UserError: the context is longer than the model's, the sharding impossible, or the topology unknown.
     """
     if not 1 <= context <= config.max_position_embeddings:
         raise UserError(
@@ -149,34 +147,37 @@ def plan(
     devices = _compile_only_devices(platform) if compile_programs else None
     compiling = devices is not None
     if compiling:
-        layout = Layout.create(sharding, config, devices=devices)
+        rules = MeshRules.create(sharding, config, devices=devices)
     else:
-        layout = Layout.abstract(sharding, config, platform.devices, chip.platform)
+        rules = MeshRules.abstract(sharding, config, platform.devices, chip.platform)
     chunk = prefill_chunk or PREFILL_CHUNK.get(chip.platform, TPU_PREFILL_CHUNK)
 
-    def traced_with(implementation: str) -> tuple[Runner, dict[str, jax.stages.Traced]]:
-        options = AttentionOptions(implementation=implementation, dense_below=0, indexer_dtype=indexer_dtype)
-        runner = Runner(Keye.abstract(config), config, layout=layout, options=options, prefill_chunk=chunk)
-        reading, writing = runner.prefill_programs(context)[-1], runner.decode_program(batch, context)
-        return runner, {"prefill": reading, "decode": writing}
+    def traced_with(implementation: str) -> tuple[Runtime, dict[str, jax.stages.Traced]]:
+        options = AttentionOptions(implementation=implementation, indexer_dtype=indexer_dtype)
+        runtime = Runtime(Keye.abstract(config), config, rules=rules, options=options, prefill_chunk=chunk)
+        (prefill,) = runtime.prefill_programs(context, pages=rows * runtime.table_width(context))
+        return runtime, {"prefill": prefill, "decode": runtime.decode_program(rows, context, sample=False)}
 
+    homes = rules.size("batch")
+    rows = -(-batch // homes) * homes
     own = implementation or (chip.implementation if compiling else "xla")
     try:
-        runner, programs = traced_with(own)
+        runtime, programs = traced_with(own)
     except UnsupportedError:
         if implementation is not None:
             raise
         own = "xla"
-        runner, programs = traced_with(own)
-    sizes = functools.partial(cache_bytes, config, layout=layout, indexer_dtype=indexer_dtype)
-    weights, cache = weight_bytes(config, layout), sizes(batch, context)
+        runtime, programs = traced_with(own)
+    read_at_once = chunk_tokens(context, chunk, runtime.prefill_step)
+    sizes = functools.partial(pool_bytes, config, rules=rules, indexer_dtype=indexer_dtype)
+    weights, cache = weight_bytes(config, rules), sizes(batch, context)
     prompt = context * config.hidden_size * config.jax_dtype.itemsize
     memory = int(_memory(platform))
-    work, steps, problem = _Work(config, layout, chunk, indexer_dtype), {}, None
+    work, steps, problem = Work(config, rules, chunk, indexer_dtype), {}, None
     for name, traced in programs.items():
         reading = name == "prefill"
-        tokens = runner.chunk(context) if reading else batch
-        collectives, seconds = of_trace(traced.jaxpr, layout.mesh.shape), None
+        tokens = read_at_once if reading else batch
+        collectives, seconds = of_trace(traced.jaxpr, rules.mesh.shape), None
         if compiling:
             begun = time.perf_counter()
             try:
@@ -190,12 +191,12 @@ def plan(
             assert figures is not None and text is not None, "these compilers give both"
             # A program's arguments are those that it reads; the others are on the device all the same.
             others = ("vision", "projector", *(["embed_tokens"] if reading else []))
-            arguments = figures.argument_size_in_bytes + weight_bytes(config, layout, only=others)
+            arguments = figures.argument_size_in_bytes + weight_bytes(config, rules, only=others)
             fresh = figures.output_size_in_bytes - figures.alias_size_in_bytes
             workspace = figures.temp_size_in_bytes + figures.generated_code_size_in_bytes + fresh
             collectives = of_program(text)
         else:
-            arguments = weights + (sizes(1, context) if reading else cache)
+            arguments = weights + cache
             workspace = work.prefill_workspace(context) if reading else work.decode_workspace(batch, context)
         flops, moved = work.prefill(context, tokens) if reading else work.decode(batch, context)
         steps[name] = Step(
@@ -220,16 +221,16 @@ def plan(
             step.workspace * estimate(tokens) / estimate(context) if step else estimate(tokens)
             for step, estimate in zip(found, estimates, strict=True)
         ]
-        reading = sizes(1, tokens) + tokens * config.hidden_size * config.jax_dtype.itemsize + workspaces[0]
-        return int(weights + max(reading, sizes(batch, tokens) + workspaces[1]))
+        embeds = tokens * config.hidden_size * config.jax_dtype.itemsize
+        return int(weights + sizes(batch, tokens) + max(embeds + workspaces[0], workspaces[1]))
 
     return Plan(
         platform=platform.name if platform.slices == 1 else f"{platform.slices} x {platform.name}",
-        devices=layout.mesh.size,
-        mesh=dict(layout.mesh.shape),
+        devices=rules.devices,
+        mesh=dict(rules.mesh.shape),
         context=context,
         batch=batch,
-        prefill_chunk=runner.chunk(context),
+        prefill_chunk=read_at_once,
         implementation=own,
         memory=memory,
         weights=weights,
@@ -286,7 +287,7 @@ def _at_least(platform: Platform, flops: float, moved: float, collectives: tuple
 
 
 def _memory(platform: Platform) -> float:
-    from keye_jax.device import memory_limit_bytes
+    from keye_jax.runtime.device import memory_limit_bytes
 
     if platform.chip.memory is None:
         return memory_limit_bytes() * len(jax.local_devices()) / platform.devices
@@ -319,83 +320,3 @@ def video_capacity(context: int, fps: float = 2.0) -> list[dict[str, float]]:
             frames += 1
         found.append({"tokens_per_frame": tokens, "frames": frames, "seconds": frames / fps})
     return found
-
-
-class _Work:
-    """Formulas for one device's share of the work, all layers together."""
-
-    def __init__(self, config: KeyeConfig, layout: Layout, chunk: int, indexer_dtype: str | None):
-        self.config, self.layout, self.chunk = config, layout, chunk
-        self.item = config.jax_dtype.itemsize
-        sa = config.sa_config
-        self.index_row = sa.indexer_head_dim + 4 if indexer_dtype else sa.indexer_head_dim * self.item
-        self.kv_row = 2 * config.num_key_value_heads * config.head_dim * self.item // layout.size("kv_heads")
-        self.expert = 3 * config.hidden_size * config.moe_intermediate_size
-
-    def _token_flops(self, owners: int, ranks: int, heads: int) -> float:
-        """Of a layer's products, for one token, when `ranks` devices share the tokens and `owners` the experts."""
-        c, sa = self.config, self.config.sa_config
-        projections = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads) / heads
-        indexer = c.hidden_size * ((sa.indexer_num_heads + 1) * sa.indexer_head_dim + sa.indexer_num_heads)
-        experts = c.num_experts_per_tok * self.expert / owners
-        return 2 * ((projections + indexer + c.hidden_size * c.num_experts) / ranks + experts)
-
-    def _attention_flops(self, keys: float, parts: int, heads: int) -> float:
-        """Of a layer, for one query that sees so many keys, shared by `parts` devices along queries or keys."""
-        c, sa = self.config, self.config.sa_config
-        scores = 2 * sa.indexer_num_heads * (sa.indexer_head_dim + 1) * keys
-        return (scores + 4 * c.num_attention_heads * c.head_dim * min(keys, sa.topk) / heads) / parts
-
-    def _shares(self, batch: int, tokens: int) -> tuple[Parallel, int, int, int]:
-        p = Parallel.of(self.layout, batch, tokens)
-        ranks = p.size(p.tokens)
-        owners = p.size(tuple(dict.fromkeys((*p.tokens, *p.experts, *p.expert_hidden))))
-        return p, ranks, owners, p.size(p.heads)
-
-    def prefill(self, context: int, tokens: int) -> tuple[float, float]:
-        """Operations and bytes of the last chunk, whose queries see the whole context."""
-        c, (p, ranks, owners, heads) = self.config, self._shares(1, tokens)
-        flops = tokens * (self._token_flops(owners, ranks, heads) + self._attention_flops(context, ranks, heads))
-        gathered = context * (self.kv_row + self.index_row) * (2 if p.cache_sequence else 0)
-        groups = tokens / ranks / 16
-        keys = groups * (min(context, _UNION) * self.kv_row + context * self.index_row / 8)
-        weights = self._read_weights("embed_tokens")
-        return flops * c.num_hidden_layers, weights + (gathered + keys) * c.num_hidden_layers
-
-    def decode(self, batch: int, context: int) -> tuple[float, float]:
-        """Operations and bytes of one step."""
-        c, (p, ranks, owners, heads) = self.config, self._shares(batch, 1)
-        parts = p.size(p.pages)
-        layer = self._token_flops(owners, ranks, heads) + self._attention_flops(context, parts, heads)
-        head = c.hidden_size * c.vocab_size / p.size(p.vocab)
-        flops = batch * (layer * c.num_hidden_layers + 2 * head)
-        chosen = 1 - (1 - c.num_experts_per_tok / c.num_experts) ** batch
-        experts = c.num_experts * self.expert * c.num_hidden_layers / p.size(p.experts + p.expert_hidden) * self.item
-        others = self._read_weights() - experts - head * self.item
-        keys = batch / parts * (context * self.index_row + min(context, c.sa_config.topk) * self.kv_row)
-        return flops, others + experts * chosen + keys * c.num_hidden_layers
-
-    def _read_weights(self, *but: str) -> int:
-        """Bytes of the weights that a step reads."""
-        unread = weight_bytes(self.config, self.layout, only=("vision", "projector", *but))
-        return weight_bytes(self.config, self.layout) - unread
-
-    def prefill_workspace(self, context: int) -> int:
-        """What a step of reading needs on GPUs: scores of a block of queries, or the experts' rows."""
-        p, ranks, owners, _ = self._shares(1, min(self.chunk, context))
-        # One H200 needed 1.13 GiB at 128K and 1.12 GiB at 256K, where a block of scores takes one; XLA's compiler gives
-        # two and more that share positions 1.29 GiB at 32K, 1.46 to 1.50 at 128K and 1.72 at 256K.
-        attention = min(2**30, 4 * min(self.chunk, context) * context) + 2**27
-        whole = context * (self.kv_row + self.index_row) + 2**27 if p.cache_sequence else 0
-        tokens = min(self.chunk, context) * ranks
-        rows = tokens * self.config.num_experts_per_tok / owners * (1.5 if owners > 1 else 1)
-        widths = 2 * self.config.hidden_size + 2 * self.config.moe_intermediate_size
-        exchanged = 2 * tokens * self.config.hidden_size * self.item if ranks > 1 else 0
-        return int(max(attention + whole, rows * widths * self.item + exchanged))
-
-    def decode_workspace(self, batch: int, context: int) -> int:
-        """Scores, what is selected, and logits."""
-        p, *_ = self._shares(batch, 1)
-        each = batch / p.size(p.batch)
-        scores = 4 * context / p.size(p.cache_sequence) + self.config.sa_config.topk * self.kv_row
-        return int(2 * each * scores + 3 * 4 * batch * self.config.vocab_size + 64 * 2**20)

@@ -1,0 +1,1 @@
+"""How fast the whole model is, at its real size and with random weights."""

@@ -1,0 +1,185 @@
+"""Timing prompts and steps of decode of the whole model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+
+from keye_jax.bench.inputs import Prompt, on_devices
+from keye_jax.kv_cache import PagePool
+from keye_jax.runtime.programs import DecodeState
+from keye_jax.runtime.runtime import Runtime
+from keye_jax.runtime.sampling import SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0)
+
+TAIL = 64
+"""Last tokens of a prompt, whose selections are looked at."""
+
+_GROUP = 16
+DECODE_STEPS = 16
+"""Steps of decode that are timed together."""
+
+_DECODE_SAMPLES = 5
+
+SHORTEST_CONTEXT = (_DECODE_SAMPLES + 1) * DECODE_STEPS
+"""Tokens that are written to each sequence while a step is timed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """A measurement.
+
+    Attributes:
+      seconds: of a prompt, or of a step of decode: the median.
+      tokens_per_second: prompt tokens read, or tokens written by all sequences together.
+      workspace_bytes: what a step needs beyond its arguments and results, from the compiler.
+    """
+
+    seconds: float
+    tokens_per_second: float
+    workspace_bytes: int
+
+
+def compile_steps(
+    runtimes: Iterable[Runtime],
+    prompts: Iterable[int],
+    batches: Iterable[tuple[int, int]],
+    *,
+    with_intermediates: Runtime | None,
+) -> None:
+    """Compiles side by side all that `time_prefill`, `time_decode` and `union_sizes` (of one runtime) will need."""
+    compiling = [
+        *(
+            functools.partial(with_intermediates.compile_forward_with_intermediates, TAIL, tokens)
+            for tokens in prompts
+            if with_intermediates
+        ),
+        *(functools.partial(runtime.compile_prefill, tokens) for runtime in runtimes for tokens in prompts),
+        *(
+            functools.partial(runtime.compile_decode, _rows(runtime, batch), context)
+            for runtime in runtimes
+            for batch, context in batches
+        ),
+    ]
+    # Processes of one job must compile in the same order.
+    with ThreadPoolExecutor(1 if jax.process_count() > 1 else None) as pool:
+        for done in [pool.submit(compile_one) for compile_one in compiling]:
+            done.result()
+
+
+def time_prefill(runtime: Runtime, prompt: Prompt, repeats: int) -> tuple[Timing, PagePool, np.ndarray]:
+    """Reads `prompt` into an empty pool `repeats` times, compiled and warmed up before.
+
+    Returns:
+      the timing, the last pool, and the pages that the prompt has in it.
+    """
+    tokens = len(prompt.input_ids)
+    workspace = runtime.compile_prefill(tokens)
+    warm_up(runtime, prompt)
+    times, pool, tables = [], None, None
+    for _ in range(repeats):
+        del pool
+        pool, tables = runtime.new_cache(1, tokens)
+        jax.block_until_ready(pool)
+        start = time.perf_counter()
+        _, pool = jax.block_until_ready(runtime.prefill([prompt.segment(tables[0])], pool))
+        times.append(time.perf_counter() - start)
+    assert pool is not None and tables is not None, "repeats is 0"
+    seconds = statistics.median(times)
+    return Timing(seconds, tokens / seconds, workspace), pool, tables[0]
+
+
+def warm_up(runtime: Runtime, prompt: Prompt) -> None:
+    """Reads as much of a prompt as runs every program that the whole of it needs."""
+    tokens = len(prompt.input_ids)
+    longest = runtime.prefill_chunk * runtime.rules.size("query_sequence")
+    dense = min(runtime.dense_below, tokens)
+    read_prompt(runtime, prompt.upto(min(tokens, dense + longest)), room=tokens)
+
+
+def read_prompt(runtime: Runtime, prompt: Prompt, *, room: int | None = None) -> PagePool:
+    """The pool after `prompt`, with room for `room` tokens."""
+    pool, tables = runtime.new_cache(1, room or len(prompt.input_ids))
+    return jax.block_until_ready(runtime.prefill([prompt.segment(tables[0])], pool)[1])
+
+
+def union_sizes(runtime: Runtime, prompt: Prompt, pool: PagePool, pages: np.ndarray) -> np.ndarray:
+    """Distinct keys that 16 neighbouring queries select together, float `[layers]`: means over the last 64 queries.
+
+    Args:
+      pool, pages: as `time_prefill` gives them; the prompt's last tokens are read once more. The pool is donated.
+    """
+    start = len(prompt.input_ids) - TAIL
+    tail = Prompt(prompt.input_ids[start:], prompt.positions[:, start:], prompt.embeds[start:])
+    segment = dataclasses.replace(tail.segment(pages), start=start)
+    chunks = [found for _, _, found, _ in runtime.forward_with_intermediates(segment, pool)]
+    sizes = []
+    for layer in zip(*chunks, strict=True):
+        selected = np.concatenate([np.asarray(chunk.attention.selected) for chunk in layer])
+        groups = selected[:TAIL].reshape(TAIL // _GROUP, -1)
+        sizes.append(np.mean([len(np.unique(group[group >= 0])) for group in groups]))
+    return np.asarray(sizes)
+
+
+def random_batch(
+    runtime: Runtime, batch: int, context: int, length: int, sampling: SamplingParams = GREEDY, seed: int = 0
+) -> tuple[DecodeState, PagePool]:
+    """A batch of sequences of random keys and values.
+
+    Args:
+      batch: how many sequences.
+      context: tokens that each has room for.
+      length: tokens that each has.
+      sampling: how each draws.
+    """
+    pool, tables = runtime.new_cache(batch, context)
+    leaves, tree = jax.tree.flatten(pool)
+    leaves = [_fill(np.uint32(seed), np.uint32(i), x, x.sharding) for i, x in enumerate(leaves)]
+    state = runtime.new_state(_rows(runtime, batch), tables.shape[1])
+    for row, pages in enumerate(tables):
+        state = runtime.set_row(state, row, token=0, length=length, position_delta=0, pages=pages, sampling=sampling)
+    return state, jax.tree.unflatten(tree, leaves)
+
+
+@functools.partial(jax.jit, donate_argnums=2, static_argnums=3)
+def _fill(seed: jax.Array, index: jax.Array, x: jax.Array, sharding: Sharding) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(seed), index)
+    # An argument that is not read would not be donated.
+    return on_devices((jax.random.normal(key, x.shape) + x.astype(jnp.float32)).astype(x.dtype), sharding)
+
+
+def _rows(runtime: Runtime, batch: int) -> int:
+    """Rows of a batch of this number of sequences: as many on each home."""
+    homes = runtime.rules.size("batch")
+    return -(-batch // homes) * homes
+
+
+def time_decode(runtime: Runtime, batch: int, context: int, sampling: SamplingParams = GREEDY) -> Timing:
+    """Writes a few dozen tokens to each of `batch` sequences, the last of them with `context` tokens before it."""
+    workspace = runtime.compile_decode(_rows(runtime, batch), context)
+    state, pool = random_batch(runtime, batch, context, context - SHORTEST_CONTEXT, sampling)
+    times = []
+    for _ in range(_DECODE_SAMPLES + 1):
+        start = time.perf_counter()
+        state, pool = decode_steps(runtime, state, pool)
+        times.append((time.perf_counter() - start) / DECODE_STEPS)
+    seconds = statistics.median(times[1:])
+    return Timing(seconds, batch / seconds, workspace)
+
+
+def decode_steps(runtime: Runtime, state: DecodeState, pool: PagePool) -> tuple[DecodeState, PagePool]:
+    """`DECODE_STEPS` steps of decode, finished on the device."""
+    for _ in range(DECODE_STEPS):
+        state, pool = runtime.decode_and_sample(state, pool)
+    jax.block_until_ready(state.tokens)
+    return state, pool

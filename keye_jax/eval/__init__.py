@@ -1,0 +1,1 @@
+"""Holding a checkpoint to recorded results."""

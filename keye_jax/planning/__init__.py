@@ -1,0 +1,1 @@
+"""What a job takes on devices that are not here."""

@@ -1,0 +1,87 @@
+"""Batching images and frames for the vision encoder: a bounded number of patches in one step on each device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from keye_jax.runtime.prefill import round_up
+from keye_jax.sharding.mesh_rules import MeshRules
+
+ENCODE_PATCHES = 8192
+"""Patches encoded in one step: whole frames, at least one (the publisher's Chunk ViT)."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageBatch:
+    """Images of one size that are encoded in one step.
+
+    Attributes:
+      patches: `[f, p, features]`; images that are fewer, or have fewer patches, are padded with zeros behind.
+      height, width: of each image in patches.
+      images: how many there are.
+    """
+
+    patches: np.ndarray
+    height: int
+    width: int
+    images: int
+
+
+def batch_images(patches: np.ndarray, grids: np.ndarray, devices: int) -> Iterator[ImageBatch]:
+    """Batches of neighbouring images of one size.
+
+    Args:
+      patches: `[sum(h*w), features]`, each image's in raster order.
+      grids: int `[g, 3]`: 1, height and width in patches.
+      devices: how many share the images out.
+    """
+    done = 0
+    for height, width, images in _runs(grids):
+        each = height * width
+        at_once = _at_once(images, each, devices)
+        for first in range(0, images, at_once):
+            here = min(at_once, images - first)
+            batch = np.zeros((at_once, round_up(each), patches.shape[1]), patches.dtype)
+            batch[:here, :each] = patches[done : done + here * each].reshape(here, each, -1)
+            yield ImageBatch(batch, height, width, here)
+            done += here * each
+
+
+def images_here(grids: np.ndarray, rules: MeshRules) -> np.ndarray:
+    """Which images, or frames, devices of this process encode; the pixels of others are not looked at.
+
+    Args:
+      grids: int `[g, 3]`, as for `batch_images`.
+
+    Returns:
+      bool `[g]`.
+    """
+    over = rules.sharding("vision_patches")
+    if over is None:
+        return np.ones(len(grids), bool)
+    here, first = np.zeros(len(grids), bool), 0
+    for height, width, images in _runs(grids):
+        at_once = _at_once(images, height * width, rules.size("vision_patches"))
+        for index in over.addressable_devices_indices_map((at_once,)).values():
+            own = range(at_once)[index[0] if index else slice(None)]
+            for start in range(0, images, at_once):
+                here[first + start + own.start : first + min(start + own.stop, images)] = True
+        first += images
+    return here
+
+
+def _at_once(images: int, patches: int, devices: int) -> int:
+    """Of a number of images of so many patches each, how many are encoded in one step."""
+    return devices * max(1, min(-(-images // devices), ENCODE_PATCHES // round_up(patches)))
+
+
+def _runs(grids: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Height, width and number of each run of grids of one size."""
+    start = 0
+    for end in range(1, len(grids) + 1):
+        if end == len(grids) or (grids[end] != grids[start]).any():
+            yield int(grids[start, 1]), int(grids[start, 2]), end - start
+            start = end

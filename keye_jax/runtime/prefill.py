@@ -1,0 +1,244 @@
+"""Packing the new tokens of several sequences into chunks, on the host.
+
+A chunk is an array of rows, each a run of neighbouring tokens of one sequence. One long prompt on one device is a
+single row. Short prompts share a chunk, in rows of `ROW_TOKENS`; over several devices rows are dealt out in turns, so
+that later ones, which see more keys, are on all devices alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from keye_jax.config import KeyeConfig
+from keye_jax.kv_cache import BatchMetadata
+from keye_jax.sharding.step import StepSharding
+
+ROW_TOKENS = 128
+"""Tokens of a row where several sequences share a chunk."""
+
+SHARDED_ROW_TOKENS = 256
+"""Most tokens of a row where rows are dealt out over devices: a multiple of what kernels take together."""
+
+_MIN_SHARDED_ROW_TOKENS = 16
+
+_GATHERED_TOKENS = 2**19
+"""Most tokens of context that a layer gathers for one chunk, of all its sequences."""
+
+
+def round_up(size: int) -> int:
+    """`size` rounded up by at most an eighth (to 64 at least), so that similar sizes share a compiled step."""
+    unit = max(64, 1 << max(0, size.bit_length() - 4))
+    return -(-size // unit) * unit
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segment:
+    """New tokens of one sequence, at `start` and on.
+
+    Attributes:
+      input_ids: int32 `[t]`.
+      positions: int32 `[3, t]`.
+      pages: int32 `[m]`, the pages of the whole sequence, with room for the new tokens.
+      vision_embeds: `[v, embed]`, in the order of the segment's pads: images first, then frames; None for none.
+      start: tokens of the sequence that its pages hold already.
+      home: the shard along `batch` on which its pages lie.
+    """
+
+    input_ids: np.ndarray
+    positions: np.ndarray
+    pages: np.ndarray
+    vision_embeds: jax.Array | np.ndarray | None = None
+    start: int = 0
+    home: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chunk:
+    """What one step of prefill reads, as host arrays of b rows of t tokens.
+
+    Attributes:
+      ids: int32 `[b, t]`.
+      token: int32 `[b, t]`, the place of each in its segment.
+      positions: int32 `[3, b, t]`.
+      batch: of NumPy arrays.
+      segments: the segment that each of the step's s sequences is; -1 behind the last one.
+      last: int32 `[s]`, each segment's last token in this chunk, counted row by row.
+      done: tokens of each segment in `segments` that are read after this chunk.
+      dense: whether its tokens attend to all keys that they see.
+    """
+
+    ids: np.ndarray
+    token: np.ndarray
+    positions: np.ndarray
+    batch: BatchMetadata
+    segments: np.ndarray
+    last: np.ndarray
+    done: tuple[int, ...]
+    dense: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkShape:
+    """The shapes of a step of prefill: they decide its program.
+
+    Attributes:
+      rows, tokens: b and t.
+      sequences: most sequences in it, s.
+      table_width: columns of the page table, m.
+      dense: as in `Chunk`.
+    """
+
+    rows: int
+    tokens: int
+    sequences: int
+    table_width: int
+    dense: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """Neighbouring tokens of a segment that go into one row."""
+
+    segment: int
+    first: int
+    count: int
+
+
+def chunk_tokens(total: int, prefill_chunk: int, step: StepSharding) -> int:
+    """Tokens that a step reads of a prompt of `total` tokens, by itself."""
+    devices = step.size(step.query_sequence)
+    if devices == 1:
+        return 1 if total == 1 else min(prefill_chunk, round_up(total))
+    multiple = devices * _MIN_SHARDED_ROW_TOKENS
+    return -(-min(prefill_chunk * devices, round_up(total)) // multiple) * multiple
+
+
+def single_shape(total: int, table_width: int, prefill_chunk: int, step: StepSharding) -> ChunkShape:
+    """The shape of the steps that read one prompt of `total` tokens by itself."""
+    tokens, shared, homes = (
+        chunk_tokens(total, prefill_chunk, step),
+        step.size(step.query_sequence),
+        step.size(step.batch),
+    )
+    row = tokens if shared == 1 else int(np.gcd(tokens // shared, SHARDED_ROW_TOKENS))
+    return ChunkShape(tokens // row * homes, row, 1, table_width)
+
+
+def packed_shape(table_width: int, prefill_chunk: int, step: StepSharding) -> ChunkShape:
+    """The shape of the steps in which several prompts share a chunk."""
+    shared, homes = step.size(step.query_sequence), step.size(step.batch)
+    row = min(ROW_TOKENS, round_up(prefill_chunk))
+    rows = max(1, prefill_chunk // row) * shared * homes
+    sequences = rows
+    if step.gathers_pages:
+        sequences = max(1, min(rows, _GATHERED_TOKENS // (table_width * 64)))
+    return ChunkShape(rows, row, sequences, table_width)
+
+
+def plan_chunks(
+    segments: Sequence[Segment], prefill_chunk: int, step: StepSharding, *, dense_below: int = 0
+) -> Iterator[Chunk]:
+    """Chunks that read all segments, each segment's tokens in their order.
+
+    A segment that is alone, or fills whole chunks, is read by itself; what is left of several shares chunks.
+
+    Args:
+      prefill_chunk: tokens that each device reads in one step.
+      dense_below: tokens at positions below it attend to all keys that they see, in chunks of their own.
+    """
+    width = max(len(segment.pages) for segment in segments)
+    width += -width % step.size(step.cache_sequence)
+    for dense in (True, False):
+        spans = []
+        for index, segment in enumerate(segments):
+            cut = int(np.clip(dense_below - segment.start, 0, len(segment.input_ids)))
+            first, end = (0, cut) if dense else (cut, len(segment.input_ids))
+            if end > first:
+                spans.append((index, first, end))
+        shared = []
+        for index, first, end in spans:
+            shape = single_shape(end - first, width, prefill_chunk, step)
+            whole = chunk_tokens(end - first, prefill_chunk, step)
+            alone = end if len(spans) == 1 else first + (end - first) // whole * whole
+            if alone > first:
+                yield from _chunks([(index, first, alone)], segments, dataclasses.replace(shape, dense=dense), step)
+            if end > alone:
+                shared.append((index, alone, end))
+        if shared:
+            shape = dataclasses.replace(packed_shape(width, prefill_chunk, step), dense=dense)
+            yield from _chunks(shared, segments, shape, step)
+
+
+def _chunks(
+    spans: Sequence[tuple[int, int, int]], segments: Sequence[Segment], shape: ChunkShape, step: StepSharding
+) -> Iterator[Chunk]:
+    """Chunks of one shape that read tokens `first` to `end - 1` of each `(segment, first, end)`."""
+    return (_fill(runs, segments, shape, step) for runs in _deal(spans, segments, shape, step))
+
+
+def _deal(
+    spans: Sequence[tuple[int, int, int]], segments: Sequence[Segment], shape: ChunkShape, step: StepSharding
+) -> Iterator[list[list[_Run]]]:
+    """Runs of each chunk: lists of those on each home, each home's in the order of its segments' tokens."""
+    homes = step.size(step.batch)
+    room = shape.rows // homes
+    waiting: list[list[_Run]] = [[] for _ in range(homes)]
+    for index, first, end in spans:
+        runs = [_Run(index, at, min(shape.tokens, end - at)) for at in range(first, end, shape.tokens)]
+        waiting[segments[index].home if step.batch else 0] += runs
+    while any(waiting):
+        chunk: list[list[_Run]] = [[] for _ in range(homes)]
+        members: set[int] = set()
+        for home, runs in enumerate(waiting):
+            while runs and len(chunk[home]) < room and len(members | {runs[0].segment}) <= shape.sequences:
+                members.add(runs[0].segment)
+                chunk[home].append(runs.pop(0))
+        yield chunk
+
+
+def _fill(chunk: list[list[_Run]], segments: Sequence[Segment], shape: ChunkShape, step: StepSharding) -> Chunk:
+    shared, homes = step.size(step.query_sequence), step.size(step.batch)
+    room = shape.rows // homes
+    ids = np.zeros((shape.rows, shape.tokens), np.int32)
+    token = np.zeros_like(ids)
+    positions = np.zeros((3, shape.rows, shape.tokens), np.int32)
+    start, count, sequence = (np.zeros(shape.rows, np.int32) for _ in range(3))
+    table = np.zeros((shape.sequences, shape.table_width), np.int32)
+    last = np.zeros(shape.sequences, np.int32)
+    members: dict[int, int] = {}
+    done: dict[int, int] = {}
+    for home, runs in enumerate(chunk):
+        for number, run in enumerate(runs):
+            segment = segments[run.segment]
+            # Device r of n has rows r, r + n, r + 2 n and so on, which lie one after the other in the array.
+            row = home * room + (number % shared) * (room // shared) + number // shared
+            tokens = slice(run.first, run.first + run.count)
+            ids[row, : run.count] = segment.input_ids[tokens]
+            token[row, : run.count] = np.arange(run.first, run.first + run.count)
+            positions[:, row, : run.count] = segment.positions[:, tokens]
+            start[row], count[row] = segment.start + run.first, run.count
+            sequence[row] = member = members.setdefault(run.segment, len(members))
+            table[member, : len(segment.pages)] = segment.pages
+            last[member] = row * shape.tokens + run.count - 1
+            done[run.segment] = run.first + run.count
+    named = np.full(shape.sequences, -1, np.int32)
+    named[: len(members)] = list(members)
+    arrays: dict[str, Any] = {"page_table": table, "start": start, "count": count}
+    if shape.rows > 1:
+        arrays["sequence"] = sequence
+    batch = BatchMetadata(**arrays)
+    return Chunk(ids, token, positions, batch, named, last, tuple(done[each] for each in members), shape.dense)
+
+
+def vision_rows(input_ids: np.ndarray, config: KeyeConfig) -> np.ndarray:
+    """Row of the vision embeddings (images first, then frames) that stands at each token, int32 `[t]`; -1 for text."""
+    images, frames = input_ids == config.image_token_id, input_ids == config.video_token_id
+    rows = np.full(len(input_ids), -1, np.int32)
+    rows[images] = np.arange(np.count_nonzero(images))
+    rows[frames] = np.count_nonzero(images) + np.arange(np.count_nonzero(frames))
+    return rows

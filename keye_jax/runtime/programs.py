@@ -1,0 +1,260 @@
+"""What is compiled: the steps of a model as functions of its parameters, inputs and pages.
+
+Each function's static arguments (`model`, `step`, `options`) and the shapes of its arrays decide its program. Pages and
+the state of decode are donated: what goes in may not be used afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from keye_jax.kv_cache import BatchMetadata, PagePool
+from keye_jax.model.attention import AttentionOptions
+from keye_jax.model.context import PagedContext, paged_contexts
+from keye_jax.model.decoder import LayerIntermediates
+from keye_jax.model.embedding import take_tokens
+from keye_jax.model.keye import Keye
+from keye_jax.model.projector import Projector
+from keye_jax.model.vision import VisionEncoder
+from keye_jax.runtime.sampling import SamplingState, counted, sample
+from keye_jax.sharding.step import StepSharding, spec
+
+type Params = tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelDef:
+    """A model without its parameters.
+
+    It is equal to itself alone, and the parameters are a flat tuple: a step of decode looks its program up in
+    microseconds, where comparing and flattening the modules would take longer than the device does.
+    """
+
+    graph: nnx.GraphDef[Keye]
+    tree: Any
+
+    def merge(self, params: Params) -> Keye:
+        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, params))
+
+
+model_def = functools.cache(ModelDef)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """The rows of a batch that is decoded; an idle row costs no expert and no page.
+
+    Attributes:
+      tokens: int32 `[b]`, the last token of each sequence, not yet in the pool.
+      lengths: int32 `[b]`, tokens that the pool holds of it.
+      position_delta: int32 `[b]`; a token at index i of its sequence stands at position i + delta.
+      active: bool `[b]`, False in an idle row.
+      page_table: int32 `[b, m]`, as in `BatchMetadata`.
+      sampling: how each row draws.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    position_delta: jax.Array
+    active: jax.Array
+    page_table: jax.Array
+    sampling: SamplingState
+
+
+@functools.partial(jax.jit, static_argnames=("model", "step", "implementation", "project"))
+def encode(
+    model: ModelDef,
+    params: Params,
+    pixels: jax.Array,
+    sizes: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+    *,
+    step: StepSharding,
+    implementation: str | None,
+    project: bool,
+) -> jax.Array:
+    """Tokens of images, `[f, tokens, embed]`, or hidden states without the projector; see `VisionEncoder`.
+
+    Over several devices each encodes some of the images, and all get all tokens.
+
+    Args:
+      pixels: `[f, p, channels * patch * patch]`; the encoder sees `pixels * scale + shift`.
+    """
+
+    def run(modules: tuple[VisionEncoder, Projector], pixels: jax.Array, sizes: jax.Array) -> jax.Array:
+        vision, projector = modules
+        hidden = vision(pixels, sizes, implementation=implementation)
+        return projector(hidden, sizes) if project else hidden
+
+    keye = model.merge(params)
+    modules, pixels = (keye.vision, keye.projector), pixels.astype(jnp.float32) * scale + shift
+    images = spec(step.vision_patches)
+    return step.constrain(step.shard_module(modules, run, (images, images), images)(pixels, sizes))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "step"))
+def embed(
+    model: ModelDef,
+    params: Params,
+    ids: jax.Array,
+    vision_embeds: jax.Array,
+    vision_index: jax.Array,
+    *,
+    step: StepSharding,
+) -> jax.Array:
+    """Embeddings of a chunk of prompts; see `Keye.embed`."""
+    return model.merge(params).embed(ids, vision_embeds, vision_index, step)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "step", "options"), donate_argnames="pool")
+def prefill_chunk(
+    model: ModelDef,
+    params: Params,
+    x: jax.Array,
+    positions: jax.Array,
+    batch: BatchMetadata,
+    last: jax.Array,
+    pool: PagePool,
+    *,
+    step: StepSharding,
+    options: AttentionOptions,
+) -> tuple[jax.Array, PagePool]:
+    """Reads a chunk of prompts.
+
+    Args:
+      x: `[b, t, embed]` embeddings.
+      positions: int32 `[3, b, t]`.
+      last: int32 `[n]`, tokens whose logits are wanted, counted row by row.
+
+    Returns:
+      float32 logits `[n, vocab]`, and the pool with the chunk in it.
+    """
+    decoder = model.merge(params).decoder
+    hidden, contexts, _ = decoder(x, positions, paged_contexts(pool, batch), options, step)
+    return decoder.logits(take_tokens(hidden, last, step), step), _pool(contexts, step)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "step", "options"), donate_argnames="pool")
+def forward_with_intermediates(
+    model: ModelDef,
+    params: Params,
+    x: jax.Array,
+    positions: jax.Array,
+    batch: BatchMetadata,
+    pool: PagePool,
+    *,
+    step: StepSharding,
+    options: AttentionOptions,
+) -> tuple[jax.Array, PagePool, tuple[LayerIntermediates, ...]]:
+    """`prefill_chunk` that returns the logits of all tokens, `[b, t, vocab]`, and what each layer computed."""
+    decoder = model.merge(params).decoder
+    hidden, contexts, found = decoder(x, positions, paged_contexts(pool, batch), options, step)
+    return decoder.logits(hidden, step), _pool(contexts, step), jax.tree.map(step.constrain, found)
+
+
+def _decode(
+    model: ModelDef,
+    params: Params,
+    state: DecodeState,
+    pool: PagePool,
+    *,
+    step: StepSharding,
+    options: AttentionOptions,
+) -> tuple[jax.Array, PagePool]:
+    """Reads the last token of each row: float32 logits `[b, vocab]` of the next ones, and the pool with it."""
+    decoder = model.merge(params).decoder
+    positions = state.lengths + state.position_delta
+    positions = jnp.broadcast_to(positions[None, :, None], (3, *positions.shape, 1))
+    batch = BatchMetadata(state.page_table, state.lengths, state.active.astype(jnp.int32))
+    x = decoder.embed_tokens(state.tokens[:, None], step)
+    hidden, contexts, _ = decoder(x, positions, paged_contexts(pool, batch), options, step)
+    return decoder.logits(hidden[:, 0], step), _pool(contexts, step)
+
+
+def _draw(logits: jax.Array, state: DecodeState, rows: jax.Array, *, step: StepSharding) -> DecodeState:
+    """The state after the last token of some rows was read and the next one was drawn.
+
+    Args:
+      logits: float32 `[b, vocab]`.
+      rows: bool `[b]`, those that draw; the others stay as they are.
+    """
+    lengths = state.lengths + rows
+    tokens = step.constrain(sample(logits, state.sampling, lengths))
+    return dataclasses.replace(
+        state,
+        tokens=jnp.where(rows, tokens, state.tokens),
+        lengths=lengths,
+        sampling=counted(state.sampling, tokens, rows),
+    )
+
+
+def _decode_and_sample(
+    model: ModelDef,
+    params: Params,
+    state: DecodeState,
+    pool: PagePool,
+    *,
+    step: StepSharding,
+    options: AttentionOptions,
+) -> tuple[DecodeState, PagePool]:
+    """`decode` and `draw` in one program."""
+    logits, pool = _decode(model, params, state, pool, step=step, options=options)
+    return _draw(logits, state, state.active, step=step), pool
+
+
+_COMPILER_OPTIONS = {
+    "gpu": {
+        # A step of decode is one CUDA graph of some 1,500 short kernels: where they may, they run side by side.
+        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+        # Projections of one input are not made one product, for which their weights would be copied at every step.
+        "xla_gpu_dot_merger_threshold_mb": "0",
+    }
+}
+
+
+@functools.cache
+def decode(platform: str) -> jax.stages.Wrapped:
+    """The program that reads one token of each row and gives the logits; see `_decode`. Only the pool is donated."""
+    return jax.jit(
+        _decode,
+        static_argnames=("model", "step", "options"),
+        donate_argnames="pool",
+        compiler_options=_COMPILER_OPTIONS.get(platform),
+    )
+
+
+draw = jax.jit(_draw, static_argnames="step", donate_argnames="state")
+"""The program that samples from the logits of `decode`; see `_draw`. A mask may change in between."""
+
+
+@functools.cache
+def decode_and_sample(platform: str) -> jax.stages.Wrapped:
+    """The program of one step of decode with the sampling in it; see `_decode_and_sample`."""
+    # With the state donated, all that a step touches lies where it lay in the last one, and its CUDA graph, of some 34
+    # nodes a layer, is launched without being updated first.
+    return jax.jit(
+        _decode_and_sample,
+        static_argnames=("model", "step", "options"),
+        donate_argnames=("state", "pool"),
+        compiler_options=_COMPILER_OPTIONS.get(platform),
+    )
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def set_row(state: DecodeState, row: jax.Array, values: DecodeState) -> DecodeState:
+    """The state with `values`, of one row, in row number `row`."""
+    return jax.tree.map(lambda x, value: x.at[row].set(value), state, values)
+
+
+def _pool(contexts: tuple[PagedContext, ...], step: StepSharding) -> PagePool:
+    """The pages after a step, where they lay before it, so that they can be given to the next one."""
+    pool = PagePool(tuple(context.pages for context in contexts))
+    return jax.lax.with_sharding_constraint(pool, pool.shardings(step.rules)) if step.rules.sharding() else pool

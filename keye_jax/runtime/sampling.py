@@ -1,0 +1,236 @@
+"""Choosing the next token of each row of a batch, each by settings of its own, in one compiled step for all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from keye_jax.errors import UserError
+
+_BITS_PER_PASS = 4
+"""Bits of a threshold that one pass over the logits settles: it compares them with 2^bits - 1 values at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of one sequence are drawn.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the most likely token.
+      top_p: draws from the fewest tokens that together have this probability, above 0 to 1.
+      top_k: draws from this many of the most likely tokens; 0 for all.
+      min_p: draws from tokens at least this many times as likely as the most likely one, 0 to 1.
+      repetition_penalty: divides positive logits, and multiplies negative ones, of tokens in the prompt or the answer
+        (Keskar et al., arXiv 1909.05858); 1 for none.
+      presence_penalty: is subtracted from the logits of tokens in the answer; -2 to 2.
+      frequency_penalty: is subtracted once for each time that a token is in the answer; -2 to 2.
+      seed: two sequences of the same seed and logits draw the same tokens.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.95
+    top_k: int = 20
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed, fits in (
+            ("temperature", "0 (greedy) or more", self.temperature >= 0),
+            ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
+            ("top_k", "0 (all tokens) or more", self.top_k >= 0),
+            ("min_p", "from 0 to 1", 0 <= self.min_p <= 1),
+            ("repetition_penalty", "above 0", self.repetition_penalty > 0),
+            ("presence_penalty", "from -2 to 2", -2 <= self.presence_penalty <= 2),
+            ("frequency_penalty", "from -2 to 2", -2 <= self.frequency_penalty <= 2),
+        ):
+            value = getattr(self, name)
+            if not fits or not math.isfinite(value):
+                raise UserError(f"{name} is {value}; it must be {allowed}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingState:
+    """`SamplingParams` of the rows of a batch, as arrays, and what they have to remember; all `[b]` or `[b, ...]`.
+
+    Attributes:
+      temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty: float32.
+      top_k: int32.
+      seed: uint32.
+      counts: int32 `[b, vocab]`, how often the row's answer has each token.
+      in_prompt: bool `[b, vocab]`, whether its prompt has it.
+      bias: float32 `[b, vocab]`, added to the logits.
+      allowed: uint32 `[b, ceil(vocab / 32)]`; a token may be drawn if bit `token % 32` of word `token // 32` is set.
+    """
+
+    temperature: jax.Array
+    top_p: jax.Array
+    top_k: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+    presence_penalty: jax.Array
+    frequency_penalty: jax.Array
+    seed: jax.Array
+    counts: jax.Array
+    in_prompt: jax.Array
+    bias: jax.Array
+    allowed: jax.Array
+
+
+def sampling_row(
+    params: SamplingParams,
+    vocab: int,
+    *,
+    prompt: np.ndarray | None = None,
+    answer: np.ndarray | None = None,
+    bias: Mapping[int, float] | None = None,
+    allowed: np.ndarray | None = None,
+) -> SamplingState:
+    """The state of one row, NumPy arrays without the batch dimension.
+
+    Args:
+      vocab: size of the vocabulary.
+      prompt, answer: int token ids that penalties count; none if left out.
+      bias: what is added to the logits of some tokens.
+      allowed: uint32 `[ceil(vocab / 32)]`, as in `SamplingState`; all tokens if left out.
+
+    Raises:
+      UserError: a biased token is not in the vocabulary.
+    """
+    biases = np.zeros(vocab, np.float32)
+    for token, value in (bias or {}).items():
+        if not 0 <= token < vocab:
+            raise UserError(f"logit_bias has token {token}; it must be from 0 to {vocab - 1}")
+        biases[token] = value
+    seen = np.zeros(vocab, bool)
+    seen[np.asarray([] if prompt is None else prompt, np.int64)] = True
+    words = np.full(-(-vocab // 32), 0xFFFFFFFF, np.uint32) if allowed is None else np.asarray(allowed, np.uint32)
+    assert words.shape == (-(-vocab // 32),), "one word for each 32 tokens"
+    counted = np.bincount(np.asarray([] if answer is None else answer, np.int64), minlength=vocab)
+    values: dict[str, Any] = {
+        "temperature": np.float32(params.temperature),
+        "top_p": np.float32(params.top_p),
+        "top_k": np.int32(params.top_k),
+        "min_p": np.float32(params.min_p),
+        "repetition_penalty": np.float32(params.repetition_penalty),
+        "presence_penalty": np.float32(params.presence_penalty),
+        "frequency_penalty": np.float32(params.frequency_penalty),
+        "seed": np.uint32(params.seed % 2**32),
+        "counts": counted.astype(np.int32),
+        "in_prompt": seen,
+        "bias": biases,
+        "allowed": words,
+    }
+    return SamplingState(**values)
+
+
+def sample(logits: jax.Array, state: SamplingState, positions: jax.Array) -> jax.Array:
+    """Draws one token for each row, which does not depend on the other rows.
+
+    A row's draw adds Gumbel noise to the logits that it may draw from, and takes the largest sum. The noise follows
+    from the row's seed and position alone.
+
+    Args:
+      logits: float32 `[b, vocab]`.
+      state: how each row draws.
+      positions: int32 `[b]`, the index that the token will have in its sequence.
+
+    Returns:
+      int32 `[b]`; of equally likely tokens the lower id where temperature is 0.
+    """
+    logits = adjusted_logits(logits, state)
+    greedy = state.temperature == 0
+    scaled = logits / jnp.where(greedy, 1.0, state.temperature)[:, None]
+    kept = jnp.where(_may_be_drawn(scaled, state), scaled, -jnp.inf)
+    keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(state.seed, positions)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    scores = jnp.where(greedy[:, None], logits, kept + noise)
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+
+def adjusted_logits(logits: jax.Array, state: SamplingState) -> jax.Array:
+    """Logits with penalties and bias, -inf for tokens that are not allowed; float32 `[b, vocab]`."""
+
+    def column(values: jax.Array) -> jax.Array:
+        return values[:, None]
+
+    seen = state.in_prompt | (state.counts > 0)
+    repeated = column(state.repetition_penalty)
+    logits = jnp.where(seen, jnp.where(logits > 0, logits / repeated, logits * repeated), logits)
+    logits -= column(state.frequency_penalty) * state.counts
+    logits -= column(state.presence_penalty) * (state.counts > 0)
+    bits = (state.allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    allowed = bits.reshape(len(logits), -1)[:, : logits.shape[-1]] == 1
+    return jnp.where(allowed, logits + state.bias, -jnp.inf)
+
+
+def counted(state: SamplingState, tokens: jax.Array, active: jax.Array) -> SamplingState:
+    """The state after each active row (bool `[b]`) has drawn its token (int32 `[b]`)."""
+    row = jnp.arange(len(tokens))
+    return dataclasses.replace(state, counts=state.counts.at[row, tokens].add(active.astype(jnp.int32)))
+
+
+def _may_be_drawn(scaled: jax.Array, state: SamplingState) -> jax.Array:
+    """Which tokens top-k, top-p and min-p leave, bool `[b, vocab]`; tokens as likely as the last one stay too.
+
+    top_p counts the probabilities among the tokens that top_k leaves.
+
+    Args:
+      scaled: float32 `[b, vocab]` logits divided by the temperature.
+    """
+    vocab = scaled.shape[-1]
+    order = _sortable(scaled)
+    top = jnp.max(scaled, axis=-1, keepdims=True)
+    mass = jnp.exp(scaled - top)
+    wanted = jnp.where(state.top_k == 0, vocab, jnp.minimum(state.top_k, vocab)).astype(jnp.float32)
+    kth = _lowest_kept(order, None, wanted)
+    left = jnp.where(order >= kth[:, None], mass, 0.0)
+    total = jnp.sum(left, axis=-1)
+    nucleus = _lowest_kept(order, left, jnp.where(state.top_p < 1, state.top_p * total, jnp.inf))
+    likely = scaled >= top + jnp.log(state.min_p)[:, None]
+    return (order >= jnp.maximum(kth, nucleus)[:, None]) & likely
+
+
+def _sortable(x: jax.Array) -> jax.Array:
+    """float32 as uint32 of the same order."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _lowest_kept(order: jax.Array, weights: jax.Array | None, limit: jax.Array) -> jax.Array:
+    """The lowest threshold above which the weights of a row sum up to less than its limit, uint32 `[b]`.
+
+    The tokens from that threshold on are those that are kept: each has less than `limit` above it.
+
+    Args:
+      order: uint32 `[b, vocab]`.
+      weights: float32 `[b, vocab]`; None counts each token as 1.
+      limit: float32 `[b]`.
+    """
+    steps = jnp.arange(1, 2**_BITS_PER_PASS, dtype=jnp.uint32)
+    lowest = jnp.zeros(len(order), jnp.uint32)
+    # From the highest digit to the lowest: `lowest` is the largest prefix that still has `limit` or more above it.
+    for shift in range(32 - _BITS_PER_PASS, -1, -_BITS_PER_PASS):
+        above = _sums_above(order, weights, lowest[:, None] + (steps << shift) - 1)
+        lowest += jnp.sum(above >= limit[:, None], axis=-1, dtype=jnp.uint32) << shift
+    return lowest
+
+
+def _sums_above(order: jax.Array, weights: jax.Array | None, thresholds: jax.Array) -> jax.Array:
+    """The weights of tokens above each of a row's thresholds (uint32 `[b, n]`), float32 `[b, n]`, in one pass."""
+    terms = [
+        jnp.where(order > thresholds[:, i, None], 1.0 if weights is None else weights, 0.0)
+        for i in range(thresholds.shape[1])
+    ]
+    zeros = [jnp.float32(0)] * len(terms)
+    sums = jax.lax.reduce(terms, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], [1])
+    return jnp.stack(sums, axis=1)
