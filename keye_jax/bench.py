@@ -22,7 +22,7 @@ from jax.sharding import Sharding
 from keye_jax.cache import Cache
 from keye_jax.config import KeyeConfig
 from keye_jax.model.keye import Keye
-from keye_jax.model.positions import mrope_positions
+from keye_jax.processor.positions import mrope_positions
 from keye_jax.runner import Runner
 from keye_jax.sampling import Sampling
 from keye_jax.sharding import Layout

@@ -15,12 +15,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from keye_jax.errors import UserError
 
-_DTYPES = ("bfloat16", "float32", "float16")
+# The dtypes that weights may have, by the names in config.json.
+DTYPES: dict[str, np.dtype] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+}
 
 
 def _fail(field: str, value: Any, allowed: str) -> typing.NoReturn:
@@ -227,8 +232,8 @@ class KeyeConfig(_Section):
         for name, value in supported.items():
             if getattr(self, name) != value:
                 _fail(name, getattr(self, name), f"{value!r}, as in the released model")
-        if self.dtype not in _DTYPES:
-            _fail("dtype", self.dtype, " or ".join(_DTYPES))
+        if self.dtype not in DTYPES:
+            _fail("dtype", self.dtype, " or ".join(DTYPES))
 
     def _check_rope(self) -> None:
         section, head_dim = self.rope_scaling.mrope_section, self.head_dim
@@ -270,4 +275,4 @@ class KeyeConfig(_Section):
 
     @property
     def jax_dtype(self) -> np.dtype:
-        return jnp.dtype(self.dtype)
+        return DTYPES[self.dtype]

@@ -15,7 +15,7 @@ from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.decoder import LayerIntermediates
-from keye_jax.model.rope import mrope_positions
+from keye_jax.processor.positions import mrope_positions
 from keye_jax.runner import Runner
 
 EXACT = "exact"

@@ -19,7 +19,7 @@ from keye_jax.errors import UserError
 
 if TYPE_CHECKING:
     from keye_jax.generate import Answer
-    from keye_jax.processor import FrameShare, Plan
+    from keye_jax.processor import FrameShare, PromptPlan
     from keye_jax.sampling import Sampling
     from keye_jax.sharding import Layout
 
@@ -225,7 +225,7 @@ class _Printer:
 
 
 def _summary(
-    plan: Plan, frame_times: tuple, answer: Answer, sampling: Sampling, decode_seconds: float, load_seconds: float
+    plan: PromptPlan, frame_times: tuple, answer: Answer, sampling: Sampling, decode_seconds: float, load_seconds: float
 ) -> dict[str, Any]:
     return {
         "answer": answer.text,

@@ -28,7 +28,7 @@ def shorten(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-class RemoteFile:
+class DownloadedFile:
     """A downloaded file; it is removed by `close`, or when the object is gone."""
 
     def __init__(self, path: str):
@@ -44,7 +44,7 @@ def _unlink(path: str) -> None:
         os.unlink(path)  # noqa: PTH108
 
 
-def fetch(url: str, field: str, *, allow_remote: bool, allow_files: bool = True) -> Path | bytes | RemoteFile:
+def fetch(url: str, field: str, *, allow_remote: bool, allow_files: bool = True) -> Path | bytes | DownloadedFile:
     """Resolves a path or URL.
 
     Args:
@@ -118,7 +118,7 @@ class _HttpOnly(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _download(url: str, field: str) -> RemoteFile:
+def _download(url: str, field: str) -> DownloadedFile:
     # No handler for file: or ftp:, so that nothing but http(s) can be reached, redirects included.
     opener = urllib.request.OpenerDirector()
     for handler in (
@@ -127,7 +127,7 @@ def _download(url: str, field: str) -> RemoteFile:
     ):
         opener.add_handler(handler())
     descriptor, path = tempfile.mkstemp(prefix="keye-jax-")
-    result = RemoteFile(path)
+    result = DownloadedFile(path)
     try:
         with open(descriptor, "wb") as file, opener.open(url, timeout=REMOTE_TIMEOUT_S) as response:  # noqa: PTH123
             size = 0

@@ -115,7 +115,7 @@ def part_options(kind: str, part: Mapping[str, Any], source: Any, source_key: st
     return result
 
 
-def resolve[T: (ImageOptions, VideoOptions)](defaults: T, chosen: Mapping[str, Any], field: str) -> T:
+def resolve_options[T: (ImageOptions, VideoOptions)](defaults: T, chosen: Mapping[str, Any], field: str) -> T:
     """The defaults with a request's options over them.
 
     A default gives way where it contradicts a chosen option: a chosen max_pixels below the default min_pixels lowers

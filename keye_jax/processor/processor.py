@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,15 @@ from PIL import Image
 
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
-from keye_jax.model.positions import mrope_positions
 from keye_jax.processor.decode import FrameList, VideoFile
 from keye_jax.processor.image import open_image, patchify, smart_resize, to_rgb, upright_size
-from keye_jax.processor.media import RemoteFile, fetch, shorten
-from keye_jax.processor.options import part_options, read_options, resolve
+from keye_jax.processor.media import DownloadedFile, fetch, shorten
+from keye_jax.processor.options import part_options, read_options, resolve_options
+from keye_jax.processor.positions import mrope_positions
 from keye_jax.processor.prompt import ChatTemplate, Detokenizer, MediaPart, SafeTokenizer
 from keye_jax.processor.settings import ProcessorSettings, read_template
 from keye_jax.processor.video import adaptive_factor, frame_indices, frame_size
-
-Progress = Callable[[int, int], None]
+from keye_jax.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,7 +105,7 @@ class VideoPlan:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class PromptPlan:
     """A prompt whose media have been looked at but not decoded. Downloads live until `close`, or as long as the plan.
 
     Attributes:
@@ -119,7 +118,7 @@ class Plan:
     images: tuple[ImagePlan, ...]
     videos: tuple[VideoPlan, ...]
     prompt_opens_thinking: bool
-    downloads: tuple[RemoteFile, ...] = ()
+    downloads: tuple[DownloadedFile, ...] = ()
 
     @property
     def text_tokens(self) -> int:
@@ -148,7 +147,7 @@ class Plan:
         for download in self.downloads:
             download.close()
 
-    def __enter__(self) -> Plan:
+    def __enter__(self) -> PromptPlan:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -191,9 +190,9 @@ class Processor:
         # A total_pixels that was asked for is not reduced by the adaptive budget.
         chosen = read_options("video", defaults or {}, "", shared=True)
         self._total_pixels_chosen = "total_pixels" in chosen
-        self._video_options = resolve(settings.video, chosen, "defaults")
+        self._video_options = resolve_options(settings.video, chosen, "defaults")
         chosen = read_options("image", defaults or {}, "", shared=True)
-        self._image_options = resolve(settings.image, chosen, "defaults")
+        self._image_options = resolve_options(settings.image, chosen, "defaults")
         control = set(tokenizer.control.values())
         for name in ("image_token_id", "video_token_id"):
             value = getattr(config, name)
@@ -236,9 +235,9 @@ class Processor:
         """The id of a token by its name, such as "<|im_end|>"; None if there is none."""
         return self._tokenizer.token_id(text)
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    def detokenize(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids. Special tokens are left out; `<think>` and the like are not special, and stay."""
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self._tokenizer.detokenize(ids, skip_special_tokens=skip_special_tokens)
 
     def stream(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """A detokenizer for one growing answer."""
@@ -250,7 +249,7 @@ class Processor:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_variables: Mapping[str, Any] | None = None,
-    ) -> Plan:
+    ) -> PromptPlan:
         """Renders the prompt, and finds which frames of its media are shown how large; nothing is decoded yet.
 
         Args:
@@ -267,7 +266,7 @@ class Processor:
         rendered = self._template.render(messages, tools=tools, variables=template_variables)
         ids = self._tokenizer.encode_pieces(rendered.pieces)
         self._check_pads(ids, rendered.media)
-        downloads: list[RemoteFile] = []
+        downloads: list[DownloadedFile] = []
         try:
             videos = sum(part.kind == "video" for part in rendered.media)
             images = tuple(self._plan_image(part, downloads) for part in rendered.media if part.kind == "image")
@@ -278,9 +277,11 @@ class Processor:
             for download in downloads:
                 download.close()
             raise
-        return Plan(tuple(ids), images, plans, rendered.opens_thinking, tuple(downloads))
+        return PromptPlan(tuple(ids), images, plans, rendered.opens_thinking, tuple(downloads))
 
-    def process(self, plan: Plan, progress: Progress | None = None, share: FrameShare | None = None) -> ModelInputs:
+    def process(
+        self, plan: PromptPlan, progress: Progress | None = None, share: FrameShare | None = None
+    ) -> ModelInputs:
         """Decodes the media of a plan.
 
         Args:
@@ -360,7 +361,7 @@ class Processor:
                     "the numbers must be equal"
                 )
 
-    def _source(self, value: Any, field: str, downloads: list[RemoteFile]) -> Any:
+    def _source(self, value: Any, field: str, downloads: list[DownloadedFile]) -> Any:
         """A source as `open_image` and `VideoFile` take it: a path, bytes, an array or a PIL image."""
         if isinstance(value, Mapping):
             if value.get("url") is None:
@@ -368,7 +369,7 @@ class Processor:
             value, field = value["url"], f"{field}.url"
         if isinstance(value, str | Path):
             file = fetch(str(value), field, allow_remote=self._allow_remote, allow_files=self._allow_files)
-            if not isinstance(file, RemoteFile):
+            if not isinstance(file, DownloadedFile):
                 return file
             downloads.append(file)
             return file.path
@@ -376,11 +377,11 @@ class Processor:
             return value
         raise UserError(f"{field} is {shorten(value)}; it must be a path, a URL, an array or an image")
 
-    def _plan_image(self, part: MediaPart, downloads: list[RemoteFile]) -> ImagePlan:
+    def _plan_image(self, part: MediaPart, downloads: list[DownloadedFile]) -> ImagePlan:
         source = part.part[part.source_key]
         field = f"{part.field}.{part.source_key}"
         chosen = part_options("image", part.part, source, part.source_key, part.field)
-        options = resolve(self._image_options, chosen, part.field)
+        options = resolve_options(self._image_options, chosen, part.field)
         image = open_image(self._source(source, field, downloads), field)
         with _named(field):
             height, width = smart_resize(
@@ -391,11 +392,11 @@ class Processor:
             )
         return ImagePlan(image, field, height, width, height * width // self._settings.token_side**2)
 
-    def _plan_video(self, part: MediaPart, downloads: list[RemoteFile], *, single: bool) -> VideoPlan:
+    def _plan_video(self, part: MediaPart, downloads: list[DownloadedFile], *, single: bool) -> VideoPlan:
         source = part.part[part.source_key]
         field = f"{part.field}.{part.source_key}"
         chosen = part_options("video", part.part, source, part.source_key, part.field)
-        options = resolve(self._video_options, chosen, part.field)
+        options = resolve_options(self._video_options, chosen, part.field)
         if isinstance(source, Mapping) and isinstance(source.get("url"), list | tuple | np.ndarray):
             source, field = source["url"], f"{field}.url"
         video: FrameList | VideoFile
@@ -439,7 +440,7 @@ class Processor:
         for time in times.tolist():
             yield self._tokenizer.encode_template(self._settings.frame_format.format(time=time))
 
-    def _expand(self, plan: Plan, times: Sequence[np.ndarray]) -> Iterator[int]:
+    def _expand(self, plan: PromptPlan, times: Sequence[np.ndarray]) -> Iterator[int]:
         """The prompt's ids with all pad tokens and the time stamps of the frames really used."""
         images = iter(plan.images)
         videos = iter(zip(plan.videos, times, strict=True))

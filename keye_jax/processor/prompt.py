@@ -13,7 +13,7 @@ import datetime
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ class SafeTokenizer:
         """The id of a token by its name; None if there is no such token."""
         return self._full.token_to_id(text)
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    def detokenize(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids. Special tokens are left out; `<think>` and the like are not special, and stay."""
         return self._full.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
@@ -138,7 +138,7 @@ class Detokenizer:
     _MAX_PENDING = 16
 
     def __init__(self, tokenizer: SafeTokenizer, *, skip_special_tokens: bool = True):
-        self._decode: Callable[[list[int]], str] = lambda ids: tokenizer.decode(
+        self._decode: Callable[[list[int]], str] = lambda ids: tokenizer.detokenize(
             ids, skip_special_tokens=skip_special_tokens
         )
         self._context: list[int] = []
@@ -183,7 +183,7 @@ class MediaPart:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rendered:
+class RenderedPrompt:
     """A rendered prompt.
 
     Attributes:
@@ -278,7 +278,7 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
-    ) -> Rendered:
+    ) -> RenderedPrompt:
         """Renders a conversation, ready for the assistant's next message.
 
         Args:
@@ -316,7 +316,7 @@ class ChatTemplate:
                         f"it must take a message of role {message['role']!r} with this kind of content"
                     )
         tail = pieces[-1][0]
-        return Rendered(pieces, media, tail.rfind("<think>") > tail.rfind("</think>"))
+        return RenderedPrompt(pieces, media, tail.rfind("<think>") > tail.rfind("</think>"))
 
 
 def _raise_exception(message: str) -> None:

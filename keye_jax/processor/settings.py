@@ -11,7 +11,7 @@ from typing import Any
 from keye_jax.config import VisionConfig
 from keye_jax.errors import UserError
 from keye_jax.processor.media import shorten
-from keye_jax.processor.options import ImageOptions, VideoOptions, read_options, resolve
+from keye_jax.processor.options import ImageOptions, VideoOptions, read_options, resolve_options
 
 # frame_size and the budgets count tokens of 28x28 pixels.
 _TOKEN_SIDE = 28
@@ -79,8 +79,8 @@ class ProcessorSettings:
         image = {name: values[name] for name in ("min_pixels", "max_pixels") if name in values}
         video = {name: values[name] for name in _VIDEO_NAMES + _VIDEO_ONLY_NAMES if name in values}
         read = {
-            "image": resolve(_IMAGE, read_options("image", image, _FILE), _FILE),
-            "video": resolve(_VIDEO, read_options("video", video, _FILE), _FILE),
+            "image": resolve_options(_IMAGE, read_options("image", image, _FILE), _FILE),
+            "video": resolve_options(_VIDEO, read_options("video", video, _FILE), _FILE),
         }
         for name in ("rescale_factor", "image_mean", "image_std", "frame_format", "adaptive_pixels"):
             if values.get(name) is not None:

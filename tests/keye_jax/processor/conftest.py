@@ -57,6 +57,7 @@ class Clips:
         """Writes a clip; `milliseconds` are the frames' times where the rate varies."""
         with av.open(str(path), "w") as container:
             stream = container.add_stream(codec, rate=rate)
+            assert isinstance(stream, av.VideoStream)
             stream.width, stream.height, stream.pix_fmt = self.width, self.height, "yuv420p"
             stream.options = options or {"preset": "veryfast"}
             if rotation is not None:
@@ -72,6 +73,20 @@ class Clips:
             container.mux(stream.encode())
             if sound is not None:
                 write_sound(container, sound)
+        return path
+
+    def write_damaged(self, path, start, stop=float("inf")):
+        """Writes a clip with a keyframe a second; packets from `start` to `stop`, in seconds, hold zeros."""
+        self.write(path, options={"preset": "ultrafast", "g": "10", "keyint_min": "10", "sc_threshold": "0"})
+        data = bytearray(path.read_bytes())
+        with av.open(str(path)) as container:
+            for packet in container.demux(video=0):
+                if not packet.size:
+                    continue
+                assert packet.pts is not None and packet.time_base is not None and packet.pos is not None
+                if start <= packet.pts * packet.time_base < stop:
+                    data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+        path.write_bytes(data)
         return path
 
 

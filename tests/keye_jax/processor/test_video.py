@@ -135,15 +135,7 @@ def test_truncated_file(clips, tmp_path):
 
 
 def test_damaged_frames_are_replaced_by_the_nearest_with_its_own_time(clips, tmp_path):
-    options = {"preset": "ultrafast", "g": "10", "keyint_min": "10", "sc_threshold": "0"}
-    path = clips.write(tmp_path / "a.mp4", options=options)
-    data = bytearray(path.read_bytes())
-    with av.open(str(path)) as container:
-        for packet in container.demux(video=0):
-            if packet.size and 1 <= packet.pts * packet.time_base < 2:
-                data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
-    (tmp_path / "b.mp4").write_bytes(data)
-    video = VideoFile(tmp_path / "b.mp4", "video")
+    video = VideoFile(clips.write_damaged(tmp_path / "a.mp4", 1, 2), "video")
     assert video.info.num_frames == 40
     assert numbers(clips, video, [5, 12, 18, 25]) == [(5, 5), (9, 9), (20, 20), (25, 25)]
 
