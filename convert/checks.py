@@ -20,7 +20,7 @@ _ALLOWED = " or ".join(DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class FoundTensor:
     """A tensor of the table as a checkpoint has it: with its actual number of rows, and its dtype."""
 
     tensor: mapping.Tensor
@@ -31,7 +31,7 @@ class Found:
         return self.tensor.size * self.dtype.itemsize
 
 
-def check(source: SafetensorsSource | OrbaxSource, config: KeyeConfig) -> tuple[list[Found], list[str]]:
+def check(source: SafetensorsSource | OrbaxSource, config: KeyeConfig) -> tuple[list[FoundTensor], list[str]]:
     """What `source` holds of a checkpoint of `config`, in the table's order, and one sentence for each problem."""
     if isinstance(source, SafetensorsSource):
         return _check_safetensors(source, config)
@@ -45,8 +45,8 @@ def raise_problems(directory: Path, problems: list[str]) -> None:
         raise UserError("\n".join([f"{directory} has {count}:", *(f"  {problem}" for problem in problems)]))
 
 
-def _check_safetensors(source: SafetensorsSource, config: KeyeConfig) -> tuple[list[Found], list[str]]:
-    found: list[Found] = []
+def _check_safetensors(source: SafetensorsSource, config: KeyeConfig) -> tuple[list[FoundTensor], list[str]]:
+    found: list[FoundTensor] = []
     problems = list(source.problems)
     known: set[str] = set()
     for tensor in mapping.rows(config):
@@ -61,7 +61,7 @@ def _check_safetensors(source: SafetensorsSource, config: KeyeConfig) -> tuple[l
             known |= {piece.checkpoint_name for piece in pieces}
             dtype = _check_pieces(source, tensor, pieces, problems)
             if dtype is not None:
-                found.append(Found(tensor, dtype))
+                found.append(FoundTensor(tensor, dtype))
         elif name in source.entries:
             entry = source.entries[name]
             if not tensor.accepts(entry.shape):
@@ -70,7 +70,7 @@ def _check_safetensors(source: SafetensorsSource, config: KeyeConfig) -> tuple[l
                 problems.append(f"{name}: its dtype is {entry.dtype}; it must be {_ALLOWED}")
             else:
                 actual = tensor.with_rows(entry.shape[0]) if tensor.free_rows else tensor
-                found.append(Found(actual, DTYPES[entry.dtype]))
+                found.append(FoundTensor(actual, DTYPES[entry.dtype]))
         elif tensor.in_model and not {name, *(piece.checkpoint_name for piece in pieces)} & source.in_bad_files:
             # What the index puts into a bad file is reported with the file.
             problems.append(f"{name}: it is missing; it must be {list(tensor.checkpoint_shape)}")
@@ -114,8 +114,8 @@ def _wrong_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -
     return f"{name}: its shape is {list(shape)}; it must be {list(expected)}"
 
 
-def _check_orbax(source: OrbaxSource, config: KeyeConfig) -> tuple[list[Found], list[str]]:
-    found: list[Found] = []
+def _check_orbax(source: OrbaxSource, config: KeyeConfig) -> tuple[list[FoundTensor], list[str]]:
+    found: list[FoundTensor] = []
     problems = list(source.problems)
     if problems:
         return found, problems
@@ -134,7 +134,7 @@ def _check_orbax(source: OrbaxSource, config: KeyeConfig) -> tuple[list[Found], 
         elif entry.dtype not in allowed:
             problems.append(f"{name}: its dtype is {entry.dtype}; it must be {_ALLOWED}")
         else:
-            found.append(Found(actual, entry.dtype))
+            found.append(FoundTensor(actual, entry.dtype))
     for path in sorted(source.entries.keys() - tensors.keys()):
         problems.append(f"{'.'.join(path)}: it is not an array of this model")
     return found, problems

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from convert.reader import INDEX_NAME, SafetensorsSource
-from convert.work import is_unfinished
+from convert.staging import is_unfinished
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 

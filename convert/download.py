@@ -13,6 +13,8 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from keye_jax.progress import PhaseProgress
+
 _BLOCK = 1 << 20
 _TIMEOUT_S = 60
 _ATTEMPTS = 5
@@ -23,7 +25,7 @@ class Stopped(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Remote:
+class RemoteFile:
     """A file on a server.
 
     Attributes:
@@ -43,7 +45,7 @@ def part_of(target: Path) -> Path:
 
 
 def fetch(
-    remote: Remote,
+    remote: RemoteFile,
     target: Path,
     *,
     headers: Mapping[str, str],
@@ -88,7 +90,7 @@ def _status(error: Exception) -> int | None:
 
 
 def _continue(
-    remote: Remote,
+    remote: RemoteFile,
     part: Path,
     already: int,
     headers: Mapping[str, str],
@@ -119,7 +121,7 @@ def _continues_at(response: http.client.HTTPResponse, offset: int) -> bool:
     return response.status == 206 and match is not None and int(match.group(1)) == offset
 
 
-def _verify(remote: Remote, part: Path, advance: Callable[[int], None]) -> None:
+def _verify(remote: RemoteFile, part: Path, advance: Callable[[int], None]) -> None:
     size = part.stat().st_size
     wrong = size != remote.size
     if not wrong and remote.sha256 is not None:
@@ -134,7 +136,7 @@ def _verify(remote: Remote, part: Path, advance: Callable[[int], None]) -> None:
 class Meter:
     """Adds up the bytes of several downloads and reports them a few times a second."""
 
-    def __init__(self, report: Callable[[str, int, int], None], done: int, total: int) -> None:
+    def __init__(self, report: PhaseProgress, done: int, total: int) -> None:
         self._report, self._done, self._total = report, done, total
         self._lock = threading.Lock()
         self._reported = 0.0

@@ -11,19 +11,17 @@ import fnmatch
 import importlib
 import re
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from convert import download as http
 from keye_jax.errors import UserError
+from keye_jax.progress import PhaseProgress
 
 # Weights, configurations, tokenizer and templates; neither code nor pictures.
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "*.md"]
 
 _PARALLEL = 4
-
-Progress = Callable[[str, int, int], None]
 
 
 def download(
@@ -32,7 +30,7 @@ def download(
     modelscope: str | None = None,
     revision: str | None = None,
     cache_dir: Path | None = None,
-    progress: Progress | None = None,
+    progress: PhaseProgress | None = None,
 ) -> Path:
     """Fetches the checkpoint `hf` or `modelscope`, or what is still missing of it, and returns its directory.
 
@@ -73,7 +71,7 @@ def _library(name: str, option: str) -> Any:
 
 
 def _from_hugging_face(
-    library: Any, name: str, revision: str | None, cache_dir: Path | None, progress: Progress
+    library: Any, name: str, revision: str | None, cache_dir: Path | None, progress: PhaseProgress
 ) -> Path:
     info = library.HfApi().model_info(name, revision=revision)
     files = [file.rfilename for file in info.siblings]
@@ -107,7 +105,7 @@ def _from_hugging_face(
 
 def _remote(
     library: Any, name: str, file: str, commit: str, headers: dict[str, str]
-) -> tuple[http.Remote, dict[str, str]]:
+) -> tuple[http.RemoteFile, dict[str, str]]:
     """A file, and the headers that may be sent to the server that has it."""
     page = library.hf_hub_url(name, file, revision=commit)
     metadata = library.get_hf_file_metadata(page)
@@ -119,4 +117,4 @@ def _remote(
     # Storage elsewhere is addressed by signed URLs: the user's token is not for it.
     own = http.same_host(page, metadata.location)
     sent = headers if own else {key: value for key, value in headers.items() if key.lower() != "authorization"}
-    return http.Remote(url, metadata.size, digest), sent
+    return http.RemoteFile(url, metadata.size, digest), sent

@@ -70,7 +70,7 @@ def inspect(path: str | Path) -> Inspection:
     if path.is_file() or _is_config_alone(path):
         config = KeyeConfig.from_file(path)
         dtype = config.jax_dtype
-        found = [checks.Found(tensor, dtype) for tensor in mapping.rows(config)]
+        found = [checks.FoundTensor(tensor, dtype) for tensor in mapping.rows(config)]
         return _summary(path, "config", config, found, 0, [])
     kind = detect.kind_of(path)
     config = detect.read_config(path)
@@ -93,7 +93,7 @@ def _count_files(source: SafetensorsSource | OrbaxSource) -> int:
 
 
 def _summary(
-    path: Path, kind: str, config: KeyeConfig, found: list[checks.Found], files: int, problems: list[str]
+    path: Path, kind: str, config: KeyeConfig, found: list[checks.FoundTensor], files: int, problems: list[str]
 ) -> Inspection:
     parts: dict[str, Part] = {}
     dtypes: dict[str, int] = {}

@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from convert import checks, detect
-from convert.checks import Found
-from convert.orbax_io import OrbaxSource, Stored, chunk_axis, flatten, nest, on_device
+from convert.checks import FoundTensor
+from convert.orbax_io import OrbaxSource, StoredArray, chunk_axis, flatten, nest, on_device
 from convert.reader import SafetensorsSource
 from keye_jax.config import KeyeConfig
 
@@ -63,7 +63,7 @@ def load_params(
 
 
 def _targets(
-    wanted: list[Found], shardings: Sharding | Mapping[str, Any] | None
+    wanted: list[FoundTensor], shardings: Sharding | Mapping[str, Any] | None
 ) -> dict[tuple[str, ...], Sharding | None]:
     if shardings is None or isinstance(shardings, Sharding):
         return {item.tensor.path: shardings for item in wanted}
@@ -71,7 +71,7 @@ def _targets(
     return {item.tensor.path: flat.get(item.tensor.path) for item in wanted}
 
 
-def _place(source: SafetensorsSource, item: Found, dtype: Any, sharding: Sharding | None) -> jax.Array:
+def _place(source: SafetensorsSource, item: FoundTensor, dtype: Any, sharding: Sharding | None) -> jax.Array:
     values = source.read_tensor(item.tensor)
     if sharding is None:
         array = jax.device_put(values)
@@ -84,7 +84,7 @@ def _place(source: SafetensorsSource, item: Found, dtype: Any, sharding: Shardin
 
 
 def _restore(
-    source: OrbaxSource, wanted: list[Found], dtype: Any, targets: dict[tuple[str, ...], Sharding | None]
+    source: OrbaxSource, wanted: list[FoundTensor], dtype: Any, targets: dict[tuple[str, ...], Sharding | None]
 ) -> dict[tuple[str, ...], Any]:
     requests, moves = {}, {}
     for path in (item.tensor.path for item in wanted):
@@ -100,7 +100,7 @@ def _restore(
     return arrays
 
 
-def _apart(entry: Stored, target: NamedSharding) -> NamedSharding | None:
+def _apart(entry: StoredArray, target: NamedSharding) -> NamedSharding | None:
     """A sharding in which devices read different chunks; None if the array is small, or is so in `target`."""
     axis = chunk_axis(entry.shape, entry.nbytes)
     if axis is None:

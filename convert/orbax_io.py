@@ -39,7 +39,7 @@ ArrayPath = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredArray:
     """An array's shape and dtype; also what Orbax takes as a request to restore it as a numpy array."""
 
     shape: tuple[int, ...]
@@ -109,26 +109,27 @@ class OrbaxWriter:
 
     Args:
       directory: an existing directory.
-      kept: what `saved` returned after the last group that counts; anything else a killed process left is removed.
+      saved_groups: what `saved` returned when the journal was last written. Groups that a killed process saved after
+        that are removed.
 
     Attributes:
-      intact: whether all of `kept` is there. If not, the conversion has to begin again.
+      intact: whether all of `saved_groups` is there. If not, the conversion has to begin again.
     """
 
-    def __init__(self, directory: Path, kept: Iterable[str] = ()) -> None:
+    def __init__(self, directory: Path, saved_groups: Iterable[str] = ()) -> None:
         self._directory = directory
         self._final = directory / PARAMS
         self._pending = directory / f"{PARAMS}.partial_save"
         self._context = _saving_context()
-        kept = set(kept)
+        wanted = set(saved_groups)
         for leftover in directory.glob(f"{PARAMS}.*"):
             if leftover != self._pending:
                 _remove(leftover)
         groups = set(self.saved())
-        for name in groups - kept:
+        for name in groups - wanted:
             _remove(self._pending / name)
         # The rename to its final name is the last step of a merge, so `params` under that name is whole.
-        self.intact = self._final.exists() or kept <= groups
+        self.intact = self._final.exists() or wanted <= groups
 
     def save(self, arrays: Mapping[ArrayPath, np.ndarray]) -> None:
         """Saves one group; it is on the disk when this returns. Memory: about the largest array once more."""
@@ -204,7 +205,7 @@ class OrbaxSource:
     def __init__(self, directory: Path) -> None:
         # Orbax takes absolute paths only.
         self.directory = directory.absolute()
-        self.entries: dict[ArrayPath, Stored] = {}
+        self.entries: dict[ArrayPath, StoredArray] = {}
         self.problems: list[str] = []
         self._params = self.directory / PARAMS
         sizes = file_sizes(self._params)
@@ -221,7 +222,7 @@ class OrbaxSource:
             raise UserError(f"{self._params} cannot be read as an Orbax checkpoint: its metadata names no arrays")
         for path, leaf in flatten(tree).items():
             if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-                self.entries[path] = Stored(tuple(leaf.shape), np.dtype(leaf.dtype))
+                self.entries[path] = StoredArray(tuple(leaf.shape), np.dtype(leaf.dtype))
             else:
                 self.problems.append(f"{'.'.join(path)}: it is not an array")
 
@@ -249,7 +250,7 @@ class OrbaxSource:
         return {path: np.asarray(array) for path, array in loaded.items()}
 
     def restore(self, requests: Mapping[ArrayPath, Any]) -> dict[ArrayPath, Any]:
-        """Restores the arrays of `requests`: `jax.ShapeDtypeStruct` with a sharding, or `Stored` for numpy.
+        """Restores the arrays of `requests`: `jax.ShapeDtypeStruct` with a sharding, or `StoredArray` for numpy.
 
         Raises:
           UserError: the data cannot be read.
@@ -283,7 +284,7 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def on_device(entry: Stored, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct:
+def on_device(entry: StoredArray, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct:
     """The request to restore an array onto devices: by default in its own dtype onto the default device."""
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(entry.shape, entry.dtype if dtype is None else dtype, sharding=sharding)

@@ -39,7 +39,7 @@ _READ_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """Where one tensor lies.
 
     Attributes:
@@ -61,7 +61,7 @@ class HeaderError(ValueError):
     """A file is not a whole safetensors file; the message says in what way."""
 
 
-def read_header(file: Path) -> dict[str, Entry]:
+def read_header(file: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file, by name, without their data.
 
     Raises:
@@ -96,7 +96,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     return entries
 
 
-def _read_entry(file: Path, name: str, value: Any, data_start: int) -> Entry:
+def _read_entry(file: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     try:
         dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         if not all(type(item) is int and item >= 0 for item in (*shape, start, stop)):
@@ -106,7 +106,7 @@ def _read_entry(file: Path, name: str, value: Any, data_start: int) -> Entry:
         raise HeaderError(f"its header is wrong: the entry of {name} cannot be read") from error
     if (stop - start) * 8 != math.prod(shape) * bits:
         raise HeaderError(f"its header is wrong: {name} is {dtype} {list(shape)} but has {stop - start} bytes")
-    return Entry(file, dtype, shape, data_start + start, stop - start)
+    return TensorEntry(file, dtype, shape, data_start + start, stop - start)
 
 
 class SafetensorsSource:
@@ -122,7 +122,7 @@ class SafetensorsSource:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, TensorEntry] = {}
         self.problems: list[str] = []
         self.in_bad_files: set[str] = set()
         index = directory / INDEX_NAME
@@ -137,7 +137,7 @@ class SafetensorsSource:
                 self._open_file(file)
         self._descriptors: dict[Path, int] = {}
 
-    def _open_file(self, file: Path) -> dict[str, Entry] | None:
+    def _open_file(self, file: Path) -> dict[str, TensorEntry] | None:
         self.files.append(file)
         try:
             entries = read_header(file)

@@ -32,7 +32,7 @@ def is_empty(path: Path) -> bool:
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
-class Work:
+class Staging:
     """The working directory of one conversion, held by this process alone.
 
     Args:
@@ -46,14 +46,14 @@ class Work:
     Attributes:
       result: the directory to write into.
       done: the names of the tensors that are on the disk.
-      kept: what the writer said about its state when the last of them was.
+      saved_groups: what the writer said about its state when the last of them was.
     """
 
     def __init__(self, destination: Path, fingerprint: str, *, overwrite: bool) -> None:
-        self.path = working_directory(destination)
+        self.path = staging_directory(destination)
         self.result = self.path / "result"
         self.done: set[str] = set()
-        self.kept: list[str] = []
+        self.saved_groups: list[str] = []
         self._destination = destination
         self._fingerprint = fingerprint
         state = self._read_journal()
@@ -65,23 +65,23 @@ class Work:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
         if state is not None and state.get("fingerprint") == fingerprint and self.result.is_dir():
-            self.done, self.kept = set(state["done"]), list(state["kept"])
+            self.done, self.saved_groups = set(state["done"]), list(state["kept"])
         else:
             self.restart()
 
     def restart(self) -> None:
         """Throws away what has been written, if anything."""
-        self.done, self.kept = set(), []
+        self.done, self.saved_groups = set(), []
         self._write_journal()
         for name in ("result", "replaced"):
             if (self.path / name).exists():
                 shutil.rmtree(self.path / name)
         self.result.mkdir()
 
-    def record(self, names: Iterable[str], kept: list[str]) -> None:
-        """Notes that the tensors `names` are on the disk, in the state `kept` of the writer."""
+    def record(self, names: Iterable[str], saved_groups: list[str]) -> None:
+        """Notes that the tensors `names` are on the disk, in the state `saved_groups` of the writer."""
         self.done |= set(names)
-        self.kept = kept
+        self.saved_groups = saved_groups
         self._write_journal()
 
     def commit(self) -> None:
@@ -133,7 +133,7 @@ class Work:
         raise UserError(f"{self.path} is in the way: it was not made by this command; move it or remove it")
 
     def _write_journal(self) -> None:
-        state = {"fingerprint": self._fingerprint, "done": sorted(self.done), "kept": self.kept}
+        state = {"fingerprint": self._fingerprint, "done": sorted(self.done), "kept": self.saved_groups}
         new = self.path / f"{JOURNAL}.new"
         with new.open("w", encoding="utf-8") as stream:
             json.dump(state, stream)
@@ -142,14 +142,14 @@ class Work:
         new.rename(self.path / JOURNAL)
 
 
-def working_directory(destination: Path) -> Path:
+def staging_directory(destination: Path) -> Path:
     """Where a conversion to `destination` is made."""
     return destination.with_name(f"{destination.name}.partial")
 
 
 def remove_leftover(destination: Path) -> None:
     """Removes what a process that was stopped in its very last step left beside a finished `destination`."""
-    path = working_directory(destination)
+    path = staging_directory(destination)
     if (path / JOURNAL).is_file() and not (path / "result").exists():
         shutil.rmtree(path)
 

@@ -16,7 +16,7 @@ _WRITE_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned:
+class PlannedTensor:
     """A tensor to be written: its name, its stored shape, and its dtype (bfloat16, float32 or float16)."""
 
     name: str
@@ -28,9 +28,9 @@ class Planned:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def plan_shards(tensors: list[Planned], shard_size: int) -> list[list[Planned]]:
+def plan_shards(tensors: list[PlannedTensor], shard_size: int) -> list[list[PlannedTensor]]:
     """Splits `tensors`, in order, into shards of at most `shard_size` bytes of data; a larger tensor has its own."""
-    shards: list[list[Planned]] = []
+    shards: list[list[PlannedTensor]] = []
     filled = 0
     for tensor in tensors:
         if not shards or filled + tensor.nbytes > shard_size:
@@ -49,7 +49,7 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def encode_header(tensors: list[Planned]) -> bytes:
+def encode_header(tensors: list[PlannedTensor]) -> bytes:
     """The bytes of a file before its data, padded to 8."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -74,12 +74,12 @@ class ShardWriter:
       shard_size: bytes of data a shard.
     """
 
-    def __init__(self, directory: Path, tensors: list[Planned], shard_size: int) -> None:
+    def __init__(self, directory: Path, tensors: list[PlannedTensor], shard_size: int) -> None:
         shards = plan_shards(tensors, shard_size)
         self._directory = directory
         self._names = shard_names(len(shards))
         self._file_of: dict[str, str] = {}
-        self._places: dict[str, tuple[Path, int, Planned]] = {}
+        self._places: dict[str, tuple[Path, int, PlannedTensor]] = {}
         self._descriptors: dict[Path, int] = {}
         self._touched: set[Path] = set()
         self._total = sum(tensor.nbytes for tensor in tensors)

@@ -1,10 +1,7 @@
 """Round trips, bit by bit, and what travels with the weights."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import ml_dtypes
@@ -16,7 +13,7 @@ import convert
 from convert import conversion, mapping, orbax_io, synthetic
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
-from tests.convert.convert_helpers import GOLDEN, ROOT, contents, edit, equal_bits, run_cli, small_config, write
+from tests.convert.convert_helpers import GOLDEN, contents, edit, equal_bits, run_cli, run_python, small_config, write
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -179,9 +176,8 @@ for path in (source, orbax):
 def test_load_params_onto_a_mesh(tmp_path):
     write(tmp_path / "source")
     convert.convert(tmp_path / "source", tmp_path / "orbax")
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", SHARDED, str(tmp_path / "source"), str(tmp_path / "orbax")]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=120)
+    flags = "--xla_force_host_platform_device_count=4"
+    run_python(SHARDED, tmp_path / "source", tmp_path / "orbax", XLA_FLAGS=flags)
 
 
 def test_load_params_of_another_config_is_refused(tmp_path):

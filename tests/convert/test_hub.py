@@ -114,4 +114,4 @@ def test_unknown_revision(source, tmp_path, monkeypatch):
 def test_missing_extra(monkeypatch, option, library):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UserError, match=r"pip install 'keye-jax\[hub\]'"):
-        hub.download(**{option: "owner/name"})
+        hub.download(hf="owner/name") if option == "hf" else hub.download(modelscope="owner/name")

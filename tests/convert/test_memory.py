@@ -2,23 +2,18 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from convert import mapping, synthetic
 from keye_jax.config import KeyeConfig
-from tests.convert.convert_helpers import FULL_CONFIG, ROOT, write
+from tests.convert.convert_helpers import FULL_CONFIG, run_python, write
 
 # Converts there and back after a first conversion of something small, and prints by how much the peak grew in bytes.
 MEASURED = """
 import json, re, sys
 from pathlib import Path
-import jax
-jax.config.update("jax_platforms", "cpu")
 from convert import conversion
 
 # In proportion to the tensors, which have a hundredth of their real sizes.
@@ -64,9 +59,7 @@ def test_peak_memory_is_far_below_the_checkpoint(tmp_path):
     sizes = [2 * tensor.size for tensor in mapping.rows(config)]
     synthetic.write_checkpoint(tmp_path / "source", config, shard_size=50_000_000)
     write(tmp_path / "warm_up", layers=1)
-    command = [sys.executable, "-c", MEASURED, *(str(tmp_path / name) for name in ("source", "warm_up", "."))]
-    # The C library otherwise keeps freed memory for each thread, which at this size is most of what is seen.
-    environment = os.environ | {"MALLOC_ARENA_MAX": "2"}
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    # The C library otherwise keeps freed memory for each thread. At this size that would be most of the peak.
+    ran = run_python(MEASURED, tmp_path / "source", tmp_path / "warm_up", tmp_path, MALLOC_ARENA_MAX="2")
     there, back = json.loads(ran.stdout)
     assert max(there, back) <= max(sizes) + MARGIN_BYTES < sum(sizes) / 2

@@ -252,15 +252,10 @@ def test_kind_of(pristine, tmp_path):
     ],
 )
 def test_command_line_mistakes(arguments, message, tmp_path, capsys, monkeypatch):
-    import typer
-
-    from keye_jax.cli import convert as command
-    from keye_jax.cli import run
+    from keye_jax.cli import app, run
 
     monkeypatch.chdir(tmp_path)
-    app = typer.Typer(add_completion=False)
-    app.command()(command.convert)
-    assert run(app, arguments) == 2
+    assert run(app, ["convert", *arguments]) == 2
     printed = capsys.readouterr()
     assert not printed.out and message in printed.err and printed.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
