@@ -205,7 +205,7 @@ class VideoFile:
             return []
 
     def frames(self, container: Any, stream: Any, *, from_keyframe: bool) -> Iterator[Any]:
-        """Decodes frames from the container's position, or from the next keyframe, and leaves out the undecodable ones."""
+        """Decodes from the container's position, or from the next keyframe; leaves out undecodable frames."""
         packets = container.demux(stream)
         while (packet := self._next(packets)) is not None:
             if from_keyframe and packet.size and not packet.is_keyframe:
@@ -291,7 +291,7 @@ def _timing(times: np.ndarray, last: float, tick: float, rates: list[float]) -> 
       times: float64 [N], seconds from the first frame.
       last: duration of the last frame in seconds; 0 if unknown.
       tick: resolution of the file's times, in seconds.
-      rates: frames a second that the file states, best first.
+      rates: frames a second that the file states, in the order to try them.
     """
     count = len(times)
     if count == 1:

@@ -1,6 +1,6 @@
-"""The processor: messages in the OpenAI chat shape to what the model takes, in two steps.
+"""The processor turns messages in the OpenAI chat shape into the model's inputs, in two steps.
 
-`plan` reads headers only, and so tells how long a prompt is before any work is done; `process` decodes.
+`plan` reads the headers of the media and computes the length of the prompt. `process` decodes the media.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ from keye_jax.progress import Progress
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelInputs:
-    """What the model takes; n patches of p x p pixels in raster order of each image's or frame's patch grid.
+    """A prompt of T tokens with I images and F video frames, as the model takes it.
+
+    Patches have p x p pixels. They are in prompt order, and in raster order within an image or frame.
 
     Attributes:
       input_ids: int32 [T].
       positions: int32 [3, T], time, row and column.
       position_delta: a token generated at index i has position i + position_delta on all axes.
-      image_patches: uint8 [n, 3, p, p], those of all images.
+      image_patches: uint8 [patches of all images, 3, p, p].
       image_grids: int32 [I, 3], (1, h, w) in patches.
-      video_patches: uint8 [n, 3, p, p], those of all frames of all videos.
-      video_grids: int32 [F, 3], (1, h, w) in patches, one row per frame.
-      frame_times: float64 [frames] of each video, in seconds.
+      video_patches: uint8 [patches of all frames, 3, p, p].
+      video_grids: int32 [F, 3], (1, h, w) in patches, one row a frame.
+      frame_times: one array a video, float64 [frames], seconds.
       prompt_opens_thinking: whether the prompt ends inside `<think>`, so that the answer starts with thoughts.
     """
 
@@ -56,11 +58,13 @@ class ModelInputs:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FrameShare:
-    """What one of several processes decodes; the pixels of frames that it does not are zeros in its `ModelInputs`.
+    """The video frames that this process decodes, if several processes share the work.
+
+    In the `ModelInputs` of this process, the pixels of all other frames are zeros.
 
     Attributes:
-      here: of grids int32 [F, 3], one row per frame, which of them this process decodes, bool [F].
-      gather: of an int32 array in which each process has filled in its part, -1 elsewhere, the whole.
+      here: takes the grids, int32 [F, 3], one row a frame; returns which frames this process decodes, bool [F].
+      gather: takes int32 [F] with this process's values, and -1 elsewhere; returns the values of all processes.
     """
 
     here: Callable[[np.ndarray], np.ndarray]
@@ -69,7 +73,14 @@ class FrameShare:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImagePlan:
-    """An image, and the (height, width) in pixels that it is shown at."""
+    """An image whose pixels are not decoded yet.
+
+    Attributes:
+      image: the opened image.
+      field: its name in error messages.
+      height, width: size in pixels at which the model sees it.
+      num_tokens: number of its pad tokens.
+    """
 
     image: Image.Image
     field: str
@@ -80,15 +91,15 @@ class ImagePlan:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VideoPlan:
-    """A video, and which of its frames are shown how large.
+    """A video whose frames are chosen but not decoded yet.
 
     Attributes:
-      source: where its frames come from.
-      indices: int64 [frames], of the video's own frames.
+      source: the file, or the list of frames.
+      indices: int64 [frames], indices of the chosen frames in the video.
       times: float64 [frames], seconds.
-      height, width: pixels that a frame is shown at.
-      tokens_per_frame: pad tokens of a frame, its time stamp not counted.
-      num_tokens: all tokens of the video, time stamps counted.
+      height, width: size in pixels at which the model sees a frame.
+      tokens_per_frame: number of pad tokens of a frame, without its time stamp.
+      num_tokens: number of tokens of the video, with all time stamps.
     """
 
     source: VideoFile | FrameList
@@ -106,12 +117,13 @@ class VideoPlan:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptPlan:
-    """A prompt whose media have been looked at but not decoded. Downloads live until `close`, or as long as the plan.
+    """A prompt whose media are opened but not decoded.
 
     Attributes:
-      prompt_ids: ids with one pad token for each image and each video.
+      prompt_ids: token ids with one pad token for each image and each video.
       images, videos: in prompt order.
       prompt_opens_thinking: see `ModelInputs`.
+      downloads: files that `close`, or the end of the plan's life, removes.
     """
 
     prompt_ids: tuple[int, ...]
@@ -122,7 +134,7 @@ class PromptPlan:
 
     @property
     def text_tokens(self) -> int:
-        """Tokens outside of images and videos."""
+        """Number of tokens outside of images and videos."""
         return len(self.prompt_ids) - len(self.images) - len(self.videos)
 
     @property
@@ -135,7 +147,7 @@ class PromptPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Length of the prompt, T (a video file that turns out damaged can change a time stamp's length)."""
+        """Length of the prompt, T. Decoding a damaged video can change the text of a time stamp, and so T."""
         return self.text_tokens + self.image_tokens + self.video_tokens
 
     @property
@@ -143,7 +155,7 @@ class PromptPlan:
         return sum(video.frames for video in self.videos)
 
     def close(self) -> None:
-        """Removes what was downloaded."""
+        """Removes the downloaded files."""
         for download in self.downloads:
             download.close()
 
@@ -155,19 +167,22 @@ class PromptPlan:
 
 
 class Processor:
-    """Turns messages into `ModelInputs`, with a checkpoint's own tokenizer and chat template.
+    """Turns messages into `ModelInputs` with the tokenizer and the chat template of a checkpoint.
 
     Args:
-      tokenizer, template: the checkpoint's.
-      config: the model's; its token ids must be those of the tokenizer.
-      settings: the checkpoint's, or their defaults.
-      allow_remote: whether http(s) URLs are fetched.
-      allow_files: whether paths and file: URLs are read; a server turns this off.
-      defaults: options of media that a request does not set (`fps`, `max_frames`, `max_pixels`, ...); with the prefix
-        `image_` or `video_` for one kind, without it for both.
+      tokenizer, template: those of the checkpoint.
+      config: the model's configuration; its token ids must be those of the tokenizer.
+      settings: the checkpoint's settings, or the defaults.
+      allow_remote: whether http(s) URLs may be fetched.
+      allow_files: whether paths and file: URLs may be read; a server turns this off.
+      defaults: options of media, such as `fps` or `max_pixels`, that apply if a request does not set them. The prefix
+        `image_` or `video_` limits an option to one kind of media.
 
     Attributes:
-      pixel_scale, pixel_shift: float32 [3]; the vision encoder takes pixel * scale + shift.
+      pixel_scale, pixel_shift: float32 [3], one value a channel; the vision encoder takes pixel * scale + shift.
+
+    Raises:
+      UserError: `defaults` are not valid, or a token id of `config` is not an added token of the tokenizer.
     """
 
     def __init__(
@@ -187,7 +202,7 @@ class Processor:
         self._settings = settings
         self._allow_remote = allow_remote
         self._allow_files = allow_files
-        # A total_pixels that was asked for is not reduced by the adaptive budget.
+        # adaptive_pixels does not reduce a total_pixels that the caller chose.
         chosen = read_options("video", defaults or {}, "", shared=True)
         self._total_pixels_chosen = "total_pixels" in chosen
         self._video_options = resolve_options(settings.video, chosen, "defaults")
@@ -214,11 +229,11 @@ class Processor:
     ) -> Processor:
         """Reads tokenizer.json, the chat template and preprocessor_config.json of a checkpoint.
 
-        The template is in chat_template.jinja, chat_template.json or tokenizer_config.json. Without a
-        preprocessor_config.json the publisher's values apply.
+        The template is in chat_template.jinja, chat_template.json or tokenizer_config.json. If there is no
+        preprocessor_config.json, the publisher's values apply. The arguments are those of the class.
 
         Raises:
-          UserError: a file that is missing, not valid, or contradicts `config`.
+          UserError: a file is missing, is not valid, or contradicts `config`.
         """
         directory = Path(directory)
         return cls(
@@ -232,15 +247,15 @@ class Processor:
         )
 
     def token_id(self, text: str) -> int | None:
-        """The id of a token by its name, such as "<|im_end|>"; None if there is none."""
+        """The id of the token named `text`, such as "<|im_end|>"; None if there is no such token."""
         return self._tokenizer.token_id(text)
 
     def detokenize(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of token ids. Special tokens are left out; `<think>` and the like are not special, and stay."""
+        """The text of token ids, by default without special tokens. `<think>` and `</think>` are not special tokens."""
         return self._tokenizer.detokenize(ids, skip_special_tokens=skip_special_tokens)
 
     def stream(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """A detokenizer for one growing answer."""
+        """A new detokenizer for the tokens of one answer."""
         return Detokenizer(self._tokenizer, skip_special_tokens=skip_special_tokens)
 
     def plan(
@@ -250,18 +265,19 @@ class Processor:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_variables: Mapping[str, Any] | None = None,
     ) -> PromptPlan:
-        """Renders the prompt, and finds which frames of its media are shown how large; nothing is decoded yet.
+        """Renders the prompt, opens its media, and chooses frames and sizes. It decodes no pixels.
 
         Args:
-          messages: the OpenAI chat shape. Content is a string or a list of parts: `text`; `image_url` or `image`;
-            `video_url` or `video`. A source is a path, a URL, `{"url": ...}`, a file's bytes, a PIL image, an array
-            uint8 [H, W, 3] or, for a video, [F, H, W, 3] or a list of images. Options of a part stand inside the url
-            object, beside it, or in `preprocess_kwargs`; a video given as its frames has `native_fps`, 2 by default.
+          messages: the conversation in the OpenAI chat shape. Content is a string or a list of parts of type `text`,
+            `image_url`, `image`, `video_url` or `video`. A source is a path, a URL, `{"url": ...}`, the content of a
+            file, a PIL image or an array uint8 [H, W, 3]. A video may also be an array uint8 [F, H, W, 3] or a list of
+            images; its frame rate is then the option `native_fps`, 2 by default. The url object, the part and
+            `preprocess_kwargs` in either may hold options.
           tools: function descriptions in the OpenAI shape, for templates that take them.
           template_variables: further variables of the template, such as `enable_thinking`.
 
         Raises:
-          UserError: whatever is wrong with the messages or their media, in one sentence.
+          UserError: a message or a medium is not valid; the text is one sentence.
         """
         rendered = self._template.render(messages, tools=tools, variables=template_variables)
         ids = self._tokenizer.encode_pieces(rendered.pieces)
@@ -282,21 +298,21 @@ class Processor:
     def process(
         self, plan: PromptPlan, progress: Progress | None = None, share: FrameShare | None = None
     ) -> ModelInputs:
-        """Decodes the media of a plan.
+        """Decodes the media of a prompt.
 
         Args:
-          plan: from `plan`.
-          progress: called with (frames done, frames to do) after each frame.
-          share: this process's part of the frames, where several processes share them; all if left out.
+          plan: the result of `plan`.
+          progress: called after each frame with the number of decoded frames and of frames to decode.
+          share: the frames that this process decodes; None for all of them.
 
         Raises:
-          UserError: an image or a video that cannot be decoded.
+          UserError: an image or a video cannot be decoded.
         """
         patch = self._config.vision_config.patch_size
         image_grids = _grids([(image.height, image.width) for image in plan.images], patch)
         video_grids = _grids([(video.height, video.width) for video in plan.videos for _ in video.indices], patch)
         image_patches, video_patches = (
-            # Zeros that nobody writes, of frames that other processes decode, take no memory.
+            # Pages of zeros that are never written, those of other processes' frames, take no memory.
             np.zeros((int(grids.prod(1).sum()), 3, patch, patch), np.uint8)
             for grids in (image_grids, video_grids)
         )
@@ -362,7 +378,7 @@ class Processor:
                 )
 
     def _source(self, value: Any, field: str, downloads: list[DownloadedFile]) -> Any:
-        """A source as `open_image` and `VideoFile` take it: a path, bytes, an array or a PIL image."""
+        """The source in a form that `open_image` or `VideoFile` takes: a path, bytes, an array or a PIL image."""
         if isinstance(value, Mapping):
             if value.get("url") is None:
                 raise UserError(f"{field}.url is missing; it must be a path or a URL")
@@ -436,12 +452,12 @@ class Processor:
         return VideoPlan(video, indices, times, height, width, tokens, stamps + tokens * len(indices))
 
     def _stamps(self, times: np.ndarray) -> Iterator[list[int]]:
-        """Ids of the text before each frame."""
+        """The token ids of the text before each frame; `times` are in seconds."""
         for time in times.tolist():
             yield self._tokenizer.encode_template(self._settings.frame_format.format(time=time))
 
     def _expand(self, plan: PromptPlan, times: Sequence[np.ndarray]) -> Iterator[int]:
-        """The prompt's ids with all pad tokens and the time stamps of the frames really used."""
+        """The ids of the whole prompt: all pad tokens, and the time stamps of the decoded frames (`times`, seconds)."""
         images = iter(plan.images)
         videos = iter(zip(plan.videos, times, strict=True))
         for token in plan.prompt_ids:
@@ -463,7 +479,7 @@ def _grids(sizes: Sequence[tuple[int, int]], patch: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def _named(field: str) -> Iterator[None]:
-    """Puts the name of the medium before what is wrong with it."""
+    """Puts the name of a medium before the text of a UserError."""
     try:
         yield
     except UserError as error:

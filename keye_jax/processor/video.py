@@ -74,7 +74,8 @@ def frame_size(
     """The size at which the model sees each of `frames` frames.
 
     The tokens of a frame are total_pixels // 784 // frames, clipped to min_pixels // 784 and max_pixels // 784.
-    `smart_resize` then finds a size with at most that many tokens. The publisher finds the same number by bisection.
+    `smart_resize` then fits the frame between min_pixels and tokens * 784 pixels. The publisher finds the same tokens by
+    bisection.
 
     Args:
       frames: number of frames that the model sees.
