@@ -1,4 +1,4 @@
-"""safetensors to Orbax and back: a group of tensors at a time, in an order that a stopped conversion can go on with."""
+"""Converts safetensors to Orbax and back, one group of tensors at a time. A stopped conversion can be continued."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from keye_jax.progress import PhaseProgress
 
 SHARD_BYTES = 5_000_000_000
 
-# Tensors of at least the first many bytes are written alone, smaller ones in groups of at most the second.
+# A tensor of _LARGE_BYTES or more is a group of its own. Smaller ones form groups of at most _GROUP_BYTES.
 _LARGE_BYTES = 64 << 20
 _GROUP_BYTES = 256 << 20
 
-# Files that travel with the weights: configurations, tokenizer, templates, licence.
+# Files that are copied with the weights: configurations, tokenizer, templates, licence.
 _SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".md", ".model", ".tiktoken", ".jsonl"}
 _SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE")
 _SIDE_BYTES = 256 << 20
@@ -37,15 +37,15 @@ Source = SafetensorsSource | OrbaxSource
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
-      destination: the checkpoint that was made.
-      kind: of which kind it is.
-      tensors: how many arrays it holds.
-      nbytes: bytes of all arrays.
-      continued: how many of these bytes an earlier, stopped run had written.
-      seconds: time taken by this run.
+      destination: directory of the new checkpoint.
+      kind: its kind.
+      tensors: number of its arrays.
+      nbytes: bytes of its arrays.
+      continued: the part of `nbytes` that an earlier, stopped run wrote.
+      seconds: duration of this run.
     """
 
     destination: Path
@@ -65,21 +65,21 @@ def convert(
     shard_size: int = SHARD_BYTES,
     progress: PhaseProgress | None = None,
 ) -> Conversion:
-    """Converts the checkpoint in `src` into the other kind, bit by bit, into the directory `dst`.
+    """Converts the checkpoint in `src` into the other kind, bit by bit, and writes it into the directory `dst`.
 
-    Memory, besides the interpreter: the largest tensor and about its size again. A run that was stopped is continued by
-    the same call: `dst.partial` holds what it has done, and `dst` appears, whole, at the very end.
+    Memory: about twice the largest tensor, besides the interpreter. The new checkpoint is built in `dst.partial`, which
+    becomes `dst` at the end. After a run was stopped, the same call continues it.
 
     Args:
       src: a directory with config.json and safetensors files, or with config.json and an Orbax checkpoint in `params/`.
-      dst: a directory that does not exist, or is empty.
-      check_finite: read all tensors first and refuse infinities and NaNs.
-      overwrite: replace the checkpoint in `dst`, and begin again where `dst.partial` is of another source.
-      shard_size: bytes of tensor data in one safetensors file; a larger tensor has a file of its own.
-      progress: called with a phase ("check" or "convert"), bytes done and bytes in all.
+      dst: a directory that does not exist or is empty.
+      check_finite: read all tensors first, and refuse infinities and NaNs.
+      overwrite: replace the checkpoint in `dst`, and start again if `dst.partial` belongs to another source.
+      shard_size: maximum bytes of tensor data in one safetensors file; a larger tensor has a file of its own.
+      progress: called with the phase, "check" or "convert", the bytes done and the bytes of all tensors.
 
     Raises:
-      UserError: something is wrong with `src`, `dst` or an argument; all problems of the checkpoint are in one message.
+      UserError: `src`, `dst` or an argument is not valid. One message lists all problems of the checkpoint.
     """
     started = time.monotonic()
     source_directory, destination = Path(src), Path(dst).resolve()
@@ -132,7 +132,7 @@ def _run(
             write_manifest(staging.result)
         staging.commit()
     except OSError as error:
-        message = f"{error}; what is written so far is kept in {staging.path}, and the same command continues"
+        message = f"{error}; {staging.path} keeps the tensors written so far, and the same command continues"
         raise UserError(message) from error
     finally:
         if writer is not None:
@@ -161,7 +161,7 @@ class _OrbaxSink:
         self._writer.finish()
 
     def close(self) -> None:
-        """Nothing stays open between groups."""
+        """Does nothing: no file stays open between groups."""
 
 
 class _SafetensorsSink:
@@ -187,9 +187,10 @@ class _SafetensorsSink:
 
 
 def _groups(found: list[FoundTensor]) -> Iterator[list[FoundTensor]]:
-    """Large tensors one by one, then the others in groups.
+    """Splits tensors into groups: first each large tensor alone, then the small ones together.
 
-    This order keeps Orbax's partial saves cheap: each looks through the names of all earlier ones.
+    Each of Orbax's partial saves reads the names of all arrays saved before. Therefore the groups of one tensor, which
+    are many, come first.
     """
     yield from ([item] for item in found if item.nbytes >= _LARGE_BYTES)
     group: list[FoundTensor] = []
@@ -212,13 +213,13 @@ def _read_or_discard(source: Source, group: list[FoundTensor], staging: Staging)
     try:
         return _read(source, group)
     except UserError:
-        # The source is bad, so there is nothing to continue with.
+        # The source is bad: continuing would fail again.
         staging.discard()
         raise
 
 
 def _non_finite(source: Source, found: list[FoundTensor], report: PhaseProgress) -> list[str]:
-    """One sentence for each tensor that holds infinities or NaNs."""
+    """One sentence for each tensor with infinities or NaNs."""
     problems: list[str] = []
     done, total = 0, sum(item.nbytes for item in found)
     for group in _groups(found):
@@ -252,12 +253,12 @@ def _check_destination(source: Path, destination: Path, *, overwrite: bool) -> N
 
 
 def _check_space(destination: Path, total: int) -> None:
-    """Refuses to begin what cannot be finished; what an earlier run wrote is counted as room."""
+    """Refuses a conversion without enough free space. The bytes that an earlier run wrote count as free."""
     parent = next(path for path in destination.parents if path.is_dir())
     free = shutil.disk_usage(parent).free
     partial = staging_directory(destination)
     if partial.is_dir():
-        # Blocks, since a shard has its full length from the start; linked files once.
+        # Blocks, since a shard has its full length from the start. A file with several links counts once.
         blocks = {(s.st_dev, s.st_ino): s.st_blocks for s in (path.lstat() for path in partial.rglob("*"))}
         free += 512 * sum(blocks.values())
     if free < total:
@@ -265,7 +266,7 @@ def _check_space(destination: Path, total: int) -> None:
 
 
 def _fingerprint(source: Source, found: list[FoundTensor], shard_size: int) -> str:
-    """A digest of the source's files and tensors, and of the options that decide what the output looks like."""
+    """A digest of the files and tensors of the source, and of the options that change the output."""
     files = [source.directory / "config.json", *source.files]
     state = {
         "files": [
@@ -280,7 +281,7 @@ def _fingerprint(source: Source, found: list[FoundTensor], shard_size: int) -> s
 
 
 def side_files(directory: Path) -> Iterable[Path]:
-    """The files of a checkpoint that are not weights and that its output needs to stand alone."""
+    """The files of a checkpoint, other than weights, that are copied into the new one."""
     for file in sorted(directory.iterdir()):
         wanted = file.suffix in _SIDE_SUFFIXES or file.name.startswith(_SIDE_NAMES)
         weights = file.name.endswith(".index.json") or file.name in (MANIFEST, PARAMS)

@@ -1,9 +1,10 @@
-"""A checkpoint in the released layout with random weights, for tests, demonstrations and measurements.
+"""Writes checkpoints in the released layout with random weights, for tests, demonstrations and measurements.
 
     python -m convert.synthetic configs/model/tiny.json /tmp/tiny --layers 2
 
-Weights come from the seed and the tensor's name alone, so that layers, layout and shards can be chosen freely. Norms
-are near one, biases near zero, matrices normal with standard deviation 1/sqrt(inputs): activations stay of order one.
+The values of a tensor depend only on the seed, its name, its shape and its dtype, and not on layout or shards. Norms are
+near one and biases near zero. Matrices are normal with standard deviation 1/sqrt(inputs), so that activations stay of
+order one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from convert.writer import PlannedTensor, ShardWriter
 from keye_jax.config import DTYPES, KeyeConfig
 from keye_jax.errors import UserError
 
-_BLOCK = 1 << 22
+_BLOCK_ELEMENTS = 1 << 22
+# Standard deviation of norms and biases.
 _NOISE = 0.02
 
 
@@ -40,18 +42,18 @@ def write_checkpoint(
 ) -> None:
     """Writes `config.json` and random weights into `directory`.
 
-    Memory: the largest tensor and a little more.
+    Memory: the largest tensor and a few blocks of 16 MiB.
 
     Args:
-      directory: a directory that does not exist, or is empty.
-      config: sizes of everything.
-      seed: of the random numbers.
-      dtype: bfloat16, float32 or float16; that of `config` without it.
-      shard_size: bytes of tensor data in one file.
-      expert_layout: experts as two fused tensors a layer, or as three linears an expert. The numbers are the same.
+      directory: a directory that does not exist or is empty.
+      config: the configuration of the model.
+      seed: seed of the random numbers.
+      dtype: bfloat16, float32 or float16; None for that of `config`.
+      shard_size: maximum bytes of tensor data in one file.
+      expert_layout: "fused" for two tensors a layer, "per_expert" for three linears an expert, of the same values.
 
     Raises:
-      UserError: `directory` is not empty, or `dtype` is none of the three.
+      UserError: `directory` is not empty, or `dtype` is not one of the three.
     """
     directory = Path(directory)
     kind = DTYPES.get(dtype or config.dtype)
@@ -84,19 +86,19 @@ def write_checkpoint(
 
 
 def random_tensor(tensor: mapping.Tensor, seed: int, dtype: np.dtype) -> np.ndarray:
-    """The values of one tensor, in our shape; the same for the same seed, name, shape and dtype."""
+    """The values of one tensor in our shape. They depend on seed, name, shape and dtype only."""
     center, scale = _distribution(tensor)
     generator = np.random.default_rng([seed, zlib.crc32(tensor.checkpoint_name.encode())])
     values = np.empty(tensor.size, dtype)
-    for start in range(0, tensor.size, _BLOCK):
-        block = generator.standard_normal(min(_BLOCK, tensor.size - start), dtype=np.float32)
+    for start in range(0, tensor.size, _BLOCK_ELEMENTS):
+        block = generator.standard_normal(min(_BLOCK_ELEMENTS, tensor.size - start), dtype=np.float32)
         block *= scale
-        values[start : start + _BLOCK] = block + np.float32(center)
+        values[start : start + _BLOCK_ELEMENTS] = block + np.float32(center)
     return values.reshape(tensor.shape)
 
 
 def _distribution(tensor: mapping.Tensor) -> tuple[float, float]:
-    """Mean and standard deviation."""
+    """Mean and standard deviation of a tensor's values."""
     owner, leaf = tensor.path[-2:]
     if leaf == "bias":
         return 0.0, _NOISE
@@ -111,7 +113,7 @@ def _distribution(tensor: mapping.Tensor) -> tuple[float, float]:
 
 
 def with_layers(config: KeyeConfig, layers: int | None) -> KeyeConfig:
-    """`config` with another number of decoder layers."""
+    """`config` with `layers` decoder layers, or unchanged if that is None."""
     if layers is None:
         return config
     if layers <= 0:

@@ -1,6 +1,6 @@
 """Model configuration, read from the released `config.json`.
 
-Field names are those of the file. `KeyeConfig.from_file(path)` reads and checks the file. Every problem is a `UserError`,
+Field names are those of the file. `KeyeConfig.from_file(path)` reads and checks it. Every problem is a `UserError`,
 which is a `ValueError`, and names the field, its value and what is allowed. Unknown fields are kept in `extra` and have
 no effect.
 """
@@ -137,7 +137,7 @@ class RopeScalingConfig(_Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig(_Section):
-    """`vision_config`: the SigLIP encoder. `patch_size` and `image_size` are in pixels, `spatial_merge_size` in patches."""
+    """`vision_config`: the SigLIP encoder. Image and patch sizes are in pixels, `spatial_merge_size` in patches."""
 
     hidden_size: int
     num_hidden_layers: int

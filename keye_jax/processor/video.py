@@ -74,7 +74,7 @@ def frame_size(
     """The size at which the model sees each of `frames` frames.
 
     The tokens of a frame are total_pixels // 784 // frames, clipped to min_pixels // 784 and max_pixels // 784.
-    `smart_resize` then fits the frame between min_pixels and tokens * 784 pixels. The publisher finds the same tokens by
+    `smart_resize` then fits the frame between min_pixels and tokens * 784 pixels. The publisher finds the tokens by
     bisection.
 
     Args:

@@ -96,7 +96,7 @@ def test_wrong_content_is_not_kept(source, tmp_path, monkeypatch):
         directory = tmp_path / "cache" / "owner--name" / COMMIT
         directory.mkdir(parents=True)
         (directory / f"{WEIGHTS}.part").write_bytes(bytes(1000))
-        with pytest.raises(UserError, match="what arrived is not the file"):
+        with pytest.raises(UserError, match="the downloaded content is not the file"):
             download()
         assert not (directory / WEIGHTS).exists() and not (directory / f"{WEIGHTS}.part").exists()
         download()
