@@ -2,9 +2,9 @@
 
     python -m convert.synthetic configs/model/tiny.json /tmp/tiny --layers 2
 
-The values of a tensor depend only on the seed, its name, its shape and its dtype, and not on layout or shards. Norms are
-near one and biases near zero. Matrices are normal with standard deviation 1/sqrt(inputs), so that activations stay of
-order one.
+The values of a tensor depend only on the seed, its name, its shape and its dtype, and not on layout or shards. Norms
+are near one and biases near zero. Matrices are normal with standard deviation 1/sqrt(inputs), so that activations stay
+of order one.
 """
 
 from __future__ import annotations

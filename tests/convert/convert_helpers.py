@@ -1,4 +1,4 @@
-"""Small checkpoints, and comparing checkpoints bit by bit with the safetensors library as the judge."""
+"""Writes small checkpoints, and reads them with the safetensors library for comparing every bit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write(directory: Path, *, layers: int = 2, **options: Any) -> KeyeConfig:
 
 
 def contents(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Dtype, shape and bytes of every tensor of a safetensors checkpoint, as the safetensors library reads it."""
+    """Dtype, shape and bytes of every tensor of a safetensors checkpoint, read by the safetensors library."""
     tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
     for file in sorted(directory.glob("*.safetensors")):
         with safetensors.safe_open(file, framework="numpy") as opened:
@@ -74,7 +74,7 @@ def run_cli(*arguments: object, **environment: str) -> subprocess.CompletedProce
 
 
 def run_python(program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a program on the CPU in a process of its own, which must succeed."""
+    """Runs the Python code `program` on the CPU in a new process, and checks that it succeeds."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
         cwd=ROOT,
@@ -89,6 +89,6 @@ def run_python(program: str, *arguments: object, **environment: str) -> subproce
 
 
 def equal_bits(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether two arrays are the same, shape, dtype and bits."""
+    """Whether two arrays have the same shape, dtype and bits."""
     first, second = np.asarray(first), np.asarray(second)
     return first.dtype == second.dtype and first.shape == second.shape and first.tobytes() == second.tobytes()

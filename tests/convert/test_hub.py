@@ -1,4 +1,4 @@
-"""Downloads, from a server on this machine that answers as the hubs do."""
+"""Downloads from a local server that answers as the hubs do."""
 
 import sys
 

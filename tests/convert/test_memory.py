@@ -1,4 +1,4 @@
-"""Memory follows the largest tensor, not the checkpoint."""
+"""The memory of a conversion grows with the largest tensor, not with the checkpoint."""
 
 import dataclasses
 import json
@@ -10,13 +10,13 @@ from convert import mapping, synthetic
 from keye_jax.config import KeyeConfig
 from tests.convert.convert_helpers import FULL_CONFIG, run_python, write
 
-# Converts there and back after a first conversion of something small, and prints by how much the peak grew in bytes.
+# Converts a small checkpoint, then `source` there and back. Prints by how many bytes each way raised the peak memory.
 MEASURED = """
 import json, re, sys
 from pathlib import Path
 from convert import conversion
 
-# In proportion to the tensors, which have a hundredth of their real sizes.
+# The tensors have a hundredth of their real sizes, and so have the limits.
 conversion._LARGE_BYTES //= 100
 conversion._GROUP_BYTES //= 100
 source, warm_up, directory = map(Path, sys.argv[1:])
@@ -33,14 +33,14 @@ conversion.convert(directory / "orbax", directory / "back")
 print(json.dumps([there, peak() - before]))
 """
 
-# Buffers and caches of fixed size, which do not shrink with the tensors.
+# Buffers and caches of fixed size do not shrink with the tensors.
 MARGIN_BYTES = 45_000_000
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_peak_memory_is_far_below_the_checkpoint(tmp_path):
     full = KeyeConfig.from_file(FULL_CONFIG)
-    # The full model at a tenth of its widths: tensors of a hundredth of their sizes, as many in a layer.
+    # The full model at a tenth of its widths: each tensor has a hundredth of its size.
     vision = dataclasses.replace(
         full.vision_config, hidden_size=144, num_attention_heads=2, intermediate_size=430, num_hidden_layers=9
     )

@@ -1,4 +1,4 @@
-"""Every bad input: one clear message, exit code 2, and nothing left behind."""
+"""Every bad input gives one clear message and exit code 2, and leaves nothing behind."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def copy(pristine, tmp_path):
 
 
 def problems_of(source, tmp_path, **options):
-    """The lines below the first of the refusal to convert; checks that the refusal left nothing."""
+    """The problems that `convert` lists when it refuses `source`; checks that it left nothing behind."""
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as raised:
         convert.convert(source, tmp_path / "made", **options)

@@ -1,4 +1,4 @@
-"""A conversion that is killed, at every kind of moment, and continued by the same call."""
+"""A conversion is killed at every kind of moment, and the same call continues it."""
 
 import json
 import os
@@ -14,8 +14,8 @@ from tests.convert.convert_helpers import contents, run_python, write
 
 GROUP = 700_000
 
-# Runs conversions in small groups, each in a process of its own that kills itself, as a power cut would, at the moment
-# that is asked for. All are forks of one process, which has the imports done.
+# Runs conversions in small groups. Each runs in a process that kills itself, as a power cut would, at the given moment.
+# These processes are forks of one process, which has done the imports.
 KILLED = """
 import json, os, shutil, signal, sys, threading
 from convert import conversion, orbax_io, staging, writer
@@ -34,7 +34,7 @@ def run(source, destination, moment, overwrite):
             die() if len(calls) == 3 else record(*arguments)
         staging.Staging.record = stop
     elif moment == "in_a_write":
-        # In another thread, in the middle of whatever the main one is writing.
+        # Another thread kills the process while the main thread writes.
         progress = lambda phase, done, total: done and threading.Timer(0.01, die).start()
     elif moment == "in_the_merge":
         def stop(self, path):
@@ -76,7 +76,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(source, tmp_path_factory):
-    """Destinations by source kind and moment: a conversion to each was killed at that moment."""
+    """Destinations of killed conversions, by the kind of the source and the moment of the kill."""
     cases = [("safetensors", moment) for moment in TO_ORBAX] + [("orbax", moment) for moment in TO_SAFETENSORS]
     cases.append(("other", "after_groups"))
     destinations = {case: tmp_path_factory.mktemp("killed") / "made" for case in cases}

@@ -1,4 +1,4 @@
-"""Our reader and writer against the safetensors library."""
+"""Our reader and writer agree with the safetensors library."""
 
 import json
 
@@ -98,7 +98,7 @@ def test_bad_files_are_refused(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(HeaderError, match=message):
         read_header(path)
-    # The library refuses each of them as well.
+    # The library refuses each of them too.
     with pytest.raises(safetensors.SafetensorError):
         safetensors.numpy.load_file(path)
 

@@ -1,4 +1,4 @@
-"""A checkpoint restores onto a mesh bit by bit, and is read once however many devices want copies of it."""
+"""A checkpoint restores onto a mesh bit by bit. Each byte is read once, even if several devices hold copies of it."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Clips that carry their frame number in their pixels, and a processor for the tiny model."""
+"""Clips whose pixels show the number of the frame, and a processor for the tiny model."""
 
 import dataclasses
 from fractions import Fraction
@@ -35,7 +35,7 @@ def processor(checkpoint, config):
 
 @dataclasses.dataclass
 class Clips:
-    """Frames are BITS columns, black or white: the frame's number in binary, most significant first."""
+    """A frame is BITS columns, black or white: the number of the frame in binary, highest bit first."""
 
     height: int = 48
     width: int = 8 * BITS
@@ -54,7 +54,7 @@ class Clips:
     def write(
         self, path, frames=40, *, codec="libx264", rate=10, options=None, milliseconds=None, rotation=None, audio=False
     ):
-        """Writes a clip; `milliseconds` are the frames' times where the rate varies."""
+        """Writes a clip. `milliseconds` are the times of the frames in a clip with a variable rate."""
         with av.open(str(path), "w") as container:
             stream = container.add_stream(codec, rate=rate)
             assert isinstance(stream, av.VideoStream)
@@ -105,7 +105,7 @@ def clips():
 
 @pytest.fixture(scope="session")
 def clip(clips, tmp_path_factory):
-    """40 frames at 10 a second."""
+    """A clip of 40 frames at 10 frames a second."""
     return clips.write(tmp_path_factory.mktemp("clips") / "clip.mp4")
 
 

@@ -98,7 +98,7 @@ IMAGE, VIDEO = 900, 901
 
 
 def walk(ids, image_grids, video_grids, merge):
-    """Token by token."""
+    """Positions by a plain loop over the tokens."""
     grids = {IMAGE: list(image_grids), VIDEO: list(video_grids)}
     positions, free, index = [], 0, 0
     while index < len(ids):

@@ -1,4 +1,4 @@
-"""Images, options in all places, sources of all kinds, and what is said about bad ones."""
+"""Images, sources of all kinds, options in all places, and the messages about bad ones."""
 
 import base64
 import http.server

@@ -1,4 +1,4 @@
-"""Prompts: the ids that whole-string encoding gives, and no control token from text of a user."""
+"""Prompts get the ids of whole-string encoding, and no text of a user becomes a control token."""
 
 import json
 import random
@@ -146,7 +146,7 @@ def test_text_joins_the_templates_own_text_safely(processor, control):
         pieces = template.render(user(content)).pieces
         ids = tokenizer.encode_pieces(pieces)
         assert len(count(ids, control)) == 1 + (content == "")
-    # An empty text leaves the template's two halves beside each other: they are its own.
+    # With an empty text the two halves of the template meet. Both are the template's own text.
 
 
 def test_control_tokens_in_a_file_name(processor, control, clip, tmp_path):
@@ -178,7 +178,7 @@ def rewrite(checkpoint, tmp_path, change):
 
 
 def test_a_vocabulary_that_spells_control_tokens(checkpoint, tmp_path):
-    """Here merges lead to a control token; the text is cut so that they do not."""
+    """Merges of this vocabulary lead to a control token. The text is cut so that they do not."""
 
     def change(values):
         for name in ("<t", "<th", "<thi", "<thin", "<think"):
@@ -225,7 +225,7 @@ def test_longest_control_token_wins(checkpoint, tmp_path):
 
 
 def test_templates_in_the_wild(processor):
-    """Blocks trimmed, helpers there, text hidden from the template but not its absence."""
+    """Blocks are trimmed, helpers exist, and a template sees no text of a user but sees that a text is empty."""
     source = """\
 {% for message in messages %}
     {% if message.role == 'tool' %}{% continue %}{% endif %}

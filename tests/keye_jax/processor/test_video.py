@@ -1,4 +1,4 @@
-"""Videos: what a file holds, and that the frames decoded are the ones asked for."""
+"""Videos: the frames that a file holds, and that the decoded frames are the wanted ones."""
 
 import sys
 import tracemalloc
@@ -16,7 +16,7 @@ from keye_jax.processor.video import frame_indices
 
 
 def numbers(clips, video, indices):
-    """(index that was used, number that the frame shows) of each frame read."""
+    """(index used, number that the pixels show) of each frame read."""
     return [(index, clips.number(pixels)) for index, pixels in video.read(np.asarray(indices))]
 
 
@@ -129,7 +129,7 @@ def test_truncated_file(clips, tmp_path):
     video = VideoFile(tmp_path / "cut.mkv", "video")
     assert 20 < video.info.num_frames < 60
     indices = frame_indices(video.info.num_frames, video.info.native_fps)
-    # The last frame that is whole may come after some that are not: times, not indices, tell which frame it is.
+    # Incomplete frames may come before the last complete one. So the time, not the index, identifies a frame.
     for index, number in numbers(clips, video, indices):
         assert video.info.times[index] == pytest.approx(number / 10)
 
