@@ -130,7 +130,7 @@ class OrbaxWriter:
         groups = set(self.saved())
         for name in groups - wanted:
             _remove(self._pending / name)
-        # The rename to `params` is the last step of a merge, so that directory is always whole.
+        # The rename to `params` is the last step of a merge, so `params` is always complete.
         self.intact = self._final.exists() or wanted <= groups
 
     def save(self, arrays: Mapping[ArrayPath, np.ndarray]) -> None:

@@ -373,7 +373,7 @@ class Processor:
             need, have = sum(part.kind == kind for part in media), ids.count(token)
             if need != have:
                 raise UserError(
-                    f"the messages hold {need} {kind}(s), but the chat template made {have} place(s) for one; "
+                    f"the messages hold {need} {kind}(s), but the chat template made {have} place(s) for them; "
                     "the numbers must be equal"
                 )
 

@@ -319,7 +319,7 @@ class ChatTemplate:
             for content in _texts(message["content"]):
                 if content and content not in shown:
                     raise UserError(
-                        f"messages[{index}].content is {shorten(content)}; the chat template leaves it out, "
+                        f"messages[{index}].content is {shorten(content)}; the chat template leaves it out; "
                         f"it must take a message of role {message['role']!r} with this kind of content"
                     )
         tail = pieces[-1][0]
