@@ -1,4 +1,4 @@
-"""How long work reports its progress to a caller."""
+"""How a long operation tells its caller what is done."""
 
 from __future__ import annotations
 
