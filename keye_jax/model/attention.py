@@ -318,8 +318,8 @@ def select_split(
     chosen = select_topk(best, all_of_them, top_k, implementation=implementation)
     lowest = jnp.where(chosen >= 0, jnp.take_along_axis(best, jnp.maximum(chosen, 0), axis=2), jnp.inf).min(axis=2)
     # Candidates are not in the order of their positions, so ties for the last places are decided by position here.
-    # Positions are exact in float32 up to 2^24.
-    tie = jnp.where(best == lowest[..., None], -position.astype(jnp.float32), -jnp.inf)
+    # Positions are exact in float32 up to 2^24. Places without a candidate come last.
+    tie = jnp.where((best == lowest[..., None]) & (best > -jnp.inf), -position.astype(jnp.float32), -jnp.inf)
     order = jnp.where(best > lowest[..., None], 1.0, tie)
     chosen = select_topk(order, all_of_them, top_k, implementation=implementation)
     own = chosen - rank(axes) * each
