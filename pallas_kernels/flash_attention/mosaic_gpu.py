@@ -2,7 +2,7 @@
 
 import jax
 
-from pallas_kernels.sparse_attention.decode import attend_all
+from pallas_kernels.sparse_attention.mosaic_gpu.decode import attend_all
 
 
 def paged_flash_attention(

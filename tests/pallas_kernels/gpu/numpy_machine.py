@@ -5,13 +5,13 @@ import contextlib
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.simt import Value
+from pallas_kernels.gpu.simt import Value
 
 U32 = np.uint32
 
 
 class NumpyMachine:
-    """Same methods as `pallas_kernels.simt_machine.Machine`. Reads outside an array by an active thread raise."""
+    """Same methods as `pallas_kernels.gpu.machine.Machine`. Reads outside an array by an active thread raise."""
 
     def __init__(self, threads, cluster, shared_words, seed=0):
         self.threads, self.cluster, self.teams = threads, cluster, 1
@@ -272,7 +272,7 @@ class NumpyMachine:
 
 
 class NumpyTensorMachine(NumpyMachine):
-    """Same methods as `simt_tensor.TensorMachine`."""
+    """Same methods as `TensorMachine` of `pallas_kernels.gpu.tensor_machine`."""
 
     def float_op(self, name, *words):
         a, *rest = (self.word(w).raw.view(np.float32) for w in words)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from pallas_kernels.simt import Value
+from pallas_kernels.gpu.simt import Value
 
 HIGHEST = 0xFFFFFFFF
 BINS = 2048

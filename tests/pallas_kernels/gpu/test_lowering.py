@@ -10,8 +10,8 @@ from pallas_kernels.grouped_matmul.mosaic_gpu import expert_mlp, gate_up_silu, g
 from pallas_kernels.indexer_scores.mosaic_gpu import indexer_scores
 from pallas_kernels.select_topk.mosaic_gpu import select_topk
 from pallas_kernels.sparse_attention.mosaic_gpu import sparse_attention
-from pallas_kernels.sparse_attention.prefill import union_attention
-from pallas_kernels.sparse_attention.unions import build_unions
+from pallas_kernels.sparse_attention.mosaic_gpu.prefill import union_attention
+from pallas_kernels.sparse_attention.mosaic_gpu.unions import build_unions
 from pallas_kernels.topk_attention.mosaic_gpu import topk_attention
 
 PAGE, TOP_K = 64, 2048

@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.sparse_attention.gather import (
+from pallas_kernels.sparse_attention.mosaic_gpu.gather import (
     DIM,
     GROUP,
     MASK_TRANSFORMS,

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.sparse_attention.attend import ROWS, Config, attend, check
-from pallas_kernels.sparse_attention.gather import DIM, GROUP, TILE
-from pallas_kernels.sparse_attention.unions import build_unions
+from pallas_kernels.sparse_attention.mosaic_gpu.attend import ROWS, Config, attend, check
+from pallas_kernels.sparse_attention.mosaic_gpu.gather import DIM, GROUP, TILE
+from pallas_kernels.sparse_attention.mosaic_gpu.unions import build_unions
 
 _CONFIG = Config()
 _LIST_MULTIPLE = 128

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.simt_machine import MULTIPROCESSORS, launch
-from pallas_kernels.simt_tensor import TensorMachine
-from pallas_kernels.sparse_attention.attend import check
-from pallas_kernels.sparse_attention.gather import DIM
+from pallas_kernels.gpu.machine import MULTIPROCESSORS, launch
+from pallas_kernels.gpu.tensor_machine import TensorMachine
+from pallas_kernels.sparse_attention.mosaic_gpu.attend import check
+from pallas_kernels.sparse_attention.mosaic_gpu.gather import DIM
 
 STEP = 32
 """Keys of one step of a warp: one for each lane to look up."""

@@ -10,11 +10,11 @@ import pytest
 from pallas_kernels import paging, topk_attention
 from pallas_kernels.flash_attention import xla as dense
 from pallas_kernels.sparse_attention import xla
-from pallas_kernels.sparse_attention.attend import Config
-from pallas_kernels.sparse_attention.decode import attend_all, attend_single
-from pallas_kernels.sparse_attention.gather import GROUP
-from pallas_kernels.sparse_attention.prefill import union_attention
-from pallas_kernels.sparse_attention.unions import build_unions
+from pallas_kernels.sparse_attention.mosaic_gpu.attend import Config
+from pallas_kernels.sparse_attention.mosaic_gpu.decode import attend_all, attend_single
+from pallas_kernels.sparse_attention.mosaic_gpu.gather import GROUP
+from pallas_kernels.sparse_attention.mosaic_gpu.prefill import union_attention
+from pallas_kernels.sparse_attention.mosaic_gpu.unions import build_unions
 
 SCALE = 128**-0.5
 TWO_TILES = Config()

@@ -2,9 +2,9 @@
 
 import jax
 
-from pallas_kernels.sparse_attention.decode import attend_single
-from pallas_kernels.sparse_attention.gather import GROUP
-from pallas_kernels.sparse_attention.prefill import sparse_prefill
+from pallas_kernels.sparse_attention.mosaic_gpu.decode import attend_single
+from pallas_kernels.sparse_attention.mosaic_gpu.gather import GROUP
+from pallas_kernels.sparse_attention.mosaic_gpu.prefill import sparse_prefill
 
 
 def sparse_attention(

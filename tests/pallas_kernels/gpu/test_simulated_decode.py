@@ -4,8 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.sparse_attention import decode
-from tests.pallas_kernels.simt import NumpyTensorMachine
+from pallas_kernels.sparse_attention.mosaic_gpu import decode
+from tests.pallas_kernels.gpu.numpy_machine import NumpyTensorMachine
 
 SCALE = 128**-0.5
 

@@ -22,7 +22,8 @@ shared memory.
 
 import functools
 
-from pallas_kernels.select_topk.row_reader import (
+from pallas_kernels.gpu.simt import Value, count_before, warp_scan
+from pallas_kernels.select_topk.mosaic_gpu.row_reader import (
     BINS,
     COUNTERS,
     FOUND,
@@ -33,7 +34,6 @@ from pallas_kernels.select_topk.row_reader import (
     RowReader,
     sort_key,
 )
-from pallas_kernels.simt import Value, count_before, warp_scan
 
 
 class RowSelection(RowReader):

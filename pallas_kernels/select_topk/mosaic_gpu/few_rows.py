@@ -19,9 +19,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.select_topk.row_reader import HIGHEST, sort_key
-from pallas_kernels.simt import warp_scan
-from pallas_kernels.simt_machine import MULTIPROCESSORS, launch
+from pallas_kernels.gpu.machine import MULTIPROCESSORS, launch
+from pallas_kernels.gpu.simt import warp_scan
+from pallas_kernels.select_topk.mosaic_gpu.row_reader import HIGHEST, sort_key
 
 BINS = 2048
 FINALISTS = 32

@@ -1,7 +1,7 @@
 """Per-thread (SIMT) kernel bodies: 32-bit values with operators, and sums over threads.
 
 A kernel body is an ordinary Python function over `Value`s and a machine that knows how to load, store, branch and
-synchronise: `simt_machine.Machine` emits instructions for a GPU, and the tests have one that computes with NumPy.
+synchronise: `machine.Machine` emits instructions for a GPU, and the tests have one that computes with NumPy.
 All integers are unsigned 32-bit words. Shared memory is addressed in words from the start of one scratch buffer.
 """
 

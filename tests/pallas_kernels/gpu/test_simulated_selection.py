@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from pallas_kernels.select_topk import few_rows
-from pallas_kernels.select_topk.mosaic_gpu import row_body
-from pallas_kernels.select_topk.row_reader import Plan
-from pallas_kernels.sparse_attention.unions import BITS, union_body
-from tests.pallas_kernels.simt import NumpyMachine
+from pallas_kernels.select_topk.mosaic_gpu import few_rows, row_body
+from pallas_kernels.select_topk.mosaic_gpu.row_reader import Plan
+from pallas_kernels.sparse_attention.mosaic_gpu.unions import BITS, union_body
+from tests.pallas_kernels.gpu.numpy_machine import NumpyMachine
 
 ROWS, SIZE, K, THREADS = 4, 6004, 100, 128
 KINDS = ("normal", "clustered", "ties", "zeros", "constant", "infinite", "front", "periodic")

@@ -11,9 +11,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.simt import Value, count_before, warp_scan
-from pallas_kernels.simt_machine import launch
-from pallas_kernels.sparse_attention.gather import GROUP
+from pallas_kernels.gpu.machine import launch
+from pallas_kernels.gpu.simt import Value, count_before, warp_scan
+from pallas_kernels.sparse_attention.mosaic_gpu.gather import GROUP
 
 THREADS = 1024
 # Shared memory, in words.

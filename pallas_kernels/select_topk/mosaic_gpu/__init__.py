@@ -6,10 +6,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.select_topk.few_rows import few_rows_plan, select_few_rows
-from pallas_kernels.select_topk.row_reader import HIGHEST, Plan
-from pallas_kernels.select_topk.row_selection import RowSelection
-from pallas_kernels.simt_machine import MULTIPROCESSORS, SHARED_WORDS, launch
+from pallas_kernels.gpu.machine import MULTIPROCESSORS, SHARED_WORDS, launch
+from pallas_kernels.select_topk.mosaic_gpu.few_rows import few_rows_plan, select_few_rows
+from pallas_kernels.select_topk.mosaic_gpu.row_reader import HIGHEST, Plan
+from pallas_kernels.select_topk.mosaic_gpu.row_selection import RowSelection
 
 _MAX_K = 4096
 

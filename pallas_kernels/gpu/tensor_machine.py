@@ -7,8 +7,8 @@ import typing
 
 from jax.experimental.mosaic.gpu import utils
 
-from pallas_kernels.simt import Value
-from pallas_kernels.simt_machine import Machine
+from pallas_kernels.gpu.machine import Machine
+from pallas_kernels.gpu.simt import Value
 
 
 class TensorMachine(Machine):

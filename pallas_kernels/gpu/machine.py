@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 
-from pallas_kernels.simt import Value
+from pallas_kernels.gpu.simt import Value
 
 ALL_LANES = 0xFFFFFFFF
 MULTIPROCESSORS = 132
