@@ -18,8 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from pallas_kernels import paging
-from pallas_kernels.sparse_attention.mosaic_tpu import LANES, MASKED, check, precision
-from pallas_kernels.tpu import vmem_limit
+from pallas_kernels.tpu import LANES, MASKED, check_attention, precision, vmem_limit
 
 _QUERIES = 256
 """Queries that share one reading of the pages."""
@@ -66,7 +65,7 @@ def paged_flash_attention(
     """See `api.paged_flash_attention`."""
     batch, queries, heads, dim = q.shape
     kv_heads, page_size = kv.shape[2] // 2, kv.shape[1]
-    check(q, kv)
+    check_attention(q, kv)
     group = heads // kv_heads
     if _ROWS % group or _CHUNK % page_size:
         raise NotImplementedError(f"{heads} heads on {kv_heads}, pages of {page_size}")

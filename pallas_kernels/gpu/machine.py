@@ -13,12 +13,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 
+from pallas_kernels.gpu.hopper import MULTIPROCESSORS, SHARED_BYTES
+from pallas_kernels.gpu.mlir import byte_offset, global_pointer
 from pallas_kernels.gpu.simt import Value
 
 ALL_LANES = 0xFFFFFFFF
-MULTIPROCESSORS = 132
-SHARED_WORDS = 227 * 256
-"""Words of shared memory that a block can have."""
+SHARED_WORDS = SHARED_BYTES // 4
+"""Words of shared memory that one block can have."""
 
 
 class Machine:
@@ -90,13 +91,13 @@ class Machine:
 
     def row(self, ref, index, size):
         """Pointer to row `index` of `ref`, rows of `size` words."""
-        base = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(ref))
+        base = global_pointer(ref)
         offset = arith.muli(arith.extui(self.i64, self.word(index).raw), arith.constant(self.i64, 4 * size))
-        return utils.getelementptr(base, [offset], ir.IntegerType.get_signless(8))
+        return byte_offset(base, offset)
 
     def _at(self, pointer, index):
         offset = arith.muli(arith.extui(self.i64, self.word(index).raw), arith.constant(self.i64, 4))
-        return utils.getelementptr(pointer, [offset], ir.IntegerType.get_signless(8))
+        return byte_offset(pointer, offset)
 
     def load_global(self, row, index):
         return Value(self, llvm.load(self.i32, self._at(row, index), alignment=4, invariant=True))

@@ -38,11 +38,13 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend import backend
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, nvvm
+from jaxlib.mlir.dialects import arith, memref, nvvm
+
+from pallas_kernels.gpu.hopper import MULTIPROCESSORS, SHARED_BYTES
+from pallas_kernels.gpu.mlir import byte_offset, const, global_pointer
 
 _SLAB = 64  # Elements in one 128-byte swizzled row: the step along the contracted axis, and the columns of one store.
 _WARPGROUP_ROWS = 64
-_SHARED_MEMORY = 227 * 1024
 _MAX_GROUPS = 1024
 
 
@@ -140,7 +142,7 @@ def _num_blocks() -> int:
     if device and device.num_cores:
         return device.num_cores
     device = backend.get_default_device()
-    return device.core_count if device.platform == "gpu" else 132
+    return device.core_count if device.platform == "gpu" else MULTIPROCESSORS
 
 
 @functools.lru_cache
@@ -158,7 +160,7 @@ def _build(rows, k, groups, columns, fused, config, num_blocks):
     store_slots = 2 if consumers > 1 else 1
     store_bytes = consumers * store_slots * _WARPGROUP_ROWS * _SLAB * bf16.itemsize
     table_size = 2 * (groups + 2) + 8
-    free_bytes = _SHARED_MEMORY - store_bytes - pl.cdiv(4 * table_size, 1024) * 1024 - 512
+    free_bytes = SHARED_BYTES - store_bytes - pl.cdiv(4 * table_size, 1024) * 1024 - 512
     stages = config.stages or min(free_bytes // stage_bytes, 2 * k_steps, 16)
     if stages < 2:
         raise NotImplementedError(f"tiles of {tile_m} x {halves} x {tile_n} do not fit into shared memory")
@@ -345,11 +347,6 @@ def _scan_groups(sizes, table, rows, tile_m):
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 2)
     def run(_, sizes, table):
-        i32 = ir.IntegerType.get_signless(32)
-
-        def const(value):
-            return arith.constant(i32, value)
-
         def load(ref, at):
             return memref.load(ref, [arith.index_cast(ir.IndexType.get(), at)])
 
@@ -409,7 +406,7 @@ def _store_masked(out, values, row, column, count):
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA) + (plgpu.Layout.WG_SPLAT,) * 3)
     def run(_, out, values, row, column, count):
-        i32, i64, i8 = (ir.IntegerType.get_signless(bits) for bits in (32, 64, 8))
+        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
         row, column, count = (x.registers.item() for x in (row, column, count))
         width, pitch = values.shape[1], ir.MemRefType(out.type).shape[1]
         # A register holds two neighbours in a row; where it lies is a thread's own offset plus one known here.
@@ -419,14 +416,13 @@ def _store_masked(out, values, row, column, count):
             arith.muli(arith.extui(i64, arith.addi(row, own_row)), arith.constant(i64, pitch)),
             arith.extui(i64, arith.addi(column, own_column)),
         )
-        base = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(out))
-        base = utils.getelementptr(base, [arith.muli(element, arith.constant(i64, 2))], i8)
+        base = byte_offset(global_pointer(out), arith.muli(element, arith.constant(i64, 2)))
         room = arith.subi(count, own_row)
         for at, register in np.ndenumerate(values.registers):
             rows_on, columns_on = divmod(sum(i * s for i, s in zip(at, strides, strict=True)), width)
             utils.inline_ptx(
                 "st.global.b32 [$0], $1;",
-                utils.getelementptr(base, [arith.constant(i64, 2 * (rows_on * pitch + columns_on))], i8),
+                byte_offset(base, arith.constant(i64, 2 * (rows_on * pitch + columns_on))),
                 utils.bitcast(register, i32),
                 predicate=arith.cmpi(arith.CmpIPredicate.slt, arith.constant(i32, rows_on), room),
                 has_side_effects=True,

@@ -21,9 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import vmem_limit
+from pallas_kernels.tpu import LANES, vmem_limit
 
-_LANES = 128
 _TILE = 256  # keys of one product: the width of the larger systolic arrays
 _QUERIES = 256  # of one block
 _PREFILL_KEYS, _DECODE_KEYS = 4096, 8192  # of one step: copies of so many pages are under way while a step is computed
@@ -53,20 +52,20 @@ def indexer_scores(
         raise NotImplementedError("takes keys without scales")
     if q.dtype != jnp.bfloat16 or keys.dtype != jnp.bfloat16:
         raise NotImplementedError(f"takes bf16 queries and keys, not {q.dtype} and {keys.dtype}")
-    if dim not in (_LANES // 2, _LANES):
+    if dim not in (LANES // 2, LANES):
         raise NotImplementedError(f"takes keys of 64 or 128 elements, not of {dim}")
-    rows = page_size * dim // _LANES
+    rows = page_size * dim // LANES
     if rows % 16 or _PREFILL_KEYS % page_size:
         raise NotImplementedError(
-            f"takes pages of {16 * _LANES // dim} to {_PREFILL_KEYS} positions, not of {page_size}"
+            f"takes pages of {16 * LANES // dim} to {_PREFILL_KEYS} positions, not of {page_size}"
         )
     block = 1 if queries == 1 else min(_QUERIES, pl.cdiv(queries, 16) * 16)
     blocks = pl.cdiv(queries, block)
     padding = (0, block * blocks - queries)
-    q = jnp.pad(jnp.swapaxes(q, 1, 2), ((0, 0), (0, 0), padding, (0, _LANES - dim)))
+    q = jnp.pad(jnp.swapaxes(q, 1, 2), ((0, 0), (0, 0), padding, (0, LANES - dim)))
     gates = jnp.pad(weights.astype(jnp.float32) * scale, ((0, 0), padding, (0, 0)))
     if block == 1:
-        q, gates = q.reshape(batch, 1, heads, _LANES), jnp.swapaxes(gates, 1, 2)
+        q, gates = q.reshape(batch, 1, heads, LANES), jnp.swapaxes(gates, 1, 2)
     length = pages * page_size
     step = min(_DECODE_KEYS if block == 1 else _PREFILL_KEYS, pl.cdiv(length, _TILE) * _TILE)
     unroll = _DECODE_UNROLL if block == 1 else _PREFILL_UNROLL
@@ -84,8 +83,8 @@ def indexer_scores(
             ],
             out_specs=pl.BlockSpec((None, block, step), lambda b, i, j, start: (b, i, j)),
             scratch_shapes=[
-                pltpu.VMEM((2, step * dim // _LANES, _LANES), keys.dtype),
-                pltpu.VMEM((heads, block, _LANES) if block > 1 else (1, heads, _LANES), jnp.float32),
+                pltpu.VMEM((2, step * dim // LANES, LANES), keys.dtype),
+                pltpu.VMEM((heads, block, LANES) if block > 1 else (1, heads, LANES), jnp.float32),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
@@ -104,7 +103,7 @@ def indexer_scores(
         name="indexer_scores",
     )
     # The memory of these keys is the same; a row of 128 is what copies and registers are made of.
-    keys = keys.reshape(-1, rows, _LANES)
+    keys = keys.reshape(-1, rows, LANES)
     return call(query_start.astype(jnp.int32), table[:, None], q, gates, keys)
 
 
@@ -139,7 +138,7 @@ def _kernel(
     b, i, j = (pl.program_id(axis) for axis in range(3))
     first_query = _query_start(start_ref, b) + i * block
     seen_steps = (first_query + block - 1) // step + 1
-    per_step, rows = step // page_size, page_size * dim // _LANES
+    per_step, rows = step // page_size, page_size * dim // LANES
 
     def copies(step_index, each):
         slot = step_index % 2
@@ -175,9 +174,9 @@ def _kernel(
         @pl.loop(0, tiles, unroll=math.gcd(tiles, unroll))
         def _(tile):
             first = pl.multiple_of(tile * _TILE, _TILE)
-            keys = buffer[slot, pl.ds(pl.multiple_of(first * dim // _LANES, _TILE // 2), _TILE * dim // _LANES)]
-            keys = keys if dim == _LANES else _one_key_a_row(keys)
-            q = q_ref[...].reshape(-1, _LANES)
+            keys = buffer[slot, pl.ds(pl.multiple_of(first * dim // LANES, _TILE // 2), _TILE * dim // LANES)]
+            keys = keys if dim == LANES else _one_key_a_row(keys)
+            q = q_ref[...].reshape(-1, LANES)
             dots = lax.dot_general(
                 q,
                 keys,
@@ -186,7 +185,7 @@ def _kernel(
                 preferred_element_type=jnp.float32,
             )
             dots = jnp.maximum(dots.reshape(*spread.shape[:2], _TILE), 0.0)
-            parts = [dots[..., lanes : lanes + _LANES] * spread[...] for lanes in range(0, _TILE, _LANES)]
+            parts = [dots[..., lanes : lanes + LANES] * spread[...] for lanes in range(0, _TILE, LANES)]
             scores = jnp.concatenate([jnp.sum(part, axis=0 if block > 1 else 1) for part in parts], axis=1)
             positions = j * step + first + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
             visible = positions <= first_query + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
@@ -197,6 +196,6 @@ def _one_key_a_row(pairs: jax.Array) -> jax.Array:
     """bf16 `[r, 128]`, two keys of 64 a row, to `[2 * r, 128]`, a key and zeros a row."""
     bits = lax.bitcast_convert_type(pairs.astype(jnp.float32), jnp.uint32)
     # A 32-bit word of a register holds the elements of two rows.
-    words = (bits >> 16) | pltpu.roll(bits, _LANES // 2, 1)
+    words = (bits >> 16) | pltpu.roll(bits, LANES // 2, 1)
     lane = lax.broadcasted_iota(jnp.int32, words.shape, 1)
-    return pltpu.bitcast(jnp.where(lane < _LANES // 2, words, 0), jnp.bfloat16)
+    return pltpu.bitcast(jnp.where(lane < LANES // 2, words, 0), jnp.bfloat16)

@@ -23,9 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import vmem_limit
+from pallas_kernels.tpu import LANES, vmem_limit
 
-_LANES = 128
 _CHUNK = 8 * 4096  # scores of a turn of a pass's loop, over all rows side by side
 _PART = 8 * 512  # those that one vector of counts is for: few enough for registers, enough to be independent
 _LOWEST = -(2**31)
@@ -189,24 +188,24 @@ def _threshold_kernel(lengths_ref, scores_ref, threshold_ref, last_ref, keys_ref
 def _lists(rows: jax.Array, lengths: jax.Array, threshold: jax.Array, last_tie: jax.Array, k: int) -> jax.Array:
     """Positions int32 `[rows, k]` of what the threshold, as a key, and the last tie select; -1 behind them."""
     count, size = rows.shape
-    tiles = pl.cdiv(size, 16 * _LANES) * 16
-    slots = pl.cdiv(k, _LANES) * _LANES
-    rows = jnp.pad(rows, ((0, 0), (0, tiles * _LANES - size))).reshape(count, tiles, _LANES)
+    tiles = pl.cdiv(size, 16 * LANES) * 16
+    slots = pl.cdiv(k, LANES) * LANES
+    rows = jnp.pad(rows, ((0, 0), (0, tiles * LANES - size))).reshape(count, tiles, LANES)
     limit = vmem_limit()
-    if 24 * 4 * tiles * _LANES > limit:
+    if 24 * 4 * tiles * LANES > limit:
         raise NotImplementedError(f"VMEM holds lists of rows of up to {limit // 96:,} positions, not of {size:,}")
     positions = pl.pallas_call(
         _list_kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(count,),
-            in_specs=[pl.BlockSpec((None, tiles, _LANES), lambda row, *_: (row, 0, 0))],
+            in_specs=[pl.BlockSpec((None, tiles, LANES), lambda row, *_: (row, 0, 0))],
             out_specs=pl.BlockSpec((None, 1, slots), lambda row, *_: (row, 0, 0)),
         ),
         out_shape=jax.ShapeDtypeStruct((count, 1, slots), jnp.int32),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=limit),
         cost_estimate=pl.CostEstimate(
-            flops=2 * count * tiles * _LANES * (slots + 2 * _LANES),
+            flops=2 * count * tiles * LANES * (slots + 2 * LANES),
             bytes_accessed=4 * count * (size + slots),
             transcendentals=0,
         ),
@@ -221,11 +220,11 @@ def _list_kernel(threshold_ref, last_ref, lengths_ref, scores_ref, positions_ref
     threshold, last, length = threshold_ref[row], last_ref[row], lengths_ref[row]
     keys = _sort_key(scores_ref[...])
     tile = lax.broadcasted_iota(jnp.int32, keys.shape, 0)
-    position = tile * _LANES + lax.broadcasted_iota(jnp.int32, keys.shape, 1)
+    position = tile * LANES + lax.broadcasted_iota(jnp.int32, keys.shape, 1)
     chosen = (keys > threshold) | ((keys == threshold) & (position <= last))
     chosen = jnp.where(chosen & (position < length), 1.0, 0.0)
     # Products of zeros, ones and sums up to 128 are exact in the bfloat16 that a systolic array multiplies.
-    square = (_LANES, _LANES)
+    square = (LANES, LANES)
     earlier = lax.broadcasted_iota(jnp.int32, square, 0) <= lax.broadcasted_iota(jnp.int32, square, 1)
     earlier = jnp.where(earlier, 1.0, 0.0)
     within = jnp.dot(chosen, earlier, precision=lax.Precision.DEFAULT)
@@ -237,8 +236,8 @@ def _list_kernel(threshold_ref, last_ref, lengths_ref, scores_ref, positions_ref
         distance *= 2
     before = upto - totals.astype(jnp.int32)
     within = jnp.transpose(within)
-    lane = lax.broadcasted_iota(jnp.int32, (1, _LANES), 1)
-    for first in range(0, positions_ref.shape[1], _LANES):
+    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    for first in range(0, positions_ref.shape[1], LANES):
         rank = first + lane
         holds = (before <= rank) & (rank < upto)
         own_tile = jnp.sum(jnp.where(holds, tile, 0), axis=0, keepdims=True)
@@ -247,4 +246,4 @@ def _list_kernel(threshold_ref, last_ref, lengths_ref, scores_ref, positions_ref
         sums = jnp.dot(within, one_hot, precision=lax.Precision.DEFAULT).astype(jnp.int32)
         offset = jnp.sum(jnp.where(sums <= rank - own_before, 1, 0), axis=0, keepdims=True)
         found = jnp.sum(jnp.where(holds, 1, 0), axis=0, keepdims=True) > 0
-        positions_ref[:, pl.ds(first, _LANES)] = jnp.where(found, own_tile * _LANES + offset, -1)
+        positions_ref[:, pl.ds(first, LANES)] = jnp.where(found, own_tile * LANES + offset, -1)

@@ -17,12 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import paging
+from pallas_kernels.tpu import LANES, MASKED, check_attention, precision
 
 _CHUNK = 512
 _UNROLL = 8
-LANES = 128
-MASKED = -1e30
-"""Added to logits of keys that do not count. Finite: -inf would make NaN of rows that see nothing."""
 
 
 def sparse_attention(
@@ -31,7 +29,7 @@ def sparse_attention(
     """See `api.sparse_attention`."""
     batch, queries, heads, dim = q.shape
     kv_heads, top_k = kv.shape[2] // 2, indices.shape[-1]
-    check(q, kv)
+    check_attention(q, kv)
     total = batch * queries
     chunk = min(_CHUNK, -(-top_k // LANES) * LANES)
     padding = -top_k % chunk
@@ -49,21 +47,6 @@ def sparse_attention(
         scale=scale,
     )
     return out.reshape(q.shape), lse[..., 0].reshape(q.shape[:3])
-
-
-def check(q: jax.Array, kv: jax.Array) -> None:
-    """Raises NotImplementedError for what no attention kernel for TPUs takes."""
-    if q.dtype != kv.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"queries {q.dtype} and keys {kv.dtype}: both must be bfloat16 or both float32")
-    if jax.default_backend() == "tpu" and (q.shape[-1] % LANES or kv.shape[1] % 8):
-        raise NotImplementedError(
-            f"keys and values {kv.shape[1:]} of a page: a TPU copies a multiple of 8 rows of a multiple of 128 elements"
-        )
-
-
-def precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    """Float32 products stay float32; those of bfloat16 are exact as they are."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 @functools.partial(jax.jit, static_argnames=("chunk", "scale"))

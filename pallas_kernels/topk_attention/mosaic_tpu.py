@@ -25,8 +25,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import paging
 from pallas_kernels.select_topk.mosaic_tpu import select_threshold, select_topk
-from pallas_kernels.sparse_attention.mosaic_tpu import LANES, MASKED, check, precision, sparse_attention
-from pallas_kernels.tpu import vmem_limit
+from pallas_kernels.sparse_attention.mosaic_tpu import sparse_attention
+from pallas_kernels.tpu import LANES, MASKED, check_attention, precision, vmem_limit
 
 GROUP = 16
 """Queries that share their union: times 8 heads, the rows of a matrix unit."""
@@ -106,7 +106,7 @@ def threshold_attention(
     """
     batch, queries, heads, dim = q.shape
     kv_heads, page_size = kv.shape[2] // 2, kv.shape[1]
-    check(q, kv)
+    check_attention(q, kv)
     rows = GROUP * heads // kv_heads
     if rows % 8 or config.chunk % page_size:
         raise NotImplementedError(f"{heads} heads on {kv_heads}, pages of {page_size}")

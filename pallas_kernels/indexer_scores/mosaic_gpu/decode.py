@@ -15,8 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu.hopper import MULTIPROCESSORS
 from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import load_row, load_scales, store_row, sum_heads_in_quad
-from pallas_kernels.indexer_scores.mosaic_gpu.products import CTAS, ROWS, finish_dots, start_dots, sync_warpgroup
+from pallas_kernels.indexer_scores.mosaic_gpu.products import ROWS, finish_dots, start_dots, sync_warpgroup
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "fill"))
@@ -46,7 +47,7 @@ def decode_scores(q, weights, keys, page_table, query_start, key_scales, *, scal
 
         def segments(body, steps_of):
             total = lax.fori_loop(0, batch, lambda b, n: n + steps_of(b), int32(0))
-            share, rest = total // CTAS, lax.rem(total, int32(CTAS))
+            share, rest = total // MULTIPROCESSORS, lax.rem(total, int32(MULTIPROCESSORS))
             first = cta * share + jnp.minimum(cta, rest)
             end = first + share + (cta < rest).astype(int32)
 
@@ -153,7 +154,7 @@ def decode_scores(q, weights, keys, page_table, query_start, key_scales, *, scal
     call = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((batch, 1, length), jnp.float32),
-        grid=(CTAS,),
+        grid=(MULTIPROCESSORS,),
         grid_names=("cta",),
         num_threads=groups + 1,
         thread_name="wg",

@@ -9,7 +9,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.indexer_scores.mosaic_gpu.products import FRAGMENT, ROWS, const, fragment, scalars, thread_position
+from pallas_kernels.gpu.mlir import const, global_pointer
+from pallas_kernels.indexer_scores.mosaic_gpu.products import FRAGMENT, ROWS, fragment, scalars, thread_position
 
 SPLAT = plgpu.Layout.WG_SPLAT
 STAGE_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
@@ -81,7 +82,7 @@ def store(out, scores, first_query, first_key, first_position, *, masked):
         def wide(v):
             return arith.extui(i64, v)
 
-        base = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(out))
+        base = global_pointer(out)
         lane_offset = arith.addi(arith.muli(wide(arith.addi(first_query, column)), const(length, 64)), wide(row))
         pointer = utils.getelementptr(utils.getelementptr(base, [lane_offset], f32), [wide(first_key)], f32)
         infinity = arith.constant(f32, float("-inf"))
@@ -216,7 +217,7 @@ def store_row(out, scores, first_key, position, *, masked):
         if masked:
             visible = arith.cmpi(arith.CmpIPredicate.sle, key, position.registers.item())
             value = arith.select(visible, value, arith.constant(f32, float("-inf")))
-        base = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(out))
+        base = global_pointer(out)
         writes = arith.extui(i32, arith.cmpi(arith.CmpIPredicate.sle, column, const(2)))
         llvm.inline_asm(
             ir.Type.parse("!llvm.void"),

@@ -26,6 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu.hopper import MULTIPROCESSORS, SHARED_BYTES
 from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import (
     STAGE_TRANSFORMS,
     load_gates,
@@ -34,11 +35,12 @@ from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import (
     store,
     sum_heads,
 )
-from pallas_kernels.indexer_scores.mosaic_gpu.products import CTAS, ROWS, finish_dots, start_dots, sync_warpgroup
+from pallas_kernels.indexer_scores.mosaic_gpu.products import ROWS, finish_dots, start_dots, sync_warpgroup
 
 _WIDTH = 8  # queries of one warpgroup
 _COLUMNS = 128  # largest N of one product
-_SHARED_BYTES = 225 * 1024
+_FREE_BYTES = SHARED_BYTES - 2 * 1024
+"""Shared memory for arrays; the rest is for barriers."""
 
 
 def _cdiv(a, b):
@@ -62,7 +64,7 @@ def _choose(queries: int, heads: int, row_bytes: int, length: int) -> _Config:
         shared = (
             groups * heads * _WIDTH * row_bytes + stages * step * (row_bytes + 4) + (2 * groups + 1) * _WIDTH * step * 4
         )
-        if groups <= most and length % step == 0 and shared <= _SHARED_BYTES:
+        if groups <= most and length % step == 0 and shared <= _FREE_BYTES:
             return _Config(groups, tiles, stages, depth)
     raise NotImplementedError(f"{heads} heads of {row_bytes} bytes do not fit shared memory")
 
@@ -103,7 +105,7 @@ def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, sca
         def segments(body, steps_of):
             """Calls body(sequence, block, first step, end, carry) for each block this CTA has a part of."""
             total = lax.fori_loop(0, batch, lambda b, n: n + steps_of(b), int32(0)) * blocks
-            share, rest = total // CTAS, lax.rem(total, int32(CTAS))
+            share, rest = total // MULTIPROCESSORS, lax.rem(total, int32(MULTIPROCESSORS))
             first = cta * share + jnp.minimum(cta, rest)
             end = first + share + (cta < rest).astype(int32)
 
@@ -277,7 +279,7 @@ def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, sca
     call = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((batch, queries, length), jnp.float32),
-        grid=(CTAS,),
+        grid=(MULTIPROCESSORS,),
         grid_names=("cta",),
         num_threads=c.groups + 1,
         thread_name="wg",

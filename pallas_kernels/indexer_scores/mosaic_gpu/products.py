@@ -10,14 +10,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from pallas_kernels.gpu.mlir import const
+
 FRAGMENT = plgpu.Layout._WGMMA_ACC_32BIT
 """A [64, n] array as wgmma leaves it, one fp32 register an element: pairs would make ptxas serialise wgmma."""
 ROWS = 64  # keys on the M side of one wgmma
-CTAS = 132
-
-
-def const(value, bits=32):
-    return arith.constant(ir.IntegerType.get_signless(bits), value)
 
 
 def scalars(array):

@@ -6,7 +6,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gpu.machine import MULTIPROCESSORS, SHARED_WORDS, launch
+from pallas_kernels.gpu.hopper import MULTIPROCESSORS
+from pallas_kernels.gpu.machine import SHARED_WORDS, launch
 from pallas_kernels.select_topk.mosaic_gpu.few_rows import few_rows_plan, select_few_rows
 from pallas_kernels.select_topk.mosaic_gpu.row_reader import HIGHEST, Plan
 from pallas_kernels.select_topk.mosaic_gpu.row_selection import RowSelection

@@ -19,7 +19,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gpu.machine import MULTIPROCESSORS, launch
+from pallas_kernels.gpu.hopper import MULTIPROCESSORS
+from pallas_kernels.gpu.machine import launch
 from pallas_kernels.gpu.simt import warp_scan
 from pallas_kernels.select_topk.mosaic_gpu.row_reader import HIGHEST, sort_key
 

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.gpu.machine import MULTIPROCESSORS, launch
+from pallas_kernels.gpu.hopper import MULTIPROCESSORS
+from pallas_kernels.gpu.machine import launch
 from pallas_kernels.gpu.tensor_machine import TensorMachine
 from pallas_kernels.sparse_attention.mosaic_gpu.attend import check
 from pallas_kernels.sparse_attention.mosaic_gpu.gather import DIM
