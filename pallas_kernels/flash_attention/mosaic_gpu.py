@@ -10,5 +10,5 @@ def paged_flash_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_flash_attention`; one query a sequence."""
     if q.shape[1] != 1:
-        raise NotImplementedError(f"one query a sequence, not {q.shape[1]}")
+        raise NotImplementedError(f"one query per sequence, not {q.shape[1]}")
     return attend_all(q, kv, page_table, query_start[:, None] + 1, scale=scale)

@@ -48,8 +48,9 @@ class TestIndexerScores:
         q, weights, keys = inputs
         start = np.asarray(start, np.int32)
         pages, table = to_pages(np.random.default_rng(1), keys, 64)
-        args = (jnp.asarray(q, dtype), jnp.asarray(weights), jnp.asarray(pages, dtype), table, start)
-        got = np.asarray(indexer_scores(*args, scale=0.125, implementation=implementation))
+        arrays = jnp.asarray(q, dtype), jnp.asarray(weights), jnp.asarray(pages, dtype), jnp.asarray(table)
+        got = indexer_scores(*arrays, jnp.asarray(start), scale=0.125, implementation=implementation)
+        got = np.asarray(got)
         expected = oracle(q, weights, keys, start, 0.125)
         assert got.shape[-1] == table.shape[1] * 64
         np.testing.assert_array_equal(np.isneginf(got[..., : keys.shape[1]]), np.isneginf(expected))

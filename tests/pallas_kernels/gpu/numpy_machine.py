@@ -63,6 +63,8 @@ class NumpyMachine:
                     r = a >> np.minimum(b, 31)
                 case "sar":
                     r = a.astype(np.int32) >> b.astype(np.int32)
+                case _:
+                    raise ValueError(name)
         return self._value(r.view(U32) if r.dtype == np.int32 else r)
 
     def compare(self, name, a, b):
@@ -292,6 +294,8 @@ class NumpyTensorMachine(NumpyMachine):
                     r = np.exp2(a)
                 case "log2":
                     r = np.log2(a)
+                case _:
+                    raise ValueError(name)
         return self._value(r.astype(np.float32).view(U32))
 
     def pack_bfloat16(self, low, high):
