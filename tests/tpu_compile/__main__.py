@@ -16,7 +16,7 @@ from tests.tpu_compile.compiler import CLOCK_HZ, TOPOLOGIES, Compiler, Figures, 
 
 
 def main() -> int:
-    """Parses the command line, compiles and prints. Returns 1 if a program does not compile or takes too much memory."""
+    """Parses the command line, compiles and prints; returns 1 if a program fails or takes too much memory."""
     parser = argparse.ArgumentParser(prog="python -m tests.tpu_compile", description=__doc__)
     parser.add_argument("--kernel", action="append", help="compile only this kernel; may be repeated")
     parser.add_argument(
