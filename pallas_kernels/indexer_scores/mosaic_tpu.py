@@ -1,13 +1,14 @@
 """Indexer scores on TPUs, in Pallas Mosaic TPU.
 
-A grid step scores a block of queries against a step of keys. The keys' pages are copied one by one through the page
-table into one of two buffers, those of the next step while this one is computed. Queries are laid out [head, query] in
-rows, keys in lanes, so the sum over heads adds whole vector registers; gates are spread over lanes once for a block of
-queries. With one query a sequence, as in decode, the heads alone are the rows and their sum runs within registers.
+A grid step scores a block of queries against a step of keys. The keys' pages are copied one by one, through the page
+table, to one of two buffers. The next step's pages are copied while a step is computed. Queries are in rows, in the
+order [head, query], and keys in lanes, so the sum over heads adds whole vector registers. Gates are spread over lanes
+once per block of queries. With one query per sequence, as in decode, the heads alone are the rows, and their sum runs
+within registers.
 
-Memory of a TPU is in rows of 128: two keys of 64 share one. They are taken apart in registers (`_one_key_a_row`), which
-costs little beside 16 heads' products. The products fill half of a 128 x 128 systolic array and a quarter of one of
-256 x 256, whose depth is more than the 64 elements of a key. That bounds prefill.
+A TPU's memory has rows of 128 elements, so two keys of 64 share a row. They are separated in registers
+(`_one_key_a_row`), which costs little beside the products of 16 heads. The products fill half of a 128 x 128 systolic
+array and a quarter of a 256 x 256 one, because a key has only 64 elements for the array's depth. That bounds prefill.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import LANES, vmem_limit
 
-_TILE = 256  # keys of one product: the width of the larger systolic arrays
-_QUERIES = 256  # of one block
-_PREFILL_KEYS, _DECODE_KEYS = 4096, 8192  # of one step: copies of so many pages are under way while a step is computed
-_PREFILL_UNROLL, _DECODE_UNROLL = 2, 16  # tiles of keys
+_TILE = 256  # Keys of one product: the width of the larger systolic arrays.
+_QUERIES = 256  # Queries of one block.
+_PREFILL_KEYS, _DECODE_KEYS = 4096, 8192  # Keys of one step; while it is computed, the next step's keys are copied.
+_PREFILL_UNROLL, _DECODE_UNROLL = 2, 16  # Tiles of keys.
 
 
 def indexer_scores(
@@ -40,10 +41,10 @@ def indexer_scores(
     key_scales: jax.Array | None = None,
     fill: bool = True,
 ) -> jax.Array:
-    """See `api.indexer_scores`; fills always.
+    """See `api.indexer_scores`. It ignores `fill` and always fills.
 
     Raises:
-      NotImplementedError: dtypes or sizes that this kernel is not made for.
+      NotImplementedError: dtypes or sizes that the kernel does not take.
     """
     del fill
     batch, queries, heads, dim = q.shape
@@ -91,7 +92,7 @@ def indexer_scores(
         out_shape=jax.ShapeDtypeStruct((batch, queries, length), jnp.float32),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            # No more than it needs: XLA keeps other arrays of a step in the rest.
+            # The kernel needs no more. XLA keeps other arrays of a step in the rest.
             vmem_limit_bytes=min(vmem_limit(), 32 * 2**20),
             disable_bounds_checks=True,
         ),
@@ -102,13 +103,13 @@ def indexer_scores(
         ),
         name="indexer_scores",
     )
-    # The memory of these keys is the same; a row of 128 is what copies and registers are made of.
+    # The same bytes as rows of 128, the unit of copies and registers.
     keys = keys.reshape(-1, rows, LANES)
     return call(query_start.astype(jnp.int32), table[:, None], q, gates, keys)
 
 
 def _block_of(array: jax.Array, block: int) -> tuple[int, ...]:
-    """`array`'s sizes after the first, with `block` queries."""
+    """The sizes of `array` after the first axis, with `block` queries."""
     if block == 1:
         return array.shape[1:]
     return (block, array.shape[2]) if array.ndim == 3 else (array.shape[1], block, array.shape[3])
@@ -193,7 +194,7 @@ def _kernel(
 
 
 def _one_key_a_row(pairs: jax.Array) -> jax.Array:
-    """bf16 `[r, 128]`, two keys of 64 a row, to `[2 * r, 128]`, a key and zeros a row."""
+    """bf16 `[r, 128]` with two keys of 64 per row, to `[2 * r, 128]` with one key and zeros per row."""
     bits = lax.bitcast_convert_type(pairs.astype(jnp.float32), jnp.uint32)
     # A 32-bit word of a register holds the elements of two rows.
     words = (bits >> 16) | pltpu.roll(bits, LANES // 2, 1)

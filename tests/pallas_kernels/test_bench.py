@@ -20,7 +20,7 @@ class TestTiming:
         assert 0 < small < large
 
     def test_calls_of_a_program_are_not_merged(self, monkeypatch):
-        """Not even where memory is too short for copies, and all calls are given the same arrays."""
+        """Not even if memory is too small for copies and all calls get the same arrays."""
         monkeypatch.setattr(timing, "COPIES_BYTES", 0)
         matrix = jnp.ones((64, 64))
         inputs = timing.copies((matrix, matrix), 5)
@@ -149,7 +149,7 @@ class TestPlot:
 
 
 def refusal(monkeypatch, capsys, *arguments):
-    """What the command says on stderr when it refuses its arguments."""
+    """The command's message on stderr when it refuses its arguments."""
     monkeypatch.setattr(sys, "argv", ["bench", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()

@@ -1,7 +1,7 @@
-"""Gathering rows of keys and values into tensor-core tiles: the instructions that Pallas has no operation for.
+"""Gathers rows of keys and values into tensor-core tiles, with instructions that Pallas has no operation for.
 
-Copies of 16 bytes into chosen addresses, arrivals on their completion, and the masks that lie beside the keys. The
-128 threads of the producer warpgroup run these; `wait_full` is for the others.
+These are copies of 16 bytes to chosen addresses, arrivals at barriers when copies complete, and the masks beside the
+keys. The 128 threads of the producer warpgroup run these functions; the other warpgroups run `wait_full`.
 """
 
 # The types of Pallas' decorators and transforms are not yet complete.
@@ -40,7 +40,7 @@ def _full_barrier(full: ir.Value, stage: ir.Value) -> ir.Value:
 
 
 def init_barriers(full, stages: int) -> None:
-    """Sets the barriers in `full` up for two arrivals of each producer thread: its part of the mask, its copies."""
+    """Prepares the barriers in `full`. Each producer thread arrives twice: for its part of the mask and its copies."""
 
     @plgpu.inline_mgpu(arg_types=(_REF,))
     def init(_, full):
@@ -52,7 +52,7 @@ def init_barriers(full, stages: int) -> None:
 
 
 def wait_full(full, stage, parity) -> None:
-    """Waits until the copies into a stage have arrived, and orders them before the tensor cores' reads."""
+    """Waits until the copies to a stage have arrived, and orders them before the tensor cores' reads."""
 
     @plgpu.inline_mgpu(arg_types=(_REF, _SCALAR, _SCALAR))
     def wait(_, full, stage, parity):
@@ -64,7 +64,7 @@ def wait_full(full, stage, parity) -> None:
 
 
 def finish_copies() -> None:
-    """Waits for all copies of this thread, which must not end before them."""
+    """Waits for all copies of this thread. A thread must not end before its copies."""
 
     @plgpu.inline_mgpu()
     def finish(_):
@@ -75,7 +75,7 @@ def finish_copies() -> None:
 
 
 def read_lists(slots, members, group, tile, count):
-    """Reads row numbers (8 keys a thread) and membership words (a key for two threads) of a tile; 0 for no key."""
+    """Reads a tile's row numbers (8 keys per thread) and membership words (two threads per key; 0 where no key is)."""
 
     @plgpu.inline_mgpu(
         arg_types=(_REF, _REF, _SCALAR, _SCALAR, _SCALAR),
@@ -116,7 +116,7 @@ def read_lists(slots, members, group, tile, count):
 
 
 def write_mask(words, mask_smem, full, stage) -> None:
-    """Writes the addends `[64 keys, 16 queries]` of a tile, 0 for members and -1e30 for others; then arrives.
+    """Writes a tile's mask `[64 keys, 16 queries]`: 0 for members and -1e30 for others. Then arrives at the barrier.
 
     Thread t writes queries 8 * (t % 2) to 8 * (t % 2) + 7 of key t // 2.
     """
@@ -156,10 +156,10 @@ def write_mask(words, mask_smem, full, stage) -> None:
 
 
 def gather_tile(pool, ids, k_smem, v_smem, full, head, tile, stage, count) -> None:
-    """Starts the copies of a tile of 64 keys and values into a stage, by 128 threads; they arrive when done.
+    """Starts the copies of a tile of 64 keys and values to a stage, by 128 threads. They arrive at the barrier.
 
     Thread t copies 16-byte chunk t % 16 of keys 8 * (t // 16) to 8 * (t // 16) + 7, and of their values. Where there is
-    no key (a slot below 0, or at `count` and later) the copy writes zeros. Row r, chunk c of a tile lies at
+    no key (a slot below 0, or entry `count` and later), the copy writes zeros. Chunk c of row r of a tile is at byte
     ((r / 8) * 2 + c / 8) * 1024 + (r % 8) * 128 + ((c % 8) ^ (r % 8)) * 16.
     """
 

@@ -1,4 +1,4 @@
-"""A NumPy machine that runs the bodies of the selection kernels, all threads of a cluster in lockstep."""
+"""A NumPy machine that runs per-thread kernel bodies, all threads of a cluster in lockstep."""
 
 import contextlib
 
@@ -102,7 +102,7 @@ class NumpyMachine:
             assert (where[lanes] % 4 == 0).all()
             for i, word in enumerate(words):
                 self.copies.append((lanes, self.batch[lanes], where[lanes] + i, word.raw[lanes]))
-                self.memory[self.block[lanes], where[lanes] + i] = 0xFFFFFFFF  # what a read before the wait finds
+                self.memory[self.block[lanes], where[lanes] + i] = 0xFFFFFFFF  # A read before the wait finds this.
 
     def commit_copies(self):
         self.batch[self.active] += 1
