@@ -166,12 +166,10 @@ def plan_chunks(
         shared = []
         for index, first, end in spans:
             shape = dataclasses.replace(single_shape(end - first, width, prefill_chunk, step), dense=dense)
-            whole = chunk_tokens(end - first, prefill_chunk, step)
+            whole = prefill_chunk * step.size(step.query_sequence)
             alone = end if len(spans) == 1 else first + (end - first) // whole * whole
             if alone > first:
-                yield from _chunks(
-                    [(index, first, alone)], segments, dataclasses.replace(shape, dense=dense), step, pool_pages
-                )
+                yield from _chunks([(index, first, alone)], segments, shape, step, pool_pages)
             if end > alone:
                 shared.append((index, alone, end))
         if shared:
