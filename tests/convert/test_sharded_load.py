@@ -38,7 +38,8 @@ def test_shards_are_those_of_the_whole_and_each_chunk_is_read_once(tmp_path):
         from convert import load_params
         from convert.orbax_io import flatten
         from keye_jax.config import KeyeConfig
-        from keye_jax.sharding import Layout, ShardingConfig
+        from keye_jax.model.params import parameter_shardings
+        from keye_jax.sharding import MeshRules, ShardingConfig
 
         def bytes_read():
             metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
@@ -50,7 +51,7 @@ def test_shards_are_those_of_the_whole_and_each_chunk_is_read_once(tmp_path):
         rules = {"heads": "b", "kv_heads": "b", "experts": "a", "expert_hidden": "b", "vocab": ["a", "b"]}
         for rules in ({}, rules):
             file = ShardingConfig.from_dict({"mesh": {"a": 2, "b": 2}, "rules": rules})
-            shardings = Layout.create(file, config).parameters(config)
+            shardings = parameter_shardings(config, MeshRules.create(file, config))
             parts, wanted = flatten(load_params(sys.argv[1], config, shardings=shardings)), flatten(shardings)
             assert parts.keys() == whole.keys()
             for path, array in parts.items():

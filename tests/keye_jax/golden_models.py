@@ -72,20 +72,20 @@ class Trace:
       logits: `[t, vocab]`.
       scores: `[l, t, s]`, -inf after the query.
       selected: int32 `[l, t, top_k]`.
-      experts: int32 `[l, t, k]`.
+      hidden: `[l, t, embed]`.
     """
 
     logits: np.ndarray
     scores: np.ndarray
     selected: np.ndarray
-    experts: np.ndarray
+    hidden: np.ndarray
 
     @classmethod
     def join(cls, parts: list[Trace]) -> Trace:
         """The traces of parts, one after the other."""
         joined = {
             name: np.concatenate([getattr(part, name) for part in parts], axis=0 if name == "logits" else 1)
-            for name in ("logits", "scores", "selected", "experts")
+            for name in ("logits", "scores", "selected", "hidden")
         }
         return cls(**joined)
 
@@ -96,7 +96,7 @@ def _trace(logits: jax.Array, layers: tuple[LayerIntermediates, ...]) -> Trace:
         np.asarray(logits),
         np.stack([np.asarray(each.index_scores) for each in attention]),
         np.stack([np.asarray(each.selected) for each in attention]),
-        np.stack([np.asarray(layer.experts) for layer in layers]),
+        np.stack([np.asarray(layer.hidden) for layer in layers]),
     )
 
 

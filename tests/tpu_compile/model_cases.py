@@ -1,4 +1,4 @@
-"""A decoder layer and the vision encoder of the released model, as its runner calls them."""
+"""A decoder layer and the vision encoder of the released model, as the runtime calls them."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from keye_jax.config import KeyeConfig
-from keye_jax.kv_cache import PAGE_SIZE, LayerCache
-from keye_jax.model.attention import AttentionOptions, Placement
+from keye_jax.kv_cache import PAGE_SIZE, BatchMetadata, Pages
+from keye_jax.model.attention import AttentionOptions
+from keye_jax.model.context import PagedContext
 from keye_jax.model.decoder import DecoderLayer
 from keye_jax.model.vision import VisionEncoder
+from keye_jax.sharding import MeshRules, StepSharding
 from pallas_kernels.shapes import float32, int32, spec
 from tests.tpu_compile.cases import CompileCase
 
@@ -30,9 +32,12 @@ def _decoder_layer(batch: int, tokens: int, context: int, *, quick: bool = False
     options = AttentionOptions(implementation=IMPLEMENTATION)
     pages = context // PAGE_SIZE
 
-    def run(state, x, angles, index_angles, cache, placement):
-        # The cache is updated in place, as in the runner's steps.
-        return nnx.merge(graph, state)(x, angles, index_angles, cache, placement, options)[:2]
+    step = (StepSharding.prefill if tokens > 1 else StepSharding.decode)(MeshRules.single_device("tpu"))
+
+    def run(state, x, angles, index_angles, pages, batch):
+        # The pages are updated in place, as in the runtime's steps.
+        x, context, _ = nnx.merge(graph, state)(x, angles, index_angles, PagedContext(pages, batch), options, step)
+        return x, context.pages
 
     kv: Any = spec(batch * pages, PAGE_SIZE, 2 * CONFIG.num_key_value_heads, CONFIG.head_dim)
     index_keys: Any = spec(batch * pages, PAGE_SIZE, CONFIG.sa_config.indexer_head_dim)
@@ -43,8 +48,8 @@ def _decoder_layer(batch: int, tokens: int, context: int, *, quick: bool = False
         spec(batch, tokens, CONFIG.hidden_size),
         float32(batch, tokens, CONFIG.head_dim // 2),
         float32(batch, tokens, CONFIG.sa_config.indexer_head_dim // 2),
-        LayerCache(kv=kv, index_keys=index_keys),
-        Placement(page_table=page_table, start=per_sequence, count=per_sequence),
+        Pages(kv=kv, index_keys=index_keys),
+        BatchMetadata(page_table=page_table, start=per_sequence, count=per_sequence),
     )
     shape = f"{batch} x {tokens} tokens, {context // 1024}K"
     return CompileCase("decoder_layer", shape, run, arguments, donated=(4,), quick=quick)

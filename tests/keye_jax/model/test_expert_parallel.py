@@ -12,10 +12,10 @@ from flax import nnx
 from keye_jax.config import KeyeConfig
 from keye_jax.model import expert_parallel
 from keye_jax.model.moe import MoE
-from keye_jax.sharding import Layout, ShardingConfig
-from keye_jax.sharding.step import Parallel
+from keye_jax.sharding import MeshRules, ShardingConfig, StepSharding
 
-BATCH, TOKENS = 2, 16
+ROWS, TOKENS = 8, 4
+ONE = StepSharding.prefill(MeshRules.single_device())
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +23,9 @@ def config(golden):
     return dataclasses.replace(KeyeConfig.from_file(golden / "b"), dtype="float32")
 
 
-def parallel_of(config, exchange, rules):
+def step_of(config, exchange, rules):
     values = {"mesh": {"x": 2, "y": 2, "z": 2}, "rules": rules, "exchange": {"experts": exchange}}
-    return Parallel.of(Layout.create(ShardingConfig.from_dict(values), config), BATCH, TOKENS)
+    return StepSharding.prefill(MeshRules.create(ShardingConfig.from_dict(values), config))
 
 
 def steered(config, favourites):
@@ -39,7 +39,7 @@ def steered(config, favourites):
 
 
 def tokens(config, seed=0):
-    x = np.random.default_rng(seed).normal(size=(BATCH, TOKENS, config.hidden_size)).astype(np.float32)
+    x = np.random.default_rng(seed).normal(size=(ROWS, TOKENS, config.hidden_size)).astype(np.float32)
     x[..., 0] = 1
     return jnp.asarray(x)
 
@@ -51,9 +51,9 @@ def _turns_of_a_few_rows():
         yield
 
 
-@functools.partial(jax.jit, static_argnames="parallel")
-def run(moe, x, valid, parallel):
-    return placed(moe, parallel)(x, valid, implementation=None, parallel=parallel)
+@functools.partial(jax.jit, static_argnames="step")
+def run(moe, x, valid, step):
+    return placed(moe, step)(x, valid, step, implementation=None)
 
 
 EVERYWHERE = {"batch": "x", "query_sequence": ["y", "z"], "experts": ["z", "x", "y"]}
@@ -67,21 +67,21 @@ SOME_AXES = {"batch": "x", "query_sequence": "y", "experts": ["z", "y"], "expert
 )
 def test_any_routing(config, favourites, exchange, rules):
     """Experts that get every token, devices whose experts get none, and turns of a few rows each."""
-    moe, parallel = steered(config, list(favourites)), parallel_of(config, exchange, rules)
+    moe, step = steered(config, list(favourites)), step_of(config, exchange, rules)
     x = tokens(config)
-    valid = jnp.asarray(np.random.default_rng(1).random((BATCH, TOKENS)) < 0.8)
-    expected, chosen = moe(x, valid, implementation=None)
+    valid = jnp.asarray(np.random.default_rng(1).random((ROWS, TOKENS)) < 0.8)
+    expected, chosen = moe(x, valid, ONE, implementation=None)
     if favourites:
         assert set(np.unique(chosen)) == set(favourites)
-    got, got_chosen = run(moe, x, valid, parallel)
+    got, got_chosen = run(moe, x, valid, step)
     np.testing.assert_allclose(np.asarray(got), np.asarray(expected), atol=1e-4)
     np.testing.assert_array_equal(np.asarray(got_chosen), np.asarray(chosen))
     assert not np.asarray(got)[~np.asarray(valid)].any()
 
 
-def placed(moe, parallel):
+def placed(moe, step):
     """The experts with their columns in as many parts as devices split them into."""
-    parts = parallel.size(parallel.expert_hidden)
+    parts = step.size(step.expert_hidden)
     graph, state = nnx.split(moe)
     moe = nnx.merge(graph, state)
     columns = moe.gate_up_proj[...]
@@ -92,13 +92,13 @@ def placed(moe, parallel):
 
 
 def test_without_a_valid_token_there_is_nothing_to_do(config):
-    moe, parallel = steered(config, []), parallel_of(config, "all_to_all", EVERYWHERE)
-    nothing = jnp.zeros((BATCH, TOKENS), bool)
-    got, _ = run(moe, tokens(config), nothing, parallel)
+    moe, step = steered(config, []), step_of(config, "all_to_all", EVERYWHERE)
+    nothing = jnp.zeros((ROWS, TOKENS), bool)
+    got, _ = run(moe, tokens(config), nothing, step)
     assert not np.asarray(got).any()
 
 
-def test_parameters_placed_for_another_layout_are_refused(config):
-    moe, parallel = steered(config, []), parallel_of(config, "all_gather", SOME_AXES)
+def test_parameters_placed_by_other_rules_are_refused(config):
+    moe, step = steered(config, []), step_of(config, "all_gather", SOME_AXES)
     with pytest.raises(AssertionError, match="not placed"):
-        moe(tokens(config), jnp.ones((BATCH, TOKENS), bool), implementation=None, parallel=parallel)
+        moe(tokens(config), jnp.ones((ROWS, TOKENS), bool), step, implementation=None)

@@ -1,34 +1,45 @@
 """What the compiler says it needs for sparse attention at the released model's sizes."""
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from keye_jax.kv_cache import PAGE_SIZE, LayerCache
-from keye_jax.model.attention import AttentionOptions, attend_sparse
+from keye_jax.kv_cache import PAGE_SIZE, Pages
+from keye_jax.model.attention import AttentionInputs, AttentionOptions, attend_sparse
+from keye_jax.model.context import Keys
 
 GIB = 2**30
 
 
-def temporary_bytes(context, *, queries=2048):
+def temporary_bytes(context: int, *, queries: int = 2048) -> int:
     """Temporaries of one layer's scores, selection and attention, with `context` tokens in the cache."""
     pages = context // PAGE_SIZE
 
-    def spec(*shape, dtype=jnp.bfloat16):
+    def spec(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    attend = functools.partial(
-        attend_sparse, top_k=2048, scale=128**-0.5, index_scale=64**-0.5, options=AttentionOptions()
-    )
+    def attend(
+        inputs: AttentionInputs, pages: Pages, table: jax.Array, start: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        scales = {"scale": 128**-0.5, "index_scale": 64**-0.5}
+        found = attend_sparse(inputs, Keys(pages, table, start), top_k=2048, **scales, options=AttentionOptions())
+        return found.out, found.lse
+
     compiled = (
         jax.jit(attend)
         .lower(
-            spec(1, queries, 32, 128),
-            spec(1, queries, 16, 64),
-            spec(1, queries, 16, dtype=jnp.float32),
-            LayerCache(spec(pages, PAGE_SIZE, 8, 128), spec(pages, PAGE_SIZE, 64)),
+            AttentionInputs(
+                q=spec(1, queries, 32, 128),
+                k=spec(1, queries, 4, 128),
+                v=spec(1, queries, 4, 128),
+                index_q=spec(1, queries, 16, 64),
+                gates=spec(1, queries, 16, dtype=jnp.float32),
+                index_keys=spec(1, queries, 64),
+                index_scales=None,
+            ),
+            Pages(spec(pages, PAGE_SIZE, 8, 128), spec(pages, PAGE_SIZE, 64)),
             spec(1, pages, dtype=jnp.int32),
             spec(1, dtype=jnp.int32),
         )

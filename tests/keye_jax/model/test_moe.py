@@ -7,12 +7,22 @@ import pytest
 from flax import nnx
 
 from keye_jax.config import KeyeConfig
-from keye_jax.model.moe import MoE, few_largest, sort_rows, take_rows
+from keye_jax.model.moe import MoE, small_top_k, sort_rows, take_rows
+from keye_jax.sharding import MeshRules, StepSharding
+
+ONE = StepSharding.prefill(MeshRules.single_device())
 
 
 @pytest.fixture(scope="module")
 def config(golden):
     return KeyeConfig.from_dict(KeyeConfig.from_file(golden / "b").to_dict() | {"dtype": "float32"})
+
+
+def run(moe: MoE, x: np.ndarray, valid: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The layer on tokens `[t, embed]` of one row, and their experts."""
+    valid = np.ones(len(x), bool) if valid is None else valid
+    out, experts = moe(jnp.asarray(x)[None], jnp.asarray(valid)[None], ONE, implementation=None)
+    return np.asarray(out[0]), np.asarray(experts[0])
 
 
 def oracle(moe, x):
@@ -33,31 +43,31 @@ def oracle(moe, x):
 def test_each_token_goes_through_its_own_experts(config, tokens):
     moe = MoE(config, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(tokens, config.hidden_size)).astype(np.float32)
-    got, _ = moe(jnp.asarray(x), jnp.ones(tokens, bool), implementation=None)
-    np.testing.assert_allclose(np.asarray(got), oracle(moe, x), atol=1e-4)
+    got, _ = run(moe, x)
+    np.testing.assert_allclose(got, oracle(moe, x), atol=1e-4)
 
 
 def test_all_tokens_may_choose_the_same_experts(config):
     moe = MoE(config, rngs=nnx.Rngs(0))
     x = np.tile(np.random.default_rng(0).normal(size=(1, config.hidden_size)), (50, 1)).astype(np.float32)
-    got, experts = moe(jnp.asarray(x), jnp.ones(50, bool), implementation=None)
-    assert len(np.unique(np.asarray(experts))) == config.num_experts_per_tok
+    got, experts = run(moe, x)
+    assert len(np.unique(experts)) == config.num_experts_per_tok
     np.testing.assert_allclose(np.asarray(got), oracle(moe, x), atol=1e-4)
 
 
 def test_invalid_tokens_get_zeros(config):
     moe = MoE(config, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(20, config.hidden_size)).astype(np.float32)
-    got, _ = moe(jnp.asarray(x), jnp.arange(20) % 3 > 0, implementation=None)
+    got, _ = run(moe, x, np.arange(20) % 3 > 0)
     expected = np.where((np.arange(20) % 3 > 0)[:, None], oracle(moe, x), 0.0)
     np.testing.assert_allclose(np.asarray(got), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 65])
-def test_few_largest_is_top_k(tokens):
+def test_small_top_k_is_top_k(tokens):
     """Above and below the number of tokens where the method changes; values repeat."""
     x = jnp.asarray(np.random.default_rng(0).integers(0, 9, (tokens, 128)), jnp.float32)
-    for got, expected in zip(few_largest(x, 8), jax.lax.top_k(x, 8), strict=True):
+    for got, expected in zip(small_top_k(x, 8), jax.lax.top_k(x, 8), strict=True):
         np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
 
 
