@@ -1,12 +1,11 @@
 """`keye-jax bench` on a tiny model: what it measures, and what it refuses."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from keye_jax.bench.measure import Prompt, random_model
 
+from keye_jax.bench.inputs import Prompt, random_model
 from keye_jax.config import KeyeConfig
 
 
@@ -23,7 +22,7 @@ def test_measures_prompts_and_steps(keye, config, tmp_path):
     code, out, err = keye(
         *("bench", "--config", config, "--layers", 1, "--repeats", 1, "--json", file),
         *("--prefill", "96,160", "--decode", "2x128", "--prefill-chunk", 64),
-        *("--unrelated", 160),
+        *("--unrelated", 160, "--packed", "3x40"),
     )
     assert code == 0, out + err
     rows = {row["what"]: row for row in json.loads(file.read_text())}
@@ -36,34 +35,60 @@ def test_measures_prompts_and_steps(keye, config, tmp_path):
         (unions,) = rows[f"unions of prefill {tokens}, video"]["unions"]
         top_k = KeyeConfig.from_file(config).sa_config.topk
         assert top_k <= unions <= min(tokens, 16 * top_k)
+    packed = rows["prefill, 3 x 40 packed, sparse"]
+    assert packed["tokens_per_second"] == pytest.approx(3 * 40 / packed["seconds"])
     decode = rows["decode, 2 x 128, sparse"]
     assert decode["tokens_per_second"] == 2 / decode["seconds"]
     assert all(what in out for what in rows if not what.startswith("unions"))
     assert out.count("keys that 16 neighbouring queries select") == 3
 
 
-def test_measures_a_layout(keye, config, tmp_path):
+def test_measures_a_sharded_model(keye, config, tmp_path):
     file = tmp_path / "figures.json"
-    sharding = Path(__file__).parents[3] / "configs" / "sharding" / "expert.yaml"
     code, out, err = keye(
-        *("bench", "--config", config, "--layers", 1, "--repeats", 1, "--json", file, "--sharding", sharding),
+        *("bench", "--config", config, "--layers", 1, "--repeats", 1, "--json", file, "--sharding", "expert"),
         *("--prefill", "160", "--decode", "8x128", "--prefill-chunk", 16, "--no-dense", "--no-fp8", "--unrelated", ""),
+        *("--packed", ""),
     )
     assert code == 0, out + err
     assert out.startswith("8 x cpu, 1 layers") and "weights on each (expert 8)" in out
     rows = json.loads(file.read_text())
     what = [row["what"] for row in rows]
     assert what == ["prefill 160, sparse, video", "unions of prefill 160, video", "decode, 8 x 128, sparse"]
-    one_device = "bench", "--config", config, "--layers", 1, "--repeats", 1, "--json", file, "--prefill-chunk", 16
+    one_device = (
+        "bench",
+        "--packed",
+        "",
+        "--config",
+        config,
+        "--layers",
+        1,
+        "--repeats",
+        1,
+        "--json",
+        file,
+        "--prefill-chunk",
+        16,
+    )
     assert keye(*one_device, "--prefill", "160", "--decode", "", "--no-dense", "--no-fp8", "--unrelated", "")[0] == 0
     assert rows[1]["unions"] == pytest.approx(json.loads(file.read_text())[1]["unions"], rel=0.02)
 
 
-def test_says_once_what_one_device_attends_to_densely(keye, config):
-    nothing = "bench", "--config", config, "--prefill", "", "--decode", "", "--dense-below", 2048
-    assert keye(*nothing)[1].count("sparse is dense up to 2K tokens") == 1
-    sharding = Path(__file__).parents[3] / "configs" / "sharding" / "expert.yaml"
-    assert "sparse is dense" not in keye(*nothing, "--sharding", sharding)[1]
+def test_nothing_is_dense_unless_asked_for(keye, config, monkeypatch):
+    """The model as released selects at every position; `--dense-below` reaches the runtime."""
+    from keye_jax.runtime import runtime
+
+    seen, init = [], runtime.Runtime.__init__
+
+    def recorded(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        seen.append(self.dense_below)
+
+    monkeypatch.setattr(runtime.Runtime, "__init__", recorded)
+    nothing = "bench", "--config", config, "--prefill", "", "--decode", "", "--packed", "", "--no-dense", "--no-fp8"
+    assert keye(*nothing)[0] == 0
+    assert keye(*nothing, "--dense-below", 2048)[0] == 0
+    assert seen == [0, 2048]
 
 
 @pytest.mark.parametrize(
@@ -75,6 +100,8 @@ def test_says_once_what_one_device_attends_to_densely(keye, config):
         (("--decode", "4x64"), "--decode has 4x64; a context must have at least 96 tokens"),
         (("--layers", 3), "--layers is 3; it must be from 1 to 2"),
         (("--repeats", 0), "--repeats is 0"),
+        (("--dense-below", -1), "--dense-below is -1"),
+        (("--packed", "64"), "--packed has '64'; it must be sequences x tokens"),
         (("--prefill", "1024K"), "1,048,576 tokens are more than this model takes"),
         (("--json", "nowhere/figures.json"), "there is no directory 'nowhere'"),
         (("--json", "."), "--json is '.'; it is a directory"),
@@ -89,9 +116,9 @@ def test_mistakes_are_one_sentence(keye, config, arguments, message):
 
 def test_what_does_not_fit_is_refused_with_the_numbers(keye, config, monkeypatch):
     weights = 2**20 * 64
-    monkeypatch.setattr("keye_jax.runtime.memory.weight_bytes", lambda config, layout: weights)
+    monkeypatch.setattr("keye_jax.runtime.memory.weight_bytes", lambda config, rules: weights)
     monkeypatch.setattr("keye_jax.runtime.device.memory_limit_bytes", lambda: weights + 1000)
-    code, out, _ = keye("bench", "--config", config, "--prefill", "256", "--decode", "4x256")
+    code, out, _ = keye("bench", "--config", config, "--prefill", "256", "--decode", "4x256", "--packed", "")
     assert code == 0
     assert "prefill 256: does not fit: 0.1 GiB of weights" in out
     assert "decode, 4 x 256: does not fit" in out

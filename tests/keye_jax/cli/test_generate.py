@@ -1,9 +1,13 @@
 import dataclasses
 import json
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from keye_jax.config import KeyeConfig
+from tests.keye_jax.golden_models import text, traced
+from tests.near_ties import assert_leads, selection_leads, token_leads
 
 
 @pytest.fixture
@@ -41,7 +45,24 @@ def test_greedy_is_deterministic_and_the_same_from_either_kind(ask_json, inputs)
     first = ask_json(*arguments)
     assert ask_json(*arguments, "--seed", 5)["reasoning"] == first["reasoning"]
     assert ask_json(*arguments, checkpoint="hf")["reasoning"] == first["reasoning"]
-    assert ask_json(*arguments, "--prefill-chunk", 50)["reasoning"] == first["reasoning"]
+
+
+QUESTION = "What happens when the red ball rolls over the table, and how often does the blue square turn near the door?"
+"""Of the tiny model, all choices on it and its answer are safe."""
+
+
+@pytest.mark.parametrize("chunk", [50, 16])
+def test_chunks_of_the_prompt_change_neither_selections_nor_the_answer(inputs, chunk):
+    """In float32, where all choices are ahead by more than the rounding."""
+    whole, parts = (_Asked(inputs / "hf", QUESTION, prefill_chunk=size) for size in (None, chunk))
+    trace, in_parts = whole.trace(whole.ids), parts.trace(whole.ids)
+    top_k, prompt = whole.runtime.config.sa_config.topk, len(whole.inputs.input_ids)
+    assert prompt > 2 * chunk or prompt > 2 * top_k
+    assert_leads(selection_leads(trace.scores, top_k), 10 * ATOL)
+    assert_leads(token_leads(trace.logits[prompt - 1 :]), 10 * ATOL)
+    np.testing.assert_array_equal(in_parts.selected, trace.selected)
+    np.testing.assert_allclose(in_parts.logits, trace.logits, atol=ATOL)
+    assert parts.ids == whole.ids == trace.logits[prompt - 1 :].argmax(axis=-1).tolist()
 
 
 def test_sampling_follows_the_seed(ask_json):
@@ -87,7 +108,7 @@ def test_text_is_streamed_and_summed_up(ask, inputs):
 
 
 def test_generation_stops_at_the_checkpoints_end_tokens(ask_json, copy_of, keye):
-    ids = _greedy_ids(keye, copy_of)
+    ids = _Asked(copy_of, "What?").ids
     (copy_of / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids[3]]}))
     code, out, _ = keye(
         *("generate", "--checkpoint", copy_of, "--prompt", "What?", "--greedy", "--json", "--max-new-tokens", 8)
@@ -98,21 +119,40 @@ def test_generation_stops_at_the_checkpoints_end_tokens(ask_json, copy_of, keye)
     assert got["tokens"]["completion"] == ids.index(ids[3])
 
 
-def _greedy_ids(keye, checkpoint):
-    """Ids of the greedy answer, through the library."""
-    from convert import load_params
-    from keye_jax.engine.generate import Generator
-    from keye_jax.model.keye import Keye
-    from keye_jax.processor import Processor
-    from keye_jax.runtime.runtime import Runner
-    from keye_jax.runtime.sampling import Sampling
+ATOL = 2e-4
+"""Logits of the tiny model are up to 4, its scores up to some tens."""
 
-    config = KeyeConfig.from_file(checkpoint)
-    processor = Processor.from_checkpoint(checkpoint, config)
-    runner = Runner(Keye.from_params(config, load_params(checkpoint, config)), config)
-    inputs = processor.process(processor.plan([{"role": "user", "content": [{"type": "text", "text": "What?"}]}]))
-    generator = Generator(runner, processor, frozenset())
-    return list(generator.generate(inputs, sampling=Sampling(temperature=0.0), max_new_tokens=8).token_ids)
+
+class _Asked:
+    """A greedy answer through the library.
+
+    Attributes:
+      ids: its tokens.
+    """
+
+    def __init__(self, checkpoint, question, prefill_chunk=None):
+        from convert import load_params
+        from keye_jax.engine.generate import Generator
+        from keye_jax.model.keye import Keye
+        from keye_jax.processor import Processor
+        from keye_jax.runtime.runtime import Runtime
+        from keye_jax.runtime.sampling import SamplingParams
+
+        config = KeyeConfig.from_file(checkpoint)
+        processor = Processor.from_checkpoint(checkpoint, config)
+        params = load_params(checkpoint, config, dtype="float32")
+        self.runtime = Runtime(Keye.from_params(config, params), config, prefill_chunk=prefill_chunk)
+        messages = [{"role": "user", "content": [{"type": "text", "text": question}]}]
+        self.inputs = processor.process(processor.plan(messages))
+        generator = Generator(self.runtime, processor, frozenset())
+        answer = generator.generate(self.inputs, sampling=SamplingParams(temperature=0.0), max_new_tokens=8)
+        self.ids = list(answer.token_ids)
+
+    def trace(self, ids):
+        """What is computed of the prompt and of all tokens of an answer but the last."""
+        tokens = np.concatenate([self.inputs.input_ids, np.asarray(ids[:-1], np.int32)])
+        pool, tables = self.runtime.new_cache(1, len(tokens))
+        return traced(self.runtime, text(tokens, tables[0]), pool)[0]
 
 
 def refused(result, *words):
@@ -157,13 +197,15 @@ def test_a_context_that_does_not_fit_is_refused_with_the_numbers(keye, inputs):
 
 def test_a_context_larger_than_the_memory_is_refused_with_the_numbers(golden):
     from keye_jax.engine.generate import new_token_limit
+    from keye_jax.sharding import MeshRules
 
     config = KeyeConfig.from_file(golden.parents[1] / "configs" / "model" / "keye_vl_2_30b_a3b.json")
+    job: Any = {"dtype": "bfloat16", "rules": MeshRules.single_device()}
     with pytest.raises(ValueError, match=r"57.90 GiB of weights and 25.50 GiB of cache for 262,144 tokens; .* 80.00"):
-        new_token_limit(config, 262_000, 144, dtype="bfloat16", memory_limit=80 * 2**30)
-    assert new_token_limit(config, 262_000, 144, dtype="bfloat16", memory_limit=140 * 2**30) == 144
-    assert new_token_limit(config, 262_000, None, dtype="bfloat16", memory_limit=140 * 2**30) == 144
-    assert new_token_limit(config, 100, None, dtype="bfloat16", memory_limit=140 * 2**30) == 4096
+        new_token_limit(config, 262_000, 144, **job, memory_limit=80 * 2**30)
+    assert new_token_limit(config, 262_000, 144, **job, memory_limit=140 * 2**30) == 144
+    assert new_token_limit(config, 262_000, None, **job, memory_limit=140 * 2**30) == 144
+    assert new_token_limit(config, 100, None, **job, memory_limit=140 * 2**30) == 4096
 
 
 def test_what_is_no_checkpoint_is_refused(keye, tmp_path):
@@ -208,11 +250,12 @@ class TestThinking:
         ],
     )
     def test_split(self, opened, words, reasoning, text, count):
-        from keye_jax.engine.generate import Hooks, Timings, _Writer
+        from keye_jax.engine.text import AnswerWriter
 
-        tokens = self.Tokens()
-        writer = _Writer(tokens, opened, Hooks())
+        tokens, pieces = self.Tokens(), []
+        writer = AnswerWriter(cast(Any, tokens), opened, lambda piece, thinking: pieces.append((piece, thinking)))
         for word in words.split():
             writer.write(tokens.token_id(word))
-        answer = writer.answer("stop", Timings(0, 0, 0, 0, 0))
-        assert (answer.reasoning, answer.text, answer.reasoning_tokens) == (reasoning, text, count)
+        assert writer.finish() == (text, reasoning)
+        assert writer.reasoning_tokens == count
+        assert "".join(piece for piece, _ in pieces) == "".join(word for word in words.split() if len(word) == 1)

@@ -9,14 +9,14 @@ differently. Scores that close change places in the selection: 97% of the positi
 import dataclasses
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from keye_jax.bench.measure import Prompt, random_model
 
+from keye_jax.bench.inputs import Prompt, random_model
 from keye_jax.config import KeyeConfig
 from keye_jax.model.attention import AttentionOptions
-from keye_jax.runtime.runtime import Runner
+from keye_jax.runtime.runtime import Runtime
+from keye_jax.runtime.sampling import SamplingParams
 
 TOKENS, TOP_K = 1000, 256
 
@@ -33,14 +33,23 @@ def config():
 def run(config):
     model, prompt = random_model(config), Prompt.video(config, TOKENS)
 
-    def trace(implementation, **options):
-        runner = Runner(model, config, options=AttentionOptions(implementation=implementation, **options))
-        cache = runner.new_cache(TOKENS + 8)
-        ((logits, cache, layers, _),) = runner.trace(prompt.input_ids, prompt.positions, prompt.embeds, cache)
-        written, _ = runner.decode(jnp.asarray([7]), jnp.zeros(1, jnp.int32), cache)
-        return np.asarray(logits[0, :TOKENS]), layers, np.asarray(written)
+    def forward(implementation, **options):
+        runtime = Runtime(model, config, options=AttentionOptions(implementation=implementation, **options))
+        pool, tables = runtime.new_cache(1, TOKENS + 8)
+        ((logits, pool, layers, _),) = runtime.forward_with_intermediates(prompt.segment(tables[0]), pool)
+        state = runtime.set_row(
+            runtime.new_state(1, len(tables[0])),
+            0,
+            token=7,
+            length=TOKENS,
+            position_delta=0,
+            pages=tables[0],
+            sampling=SamplingParams(temperature=0),
+        )
+        written, _ = runtime.decode(state, pool)
+        return np.asarray(logits), layers, np.asarray(written)
 
-    return trace
+    return forward
 
 
 def difference(value, reference):
@@ -51,11 +60,11 @@ def difference(value, reference):
 @pytest.mark.parametrize(("indexer_dtype", "tolerance"), [(None, 2e-2), ("float8_e4m3fn", 4e-2)])
 def test_sparse_model_agrees_with_portable_operations(run, indexer_dtype, tolerance):
     (logits, layers, written), (expected, expected_layers, expected_written) = (
-        run(name, indexer_dtype=indexer_dtype, dense_below=0) for name in ("mosaic_gpu", "xla")
+        run(name, indexer_dtype=indexer_dtype) for name in ("mosaic_gpu", "xla")
     )
     for layer, reference in zip(layers, expected_layers, strict=True):
-        assert difference(layer.hidden[0, :TOKENS], reference.hidden[0, :TOKENS]) < tolerance
-        sets, expected_sets = (np.asarray(x.attention.selected[0, TOP_K:TOKENS]) for x in (layer, reference))
+        assert difference(layer.hidden, reference.hidden) < tolerance
+        sets, expected_sets = (np.asarray(x.attention.selected[TOP_K:]) for x in (layer, reference))
         same = np.mean([len(np.intersect1d(a, b)) / TOP_K for a, b in zip(sets, expected_sets, strict=True)])
         assert same > 0.97
     assert difference(logits, expected) < tolerance
@@ -63,7 +72,7 @@ def test_sparse_model_agrees_with_portable_operations(run, indexer_dtype, tolera
 
 
 def test_dense_model_agrees_with_portable_operations(run):
-    """What is best for each step: cuDNN reads the prompt, the Hopper kernel the cache."""
+    """What is best for each step: cuDNN reads the prompt, the Hopper kernel the pages."""
     (logits, _, written), (expected, _, expected_written) = (run(name, attention="dense") for name in (None, "xla"))
     assert difference(logits, expected) < 2e-2
     assert difference(written, expected_written) < 2e-2

@@ -45,7 +45,9 @@ def temporary_bytes(context: int, *, queries: int = 2048) -> int:
         )
         .compile()
     )
-    return compiled.memory_analysis().temp_size_in_bytes
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
 
 
 def test_a_layer_of_128k_tokens_needs_less_than_3_gib():

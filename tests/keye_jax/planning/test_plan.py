@@ -10,10 +10,10 @@ import pytest
 from keye_jax.cli import app, run
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
-from keye_jax.kv_cache import Cache
+from keye_jax.kv_cache import PAGE_SIZE, PagePool
 from keye_jax.planning.collectives import Collective, of_program
 from keye_jax.planning.hardware import GIB, Platform
-from keye_jax.planning.plan import plan, video_capacity
+from keye_jax.planning.plan import Plan, Step, plan, video_capacity
 from keye_jax.sharding import ShardingConfig
 
 ROOT = Path(__file__).parents[3]
@@ -33,32 +33,37 @@ def make(config, name, platform, *, compile_programs=False, **job):
     return plan(config, sharding(name), Platform.parse(platform), compile_programs=compile_programs, **job)
 
 
+def steps(found: Plan) -> tuple[Step, Step]:
+    """Prefill and decode, both of which have a program."""
+    assert found.prefill is not None and found.decode is not None
+    return found.prefill, found.decode
+
+
 def test_weights_and_cache_are_those_of_the_arrays(tiny):
     from keye_jax.model.keye import Keye
 
     one, four = (
         make(tiny, *where, context=4096, batch=4) for where in (("one_device", "h200:1"), ("combined", "h200:4"))
     )
-    cache = jax.eval_shape(lambda: Cache.create(tiny, 4, 4096))
+    cache = jax.eval_shape(lambda: PagePool.create(tiny, 4 * 4096 // PAGE_SIZE))
     assert one.weights == 2 * Keye.parameter_count(tiny)
     assert one.cache == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     layer = 3 * tiny.num_experts * tiny.hidden_size * tiny.moe_intermediate_size
     split = 2 * (tiny.num_hidden_layers * layer + 2 * tiny.vocab_size * tiny.hidden_size)
     assert four.weights == one.weights - split * 3 // 4
-    small = 4 * (cache.page_table.size + cache.lengths.size)
-    assert four.cache == (one.cache - small) // 4 + small
-    assert one.fits and one.prefill.collectives == () and one.largest_context == tiny.max_position_embeddings
-    assert four.peak == max(four.prefill.peak, four.decode.peak) <= four.memory
+    assert four.cache == one.cache // 4
+    assert one.fits and steps(one)[0].collectives == () and one.largest_context == tiny.max_position_embeddings
+    assert four.peak == max(step.peak for step in steps(four)) <= four.memory
 
 
 def test_collectives_of_a_step_of_decoding(tiny):
-    """Of each layer: candidates' scores, outputs with their log-sum-exps, and the experts' sums."""
-    found = make(tiny, "combined", "h200:4", context=4096).decode.collectives
+    """Of each layer: candidates' scores and positions, outputs with their log-sum-exps, and the experts' sums."""
+    found = steps(make(tiny, "combined", "h200:4", context=4096))[1].collectives
     kinds = {each.kind: each.count for each in found}
     assert kinds["all-gather"] == 2 * tiny.num_hidden_layers
     assert kinds["all-reduce"] == tiny.num_hidden_layers + 1
     gathered = next(each for each in found if each.kind == "all-gather")
-    candidates = 4 * tiny.sa_config.topk
+    candidates = 8 * tiny.sa_config.topk
     merged = tiny.num_attention_heads * (2 * tiny.head_dim + 4)
     assert gathered.bytes_received == tiny.num_hidden_layers * 3 * (candidates + merged)
 
@@ -75,14 +80,14 @@ def test_what_does_not_fit_is_told_with_the_largest_context_that_would():
 @pytest.mark.skipif(not find_spec("jax_cuda13_plugin"), reason="JAX's plugin for CUDA is not installed")
 def test_programs_are_compiled_for_gpus_that_are_not_there(tiny):
     found = make(tiny, "combined", "h200:2", context=1024, compile_programs=True)
-    assert found.prefill.compiled and found.decode.compiled
-    assert {"all-gather", "reduce-scatter"} <= {each.kind for each in found.prefill.collectives}
+    assert all(step.compiled for step in steps(found))
+    assert {"all-gather", "reduce-scatter"} <= {each.kind for each in steps(found)[0].collectives}
     # The kernels for Hopper GPUs take no index heads of 16 elements.
     assert found.implementation == "xla" and found.fits
 
 
 def test_gpus_without_a_description_are_estimated(tiny):
-    assert not make(tiny, "combined", "b200:2", context=1024, compile_programs=True).prefill.compiled
+    assert not steps(make(tiny, "combined", "b200:2", context=1024, compile_programs=True))[0].compiled
 
 
 def test_collectives_of_a_compiled_program():
@@ -123,7 +128,7 @@ def test_video_that_a_context_holds():
 def test_platforms(text, devices, topology):
     platform = Platform.parse(text)
     assert (platform.devices, platform.topology) == (devices, topology)
-    assert platform.chip.memory >= 16 * GIB and platform.chip.source
+    assert platform.chip.memory is not None and platform.chip.memory >= 16 * GIB and platform.chip.source
 
 
 @pytest.mark.parametrize(
@@ -154,3 +159,35 @@ def test_the_command_prints_a_table_or_json_and_its_code_says_whether_it_fits(ca
     assert "this model takes from 1 to 32,768 tokens" in capsys.readouterr().err
     assert run(app, [*arguments[:-5], "h200:3", *arguments[-4:]]) == 2
     assert "splits num_experts 16 into 3 (sequence 3)" in capsys.readouterr().err
+
+
+def planned(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `keye-jax plan` for the tiny model, estimated."""
+    base = ["plan", "--config", str(TINY), "--context", "1K", "--no-compile", "--json"]
+    code = run(app, [*base, *arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_without_sharding_all_is_on_one_device(capsys):
+    code, out, err = planned(capsys, "--platform", "h200:1")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["devices"] == 1 and found["decode"]["collectives"] == []
+    named = planned(capsys, "--platform", "h200:1", "--sharding", "one_device")
+    assert json.loads(named[1])["weights"] == found["weights"]
+
+
+def test_sharding_is_a_presets_name_or_a_file(capsys, tmp_path):
+    arguments = "--platform", "h200:4", "--sharding"
+    by_name = planned(capsys, *arguments, "combined")
+    assert by_name[0] == 0 and json.loads(by_name[1])["mesh"] == {"sequence": 4}
+    assert planned(capsys, *arguments, str(ROOT / "configs" / "sharding" / "combined.yaml"))[:2] == by_name[:2]
+    (tmp_path / "mine.yaml").write_text("mesh: {expert: 4}\nrules: {experts: expert}\n")
+    assert json.loads(planned(capsys, *arguments, str(tmp_path / "mine.yaml"))[1])["mesh"] == {"expert": 4}
+
+
+def test_what_is_no_preset_and_no_file_is_refused_with_the_presets(capsys):
+    code, out, err = planned(capsys, "--platform", "h200:4", "--sharding", "combind")
+    assert (code, out) == (2, "")
+    assert "--sharding is 'combind'; it must be a file or one of: combined, expert" in err and err.count("\n") == 1

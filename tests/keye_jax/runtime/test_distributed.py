@@ -153,6 +153,7 @@ def test_processes_read_their_parts_write_the_same_and_end_when_one_is_killed(ch
     assert small < 0.15 * whole
     try:
         for worker in workers:
+            assert worker.stderr is not None
             line = next(line for line in worker.stderr if line.startswith("[["))
             found, _, read = json.loads(line)
             assert found == tokens
@@ -182,6 +183,7 @@ def test_the_coordinator_is_named_when_it_is_killed():
     workers = [begin(program, address, i) for i in range(2)]
     try:
         for worker in workers:
+            assert worker.stderr is not None
             assert next(line for line in worker.stderr if line == "up\n")
         workers[0].kill()
         code, _, err = finish(workers[1], seconds=30)

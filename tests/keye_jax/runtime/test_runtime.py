@@ -239,7 +239,7 @@ def test_uint8_patches_are_normalised_on_the_device():
     rng = np.random.default_rng(0)
     patches = rng.integers(0, 256, (24, 3, 14, 14)).astype(np.uint8)
     grids = np.array([[1, 4, 6]])
-    scale, shift = np.float32([1 / 127.5, 1 / 100, 1 / 50]), np.float32([-1, -0.5, 0.25])
+    scale, shift = (np.asarray(x, np.float32) for x in ([1 / 127.5, 1 / 100, 1 / 50], [-1, -0.5, 0.25]))
     normalised = patches * scale[:, None, None] + shift[:, None, None]
     np.testing.assert_allclose(
         np.asarray(runtime.encode(patches, grids, scale=scale, shift=shift)),
@@ -265,3 +265,28 @@ def test_compiled_steps_are_those_that_run(ids, caplog):
     compiled = [str(record.args[0]) for record in caplog.records if record.msg.startswith("Compiling")]  # type: ignore[index]
     assert any("embed" in name for name in compiled)
     assert not any("prefill" in name or "decode" in name for name in compiled)
+
+
+def test_all_settings_of_sampling_are_one_program(ids, caplog):
+    """What a row is asked for changes no program: neither that of a step, nor that of a draw."""
+    runtime = runtime_of()
+    pool, tables = runtime.new_cache(1, TOKENS)
+    _, pool = runtime.prefill([text(ids, tables[0], end=50)], pool)
+    settings = [
+        GREEDY,
+        SamplingParams(),
+        SamplingParams(0.3, 1.0, 0, 0.1, seed=4),
+        SamplingParams(1.0, 0.5, 7, 0.0, 1.2),
+    ]
+
+    def step(sampling: SamplingParams, pool: PagePool) -> PagePool:
+        state, pool = runtime.decode_and_sample(row_of(runtime, ids, 50, tables[0], sampling), pool)
+        logits, pool = runtime.decode(state, pool)
+        runtime.draw(logits, state)
+        return pool
+
+    pool = step(settings[0], pool)
+    with jax.log_compiles():
+        for sampling in settings[1:]:
+            pool = step(sampling, pool)
+    assert not [record for record in caplog.records if record.msg.startswith("Compiling")]

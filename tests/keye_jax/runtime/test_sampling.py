@@ -208,11 +208,17 @@ class TestMixedBatch:
             np.testing.assert_array_equal(adjusted[0], each[0])
 
     def test_all_settings_are_one_program(self, rows: list[SamplingState]):
-        program = jax.jit(module.sample)
+        traced = []
+
+        @jax.jit
+        def program(logits: jax.Array, state: SamplingState, positions: jax.Array) -> jax.Array:
+            traced.append(logits.shape)
+            return module.sample(logits, state, positions)
+
         logits = jnp.asarray(self.logits(4)[0])
         for first in range(0, len(rows) - 3, 3):
             program(logits, batch(rows[first : first + 4]), jnp.zeros(4, jnp.int32))
-        assert program._cache_size() == 1  # type: ignore[attr-defined]
+        assert traced == [(4, VOCAB)]
 
 
 class TestTies:

@@ -117,6 +117,7 @@ def test_presets_say_when_to_use_them_and_hold_for_the_released_model(path, rele
 def test_the_format_in_the_documentation_is_read():
     from keye_jax.sharding import file
 
+    assert file.__doc__ is not None
     example = "\n".join(line[4:] for line in file.__doc__.splitlines() if line.startswith("    "))
     config = ShardingConfig.from_dict(yaml.safe_load(example))
     assert config.axes("experts") == ("data", "sequence") and config.across_slices == "data"
