@@ -1,9 +1,9 @@
-"""Checkpoints: safetensors to Orbax and back, loading either, and looking into either.
+"""Converts, loads and inspects checkpoints of two kinds, safetensors and Orbax.
 
-convert(src, dst)            one kind into the other, bit by bit
-load_params(path, config)    the model's arrays, from either kind
-kind_of(path)                which kind a directory holds
-mapping.rows(config)         the tensors of a configuration: names, paths and shapes
+convert(src, dst)            converts either kind into the other, bit by bit
+load_params(path, config)    loads the model's arrays from either kind
+kind_of(path)                tells the kind of the checkpoint in a directory
+mapping.rows(config)         lists the tensors of a configuration: names, paths and shapes
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Conversion", "convert", "kind_of", "load_params"]
 
 
 def __getattr__(name: str) -> Any:
-    # Orbax takes a second to import, which only these need.
+    # Only these need Orbax, whose import takes a second.
     if name in ("convert", "Conversion"):
         from convert import conversion
 

@@ -1,14 +1,8 @@
 """`python -m convert` is `keye-jax convert`."""
 
+import runpy
 import sys
 
-import typer
-
-from keye_jax.cli import run
-from keye_jax.cli.convert import convert
-
-app = typer.Typer(name="keye-jax convert", add_completion=False, pretty_exceptions_enable=False)
-app.command()(convert)
-
 if __name__ == "__main__":
-    sys.exit(run(app, sys.argv[1:]))
+    sys.argv[1:] = ["convert", *(sys.argv[1:] or ["--help"])]
+    runpy.run_module("keye_jax.cli", run_name="__main__", alter_sys=True)

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a checkpoint, found before anything is written or loaded."""
+"""Finds all problems of a checkpoint before anything is written or loaded."""
 
 from __future__ import annotations
 
@@ -20,8 +20,13 @@ _ALLOWED = " or ".join(DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """A tensor of the table as a checkpoint has it: with its actual number of rows, and its dtype."""
+class FoundTensor:
+    """A tensor that a checkpoint holds.
+
+    Attributes:
+      tensor: its entry in the table of names, with the number of rows that the checkpoint has.
+      dtype: its stored dtype.
+    """
 
     tensor: mapping.Tensor
     dtype: np.dtype
@@ -31,22 +36,22 @@ class Found:
         return self.tensor.size * self.dtype.itemsize
 
 
-def check(source: SafetensorsSource | OrbaxSource, config: KeyeConfig) -> tuple[list[Found], list[str]]:
-    """What `source` holds of a checkpoint of `config`, in the table's order, and one sentence for each problem."""
+def check(source: SafetensorsSource | OrbaxSource, config: KeyeConfig) -> tuple[list[FoundTensor], list[str]]:
+    """The tensors of `config` that `source` holds, in the order of the table, and one sentence for each problem."""
     if isinstance(source, SafetensorsSource):
         return _check_safetensors(source, config)
     return _check_orbax(source, config)
 
 
 def raise_problems(directory: Path, problems: list[str]) -> None:
-    """Raises one `UserError` that lists all of `problems`, if there are any."""
+    """Raises one `UserError` that lists all `problems`, if there are any."""
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError("\n".join([f"{directory} has {count}:", *(f"  {problem}" for problem in problems)]))
 
 
-def _check_safetensors(source: SafetensorsSource, config: KeyeConfig) -> tuple[list[Found], list[str]]:
-    found: list[Found] = []
+def _check_safetensors(source: SafetensorsSource, config: KeyeConfig) -> tuple[list[FoundTensor], list[str]]:
+    found: list[FoundTensor] = []
     problems = list(source.problems)
     known: set[str] = set()
     for tensor in mapping.rows(config):
@@ -55,13 +60,13 @@ def _check_safetensors(source: SafetensorsSource, config: KeyeConfig) -> tuple[l
         pieces = mapping.expert_pieces(tensor)
         present = [piece for piece in pieces if piece.checkpoint_name in source.entries]
         if present and name in source.entries:
-            problems.append(f"{name}: it is here fused as well as expert by expert; only one may be")
+            problems.append(f"{name}: its experts are stored both fused and one by one; only one may be")
             known |= {piece.checkpoint_name for piece in pieces}
         elif present:
             known |= {piece.checkpoint_name for piece in pieces}
             dtype = _check_pieces(source, tensor, pieces, problems)
             if dtype is not None:
-                found.append(Found(tensor, dtype))
+                found.append(FoundTensor(tensor, dtype))
         elif name in source.entries:
             entry = source.entries[name]
             if not tensor.accepts(entry.shape):
@@ -70,10 +75,10 @@ def _check_safetensors(source: SafetensorsSource, config: KeyeConfig) -> tuple[l
                 problems.append(f"{name}: its dtype is {entry.dtype}; it must be {_ALLOWED}")
             else:
                 actual = tensor.with_rows(entry.shape[0]) if tensor.free_rows else tensor
-                found.append(Found(actual, DTYPES[entry.dtype]))
+                found.append(FoundTensor(actual, DTYPES[entry.dtype]))
         elif tensor.in_model and not {name, *(piece.checkpoint_name for piece in pieces)} & source.in_bad_files:
-            # What the index puts into a bad file is reported with the file.
-            problems.append(f"{name}: it is missing; it must be {list(tensor.checkpoint_shape)}")
+            # A tensor that the index puts into a bad file is reported with the file.
+            problems.append(f"{name}: it is missing; its shape must be {list(tensor.checkpoint_shape)}")
     unexpected = sorted(name for name in source.entries.keys() - known if not mapping.is_ignored(name))
     problems += [f"{name}: it is not a tensor of this model{_hint(name, config)}" for name in unexpected]
     return found, problems
@@ -82,7 +87,7 @@ def _check_safetensors(source: SafetensorsSource, config: KeyeConfig) -> tuple[l
 def _check_pieces(
     source: SafetensorsSource, tensor: mapping.Tensor, pieces: list[mapping.ExpertPiece], problems: list[str]
 ) -> np.dtype | None:
-    """The common dtype of a fused tensor's linears; None if something is wrong with them, which goes to `problems`."""
+    """The common dtype of the linears of a fused tensor. If they have problems, adds these to `problems`: None."""
     before = len(problems)
     dtypes: dict[str, str] = {}
     for piece in pieces:
@@ -90,7 +95,7 @@ def _check_pieces(
         entry = source.entries.get(name)
         if entry is None:
             if name not in source.in_bad_files:
-                problems.append(f"{name}: it is missing; it must be {list(piece.checkpoint_shape)}")
+                problems.append(f"{name}: it is missing; its shape must be {list(piece.checkpoint_shape)}")
             continue
         dtypes.setdefault(entry.dtype, name)
         if entry.shape != piece.checkpoint_shape:
@@ -114,8 +119,8 @@ def _wrong_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -
     return f"{name}: its shape is {list(shape)}; it must be {list(expected)}"
 
 
-def _check_orbax(source: OrbaxSource, config: KeyeConfig) -> tuple[list[Found], list[str]]:
-    found: list[Found] = []
+def _check_orbax(source: OrbaxSource, config: KeyeConfig) -> tuple[list[FoundTensor], list[str]]:
+    found: list[FoundTensor] = []
     problems = list(source.problems)
     if problems:
         return found, problems
@@ -126,7 +131,7 @@ def _check_orbax(source: OrbaxSource, config: KeyeConfig) -> tuple[list[Found], 
         name = tensor.dotted_path
         if entry is None:
             if tensor.in_model:
-                problems.append(f"{name}: it is missing; it must be {list(tensor.shape)}")
+                problems.append(f"{name}: it is missing; its shape must be {list(tensor.shape)}")
             continue
         actual = tensor.with_rows(entry.shape[0]) if tensor.free_rows and entry.shape else tensor
         if entry.shape != actual.shape:
@@ -134,21 +139,21 @@ def _check_orbax(source: OrbaxSource, config: KeyeConfig) -> tuple[list[Found], 
         elif entry.dtype not in allowed:
             problems.append(f"{name}: its dtype is {entry.dtype}; it must be {_ALLOWED}")
         else:
-            found.append(Found(actual, entry.dtype))
+            found.append(FoundTensor(actual, entry.dtype))
     for path in sorted(source.entries.keys() - tensors.keys()):
         problems.append(f"{'.'.join(path)}: it is not an array of this model")
     return found, problems
 
 
-# Exponent bits, by dtype: a number is infinite or not a number when all of them are set.
+# Exponent bits, by item size and dtype. An infinity or NaN has all of them set.
 _EXPONENT = {2: {"BF16": 0x7F80, "F16": 0x7C00}, 4: {"F32": 0x7F800000}}
-_BLOCK = 16 << 20
+_BLOCK_ELEMENTS = 16 << 20
 
 
 def count_non_finite(values: np.ndarray) -> int:
-    """How many elements of a bfloat16, float16 or float32 array are infinite or not a number; no copy of the array."""
+    """Counts the infinities and NaNs of a bfloat16, float16 or float32 array without copying it."""
     name = next(name for name, dtype in DTYPES.items() if dtype == values.dtype)
     mask = _EXPONENT[values.dtype.itemsize][name]
     bits = np.ascontiguousarray(values).reshape(-1).view(f"u{values.dtype.itemsize}")
-    blocks = (bits[start : start + _BLOCK] for start in range(0, bits.size, _BLOCK))
+    blocks = (bits[start : start + _BLOCK_ELEMENTS] for start in range(0, bits.size, _BLOCK_ELEMENTS))
     return sum(int(np.count_nonzero((block & mask) == mask)) for block in blocks)

@@ -1,4 +1,4 @@
-"""safetensors to Orbax and back: a group of tensors at a time, in an order that a stopped conversion can go on with."""
+"""Converts safetensors to Orbax and back, one group of tensors at a time. A stopped conversion can be continued."""
 
 from __future__ import annotations
 
@@ -7,44 +7,45 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from convert import checks, detect, work
-from convert.checks import Found
+from convert import checks, detect
+from convert.checks import FoundTensor
 from convert.orbax_io import MANIFEST, PARAMS, OrbaxSource, OrbaxWriter, write_manifest
 from convert.reader import SafetensorsSource
-from convert.writer import Planned, ShardWriter
+from convert.staging import Staging, is_empty, remove_leftover, staging_directory
+from convert.writer import PlannedTensor, ShardWriter
 from keye_jax.errors import UserError
+from keye_jax.progress import PhaseProgress
 
 SHARD_BYTES = 5_000_000_000
 
-# Tensors of at least the first many bytes are written alone, smaller ones in groups of at most the second.
+# A tensor of _LARGE_BYTES or more is a group of its own. Smaller ones form groups of at most _GROUP_BYTES.
 _LARGE_BYTES = 64 << 20
 _GROUP_BYTES = 256 << 20
 
-# Files that travel with the weights: configurations, tokenizer, templates, licence.
+# Files that are copied with the weights: configurations, tokenizer, templates, licence.
 _SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".md", ".model", ".tiktoken", ".jsonl"}
 _SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE")
 _SIDE_BYTES = 256 << 20
 
-Progress = Callable[[str, int, int], None]
 Source = SafetensorsSource | OrbaxSource
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
-      destination: the checkpoint that was made.
-      kind: of which kind it is.
-      tensors: how many arrays it holds.
-      nbytes: bytes of all arrays.
-      continued: how many of these bytes an earlier, stopped run had written.
-      seconds: time taken by this run.
+      destination: directory of the new checkpoint.
+      kind: its kind.
+      tensors: number of its arrays.
+      nbytes: bytes of its arrays.
+      continued: the part of `nbytes` that an earlier, stopped run wrote.
+      seconds: duration of this run.
     """
 
     destination: Path
@@ -62,23 +63,23 @@ def convert(
     check_finite: bool = False,
     overwrite: bool = False,
     shard_size: int = SHARD_BYTES,
-    progress: Progress | None = None,
+    progress: PhaseProgress | None = None,
 ) -> Conversion:
-    """Converts the checkpoint in `src` into the other kind, bit by bit, into the directory `dst`.
+    """Converts the checkpoint in `src` into the other kind, bit by bit, and writes it into the directory `dst`.
 
-    Memory, besides the interpreter: the largest tensor and about its size again. A run that was stopped is continued by
-    the same call: `dst.partial` holds what it has done, and `dst` appears, whole, at the very end.
+    Memory: about twice the largest tensor, besides the interpreter. The new checkpoint is built in `dst.partial`, which
+    becomes `dst` at the end. After a run was stopped, the same call continues it.
 
     Args:
       src: a directory with config.json and safetensors files, or with config.json and an Orbax checkpoint in `params/`.
-      dst: a directory that does not exist, or is empty.
-      check_finite: read all tensors first and refuse infinities and NaNs.
-      overwrite: replace the checkpoint in `dst`, and begin again where `dst.partial` is of another source.
-      shard_size: bytes of tensor data in one safetensors file; a larger tensor has a file of its own.
-      progress: called with a phase ("check" or "convert"), bytes done and bytes in all.
+      dst: a directory that does not exist or is empty.
+      check_finite: read all tensors first, and refuse infinities and NaNs.
+      overwrite: replace the checkpoint in `dst`, and start again if `dst.partial` belongs to another source.
+      shard_size: maximum bytes of tensor data in one safetensors file; a larger tensor has a file of its own.
+      progress: called with the phase, "check" or "convert", the bytes done and the bytes of all tensors.
 
     Raises:
-      UserError: something is wrong with `src`, `dst` or an argument; all problems of the checkpoint are in one message.
+      UserError: `src`, `dst` or an argument is not valid. One message lists all problems of the checkpoint.
     """
     started = time.monotonic()
     source_directory, destination = Path(src), Path(dst).resolve()
@@ -101,42 +102,42 @@ def convert(
 def _run(
     source: Source,
     destination: Path,
-    found: list[Found],
+    found: list[FoundTensor],
     overwrite: bool,
     shard_size: int,
-    report: Progress,
+    report: PhaseProgress,
     started: float,
 ) -> Conversion:
     to_orbax = isinstance(source, SafetensorsSource)
     total = sum(item.nbytes for item in found)
     _check_space(destination, total)
-    place = work.Work(destination, _fingerprint(source, found, shard_size), overwrite=overwrite)
+    staging = Staging(destination, _fingerprint(source, found, shard_size), overwrite=overwrite)
     writer: _OrbaxSink | _SafetensorsSink | None = None
     try:
-        writer = _OrbaxSink(place) if to_orbax else _SafetensorsSink(place, found, shard_size)
-        continued = done = sum(item.nbytes for item in found if item.tensor.checkpoint_name in place.done)
+        writer = _OrbaxSink(staging) if to_orbax else _SafetensorsSink(staging, found, shard_size)
+        continued = done = sum(item.nbytes for item in found if item.tensor.checkpoint_name in staging.done)
         report("convert", done, total)
         for group in _groups(found):
             names = [item.tensor.checkpoint_name for item in group]
-            if place.done.issuperset(names):
+            if staging.done.issuperset(names):
                 continue
-            writer.write(group, _read_or_discard(source, group, place))
-            place.record(names, writer.saved())
+            writer.write(group, _read_or_discard(source, group, staging))
+            staging.record(names, writer.saved())
             done += sum(item.nbytes for item in group)
             report("convert", done, total)
         writer.finish()
         for file in side_files(source.directory):
-            shutil.copyfile(file, place.result / file.name)
+            shutil.copyfile(file, staging.result / file.name)
         if to_orbax:
-            write_manifest(place.result)
-        place.commit()
+            write_manifest(staging.result)
+        staging.commit()
     except OSError as error:
-        message = f"{error}; what is written so far is kept in {place.path}, and the same command continues"
+        message = f"{error}; {staging.path} keeps the tensors written so far, and the same command continues"
         raise UserError(message) from error
     finally:
         if writer is not None:
             writer.close()
-        place.close()
+        staging.close()
     kind: detect.Kind = "orbax" if to_orbax else "safetensors"
     return Conversion(destination, kind, len(found), total, continued, time.monotonic() - started)
 
@@ -144,13 +145,13 @@ def _run(
 class _OrbaxSink:
     """Writes groups as Orbax arrays."""
 
-    def __init__(self, place: work.Work) -> None:
-        self._writer = OrbaxWriter(place.result, place.kept)
+    def __init__(self, staging: Staging) -> None:
+        self._writer = OrbaxWriter(staging.result, staging.saved_groups)
         if not self._writer.intact:
-            place.restart()
-            self._writer = OrbaxWriter(place.result)
+            staging.restart()
+            self._writer = OrbaxWriter(staging.result)
 
-    def write(self, group: list[Found], arrays: dict[tuple[str, ...], np.ndarray]) -> None:
+    def write(self, group: list[FoundTensor], arrays: dict[tuple[str, ...], np.ndarray]) -> None:
         self._writer.save(arrays)
 
     def saved(self) -> list[str]:
@@ -160,17 +161,17 @@ class _OrbaxSink:
         self._writer.finish()
 
     def close(self) -> None:
-        """Nothing stays open between groups."""
+        """Does nothing: no file stays open between groups."""
 
 
 class _SafetensorsSink:
     """Writes groups as tensors of safetensors shards."""
 
-    def __init__(self, place: work.Work, found: list[Found], shard_size: int) -> None:
+    def __init__(self, staging: Staging, found: list[FoundTensor], shard_size: int) -> None:
         tensors = [(item.tensor.checkpoint_name, item.tensor.checkpoint_shape, item.dtype) for item in found]
-        self._writer = ShardWriter(place.result, [Planned(*tensor) for tensor in tensors], shard_size)
+        self._writer = ShardWriter(staging.result, [PlannedTensor(*tensor) for tensor in tensors], shard_size)
 
-    def write(self, group: list[Found], arrays: dict[tuple[str, ...], np.ndarray]) -> None:
+    def write(self, group: list[FoundTensor], arrays: dict[tuple[str, ...], np.ndarray]) -> None:
         for item in group:
             self._writer.write(item.tensor.checkpoint_name, arrays[item.tensor.path])
 
@@ -185,13 +186,14 @@ class _SafetensorsSink:
         self._writer.close()
 
 
-def _groups(found: list[Found]) -> Iterator[list[Found]]:
-    """Large tensors one by one, then the others in groups.
+def _groups(found: list[FoundTensor]) -> Iterator[list[FoundTensor]]:
+    """Splits tensors into groups: first each large tensor alone, then the small ones together.
 
-    This order keeps Orbax's partial saves cheap: each looks through the names of all earlier ones.
+    Each of Orbax's partial saves reads the names of all arrays saved before. Therefore the groups of one tensor, which
+    are many, come first.
     """
     yield from ([item] for item in found if item.nbytes >= _LARGE_BYTES)
-    group: list[Found] = []
+    group: list[FoundTensor] = []
     for item in (item for item in found if item.nbytes < _LARGE_BYTES):
         if group and sum(other.nbytes for other in group) + item.nbytes > _GROUP_BYTES:
             yield group
@@ -201,23 +203,23 @@ def _groups(found: list[Found]) -> Iterator[list[Found]]:
         yield group
 
 
-def _read(source: Source, group: list[Found]) -> dict[tuple[str, ...], np.ndarray]:
+def _read(source: Source, group: list[FoundTensor]) -> dict[tuple[str, ...], np.ndarray]:
     if isinstance(source, SafetensorsSource):
         return {item.tensor.path: source.read_tensor(item.tensor) for item in group}
     return source.read([item.tensor.path for item in group])
 
 
-def _read_or_discard(source: Source, group: list[Found], place: work.Work) -> dict[tuple[str, ...], np.ndarray]:
+def _read_or_discard(source: Source, group: list[FoundTensor], staging: Staging) -> dict[tuple[str, ...], np.ndarray]:
     try:
         return _read(source, group)
     except UserError:
-        # The source is bad, so there is nothing to continue with.
-        place.discard()
+        # The source is bad: continuing would fail again.
+        staging.discard()
         raise
 
 
-def _non_finite(source: Source, found: list[Found], report: Progress) -> list[str]:
-    """One sentence for each tensor that holds infinities or NaNs."""
+def _non_finite(source: Source, found: list[FoundTensor], report: PhaseProgress) -> list[str]:
+    """One sentence for each tensor with infinities or NaNs."""
     problems: list[str] = []
     done, total = 0, sum(item.nbytes for item in found)
     for group in _groups(found):
@@ -239,9 +241,9 @@ def _check_destination(source: Path, destination: Path, *, overwrite: bool) -> N
         raise UserError(f"DST {destination} holds SRC; it must be another directory")
     if destination.exists() and not destination.is_dir():
         raise UserError(f"DST {destination} is a file; it must be a directory, or not exist")
-    if work.is_empty(destination):
+    if is_empty(destination):
         return
-    work.remove_leftover(destination)
+    remove_leftover(destination)
     if not overwrite:
         raise UserError(f"DST {destination} exists and is not empty; choose another, or replace it with --overwrite")
     try:
@@ -251,20 +253,20 @@ def _check_destination(source: Path, destination: Path, *, overwrite: bool) -> N
 
 
 def _check_space(destination: Path, total: int) -> None:
-    """Refuses to begin what cannot be finished; what an earlier run wrote is counted as room."""
+    """Refuses a conversion without enough free space. The bytes that an earlier run wrote count as free."""
     parent = next(path for path in destination.parents if path.is_dir())
     free = shutil.disk_usage(parent).free
-    partial = work.working_directory(destination)
+    partial = staging_directory(destination)
     if partial.is_dir():
-        # Blocks, since a shard has its full length from the start; linked files once.
+        # Blocks, since a shard has its full length from the start. A file with several links counts once.
         blocks = {(s.st_dev, s.st_ino): s.st_blocks for s in (path.lstat() for path in partial.rglob("*"))}
         free += 512 * sum(blocks.values())
     if free < total:
         raise UserError(f"DST {destination} needs {total:,} bytes and its filesystem has {free:,} bytes free")
 
 
-def _fingerprint(source: Source, found: list[Found], shard_size: int) -> str:
-    """A digest of the source's files and tensors, and of the options that decide what the output looks like."""
+def _fingerprint(source: Source, found: list[FoundTensor], shard_size: int) -> str:
+    """A digest of the files and tensors of the source, and of the options that change the output."""
     files = [source.directory / "config.json", *source.files]
     state = {
         "files": [
@@ -279,7 +281,7 @@ def _fingerprint(source: Source, found: list[Found], shard_size: int) -> str:
 
 
 def side_files(directory: Path) -> Iterable[Path]:
-    """The files of a checkpoint that are not weights and that its output needs to stand alone."""
+    """The files of a checkpoint, other than weights, that are copied into the new one."""
     for file in sorted(directory.iterdir()):
         wanted = file.suffix in _SIDE_SUFFIXES or file.name.startswith(_SIDE_NAMES)
         weights = file.name.endswith(".index.json") or file.name in (MANIFEST, PARAMS)

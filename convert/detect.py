@@ -1,4 +1,4 @@
-"""What a path is, and what it needs to be a checkpoint."""
+"""Finds out which kind of checkpoint a directory holds, and opens it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from convert.reader import INDEX_NAME, SafetensorsSource
-from convert.work import is_unfinished
+from convert.staging import is_unfinished
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 
@@ -17,17 +17,17 @@ Kind = Literal["safetensors", "orbax"]
 
 
 def kind_of(path: str | Path) -> Kind:
-    """What sort of checkpoint the directory `path` holds; nothing but file names is looked at.
+    """The kind of the checkpoint in the directory `path`, judged by file names.
 
     Raises:
-      UserError: there is no such directory, or no checkpoint in it, or one whose conversion is not finished.
+      UserError: there is no such directory, it holds no checkpoint, or its conversion is not finished.
     """
     path = Path(path)
     if not path.is_dir():
         state = "is a file" if path.exists() else "does not exist"
         raise UserError(f"{path} {state}; a checkpoint is a directory")
     if is_unfinished(path):
-        raise UserError(f"{path} is an unfinished conversion; run the command that began it again to finish it")
+        raise UserError(f"{path} is an unfinished conversion; repeat the command that began it")
     if _has_safetensors(path):
         return "safetensors"
     if _has_orbax(path):
@@ -36,7 +36,7 @@ def kind_of(path: str | Path) -> Kind:
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether there are weights of either kind in `directory`, or were meant to be."""
+    """Whether `directory` holds weights of either kind, or an unfinished conversion."""
     return is_unfinished(directory) or _has_safetensors(directory) or _has_orbax(directory)
 
 
@@ -49,10 +49,10 @@ def _has_orbax(directory: Path) -> bool:
 
 
 def read_config(directory: Path) -> KeyeConfig:
-    """The configuration that lies with a checkpoint.
+    """Reads the configuration of a checkpoint.
 
     Raises:
-      UserError: there is none, or it is wrong.
+      UserError: there is no config.json, or it is not valid.
     """
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json; a checkpoint needs the one it was released with")
@@ -60,10 +60,10 @@ def read_config(directory: Path) -> KeyeConfig:
 
 
 def open_source(directory: Path) -> SafetensorsSource | OrbaxSource:
-    """The checkpoint in `directory`, its headers or metadata read.
+    """Opens the checkpoint in `directory` and reads its headers or metadata.
 
     Raises:
-      UserError: there is none, or its index or metadata cannot be read.
+      UserError: there is no checkpoint, or its index or metadata cannot be read.
     """
     if kind_of(directory) == "safetensors":
         return SafetensorsSource(directory)

@@ -1,4 +1,4 @@
-"""Downloading a file over HTTP so that whatever has arrived is never asked for again."""
+"""Downloads files over HTTP. A download that broke off continues where it ended."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from keye_jax.progress import PhaseProgress
+
 _BLOCK = 1 << 20
 _TIMEOUT_S = 60
 _ATTEMPTS = 5
@@ -23,13 +25,13 @@ class Stopped(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Remote:
+class RemoteFile:
     """A file on a server.
 
     Attributes:
-      url: where it is; asked for anew before each attempt, since such addresses expire.
-      size: bytes.
-      sha256: of its content, in hexadecimal; None where the server does not say.
+      url: returns its URL; called before each attempt, since signed URLs expire.
+      size: its length in bytes.
+      sha256: digest of its content in hexadecimal; None if the server does not tell it.
     """
 
     url: Callable[[], str]
@@ -38,30 +40,30 @@ class Remote:
 
 
 def part_of(target: Path) -> Path:
-    """Where the bytes of an unfinished `target` are."""
+    """The file that holds the bytes of an unfinished `target`."""
     return target.with_name(f"{target.name}.part")
 
 
 def fetch(
-    remote: Remote,
+    remote: RemoteFile,
     target: Path,
     *,
     headers: Mapping[str, str],
     advance: Callable[[int], None],
     stop: threading.Event,
 ) -> None:
-    """Downloads `remote` to `target`, from the end of what an earlier attempt or process has of it.
+    """Downloads `remote` to `target`, and continues the partial file of an earlier attempt or process.
 
     Args:
       remote: the file.
-      target: where it goes once it is whole, of the right length and, where that is known, of the right content.
+      target: its path once its length, and its digest if that is known, are verified.
       headers: sent with each request.
-      advance: called with the number of bytes that arrived; negative when bytes turn out to be useless.
-      stop: set by another thread to end the download; what has arrived stays.
+      advance: called with the number of bytes that arrived; negative if bytes have to be downloaded again.
+      stop: set by another thread to end the download; the partial file stays.
 
     Raises:
-      OSError: the server cannot be reached or does not answer properly, five times in a row.
-      ValueError: what arrived is not the file; it is removed.
+      OSError: five attempts in a row failed, or the server refused the request.
+      ValueError: the content is not that of the file; the partial file is removed.
       Stopped: `stop` was set.
     """
     part = part_of(target)
@@ -70,7 +72,7 @@ def fetch(
         try:
             _continue(remote, part, already, headers, advance, stop)
         except (OSError, http.client.HTTPException) as error:
-            # 403: a signed URL has expired. 429: too many requests. Any other refusal is final.
+            # 403: a signed URL expired. 429: too many requests. Any other refusal is final.
             if (status := _status(error)) is not None and 400 <= status < 500 and status not in (403, 429):
                 raise
             failures = 1 if part.exists() and part.stat().st_size > already else failures + 1
@@ -83,23 +85,23 @@ def fetch(
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status in an exception of urllib or of a hub's library."""
+    """The HTTP status in an exception of urllib or of a hub's library; None if there is none."""
     return getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _continue(
-    remote: Remote,
+    remote: RemoteFile,
     part: Path,
     already: int,
     headers: Mapping[str, str],
     advance: Callable[[int], None],
     stop: threading.Event,
 ) -> None:
-    """One request for what is missing; OSError if the connection ends before it has all arrived."""
+    """Requests the missing bytes once; OSError if the connection ends before all have arrived."""
     wanted = {**headers, "Range": f"bytes={already}-"} if already else dict(headers)
     with urllib.request.urlopen(urllib.request.Request(remote.url(), headers=wanted), timeout=_TIMEOUT_S) as response:
         if already and not _continues_at(response, already):
-            # The server sends the file from its beginning.
+            # The server ignored the range and sends the whole file.
             advance(-already)
             already = 0
         with part.open("r+b" if already else "wb") as stream:
@@ -119,7 +121,7 @@ def _continues_at(response: http.client.HTTPResponse, offset: int) -> bool:
     return response.status == 206 and match is not None and int(match.group(1)) == offset
 
 
-def _verify(remote: Remote, part: Path, advance: Callable[[int], None]) -> None:
+def _verify(remote: RemoteFile, part: Path, advance: Callable[[int], None]) -> None:
     size = part.stat().st_size
     wrong = size != remote.size
     if not wrong and remote.sha256 is not None:
@@ -128,13 +130,13 @@ def _verify(remote: Remote, part: Path, advance: Callable[[int], None]) -> None:
     if wrong:
         part.unlink()
         advance(-size)
-        raise ValueError("what arrived is not the file that the server announced")
+        raise ValueError("the downloaded content is not the file that the server announced")
 
 
 class Meter:
-    """Adds up the bytes of several downloads and reports them a few times a second."""
+    """Adds up the bytes of several downloads, and reports them at most five times a second."""
 
-    def __init__(self, report: Callable[[str, int, int], None], done: int, total: int) -> None:
+    def __init__(self, report: PhaseProgress, done: int, total: int) -> None:
         self._report, self._done, self._total = report, done, total
         self._lock = threading.Lock()
         self._reported = 0.0
@@ -150,5 +152,5 @@ class Meter:
 
 
 def same_host(first: str, second: str) -> bool:
-    """Whether two URLs go to one server, so that what authenticates at one may be sent to the other."""
+    """Whether two URLs name the same server, so that a token for one may be sent to the other."""
     return urllib.parse.urlsplit(first)[:2] == urllib.parse.urlsplit(second)[:2]

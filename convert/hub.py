@@ -1,7 +1,7 @@
-"""Checkpoints from a hub. A download that broke off goes on where it ended, in the middle of a file too.
+"""Downloads checkpoints from a hub. A download that broke off continues, also in the middle of a file.
 
-ModelScope's own library does that. Hugging Face's begins an unfinished file again in a new process, so here it only
-says what the files are and where; `convert.download` fetches them.
+ModelScope's library does that itself. In a new process, Hugging Face's library starts an unfinished file again.
+Therefore it only lists the files and their URLs here, and `convert.download` downloads them.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ import fnmatch
 import importlib
 import re
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from convert import download as http
 from keye_jax.errors import UserError
+from keye_jax.progress import PhaseProgress
 
-# Weights, configurations, tokenizer and templates; neither code nor pictures.
+# Weights, configurations, tokenizer, templates and licence; no code and no pictures.
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "*.md"]
 
-_PARALLEL = 4
-
-Progress = Callable[[str, int, int], None]
+_THREADS = 4
 
 
 def download(
@@ -32,16 +30,17 @@ def download(
     modelscope: str | None = None,
     revision: str | None = None,
     cache_dir: Path | None = None,
-    progress: Progress | None = None,
+    progress: PhaseProgress | None = None,
 ) -> Path:
-    """Fetches the checkpoint `hf` or `modelscope`, or what is still missing of it, and returns its directory.
+    """Downloads the missing files of the checkpoint `hf` or `modelscope`, and returns its directory.
 
     Args:
-      hf: an id on the Hugging Face Hub, `owner/name`. `HF_ENDPOINT` in the environment names another server.
-      modelscope: an id on ModelScope; `MODELSCOPE_ENDPOINT` does the same.
-      revision: a branch, tag or commit; the newest without it.
-      cache_dir: where to keep it, in place of the hub's own cache directory.
-      progress: called with "download", bytes done and bytes in all; ModelScope's library shows its own progress.
+      hf: an id on the Hugging Face Hub, `owner/name`. The environment variable `HF_ENDPOINT` names another server.
+      modelscope: an id on ModelScope. The environment variable `MODELSCOPE_ENDPOINT` names another server.
+      revision: a branch, tag or commit; None for the newest.
+      cache_dir: directory for downloads; None for the default one, which docs/convert.md names.
+      progress: called with "download", the bytes done and the bytes of all files. ModelScope's library does not call
+        it, and shows its own progress.
 
     Raises:
       UserError: the library is not installed, there is no such checkpoint or revision, or the hub cannot be reached.
@@ -57,7 +56,7 @@ def download(
         cache = None if cache_dir is None else str(cache_dir)
         return Path(library.snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=PATTERNS))
     except Exception as error:
-        # The libraries raise whatever their network stacks do; all of it means the same to the user.
+        # The libraries raise the exceptions of several network stacks. All of them mean the same to the user.
         at = "" if revision is None else f" at revision {revision!r}"
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
@@ -73,13 +72,13 @@ def _library(name: str, option: str) -> Any:
 
 
 def _from_hugging_face(
-    library: Any, name: str, revision: str | None, cache_dir: Path | None, progress: Progress
+    library: Any, name: str, revision: str | None, cache_dir: Path | None, progress: PhaseProgress
 ) -> Path:
     info = library.HfApi().model_info(name, revision=revision)
     files = [file.rfilename for file in info.siblings]
     wanted = [file for file in files if any(fnmatch.fnmatch(file, pattern) for pattern in PATTERNS) and "/" not in file]
     cache = cache_dir or Path(library.constants.HF_HOME) / "keye-jax"
-    # The commit fixes every file's content, so parts of files can be trusted.
+    # The commit fixes the content of every file, so a partial file can be continued.
     directory = cache / name.replace("/", "--") / info.sha
     directory.mkdir(parents=True, exist_ok=True)
     missing = [file for file in wanted if not (directory / file).exists()]
@@ -90,7 +89,7 @@ def _from_hugging_face(
     total = done + sum(remote.size for remote, _ in remotes.values())
     meter = http.Meter(progress, done + sum(part.stat().st_size for part in parts if part.exists()), total)
     stop = threading.Event()
-    with concurrent.futures.ThreadPoolExecutor(_PARALLEL) as pool:
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         try:
             jobs = [
                 pool.submit(http.fetch, remote, directory / file, headers=sent, advance=meter.advance, stop=stop)
@@ -107,8 +106,8 @@ def _from_hugging_face(
 
 def _remote(
     library: Any, name: str, file: str, commit: str, headers: dict[str, str]
-) -> tuple[http.Remote, dict[str, str]]:
-    """A file, and the headers that may be sent to the server that has it."""
+) -> tuple[http.RemoteFile, dict[str, str]]:
+    """A file, and the headers to send to the server that stores it."""
     page = library.hf_hub_url(name, file, revision=commit)
     metadata = library.get_hf_file_metadata(page)
     digest = metadata.etag if re.fullmatch(r"[0-9a-f]{64}", metadata.etag or "") else None
@@ -116,7 +115,7 @@ def _remote(
     def url() -> str:
         return library.get_hf_file_metadata(page).location
 
-    # Storage elsewhere is addressed by signed URLs: the user's token is not for it.
+    # Another server gets a signed URL, and must not get the user's token.
     own = http.same_host(page, metadata.location)
     sent = headers if own else {key: value for key, value in headers.items() if key.lower() != "authorization"}
-    return http.Remote(url, metadata.size, digest), sent
+    return http.RemoteFile(url, metadata.size, digest), sent

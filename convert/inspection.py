@@ -1,4 +1,4 @@
-"""What a configuration or a checkpoint amounts to: parameters and bytes by part, without reading a weight."""
+"""Counts parameters and bytes of a configuration or a checkpoint by part, without reading weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _TEXT_PARTS = ("embedding", "attention", "indexer", "router", "norms", "lm_head"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One line of an inspection.
+    """The size of one part of the model.
 
     Attributes:
-      tensors: how many arrays, with experts counted as fused.
-      parameters: how many numbers.
-      nbytes: bytes of them.
+      tensors: number of arrays; experts count as fused.
+      parameters: number of elements.
+      nbytes: bytes of all elements.
     """
 
     tensors: int = 0
@@ -34,17 +34,17 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found.
+    """The result of `inspect`.
 
     Attributes:
-      path: what was looked at.
+      path: the inspected file or directory.
       kind: "config", "safetensors" or "orbax".
-      parts: by name, in the table's order; the names are those of `convert.mapping.PARTS`.
-      total: their sum.
-      active: parameters of the decoder that one token uses: everything but the experts it is not routed to.
+      parts: sizes by the names in `convert.mapping.PARTS`, in that order.
+      total: sum of the parts.
+      active: decoder parameters that one token uses: all but those of the experts that the router does not choose.
       dtypes: bytes by dtype.
-      files: weight files of a checkpoint; 0 for a config.
-      problems: what keeps the checkpoint from being whole, one sentence each.
+      files: number of weight files; 0 for a config.
+      problems: the problems of the checkpoint, one sentence each.
     """
 
     path: Path
@@ -61,16 +61,17 @@ class Inspection:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Looks into a config.json, a directory with one, or a checkpoint of either kind; reads headers and metadata only.
+    """Inspects a config.json, a directory with one, or a checkpoint of either kind. Reads only headers and metadata.
 
     Raises:
-      UserError: there is no such file, or it is none of these, or its config is wrong.
+      UserError: `path` is none of these, or its configuration is not valid.
+      FileNotFoundError: there is no such file.
     """
     path = Path(path)
-    if path.is_file() or _is_config_alone(path):
+    if path.is_file() or _has_only_config(path):
         config = KeyeConfig.from_file(path)
         dtype = config.jax_dtype
-        found = [checks.Found(tensor, dtype) for tensor in mapping.rows(config)]
+        found = [checks.FoundTensor(tensor, dtype) for tensor in mapping.rows(config)]
         return _summary(path, "config", config, found, 0, [])
     kind = detect.kind_of(path)
     config = detect.read_config(path)
@@ -82,7 +83,7 @@ def inspect(path: str | Path) -> Inspection:
         source.close()
 
 
-def _is_config_alone(path: Path) -> bool:
+def _has_only_config(path: Path) -> bool:
     return path.is_dir() and (path / "config.json").is_file() and not detect.has_weights(path)
 
 
@@ -93,7 +94,7 @@ def _count_files(source: SafetensorsSource | OrbaxSource) -> int:
 
 
 def _summary(
-    path: Path, kind: str, config: KeyeConfig, found: list[checks.Found], files: int, problems: list[str]
+    path: Path, kind: str, config: KeyeConfig, found: list[checks.FoundTensor], files: int, problems: list[str]
 ) -> Inspection:
     parts: dict[str, Part] = {}
     dtypes: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""The model's arrays from a checkpoint of either kind, straight onto devices."""
+"""Loads the model's arrays from a checkpoint of either kind onto devices."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from convert import checks, detect
-from convert.checks import Found
-from convert.orbax_io import OrbaxSource, Stored, chunk_axis, flatten, nest, on_device
+from convert.checks import FoundTensor
+from convert.orbax_io import OrbaxSource, StoredArray, chunk_axis, flatten, nest, on_device
 from convert.reader import SafetensorsSource
 from keye_jax.config import KeyeConfig
 
@@ -29,25 +29,26 @@ def load_params(
     dtype: Any = None,
     shardings: Sharding | Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Loads the arrays of the model; those that a checkpoint carries for others' sake are not read.
+    """Loads the arrays of the model. Arrays of a checkpoint that the model does not use are not read.
 
-    From Orbax each host reads only the shards of its own devices; of a large array that goes to all devices each reads
-    a part, and the devices exchange the parts. From safetensors each host reads one tensor at a time, whole, and keeps
-    the shards of its own devices. Host memory: the largest tensor twice.
+    From Orbax, each host reads only the shards of its own devices. If a large array is replicated over devices, each
+    device reads another part, and the devices exchange the parts. From safetensors, each host reads one whole tensor
+    at a time, and keeps the shards of its own devices. Host memory: twice the largest tensor.
 
     Args:
-      path: a checkpoint of either kind.
+      path: directory of a checkpoint of either kind.
       config: its configuration.
-      dtype: what to cast every array to, on its way; each keeps its own without it.
-      shardings: one sharding for all arrays, or nested dicts like the result with shardings as leaves; arrays without
-        one go to the default device.
+      dtype: the dtype to cast every array to while it is loaded; None to keep the stored dtypes.
+      shardings: one sharding for all arrays, or nested dicts like the result with shardings as leaves. Arrays without
+        a sharding go to the default device.
 
     Returns:
-      Nested dicts by module path, layer numbers as strings: `params["decoder"]["layers"]["0"]["attention"]["q_proj"]`
-      has `"weight"`, `[heads, head_dim, hidden]`. `convert.mapping` lists all paths and shapes.
+      Nested dicts by module path, with layer numbers as strings. For instance,
+      `params["decoder"]["layers"]["0"]["attention"]["q_proj"]["weight"]` is `[heads, head_dim, hidden]`.
+      `convert.mapping` lists all paths and shapes.
 
     Raises:
-      UserError: there is no checkpoint, or it is not one of `config`; all problems are in one message.
+      UserError: there is no checkpoint, or it does not match `config`. One message lists all problems.
     """
     source = detect.open_source(Path(path))
     try:
@@ -56,14 +57,16 @@ def load_params(
         wanted = [item for item in found if item.tensor.in_model]
         targets = _targets(wanted, shardings)
         if isinstance(source, SafetensorsSource):
-            return nest({item.tensor.path: _place(source, item, dtype, targets[item.tensor.path]) for item in wanted})
+            return nest(
+                {item.tensor.path: _load_tensor(source, item, dtype, targets[item.tensor.path]) for item in wanted}
+            )
         return nest(_restore(source, wanted, dtype, targets))
     finally:
         source.close()
 
 
 def _targets(
-    wanted: list[Found], shardings: Sharding | Mapping[str, Any] | None
+    wanted: list[FoundTensor], shardings: Sharding | Mapping[str, Any] | None
 ) -> dict[tuple[str, ...], Sharding | None]:
     if shardings is None or isinstance(shardings, Sharding):
         return {item.tensor.path: shardings for item in wanted}
@@ -71,7 +74,7 @@ def _targets(
     return {item.tensor.path: flat.get(item.tensor.path) for item in wanted}
 
 
-def _place(source: SafetensorsSource, item: Found, dtype: Any, sharding: Sharding | None) -> jax.Array:
+def _load_tensor(source: SafetensorsSource, item: FoundTensor, dtype: Any, sharding: Sharding | None) -> jax.Array:
     values = source.read_tensor(item.tensor)
     if sharding is None:
         array = jax.device_put(values)
@@ -79,42 +82,45 @@ def _place(source: SafetensorsSource, item: Found, dtype: Any, sharding: Shardin
         array = jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
     if dtype is not None and array.dtype != np.dtype(dtype):
         array = array.astype(dtype)
-    # Waiting keeps one tensor on the host at a time.
+    # Without waiting, several tensors would be in host memory at a time.
     return jax.block_until_ready(array)
 
 
 def _restore(
-    source: OrbaxSource, wanted: list[Found], dtype: Any, targets: dict[tuple[str, ...], Sharding | None]
+    source: OrbaxSource, wanted: list[FoundTensor], dtype: Any, targets: dict[tuple[str, ...], Sharding | None]
 ) -> dict[tuple[str, ...], Any]:
     requests, moves = {}, {}
     for path in (item.tensor.path for item in wanted):
         entry, target = source.entries[path], targets[path]
-        apart = _apart(entry, target) if isinstance(target, NamedSharding) else None
-        if apart is not None:
+        split = _split_replicas(entry, target) if isinstance(target, NamedSharding) else None
+        if split is not None:
             moves[path] = target
-        requests[path] = on_device(entry, dtype, apart or target)
+        requests[path] = on_device(entry, dtype, split or target)
     arrays = source.restore(requests)
     for path, target in moves.items():
-        # One at a time, so that no more than one is there twice.
+        # One at a time: only one array is in device memory twice.
         arrays[path] = jax.block_until_ready(_move(arrays[path], target))
     return arrays
 
 
-def _apart(entry: Stored, target: NamedSharding) -> NamedSharding | None:
-    """A sharding in which devices read different chunks; None if the array is small, or is so in `target`."""
+def _split_replicas(entry: StoredArray, target: NamedSharding) -> NamedSharding | None:
+    """`target` with its replicas split over the axis of chunks, so that no chunk is read twice.
+
+    None if the array is stored in one chunk, or if `target` has no replicas that can be split.
+    """
     axis = chunk_axis(entry.shape, entry.nbytes)
     if axis is None:
         return None
     spec = [*target.spec, *[None] * (len(entry.shape) - len(target.spec))]
-    split = [[axes] if isinstance(axes, str) else list(axes or ()) for axes in spec]
-    used, sizes = set(itertools.chain(*split)), target.mesh.shape
-    parts = math.prod(sizes[name] for name in split[axis])
+    axes_of = [[axes] if isinstance(axes, str) else list(axes or ()) for axes in spec]
+    used, sizes = set(itertools.chain(*axes_of)), target.mesh.shape
+    parts = math.prod(sizes[name] for name in axes_of[axis])
     for name, size in sizes.items():
         if name not in used and entry.shape[axis] % (parts * size) == 0:
-            split[axis].append(name)
+            axes_of[axis].append(name)
             parts *= size
-    apart = NamedSharding(target.mesh, PartitionSpec(*map(tuple, split)))
-    return None if apart.is_equivalent_to(target, len(entry.shape)) else apart
+    split = NamedSharding(target.mesh, PartitionSpec(*map(tuple, axes_of)))
+    return None if split.is_equivalent_to(target, len(entry.shape)) else split
 
 
 @functools.partial(jax.jit, static_argnums=1)

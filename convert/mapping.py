@@ -1,7 +1,7 @@
-"""The one table of names: released checkpoint on one side, this project's module paths on the other.
+"""The table of names: those of the released checkpoint, and this project's module paths.
 
-Both directions are read from `TABLE`, and every row is a reshape and nothing else, so that a checkpoint survives the
-way there and back bit by bit. Shapes are written in named sizes:
+Both directions of a conversion use `TABLE`. Every row is only a reshape, so that converting a checkpoint there and back
+keeps every bit. Shapes are written in named sizes:
 
   V vocabulary, D hidden, N query heads, K key/value heads, H head dim, E experts, F expert hidden,
   NI indexer heads, HI indexer head dim, Dv vision hidden, Nv vision heads, Hv vision head dim, Fv vision MLP hidden,
@@ -18,24 +18,24 @@ import re
 
 from keye_jax.config import KeyeConfig
 
-# Rows of the packing position table in the released checkpoint; no field of its config says so.
+# Rows of the packing position table in the released checkpoint. No field of its config holds this number.
 PACKING_ROWS = 32768
 
-# A checkpoint may hold these; they are not weights of this model and are left behind.
+# A checkpoint may hold these tensors. They are not weights of this model and are not converted.
 IGNORED = re.compile(r"visual\.vision_model\.head\..*|(.*\.)?rotary_emb\.inv_freq")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-      checkpoint_name: the name in a safetensors file, with `{i}` or `{j}` where layers are counted.
-      checkpoint_shape: its dimensions, expressions over the named sizes.
+      checkpoint_name: the name in a safetensors file, with `{i}` or `{j}` for the layer.
+      checkpoint_shape: the dimensions there, expressions over the named sizes.
       path: our module path, dotted, with the same counters.
-      shape: our dimensions; their product is that of `checkpoint_shape`.
-      part: what `keye-jax inspect` counts it as.
-      in_model: whether the model holds it. An array that it does not hold is converted all the same, and may be absent.
+      shape: our dimensions; their product equals that of `checkpoint_shape`.
+      part: the part of the model in the output of `keye-jax inspect`.
+      in_model: whether the model uses the array. An unused array may be absent; if it is there, it is converted.
     """
 
     checkpoint_name: str
@@ -48,9 +48,9 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One concrete tensor of a configuration: a row with its counters and sizes filled in.
+    """One tensor of a configuration: a row with the values of its counters and sizes.
 
-    `free_rows` says that any leading dimension is accepted in place of the stated one.
+    The attributes are those of `Row`. `free_rows`: whether any leading dimension is accepted.
     """
 
     checkpoint_name: str
@@ -70,24 +70,24 @@ class Tensor:
         return ".".join(self.path)
 
     def accepts(self, checkpoint_shape: tuple[int, ...]) -> bool:
-        """Whether a stored tensor of this shape can be this one."""
+        """Whether this tensor may be stored with `checkpoint_shape`."""
         if self.free_rows:
             same_tail = checkpoint_shape[1:] == self.checkpoint_shape[1:]
             return len(checkpoint_shape) == len(self.checkpoint_shape) and same_tail and checkpoint_shape[0] > 0
         return checkpoint_shape == self.checkpoint_shape
 
     def with_rows(self, rows: int) -> Tensor:
-        """The same tensor with `rows` in place of its leading dimension."""
+        """The same tensor with the leading dimension `rows`."""
         shapes = {"checkpoint_shape": (rows, *self.checkpoint_shape[1:]), "shape": (rows, *self.shape[1:])}
         return dataclasses.replace(self, **shapes)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertPiece:
-    """Where one per-expert linear lies inside a fused tensor: `fused[expert, :, columns] = linear.T`.
+    """The place of one expert's linear in a fused tensor: `fused[expert, :, columns] = linear.T`.
 
     Attributes:
-      checkpoint_name: the name of the linear, `[out, in]`, with its counters filled in.
+      checkpoint_name: the name of the linear.
       checkpoint_shape: `(out, in)`.
       expert: index on the fused tensor's first axis.
       columns: `(start, stop)` on its last axis.
@@ -179,7 +179,7 @@ TABLE: tuple[Row, ...] = (
 
 PARTS: tuple[str, ...] = tuple(dict.fromkeys(row.part for row in TABLE))
 
-# Per-expert linears: the name that follows `experts.{e}.`, the fused tensor it belongs to, and its half of the columns.
+# Linears of one expert: the name behind `experts.{e}.`, the fused tensor, and the half of its columns.
 _EXPERT_LINEARS = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0)}
 _EXPERT_NAME = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)\d+\.(gate_proj|up_proj|down_proj)\.weight")
 
@@ -216,7 +216,7 @@ def _dimension(expression: str, named: dict[str, int]) -> int:
 
 
 def rows(config: KeyeConfig) -> list[Tensor]:
-    """Every tensor of a checkpoint of `config`, layer by layer, in the order in which checkpoints are written."""
+    """All tensors of a checkpoint of `config`, layer by layer, in the order in which they are written."""
     named = sizes(config)
     counts = {"{i}": config.num_hidden_layers, "{j}": config.vision_config.num_hidden_layers}
 
@@ -247,7 +247,7 @@ def rows(config: KeyeConfig) -> list[Tensor]:
 
 
 def expert_pieces(tensor: Tensor) -> list[ExpertPiece]:
-    """The per-expert spelling of a fused expert tensor, expert by expert; empty for any other tensor."""
+    """The linears that a fused expert tensor consists of, expert by expert; empty for any other tensor."""
     prefix, _, fused = tensor.checkpoint_name.rpartition(".")
     linears = [(name, half) for name, (owner, half) in _EXPERT_LINEARS.items() if owner == fused]
     if tensor.part != "experts" or not linears:
@@ -262,11 +262,11 @@ def expert_pieces(tensor: Tensor) -> list[ExpertPiece]:
 
 
 def fused_name(checkpoint_name: str) -> str | None:
-    """The fused tensor to which a per-expert name belongs; None for any other name."""
+    """The name of the fused tensor that holds the linear `checkpoint_name`; None if that is no linear of an expert."""
     match = _EXPERT_NAME.fullmatch(checkpoint_name)
     return match.group(1) + _EXPERT_LINEARS[match.group(2)][0] if match else None
 
 
 def is_ignored(checkpoint_name: str) -> bool:
-    """Whether a checkpoint may hold this tensor without the model needing it."""
+    """Whether the tensor is one of those that are not converted."""
     return IGNORED.fullmatch(checkpoint_name) is not None

@@ -1,7 +1,8 @@
-"""The Orbax side: arrays by module path, saved in groups into one checkpoint and read back a few at a time.
+"""Writes Orbax checkpoints group by group, and reads any of their arrays.
 
-Arrays are saved with Orbax's partial saves: each group is on disk and atomic when `save` returns, and `finalize` merges
-the groups' metadata into one checkpoint without copying data. The result is restored like any other Orbax checkpoint.
+Arrays are named by module path. Each group is one of Orbax's partial saves, which are atomic: the group is on the disk
+when `save` returns. `finalize` merges the metadata of the groups into one checkpoint, and copies no data. The result is
+restored like any other Orbax checkpoint.
 """
 
 from __future__ import annotations
@@ -22,25 +23,26 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from keye_jax.errors import UserError
 
-# The item of a converted checkpoint, and the file that says how long every file of the item has to be.
+# The directory of the arrays in a converted checkpoint, and the file with the length of every file in it.
 PARAMS = "params"
 MANIFEST = "checkpoint.json"
 
-# Bytes that Orbax may hold while it restores, besides the arrays themselves.
+# Bytes that Orbax may use while it restores, besides the arrays.
 _READ_BYTES = 1 << 30
-# Larger arrays are stored in chunks, so that several hosts can share them out: along the first axis of few and large
-# slices, the experts' or the heads', or else in pieces of the longest axis.
+# An array of more than _CHUNKED_BYTES is stored in chunks, so that each host can read a part. An axis of at most
+# _MOST_SLICES slices of at least _SLICE_BYTES each, such as experts or heads, has one chunk a slice. Without such an
+# axis, the longest axis is cut into at most _PIECES chunks.
 _CHUNKED_BYTES = 1 << 20
 _SLICE_BYTES, _MOST_SLICES, _PIECES = 1 << 17, 256, 64
-# Metadata is smaller than this. Before a merge, smaller files are copied and larger ones linked.
+# Metadata files are smaller than this. Before a merge, smaller files are copied and larger ones are linked.
 _COPIED_BYTES = 1 << 20
 
 ArrayPath = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
-    """An array's shape and dtype; also what Orbax takes as a request to restore it as a numpy array."""
+class StoredArray:
+    """Shape and dtype of a stored array. Orbax takes it as a request to restore a numpy array."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -51,7 +53,7 @@ class Stored:
 
 
 def nest(flat: Mapping[ArrayPath, Any]) -> dict[str, Any]:
-    """A nested dict from paths."""
+    """Nested dicts from a dict by path."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         node = tree
@@ -70,9 +72,9 @@ def flatten(tree: Any, prefix: ArrayPath = ()) -> dict[ArrayPath, Any]:
 
 def _saving_context() -> ocp.Context:
     context = ocp.Context()
-    # Trained weights in bf16 shrink by little, and uncompressed chunks are plain byte ranges.
+    # Compression hardly shrinks trained weights in bf16. Uncompressed chunks are plain byte ranges.
     context.array.saving.use_compression = False
-    # The caller leaves its arrays alone until the save returns, so Orbax needs no copy of its own.
+    # The caller does not change its arrays until the save returns, so Orbax needs no copy.
     context.memory.deepcopy_host_arrays = False
     options = type(context.array.saving.storage_options)
 
@@ -81,7 +83,7 @@ def _saving_context() -> ocp.Context:
         if axis is None:
             return None
         if _in_slices(value.shape[axis], value.nbytes):
-            # One expert a chunk: every split of the experts over devices is then whole chunks.
+            # With one expert a chunk, each device reads whole chunks, however the experts are split.
             return options(chunk_byte_size=value.nbytes // value.shape[axis], shard_axes=(axis,))
         return options(chunk_byte_size=max(_CHUNKED_BYTES, value.nbytes // _PIECES))
 
@@ -90,7 +92,7 @@ def _saving_context() -> ocp.Context:
 
 
 def chunk_axis(shape: tuple[int, ...], nbytes: int) -> int | None:
-    """The axis along which an array is stored in chunks; None if it is in one."""
+    """The axis along which an array is stored in chunks; None if it is one chunk. `nbytes`: bytes of the array."""
     if nbytes <= _CHUNKED_BYTES:
         return None
     slices = (axis for axis, size in enumerate(shape) if _in_slices(size, nbytes))
@@ -98,53 +100,54 @@ def chunk_axis(shape: tuple[int, ...], nbytes: int) -> int | None:
 
 
 def _in_slices(size: int, nbytes: int) -> bool:
-    """Whether an axis of so many slices is stored a slice a chunk."""
+    """Whether an axis of `size` slices has one chunk a slice."""
     return size <= _MOST_SLICES and nbytes >= size * _SLICE_BYTES
 
 
 class OrbaxWriter:
-    """Saves groups of arrays into one Orbax checkpoint, and can go on where another process stopped.
+    """Saves groups of arrays into one Orbax checkpoint. It can continue the work of a stopped process.
 
-    Groups gather in `directory/params.partial_save`; only `finish` makes `directory/params`.
+    Groups are saved in `directory/params.partial_save`. `finish` makes `directory/params` of them.
 
     Args:
       directory: an existing directory.
-      kept: what `saved` returned after the last group that counts; anything else a killed process left is removed.
+      saved_groups: what `saved` returned when the journal was last written. Groups that a killed process saved after
+        that are removed.
 
     Attributes:
-      intact: whether all of `kept` is there. If not, the conversion has to begin again.
+      intact: whether all `saved_groups` are on the disk. If not, the conversion must start again.
     """
 
-    def __init__(self, directory: Path, kept: Iterable[str] = ()) -> None:
+    def __init__(self, directory: Path, saved_groups: Iterable[str] = ()) -> None:
         self._directory = directory
         self._final = directory / PARAMS
         self._pending = directory / f"{PARAMS}.partial_save"
         self._context = _saving_context()
-        kept = set(kept)
+        wanted = set(saved_groups)
         for leftover in directory.glob(f"{PARAMS}.*"):
             if leftover != self._pending:
                 _remove(leftover)
         groups = set(self.saved())
-        for name in groups - kept:
+        for name in groups - wanted:
             _remove(self._pending / name)
-        # The rename to its final name is the last step of a merge, so `params` under that name is whole.
-        self.intact = self._final.exists() or kept <= groups
+        # The rename to `params` is the last step of a merge, so `params` is always complete.
+        self.intact = self._final.exists() or wanted <= groups
 
     def save(self, arrays: Mapping[ArrayPath, np.ndarray]) -> None:
-        """Saves one group; it is on the disk when this returns. Memory: about the largest array once more."""
+        """Saves one group, which is on the disk when this returns. Extra memory: about the largest array."""
         with self._context, _quiet():
             ocp.partial.save(str(self._final), nest(arrays))
 
     def saved(self) -> list[str]:
-        """Names of the groups so far; empty before the first."""
+        """Names of the groups saved so far."""
         return sorted(group.name for group in self._pending.iterdir()) if self._pending.exists() else []
 
     def finish(self) -> None:
         """Merges the groups into `directory/params`.
 
-        Orbax's merge cannot be repeated once it has begun, so it works on a second set of links to the same data: a
-        process that is killed here only merges again. Where the filesystem has no hard links it works on the groups
-        themselves, and a process that is killed in these seconds begins the conversion again.
+        Orbax's merge cannot be repeated once it has begun. Therefore it works on hard links to the groups: if the
+        process is killed, the next one merges again. On a filesystem without hard links it works on the groups
+        themselves: if the process is killed during the merge, the next one starts the conversion again.
         """
         if not self._final.exists():
             merged = self._directory / f"{PARAMS}.merge"
@@ -165,7 +168,7 @@ class OrbaxWriter:
 
 
 def _link(source: str, target: str) -> None:
-    # Small files may be metadata, which the merge rewrites in place.
+    # Small files may be metadata, and the merge rewrites metadata in place.
     if Path(source).stat().st_size < _COPIED_BYTES:
         shutil.copy2(source, target)
     else:
@@ -180,13 +183,13 @@ def _remove(path: Path) -> None:
 
 
 def file_sizes(params: Path) -> dict[str, int]:
-    """Bytes of every file below `params`, by relative path."""
+    """Length in bytes of every file below `params`, by relative path."""
     files = (path for path in sorted(params.rglob("*")) if path.is_file())
     return {path.relative_to(params).as_posix(): path.stat().st_size for path in files}
 
 
 def write_manifest(directory: Path) -> None:
-    """Writes `directory/checkpoint.json`, by which a truncated copy of the checkpoint is told from a whole one."""
+    """Writes the lengths of all files to `directory/checkpoint.json`, by which a truncated copy is recognised."""
     manifest = {"format": "keye-jax", "version": 1, "files": file_sizes(directory / PARAMS)}
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
@@ -195,16 +198,19 @@ class OrbaxSource:
     """The Orbax checkpoint in `directory/params`.
 
     Attributes:
-      directory: where it is.
-      files: the item's files.
+      directory: its directory.
+      files: all files in `params/`.
       entries: shape and dtype of every array, by path.
-      problems: what is wrong with the files, one sentence each.
+      problems: the problems of the files, one sentence each.
+
+    Raises:
+      UserError: the manifest or the metadata cannot be read.
     """
 
     def __init__(self, directory: Path) -> None:
         # Orbax takes absolute paths only.
         self.directory = directory.absolute()
-        self.entries: dict[ArrayPath, Stored] = {}
+        self.entries: dict[ArrayPath, StoredArray] = {}
         self.problems: list[str] = []
         self._params = self.directory / PARAMS
         sizes = file_sizes(self._params)
@@ -221,7 +227,7 @@ class OrbaxSource:
             raise UserError(f"{self._params} cannot be read as an Orbax checkpoint: its metadata names no arrays")
         for path, leaf in flatten(tree).items():
             if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-                self.entries[path] = Stored(tuple(leaf.shape), np.dtype(leaf.dtype))
+                self.entries[path] = StoredArray(tuple(leaf.shape), np.dtype(leaf.dtype))
             else:
                 self.problems.append(f"{'.'.join(path)}: it is not an array")
 
@@ -237,10 +243,12 @@ class OrbaxSource:
             if name not in sizes:
                 self.problems.append(f"{PARAMS}/{name}: it is missing")
             elif sizes[name] != size:
-                self.problems.append(f"{PARAMS}/{name}: it is truncated: {sizes[name]:,} bytes, not {size:,}")
+                self.problems.append(
+                    f"{PARAMS}/{name}: it is truncated: it has {sizes[name]:,} bytes; it must have {size:,}"
+                )
 
     def read(self, paths: Iterable[ArrayPath]) -> dict[ArrayPath, np.ndarray]:
-        """These arrays in host memory. Memory: the arrays, and the one being read once more.
+        """Reads arrays into host memory. Memory: the arrays, and a second copy of the one being read.
 
         Raises:
           UserError: the data cannot be read.
@@ -249,7 +257,7 @@ class OrbaxSource:
         return {path: np.asarray(array) for path, array in loaded.items()}
 
     def restore(self, requests: Mapping[ArrayPath, Any]) -> dict[ArrayPath, Any]:
-        """Restores the arrays of `requests`: `jax.ShapeDtypeStruct` with a sharding, or `Stored` for numpy.
+        """Restores arrays. A request is a `jax.ShapeDtypeStruct` with a sharding, or a `StoredArray` for a numpy array.
 
         Raises:
           UserError: the data cannot be read.
@@ -264,12 +272,12 @@ class OrbaxSource:
             raise UserError(f"{self._params}: the arrays cannot be read: {_first_line(error)}") from error
 
     def close(self) -> None:
-        """Nothing stays open between reads."""
+        """Does nothing: no file stays open between reads."""
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax logs what it also raises, or what we check ourselves."""
+    """Silences the log of Orbax, which repeats its exceptions and what is checked here."""
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -283,7 +291,7 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def on_device(entry: Stored, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct:
-    """The request to restore an array onto devices: by default in its own dtype onto the default device."""
+def on_device(entry: StoredArray, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct:
+    """The request to restore an array onto devices. Default: the stored dtype, the default device."""
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(entry.shape, entry.dtype if dtype is None else dtype, sharding=sharding)

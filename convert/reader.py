@@ -1,7 +1,7 @@
-"""Reading safetensors files: headers without data, and tensors one at a time.
+"""Reads safetensors files: headers without data, and tensors one at a time.
 
-Data is read with `pread` into a buffer of the tensor's size. Nothing is memory-mapped: mapped pages count as resident,
-so a mapped checkpoint would need as much memory as it has bytes.
+`pread` reads the data into a buffer of the tensor's size. Files are not memory-mapped, since mapped pages count as
+resident memory: a mapped checkpoint would seem to need its whole size in memory.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ DTYPES: dict[str, np.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# Bytes an element of the format's other dtypes, so that their headers can be checked as well.
+# Bits an element of the format's other dtypes, for checking headers that hold them.
 _OTHER_ITEM_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64, "F64": 64, "I64": 64, "U64": 64}
 _OTHER_ITEM_BITS |= {"I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 _OTHER_ITEM_BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
 
-# The format's own limit; a longer one means that the file is something else.
+# The format's own limit. A longer header means that the file is not safetensors.
 _MAX_HEADER_BYTES = 100_000_000
 _READ_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """Where one tensor lies.
+class TensorEntry:
+    """The place of one tensor in a file.
 
     Attributes:
       file: the safetensors file.
       dtype: the format's name of the dtype, such as `BF16`.
       shape: dimensions in elements.
-      start: offset of the first byte from the beginning of the file.
-      nbytes: length in bytes.
+      start: offset of its first byte in the file.
+      nbytes: its length in bytes.
     """
 
     file: Path
@@ -58,11 +58,11 @@ class Entry:
 
 
 class HeaderError(ValueError):
-    """A file is not a whole safetensors file; the message says in what way."""
+    """A file is not a complete safetensors file. The message tells why."""
 
 
-def read_header(file: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file, by name, without their data.
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """The places of the tensors in one safetensors file, by name.
 
     Raises:
       HeaderError: the file is truncated, or is not safetensors.
@@ -70,12 +70,14 @@ def read_header(file: Path) -> dict[str, Entry]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         if size < 8:
-            raise HeaderError(f"it is truncated: {size} bytes, less than the length of a header")
+            raise HeaderError(f"it is truncated: it has {size} bytes; a header alone has at least 8")
         length = int.from_bytes(stream.read(8), "little")
         if length > _MAX_HEADER_BYTES:
-            raise HeaderError(f"it is not safetensors: its header would have {length:,} bytes")
+            raise HeaderError(
+                f"it is not safetensors: its header has {length:,} bytes; the format allows {_MAX_HEADER_BYTES:,}"
+            )
         if 8 + length > size:
-            raise HeaderError(f"it is truncated: {size:,} bytes, its header alone has {length:,}")
+            raise HeaderError(f"it is truncated: it has {size:,} bytes; its header alone has {length:,}")
         try:
             values = json.loads(stream.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -90,13 +92,13 @@ def read_header(file: Path) -> dict[str, Entry]:
             raise HeaderError(f"its header is wrong: {name} does not begin where the tensor before it ends")
         end += entry.nbytes
     if end > size:
-        raise HeaderError(f"it is truncated: {size:,} bytes, its header promises {end:,}")
+        raise HeaderError(f"it is truncated: it has {size:,} bytes; its header promises {end:,}")
     if end < size:
         raise HeaderError(f"it has {size - end:,} bytes more than its header says")
     return entries
 
 
-def _read_entry(file: Path, name: str, value: Any, data_start: int) -> Entry:
+def _read_entry(file: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     try:
         dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         if not all(type(item) is int and item >= 0 for item in (*shape, start, stop)):
@@ -106,23 +108,26 @@ def _read_entry(file: Path, name: str, value: Any, data_start: int) -> Entry:
         raise HeaderError(f"its header is wrong: the entry of {name} cannot be read") from error
     if (stop - start) * 8 != math.prod(shape) * bits:
         raise HeaderError(f"its header is wrong: {name} is {dtype} {list(shape)} but has {stop - start} bytes")
-    return Entry(file, dtype, shape, data_start + start, stop - start)
+    return TensorEntry(file, dtype, shape, data_start + start, stop - start)
 
 
 class SafetensorsSource:
     """The safetensors checkpoint in a directory: `model.safetensors.index.json` with shards, or `*.safetensors`.
 
     Attributes:
-      directory: where it is.
-      files: its weight files, the index first if there is one.
-      entries: what the whole shards hold, by name.
-      problems: what is wrong with the files, one sentence each; tensors of a bad file are not in `entries`.
-      in_bad_files: the tensors which the index puts into files that are bad or absent.
+      directory: its directory.
+      files: the index, if there is one, and the weight files.
+      entries: the places of the tensors in the complete files, by name.
+      problems: the problems of the files, one sentence each.
+      in_bad_files: names of the tensors that the index puts into incomplete or missing files.
+
+    Raises:
+      UserError: the index is not valid.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, TensorEntry] = {}
         self.problems: list[str] = []
         self.in_bad_files: set[str] = set()
         index = directory / INDEX_NAME
@@ -131,13 +136,13 @@ class SafetensorsSource:
             self._open_indexed(_read_index(index))
         else:
             self.files = []
-            # Without an index a file alone named model.safetensors is the checkpoint, whatever lies beside it.
+            # Without an index, model.safetensors is the whole checkpoint, and files beside it are ignored.
             single = directory / "model.safetensors"
             for file in [single] if single.is_file() else sorted(directory.glob("*.safetensors")):
                 self._open_file(file)
         self._descriptors: dict[Path, int] = {}
 
-    def _open_file(self, file: Path) -> dict[str, Entry] | None:
+    def _open_file(self, file: Path) -> dict[str, TensorEntry] | None:
         self.files.append(file)
         try:
             entries = read_header(file)
@@ -157,7 +162,7 @@ class SafetensorsSource:
         for file_name, names in sorted(by_file.items()):
             file = self.directory / file_name
             if not file.is_file():
-                self.problems.append(f"{file_name}: the index names this file and it is not there")
+                self.problems.append(f"{file_name}: it is missing; the index names it")
                 self.in_bad_files |= names
                 continue
             entries = self._open_file(file)
@@ -165,11 +170,15 @@ class SafetensorsSource:
                 self.in_bad_files |= names
                 continue
             for name in sorted(names - entries.keys()):
-                self.problems.append(f"{file_name}: the index puts {name} here and it is not")
+                self.problems.append(f"{file_name}: {name} is missing in it; the index puts it there")
                 self.in_bad_files.add(name)
 
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
-        """One tensor in its stored dtype and shape, read into `out` (contiguous, of as many bytes) if that is given.
+        """Reads one tensor in its stored dtype and shape.
+
+        Args:
+          name: its name in the checkpoint.
+          out: a contiguous array to read into, of the tensor's length in bytes; None for a new array.
 
         Raises:
           UserError: the file has become shorter since its header was read.
@@ -189,9 +198,9 @@ class SafetensorsSource:
         return out
 
     def read_tensor(self, tensor: mapping.Tensor) -> np.ndarray:
-        """`tensor` in our shape; fused experts are put together from per-expert linears where these are what is stored.
+        """Reads `tensor` in our shape. If the checkpoint stores the experts one by one, their linears are fused.
 
-        Memory: the tensor, and one expert's linear besides.
+        Memory: the tensor and one linear of an expert.
         """
         if tensor.checkpoint_name in self.entries:
             return self.read(tensor.checkpoint_name).reshape(tensor.shape)
@@ -203,7 +212,7 @@ class SafetensorsSource:
         return fused
 
     def close(self) -> None:
-        """Closes the files; a later read opens them again."""
+        """Closes the files. A later read opens them again."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
@@ -220,7 +229,7 @@ def _read_index(index: Path) -> dict[str, str]:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is not a safetensors index: it must be JSON with an object 'weight_map'") from error
     for name, file_name in entries:
-        # A name from a file that was downloaded must not lead out of the directory.
+        # A name in a downloaded file must not lead out of the directory.
         if not isinstance(file_name, str) or Path(file_name).name != file_name or file_name in ("", ".", ".."):
             raise UserError(f"{index}: weight_map[{name!r}] is {file_name!r}; it must be the name of a file beside it")
     return weight_map

@@ -1,37 +1,33 @@
-"""A checkpoint in the released layout with random weights, for tests, demonstrations and measurements.
+"""Writes checkpoints in the released layout with random weights, for tests, demonstrations and measurements.
 
     python -m convert.synthetic configs/model/tiny.json /tmp/tiny --layers 2
 
-Weights come from the seed and the tensor's name alone, so that layers, layout and shards can be chosen freely. Norms
-are near one, biases near zero, matrices normal with standard deviation 1/sqrt(inputs): activations stay of order one.
+The values of a tensor depend only on the seed, its name, its shape and its dtype, and not on layout or shards. Norms
+are near one and biases near zero. Matrices are normal with standard deviation 1/sqrt(inputs), so that activations stay
+of order one.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
 import sys
 import zlib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal, NoReturn
 
-import ml_dtypes
 import numpy as np
-import typer
 
 from convert import mapping
-from convert.work import is_empty
-from convert.writer import Planned, ShardWriter
-from keye_jax.config import KeyeConfig
+from convert.staging import is_empty
+from convert.writer import PlannedTensor, ShardWriter
+from keye_jax.config import DTYPES, KeyeConfig
 from keye_jax.errors import UserError
 
-_DTYPES = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-}
-_BLOCK = 1 << 22
+_BLOCK_ELEMENTS = 1 << 22
+# Standard deviation of norms and biases.
 _NOISE = 0.02
 
 
@@ -46,32 +42,32 @@ def write_checkpoint(
 ) -> None:
     """Writes `config.json` and random weights into `directory`.
 
-    Memory: the largest tensor and a little more.
+    Memory: the largest tensor and a few blocks of 16 MiB.
 
     Args:
-      directory: a directory that does not exist, or is empty.
-      config: sizes of everything.
-      seed: of the random numbers.
-      dtype: bfloat16, float32 or float16; that of `config` without it.
-      shard_size: bytes of tensor data in one file.
-      expert_layout: experts as two fused tensors a layer, or as three linears an expert. The numbers are the same.
+      directory: a directory that does not exist or is empty.
+      config: the configuration of the model.
+      seed: seed of the random numbers.
+      dtype: bfloat16, float32 or float16; None for that of `config`.
+      shard_size: maximum bytes of tensor data in one file.
+      expert_layout: "fused" for two tensors a layer, "per_expert" for three linears an expert, of the same values.
 
     Raises:
-      UserError: `directory` is not empty, or `dtype` is none of the three.
+      UserError: `directory` is not empty, or `dtype` is not one of the three.
     """
     directory = Path(directory)
-    kind = _DTYPES.get(dtype or config.dtype)
+    kind = DTYPES.get(dtype or config.dtype)
     if kind is None:
-        raise UserError(f"dtype is {dtype!r}; it must be {' or '.join(_DTYPES)}")
+        raise UserError(f"dtype is {dtype!r}; it must be {' or '.join(DTYPES)}")
     if not is_empty(directory):
         raise UserError(f"DST {directory} exists and is not empty; choose another")
     tensors = mapping.rows(config)
-    planned: list[Planned] = []
+    planned: list[PlannedTensor] = []
     for tensor in tensors:
         pieces = mapping.expert_pieces(tensor) if expert_layout == "per_expert" else []
-        planned += [Planned(piece.checkpoint_name, piece.checkpoint_shape, kind) for piece in pieces]
+        planned += [PlannedTensor(piece.checkpoint_name, piece.checkpoint_shape, kind) for piece in pieces]
         if not pieces:
-            planned.append(Planned(tensor.checkpoint_name, tensor.checkpoint_shape, kind))
+            planned.append(PlannedTensor(tensor.checkpoint_name, tensor.checkpoint_shape, kind))
     directory.mkdir(parents=True, exist_ok=True)
     writer = ShardWriter(directory, planned, shard_size)
     try:
@@ -90,19 +86,19 @@ def write_checkpoint(
 
 
 def random_tensor(tensor: mapping.Tensor, seed: int, dtype: np.dtype) -> np.ndarray:
-    """The values of one tensor, in our shape; the same for the same seed, name, shape and dtype."""
+    """The values of one tensor in our shape. They depend on seed, name, shape and dtype only."""
     center, scale = _distribution(tensor)
     generator = np.random.default_rng([seed, zlib.crc32(tensor.checkpoint_name.encode())])
     values = np.empty(tensor.size, dtype)
-    for start in range(0, tensor.size, _BLOCK):
-        block = generator.standard_normal(min(_BLOCK, tensor.size - start), dtype=np.float32)
+    for start in range(0, tensor.size, _BLOCK_ELEMENTS):
+        block = generator.standard_normal(min(_BLOCK_ELEMENTS, tensor.size - start), dtype=np.float32)
         block *= scale
-        values[start : start + _BLOCK] = block + np.float32(center)
+        values[start : start + _BLOCK_ELEMENTS] = block + np.float32(center)
     return values.reshape(tensor.shape)
 
 
 def _distribution(tensor: mapping.Tensor) -> tuple[float, float]:
-    """Mean and standard deviation."""
+    """Mean and standard deviation of a tensor's values."""
     owner, leaf = tensor.path[-2:]
     if leaf == "bias":
         return 0.0, _NOISE
@@ -117,7 +113,7 @@ def _distribution(tensor: mapping.Tensor) -> tuple[float, float]:
 
 
 def with_layers(config: KeyeConfig, layers: int | None) -> KeyeConfig:
-    """`config` with another number of decoder layers."""
+    """`config` with `layers` decoder layers, or unchanged if that is None."""
     if layers is None:
         return config
     if layers <= 0:
@@ -125,22 +121,34 @@ def with_layers(config: KeyeConfig, layers: int | None) -> KeyeConfig:
     return dataclasses.replace(config, num_hidden_layers=layers)
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
-@app.command()
-def main(
-    config: Annotated[Path, typer.Argument(help="A config.json.")],
-    dst: Annotated[Path, typer.Argument(help="The directory to write the checkpoint into.")],
-    layers: Annotated[int | None, typer.Option(help="Decoder layers, in place of the config's.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float32 or float16, in place of the config's.")] = None,
-) -> None:
-    """Writes a checkpoint in the released layout with random weights."""
-    write_checkpoint(dst, with_layers(KeyeConfig.from_file(config), layers), seed=seed, dtype=dtype)
+def main(arguments: list[str]) -> int:
+    """Runs `python -m convert.synthetic` and returns its exit code: a user's mistake is one line on stderr and 2."""
+    parser = _Parser(
+        prog="python -m convert.synthetic",
+        description="Writes a checkpoint in the released layout with random weights.",
+    )
+    parser.add_argument("config", type=Path, help="A config.json.")
+    parser.add_argument("dst", type=Path, help="The directory to write the checkpoint into.")
+    parser.add_argument("--layers", type=int, help="Decoder layers, in place of the config's.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the random weights. Default: 0.")
+    parser.add_argument("--dtype", help="bfloat16, float32 or float16, in place of the config's.")
+    try:
+        given = parser.parse_args(arguments or ["--help"])
+        config = with_layers(KeyeConfig.from_file(given.config), given.layers)
+        write_checkpoint(given.dst, config, seed=given.seed, dtype=given.dtype)
+    except (UserError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        print(f"keye-jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("keye-jax: interrupted", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    from keye_jax.cli import run
-
-    sys.exit(run(app, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Writing safetensors shards: a header first, then tensors in any order at offsets that are known from the start."""
+"""Writes safetensors shards: first the header, then the tensors in any order, since their offsets are known."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _WRITE_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned:
-    """A tensor to be written: its name, its stored shape, and its dtype (bfloat16, float32 or float16)."""
+class PlannedTensor:
+    """The name, stored shape and dtype of a tensor to write; the dtype is bfloat16, float32 or float16."""
 
     name: str
     shape: tuple[int, ...]
@@ -28,9 +28,9 @@ class Planned:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def plan_shards(tensors: list[Planned], shard_size: int) -> list[list[Planned]]:
-    """Splits `tensors`, in order, into shards of at most `shard_size` bytes of data; a larger tensor has its own."""
-    shards: list[list[Planned]] = []
+def plan_shards(tensors: list[PlannedTensor], shard_size: int) -> list[list[PlannedTensor]]:
+    """Splits `tensors` in order into shards of at most `shard_size` bytes of data. A larger tensor is a shard alone."""
+    shards: list[list[PlannedTensor]] = []
     filled = 0
     for tensor in tensors:
         if not shards or filled + tensor.nbytes > shard_size:
@@ -38,19 +38,19 @@ def plan_shards(tensors: list[Planned], shard_size: int) -> list[list[Planned]]:
             filled = 0
         shards[-1].append(tensor)
         filled += tensor.nbytes
-    # Wide dtypes first keeps every tensor aligned to its element size.
+    # With wide dtypes first, every tensor is aligned to its item size.
     return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
 
 
 def shard_names(count: int) -> list[str]:
-    """File names of `count` shards, as the released checkpoint has them."""
+    """File names of `count` shards, in the pattern of the released checkpoint."""
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def encode_header(tensors: list[Planned]) -> bytes:
-    """The bytes of a file before its data, padded to 8."""
+def encode_header(tensors: list[PlannedTensor]) -> bytes:
+    """The bytes of a file before its data; their number is a multiple of 8."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -64,22 +64,22 @@ def encode_header(tensors: list[Planned]) -> bytes:
 
 
 class ShardWriter:
-    """Writes the shards of one checkpoint into a directory, under names that end in `.part` until `finish`.
+    """Writes the shards of one checkpoint into a directory. Their names end in `.part` until `finish`.
 
-    A writer over a directory that another one left behind continues in the same files.
+    In the directory of a stopped process, it continues the same files.
 
     Args:
       directory: an existing directory.
-      tensors: everything that will be written, in order.
-      shard_size: bytes of data a shard.
+      tensors: all tensors of the checkpoint, in order.
+      shard_size: maximum bytes of data in one shard.
     """
 
-    def __init__(self, directory: Path, tensors: list[Planned], shard_size: int) -> None:
+    def __init__(self, directory: Path, tensors: list[PlannedTensor], shard_size: int) -> None:
         shards = plan_shards(tensors, shard_size)
         self._directory = directory
         self._names = shard_names(len(shards))
         self._file_of: dict[str, str] = {}
-        self._places: dict[str, tuple[Path, int, Planned]] = {}
+        self._places: dict[str, tuple[Path, int, PlannedTensor]] = {}
         self._descriptors: dict[Path, int] = {}
         self._touched: set[Path] = set()
         self._total = sum(tensor.nbytes for tensor in tensors)
@@ -102,7 +102,7 @@ class ShardWriter:
         self._touched.add(part)
 
     def write(self, name: str, values: np.ndarray) -> None:
-        """Writes one tensor: `values` has its dtype and as many elements, in its order, in any shape."""
+        """Writes the tensor `name`. `values` has its dtype and its elements in order; the shape is not used."""
         part, offset, tensor = self._places[name]
         assert values.dtype == tensor.dtype and values.nbytes == tensor.nbytes
         data = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
@@ -112,12 +112,12 @@ class ShardWriter:
         self._touched.add(part)
 
     def flush(self) -> None:
-        """Returns when everything written so far is on the disk."""
+        """Waits until everything written so far is on the disk."""
         while self._touched:
             os.fsync(self._descriptors[self._touched.pop()])
 
     def finish(self) -> None:
-        """Gives the shards their names and writes the index, if there is more than one shard."""
+        """Gives the shards their final names, and writes the index if there are several shards."""
         self.flush()
         self.close()
         for name in self._names:

@@ -1,8 +1,8 @@
 """Model configuration, read from the released `config.json`.
 
-Field names are those of the file. `KeyeConfig.from_file(path)` reads and checks it; every problem is a `UserError` (a
-`ValueError`) that names the field, its value and what is allowed. Fields that are not known here are kept in `extra`
-and ignored.
+Field names are those of the file. `KeyeConfig.from_file(path)` reads and checks it. Every problem is a `UserError`,
+which is a `ValueError`, and names the field, its value and what is allowed. Unknown fields are kept in `extra` and have
+no effect.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from keye_jax.errors import UserError
 
-_DTYPES = ("bfloat16", "float32", "float16")
+# The dtypes of weights, by their names in config.json.
+DTYPES: dict[str, np.dtype] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+}
 
 
 def _fail(field: str, value: Any, allowed: str) -> typing.NoReturn:
@@ -28,7 +33,7 @@ def _fail(field: str, value: Any, allowed: str) -> typing.NoReturn:
 
 
 def _read_value(field: str, value: Any, kind: Any) -> Any:
-    """Returns `value` as a `kind` (int, float, bool, str, tuple[int, ...] or dict); ValueError if it is not one."""
+    """Returns `value` as a `kind`: int, float, bool, str or tuple[int, ...]; UserError if it is not of that kind."""
     if kind is int:
         if isinstance(value, bool) or not isinstance(value, int):
             _fail(field, value, "an integer")
@@ -54,13 +59,21 @@ def _read_value(field: str, value: Any, kind: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Section:
-    """A frozen dataclass that reads itself from a JSON object and keeps what it does not know."""
+    """A frozen dataclass that is read from a JSON object and keeps unknown fields in `extra`."""
 
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, prefix: str = "") -> Self:
-        """Reads a section from the object `values`; `prefix` is what error messages put before a field's name."""
+        """Reads a section from a JSON object.
+
+        Args:
+          values: the fields of the object by name.
+          prefix: put before the name of a field in error messages.
+
+        Raises:
+          UserError: a field is missing, or its value is not allowed.
+        """
         if not isinstance(values, Mapping):
             _fail(prefix.rstrip(".") or "the file", values, "a JSON object")
         kinds = typing.get_type_hints(cls)
@@ -81,7 +94,7 @@ class _Section:
         return cls(**known, extra=types.MappingProxyType(extra))
 
     def to_dict(self) -> dict[str, Any]:
-        """The section as a JSON object, unknown fields included."""
+        """The section as a JSON object, with unknown fields."""
         known = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -117,14 +130,14 @@ class SparseAttentionConfig(_Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScalingConfig(_Section):
-    """`rope_scaling`: how the rotary frequencies are shared out between the time, row and column positions."""
+    """`rope_scaling`: the numbers of rotary frequencies that follow the time, the row and the column position."""
 
     mrope_section: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig(_Section):
-    """`vision_config`: the SigLIP encoder. Sizes in pixels, except `spatial_merge_size`, in patches a side."""
+    """`vision_config`: the SigLIP encoder. Image and patch sizes are in pixels, `spatial_merge_size` in patches."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -166,13 +179,13 @@ class VisionConfig(_Section):
 
     @property
     def merged_size(self) -> int:
-        """Width of one merged token before the projector."""
+        """Channels of one merged token before the projector."""
         return self.hidden_size * self.spatial_merge_size**2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyeConfig(_Section):
-    """The whole model: the decoder's fields, and those of its sparse attention and its vision encoder."""
+    """The whole model: the fields of the decoder, with sections for sparse attention, rope and the vision encoder."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -227,8 +240,8 @@ class KeyeConfig(_Section):
         for name, value in supported.items():
             if getattr(self, name) != value:
                 _fail(name, getattr(self, name), f"{value!r}, as in the released model")
-        if self.dtype not in _DTYPES:
-            _fail("dtype", self.dtype, " or ".join(_DTYPES))
+        if self.dtype not in DTYPES:
+            _fail("dtype", self.dtype, " or ".join(DTYPES))
 
     def _check_rope(self) -> None:
         section, head_dim = self.rope_scaling.mrope_section, self.head_dim
@@ -246,7 +259,7 @@ class KeyeConfig(_Section):
         """Reads `path`, a `config.json` or a directory that holds one.
 
         Raises:
-          ValueError: not JSON, or a field that is missing or impossible; the message names it.
+          UserError: the file is not JSON, a field is missing, or its value is not allowed.
           FileNotFoundError: there is no such file.
         """
         path = Path(path)
@@ -260,14 +273,15 @@ class KeyeConfig(_Section):
 
     @property
     def mrope_section(self) -> tuple[int, ...]:
-        """Rotary frequencies of a decoder head that follow the time, row and column positions."""
+        """The numbers of rotary frequencies of a decoder head that follow the time, row and column position."""
         return self.rope_scaling.mrope_section
 
     @property
     def indexer_mrope_section(self) -> tuple[int, ...]:
-        """The same for an indexer head: scaled to its head dim ([16, 24, 24] of 128 gives [8, 12, 12] of 64)."""
+        """`mrope_section` scaled to the head dim of the indexer: [16, 24, 24] of 128 becomes [8, 12, 12] of 64."""
         return tuple(count * self.sa_config.indexer_head_dim // self.head_dim for count in self.mrope_section)
 
     @property
     def jax_dtype(self) -> np.dtype:
-        return jnp.dtype(self.dtype)
+        """`dtype` as numpy and JAX take it."""
+        return DTYPES[self.dtype]

@@ -1,8 +1,8 @@
-"""The one exception that means a user's mistake."""
+"""The exception for mistakes of a user."""
 
 
 class UserError(ValueError):
-    """What a user asked for cannot be done; the message is one sentence with the field, the value and what is allowed.
+    """A mistake of a user. The message is one sentence with the field, the value and what is allowed.
 
-    The command line prints the message alone and exits with 2; any other exception is a defect and keeps its traceback.
+    The command line prints only the message and exits with 2. Any other exception is a defect and keeps its traceback.
     """

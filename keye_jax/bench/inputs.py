@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 
 from keye_jax.config import KeyeConfig
 from keye_jax.model.keye import Keye
-from keye_jax.model.positions import mrope_positions
+from keye_jax.processor.positions import mrope_positions
 from keye_jax.runtime.prefill import Segment
 from keye_jax.sharding import MeshRules
 

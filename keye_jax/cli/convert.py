@@ -51,7 +51,7 @@ def convert(
     from convert import conversion, hub
 
     try:
-        with Progress() as progress:
+        with ConversionProgress() as progress:
             if source is None:
                 source = hub.download(
                     hf=hf, modelscope=modelscope, revision=revision, cache_dir=cache_dir, progress=progress
@@ -104,7 +104,7 @@ def _keep_off_accelerators() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-class Progress:
+class ConversionProgress:
     """Shows phase, bytes, rate and time left on stderr: a bar on a terminal, otherwise a line every 30 seconds."""
 
     def __init__(self) -> None:

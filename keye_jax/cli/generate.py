@@ -19,7 +19,7 @@ from keye_jax.runtime import distributed
 
 if TYPE_CHECKING:
     from keye_jax.engine.generate import Answer
-    from keye_jax.processor import FrameShare, Plan
+    from keye_jax.processor import FrameShare, PromptPlan
     from keye_jax.runtime.sampling import SamplingParams
     from keye_jax.sharding import MeshRules
 
@@ -226,7 +226,12 @@ class _Printer:
 
 
 def _summary(
-    plan: Plan, frame_times: tuple, answer: Answer, sampling: SamplingParams, decode_seconds: float, load_seconds: float
+    plan: PromptPlan,
+    frame_times: tuple,
+    answer: Answer,
+    sampling: SamplingParams,
+    decode_seconds: float,
+    load_seconds: float,
 ) -> dict[str, Any]:
     return {
         "answer": answer.text,

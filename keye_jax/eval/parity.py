@@ -15,7 +15,7 @@ from keye_jax.errors import UserError
 from keye_jax.kv_cache import PagePool
 from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.decoder import LayerIntermediates
-from keye_jax.model.positions import mrope_positions
+from keye_jax.processor.positions import mrope_positions
 from keye_jax.runtime.prefill import Segment
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.runtime.sampling import SamplingParams

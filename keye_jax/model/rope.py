@@ -10,10 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from keye_jax.model.positions import mrope_positions
-
-__all__ = ["apply_rope", "mrope_angles", "mrope_positions", "vision_angles"]
-
 
 def mrope_angles(positions: jax.Array, section: tuple[int, ...], theta: float) -> jax.Array:
     """Angles of frequencies `theta^(-2i / d)`, each following one of three positions.

@@ -1,6 +1,6 @@
-"""From messages and files to arrays: token ids, patches, grids and positions."""
+"""Turns messages and media files into arrays: token ids, patches, grids and positions. Needs no JAX."""
 
-from keye_jax.processor.processor import FrameShare, ModelInputs, Plan, Processor, VideoPlan
+from keye_jax.processor.processor import FrameShare, ModelInputs, Processor, PromptPlan, VideoPlan
 from keye_jax.processor.prompt import Detokenizer
 
-__all__ = ["Detokenizer", "FrameShare", "ModelInputs", "Plan", "Processor", "VideoPlan"]
+__all__ = ["Detokenizer", "FrameShare", "ModelInputs", "Processor", "PromptPlan", "VideoPlan"]

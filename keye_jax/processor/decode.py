@@ -1,4 +1,4 @@
-"""The frames of a video: what there is is found from packets alone, and only what is wanted is decoded."""
+"""The frames of a video. The packets tell which frames there are; only the wanted frames are decoded."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from keye_jax.errors import UserError
 from keye_jax.processor.image import open_image, to_rgb, upright_size
 from keye_jax.processor.media import shorten
 
-# Containers that hold their own pictures: no playlist, which would make ffmpeg open other files and addresses.
+# Containers that hold their own frames. Playlists are left out: they make ffmpeg open other files and addresses.
 _FORMATS = (
     "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,gif,apng,ivf,obu,h264,hevc,m4v,mxf,nut,"
     "yuv4mpegpipe,rm,dv,3gp,wtv,vc1,av1,mp3,wav,aac,flac"
 )
-# Going on decoding over a few frames is cheaper than starting again at a keyframe.
+# Frames. Over a gap this small, decoding on is cheaper than a seek to a keyframe.
 _SEEK_GAP = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """What a video holds, frames in order of presentation.
+    """The N frames of a video, in order of presentation.
 
     Attributes:
-      height, width: size in pixels, after rotation.
-      native_fps: frames a second; the mean where the rate varies.
-      times: float64 [N], seconds from the first frame: index / native_fps at a constant rate, else the file's own.
-      pts: int64 [N], the file's time stamps, increasing; None where it has none to go by.
-      keyframes: int64 [K], indices of the frames where decoding may start.
-      seek_to: int64 [K], the time stamps to look them up by.
-      orientation: the display matrix's (a, b, c, d), each -1, 0 or 1.
+      height, width: size of a frame in pixels, after rotation.
+      native_fps: frames a second; the mean if the rate varies.
+      times: float64 [N], seconds from the first frame. They are index / native_fps at a constant rate, and the file's
+        own times at a variable one.
+      pts: int64 [N], the file's time stamps in ticks, increasing; None if the file has no usable time stamps.
+      keyframes: int64 [K], indices of the frames at which decoding may start.
+      seek_to: int64 [K], for each keyframe the time stamp, in ticks, to seek to.
+      orientation: (a, b, c, d) of the display matrix, each -1, 0 or 1; see `_orientation`.
     """
 
     height: int
@@ -58,7 +59,16 @@ class VideoInfo:
 
 
 class FrameList:
-    """A video given as its frames: an array uint8 [F, H, W, 3], or a list of opened images."""
+    """A video given as its frames.
+
+    Args:
+      frames: an array uint8 [F, H, W, 3], or F sources that `open_image` takes.
+      native_fps: frames a second.
+      field: the name of the video in error messages.
+
+    Raises:
+      UserError: there are no frames, or the array or the first frame is not valid.
+    """
 
     def __init__(self, frames: Sequence[Any] | np.ndarray[Any, Any], native_fps: float, field: str):
         if isinstance(frames, np.ndarray):
@@ -76,20 +86,24 @@ class FrameList:
         return open_image(self._frames[index], f"{self._field}[{index}]")
 
     def read(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields (index, uint8 [H, W, 3]) for each of `indices`."""
+        """Yields (index, pixels) for each of `indices`, int64 [n]; pixels are uint8 [H, W, 3].
+
+        Raises:
+          UserError: a frame is not an image, or is damaged.
+        """
         for index in indices.tolist():
             yield index, np.asarray(to_rgb(self._image(index), f"{self._field}[{index}]"))
 
 
 class VideoFile:
-    """A video file: `info` is known at once, `read` decodes frames.
+    """A video file. The constructor reads its packets and sets `info`; `read` decodes frames.
 
     Args:
-      source: a path, or the bytes of a file.
-      field: what error messages call it.
+      source: a path, or the content of a file.
+      field: the name of the video in error messages.
 
     Raises:
-      UserError: PyAV is missing, or the file holds no video that can be read.
+      UserError: PyAV is missing, or the file holds no readable video.
     """
 
     def __init__(self, source: Path | bytes, field: str):
@@ -114,7 +128,7 @@ class VideoFile:
         return container, streams[0]
 
     def _probe(self) -> VideoInfo:
-        """Reads every packet's time, and decodes one frame, since only that tells the size and the rotation."""
+        """Reads the times of all packets and decodes one frame, which tells the size and the rotation."""
         container, stream = self._open()
         stamps: list[tuple[int | None, int | None, int, bool]] = []
         frame = None
@@ -127,9 +141,10 @@ class VideoFile:
                     stamps.append((packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe))
             rates = [Fraction(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate]
             tick = float(stream.time_base)
-            # AVI stores no presentation times: with B-frames, those of its packets are in decoding order.
-            # These are searched by presentation time; others, by decoding time, and come out too late for the former.
+            # MP4 and Matroska seek by presentation time. Other containers seek by decoding time, and a seek to a
+            # presentation time would end behind the keyframe.
             by_pts = container.format.name.startswith(("mov,", "matroska,"))
+            # AVI stores no presentation times. With B-frames its packets carry times in decoding order.
             ordered = container.format.name != "avi" or not stream.codec_context.has_b_frames
         if frame is None or not stamps:
             raise UserError(f"{self.field} has no frame that can be decoded ({self._name})")
@@ -157,14 +172,14 @@ class VideoFile:
         """Decodes frames, in order.
 
         Args:
-          indices: int64 [n], increasing, of `info.times`.
+          indices: int64 [n], increasing, indices into `info.times`.
 
         Yields:
-          For each, the index of the frame really used (another one only where the file is damaged: the nearest that
-          can be decoded), and its pixels, uint8 [H, W, 3], upright.
+          For each index, the index of the frame used and its pixels, uint8 [H, W, 3], upright. The two indices differ
+          only in a damaged file: then the frame used is the nearest one in time that can be decoded.
 
         Raises:
-          UserError: nothing can be decoded.
+          UserError: no frame can be decoded.
         """
         container, stream = self._open()
         with container:
@@ -177,7 +192,7 @@ class VideoFile:
                 yield index, pixels
 
     def _next(self, packets: Iterator[Any]) -> Any:
-        """The next packet; None at the end, or where the file is cut off."""
+        """The next packet; None at the end of the file or where it is cut off."""
         try:
             return next(packets, None)
         except self.av.FFmpegError:
@@ -190,7 +205,7 @@ class VideoFile:
             return []
 
     def frames(self, container: Any, stream: Any, *, from_keyframe: bool) -> Iterator[Any]:
-        """Every frame that can be decoded from where the container stands, or from the next keyframe on."""
+        """Decodes from the container's position, or from the next keyframe; leaves out undecodable frames."""
         packets = container.demux(stream)
         while (packet := self._next(packets)) is not None:
             if from_keyframe and packet.size and not packet.is_keyframe:
@@ -202,7 +217,7 @@ class VideoFile:
 
 
 class _Cursor:
-    """A place in a file being decoded: the frame at `index`, and the one before it in case a wanted one is missing."""
+    """A position in a file being decoded: the newest frame, and the one before it in case a wanted frame is missing."""
 
     def __init__(self, file: VideoFile, container: Any, stream: Any):
         self._file, self._container, self._stream = file, container, stream
@@ -216,14 +231,14 @@ class _Cursor:
         self._count = 0
 
     def at(self, wanted: int) -> tuple[int, Any]:
-        """(index, frame) of the frame nearest to `wanted` that can be decoded."""
+        """(index, frame) of the decodable frame nearest in time to the frame `wanted`; UserError if there is none."""
         keys = self._info.keyframes
         key = int(np.searchsorted(keys, wanted, "right")) - 1
         index = self._here[0] if self._here else self._before[0] if self._before else 0
         sought = key >= 0 and int(keys[key]) > index + _SEEK_GAP and self._seek(key)
         self._advance(wanted)
         step = 1
-        # The seek came out too late, or the keyframe is damaged: start further back.
+        # The seek ended behind `wanted`, or the keyframe is damaged: start at an earlier keyframe.
         while sought and self._before is None and (self._here is None or self._here[0] > wanted) and key > 0:
             key, step = max(0, key - step), step * 2
             sought = self._seek(key)
@@ -242,7 +257,7 @@ class _Cursor:
         return True
 
     def _advance(self, wanted: int) -> None:
-        """Moves on until `_here` is `wanted` or later; None after the last frame."""
+        """Decodes until `_here` is `wanted` or later. After the last frame `_here` is None."""
         while self._here is None or self._here[0] < wanted:
             frame = next(self._frames, None)
             if frame is None:
@@ -251,7 +266,7 @@ class _Cursor:
             self._before, self._here = self._here or self._before, (self._index(frame), frame)
 
     def _index(self, frame: Any) -> int:
-        """Which of the video's frames this is: by its time, or by counting where there are no times."""
+        """The index of `frame`, found by its time, or by counting if there are no times."""
         pts, last = self._info.pts, self._info.num_frames - 1
         if pts is None or frame.pts is None:
             self._count += 1
@@ -270,19 +285,19 @@ def _import_av(field: str) -> Any:
 
 
 def _timing(times: np.ndarray, last: float, tick: float, rates: list[float]) -> tuple[float, np.ndarray]:
-    """Frames a second, and the time of each frame, from the file's own times.
+    """Frames a second, and the times of the frames in seconds, float64 [N], from the file's own times.
 
     Args:
       times: float64 [N], seconds from the first frame.
-      last: how long the last frame is shown, in seconds; 0 if unknown.
+      last: duration of the last frame in seconds; 0 if unknown.
       tick: resolution of the file's times, in seconds.
-      rates: what the file says that its rate is.
+      rates: frames a second that the file states, in the order to try them.
     """
     count = len(times)
     if count == 1:
         return (rates[0] if rates else 1 / last if last > 0 else 1.0), times
     span = float(times[-1])
-    # Matroska rounds times to milliseconds, and so is exact to one tick; a frame left out is more than that.
+    # Matroska rounds times to milliseconds, an error of up to one tick. A dropped frame is a larger error.
     for rate in [*rates, (count - 1) / span]:
         tolerance = min(max(tick, 1e-3), 0.25 / rate) + 1e-6
         even = np.arange(count) / rate
@@ -292,7 +307,7 @@ def _timing(times: np.ndarray, last: float, tick: float, rates: list[float]) -> 
 
 
 def _orientation(frame: Any) -> tuple[int, int, int, int]:
-    """(a, b, c, d) of the frame's display matrix, which maps (x, y) to (ax + cy, bx + dy), to quarter turns."""
+    """(a, b, c, d) of the frame's display matrix, rounded to quarter turns; it maps (x, y) to (ax + cy, bx + dy)."""
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return (1, 0, 0, 1)
@@ -303,7 +318,7 @@ def _orientation(frame: Any) -> tuple[int, int, int, int]:
 
 
 def _turn(pixels: np.ndarray, orientation: tuple[int, int, int, int]) -> np.ndarray:
-    """Turns and mirrors [H, W, 3] as the display matrix says."""
+    """Rotates and mirrors pixels [H, W, 3] as the display matrix says."""
     a, b, c, d = orientation
     if not a:
         pixels = pixels.swapaxes(0, 1)

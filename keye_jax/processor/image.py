@@ -1,4 +1,4 @@
-"""Images: how large one is shown to the model, how it is read, and its patches."""
+"""Images: their size for the model, opening and decoding them, and cutting them into patches."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from keye_jax.errors import UserError
 
 MAX_ASPECT_RATIO = 200
-# Pillow's own limit against decompression bombs, above which it refuses a file.
+# Pillow's own limit against decompression bombs.
 MAX_SOURCE_PIXELS = 178_956_970
-# No format that runs another program or reads another file (EPS runs Ghostscript).
+# Formats that run another program or read another file are left out (EPS runs Ghostscript).
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA")
 _ORIENTATION_TAG = 0x0112
 
 
 def smart_resize(height: int, width: int, *, factor: int = 28, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size to show an image at: multiples of `factor`, near its shape, within the pixel limits where possible.
+    """The size at which the model sees an image: multiples of `factor`, within the pixel limits where possible.
 
-    Both sides are rounded to the nearest multiple (ties to even, at least one). If the area is then out of bounds, the
-    original sides are scaled by the square root of the ratio and rounded down (too large) or up (too small). This is
-    the publisher's formula, that of the Qwen2-VL family.
+    Each side is rounded to the nearest multiple of `factor`, ties to even, and is at least `factor`. If the area is
+    then out of bounds, the original sides are scaled by the square root of limit / area, and rounded down if the area
+    was too large or up if it was too small. This is the publisher's formula, the one of Qwen2-VL.
 
     Args:
       height, width: the image's size in pixels.
-      factor: pixels a side of one token.
+      factor: side of one token in pixels.
       min_pixels, max_pixels: limits on the area in pixels.
 
     Returns:
       (height, width) in pixels.
 
     Raises:
-      UserError: a size that is not positive, an aspect ratio above 200, or min_pixels above max_pixels.
+      UserError: a side is not positive, the aspect ratio is above 200, or min_pixels is above max_pixels.
     """
     if height <= 0 or width <= 0:
         raise UserError(f"the image is {height}x{width} (height x width); both must be positive")
@@ -61,14 +61,14 @@ def smart_resize(height: int, width: int, *, factor: int = 28, min_pixels: int, 
 
 
 def open_image(source: Any, field: str) -> Image.Image:
-    """Opens an image without decoding its pixels yet.
+    """Opens an image and reads its header, but not its pixels.
 
     Args:
-      source: a path, the bytes of a file, a PIL image, or an array uint8 [H, W, 3].
-      field: what error messages call it.
+      source: a path, the content of a file, a PIL image, or an array uint8 [H, W, 3].
+      field: the name of the image in error messages.
 
     Raises:
-      UserError: not an image, damaged, or larger than `MAX_SOURCE_PIXELS`.
+      UserError: the source is not an image, is damaged, or has more than `MAX_SOURCE_PIXELS` pixels.
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
@@ -99,7 +99,7 @@ def _name(source: Any) -> str:
 
 
 def upright_size(image: Image.Image, field: str) -> tuple[int, int]:
-    """(height, width) of an image once its EXIF orientation is honoured.
+    """(height, width) in pixels of an image turned upright by its EXIF orientation.
 
     Raises:
       UserError: the file is damaged.
@@ -112,7 +112,9 @@ def upright_size(image: Image.Image, field: str) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image, field: str) -> Image.Image:
-    """Decodes an image to upright 8-bit RGB: EXIF orientation honoured, transparency over white, 16 bit scaled to 8.
+    """Decodes an image to upright 8-bit RGB.
+
+    EXIF orientation is applied, transparency is laid over white, and 16-bit values are scaled to 8 bits.
 
     Raises:
       UserError: the file is damaged.
@@ -136,11 +138,11 @@ def patchify(pixels: np.ndarray, patch_size: int) -> np.ndarray:
     """Cuts an image into patches, row by row of the patch grid.
 
     Args:
-      pixels: [H, W, 3], both sides multiples of `patch_size`.
-      patch_size: pixels a side of one patch, p.
+      pixels: [H, W, 3] of any dtype; H and W are multiples of `patch_size`.
+      patch_size: side of one patch in pixels, p.
 
     Returns:
-      [H/p * W/p, 3, p, p], same dtype.
+      [H/p * W/p, 3, p, p] in the dtype of `pixels`.
     """
     height, width, channels = pixels.shape
     rows, cols = height // patch_size, width // patch_size

@@ -1,4 +1,4 @@
-"""Where media come from: files, `data:` URLs, and http(s) URLs when that is allowed."""
+"""Sources of media: files, `data:` URLs, and http(s) URLs if the caller allows them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _CHUNK_BYTES = 1 << 20
 
 
 def shorten(value: object, limit: int = 80) -> str:
-    """`value` as an error message shows it: one line, not longer than `limit` characters."""
+    """`value` for an error message: one line of at most `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-class RemoteFile:
-    """A downloaded file; it is removed by `close`, or when the object is gone."""
+class DownloadedFile:
+    """A downloaded file. `close` removes it, and so does the garbage collector."""
 
     def __init__(self, path: str):
         self.path = Path(path)
@@ -44,20 +44,20 @@ def _unlink(path: str) -> None:
         os.unlink(path)  # noqa: PTH108
 
 
-def fetch(url: str, field: str, *, allow_remote: bool, allow_files: bool = True) -> Path | bytes | RemoteFile:
-    """Resolves a path or URL.
+def fetch(url: str, field: str, *, allow_remote: bool, allow_files: bool = True) -> Path | bytes | DownloadedFile:
+    """Finds or downloads what a path or URL names.
 
     Args:
       url: a path, or a `file:`, `data:`, `http:` or `https:` URL.
-      field: what error messages call it.
-      allow_remote: whether http(s) may be fetched.
-      allow_files: whether local files may be read; a server turns it off.
+      field: the name of the medium in error messages.
+      allow_remote: whether http(s) URLs may be fetched.
+      allow_files: whether local files may be read; a server turns this off.
 
     Returns:
-      The path of a local file, the bytes of a `data:` URL, or a downloaded file.
+      The absolute path of a local file, the content of a `data:` URL, or a downloaded file.
 
     Raises:
-      UserError: not found, not allowed, malformed, too large or unreachable.
+      UserError: the medium is missing, not allowed, malformed, larger than `MAX_REMOTE_BYTES`, or unreachable.
     """
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", url)
     kind = scheme[1].lower() if scheme else ""
@@ -118,8 +118,8 @@ class _HttpOnly(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _download(url: str, field: str) -> RemoteFile:
-    # No handler for file: or ftp:, so that nothing but http(s) can be reached, redirects included.
+def _download(url: str, field: str) -> DownloadedFile:
+    # There is no handler for file: or ftp:, so that redirects cannot lead there either.
     opener = urllib.request.OpenerDirector()
     for handler in (
         *(urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler),
@@ -127,7 +127,7 @@ def _download(url: str, field: str) -> RemoteFile:
     ):
         opener.add_handler(handler())
     descriptor, path = tempfile.mkstemp(prefix="keye-jax-")
-    result = RemoteFile(path)
+    result = DownloadedFile(path)
     try:
         with open(descriptor, "wb") as file, opener.open(url, timeout=REMOTE_TIMEOUT_S) as response:  # noqa: PTH123
             size = 0

@@ -1,4 +1,4 @@
-"""What a request, or the command line, may ask of an image or a video."""
+"""Options of images and videos, from requests and from the command line."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _NAMES = {
     "image": ("min_pixels", "max_pixels"),
     "video": ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "native_fps"),
 }
-# Fields that clients of the OpenAI interface send along and that mean nothing here.
+# Fields that clients of the OpenAI interface send and that change nothing here.
 _IGNORED = frozenset({"detail", "uuid", "format", "mime_type", "cache_control"})
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageOptions:
-    """Limits on an image's area, in pixels."""
+    """Limits on the area of an image, in pixels."""
 
     min_pixels: int = 4 * 784
     max_pixels: int = 20480 * 784
@@ -30,14 +30,14 @@ class ImageOptions:
 
 @dataclasses.dataclass(frozen=True)
 class VideoOptions:
-    """How a video is sampled; see `keye_jax.processor.video`.
+    """How the frames of a video are chosen and sized; see `keye_jax.processor.video`.
 
     Attributes:
       fps: wanted frames a second.
       min_frames, max_frames: limits on the number of frames.
       min_pixels, max_pixels: limits on one frame's area, in pixels.
-      total_pixels: limit on the area of all frames together.
-      native_fps: frames a second of a video that is given as its frames; a file knows its own.
+      total_pixels: limit on the area of all frames together, in pixels.
+      native_fps: frames a second of a video given as a list or array of frames; not used for files.
     """
 
     fps: float = DEFAULT_FPS
@@ -50,19 +50,20 @@ class VideoOptions:
 
 
 def read_options(kind: str, values: Mapping[str, Any], field: str, *, shared: bool = False) -> dict[str, Any]:
-    """Checks options of one kind of media.
+    """Checks the options of one kind of media.
 
     Args:
       kind: "image" or "video".
-      values: options by name, with or without the prefix `image_` or `video_`; a prefixed name wins. None is unset.
-      field: what error messages call `values`.
-      shared: whether options of the other kind may be among them, and are left out.
+      values: options by name, with or without the prefix `image_` or `video_`. A prefixed name wins. An option that is
+        None is not set.
+      field: the name of `values` in error messages.
+      shared: whether `values` may hold options of the other kind, which are left out of the result.
 
     Returns:
-      Options by plain name.
+      The options by name without prefix.
 
     Raises:
-      UserError: an unknown name, or a value that is not a positive number.
+      UserError: a name is unknown, a value is not a positive number, or a minimum is above its maximum.
     """
     result: dict[str, Any] = {}
     where = f"{field}." if field else ""
@@ -89,17 +90,20 @@ def _number(field: str, name: str, value: Any) -> int | float:
 
 
 def part_options(kind: str, part: Mapping[str, Any], source: Any, source_key: str, field: str) -> dict[str, Any]:
-    """Options of one message part, from all the places where they may stand.
+    """The options of one message part, collected from the four places in which a client may write them.
 
-    From the least to the most specific: `preprocess_kwargs` beside the url, beside the url, `preprocess_kwargs` inside
-    the url object, inside the url object.
+    Later places win: `preprocess_kwargs` of the part, the part itself, `preprocess_kwargs` of the url object, the url
+    object itself.
 
     Args:
       kind: "image" or "video".
       part: the message part.
-      source: what stands under `source_key`: the url object, or the source itself.
+      source: the value under `source_key`: the url object, or the source itself.
       source_key: "image_url", "image", "video_url" or "video".
-      field: what error messages call the part.
+      field: the name of the part in error messages.
+
+    Raises:
+      UserError: as `read_options`, or `preprocess_kwargs` is not an object.
     """
     result: dict[str, Any] = {}
     levels = [(part, field, {"type", source_key})]
@@ -115,11 +119,14 @@ def part_options(kind: str, part: Mapping[str, Any], source: Any, source_key: st
     return result
 
 
-def resolve[T: (ImageOptions, VideoOptions)](defaults: T, chosen: Mapping[str, Any], field: str) -> T:
-    """The defaults with a request's options over them.
+def resolve_options[T: (ImageOptions, VideoOptions)](defaults: T, chosen: Mapping[str, Any], field: str) -> T:
+    """Replaces defaults by a request's options.
 
-    A default gives way where it contradicts a chosen option: a chosen max_pixels below the default min_pixels lowers
-    that one.
+    A default that contradicts a chosen option is moved: a chosen max_pixels below the default min_pixels lowers
+    min_pixels to it.
+
+    Raises:
+      UserError: a chosen minimum is above a chosen maximum.
     """
     values = dataclasses.asdict(defaults) | dict(chosen)
     for low, high in (("min_pixels", "max_pixels"), ("min_frames", "max_frames")):

@@ -1,13 +1,13 @@
-"""The processor: messages in the OpenAI chat shape to what the model takes, in two steps.
+"""The processor turns messages in the OpenAI chat shape into the model's inputs, in two steps.
 
-`plan` reads headers only, and so tells how long a prompt is before any work is done; `process` decodes.
+`plan` reads the headers of the media and computes the length of the prompt. `process` decodes the media.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +16,32 @@ from PIL import Image
 
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
-from keye_jax.model.positions import mrope_positions
 from keye_jax.processor.decode import FrameList, VideoFile
 from keye_jax.processor.image import open_image, patchify, smart_resize, to_rgb, upright_size
-from keye_jax.processor.media import RemoteFile, fetch, shorten
-from keye_jax.processor.options import part_options, read_options, resolve
+from keye_jax.processor.media import DownloadedFile, fetch, shorten
+from keye_jax.processor.options import part_options, read_options, resolve_options
+from keye_jax.processor.positions import mrope_positions
 from keye_jax.processor.prompt import ChatTemplate, Detokenizer, MediaPart, SafeTokenizer
 from keye_jax.processor.settings import ProcessorSettings, read_template
 from keye_jax.processor.video import adaptive_factor, frame_indices, frame_size
-
-Progress = Callable[[int, int], None]
+from keye_jax.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelInputs:
-    """What the model takes; n patches of p x p pixels in raster order of each image's or frame's patch grid.
+    """A prompt of T tokens with I images and F video frames, as the model takes it.
+
+    Patches have p x p pixels. They are in prompt order, and in raster order within an image or frame.
 
     Attributes:
       input_ids: int32 [T].
       positions: int32 [3, T], time, row and column.
       position_delta: a token generated at index i has position i + position_delta on all axes.
-      image_patches: uint8 [n, 3, p, p], those of all images.
+      image_patches: uint8 [patches of all images, 3, p, p].
       image_grids: int32 [I, 3], (1, h, w) in patches.
-      video_patches: uint8 [n, 3, p, p], those of all frames of all videos.
-      video_grids: int32 [F, 3], (1, h, w) in patches, one row per frame.
-      frame_times: float64 [frames] of each video, in seconds.
+      video_patches: uint8 [patches of all frames, 3, p, p].
+      video_grids: int32 [F, 3], (1, h, w) in patches, one row a frame.
+      frame_times: one array a video, float64 [frames], seconds.
       prompt_opens_thinking: whether the prompt ends inside `<think>`, so that the answer starts with thoughts.
     """
 
@@ -57,11 +58,13 @@ class ModelInputs:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FrameShare:
-    """What one of several processes decodes; the pixels of frames that it does not are zeros in its `ModelInputs`.
+    """The video frames that this process decodes, if several processes share the work.
+
+    In the `ModelInputs` of this process, the pixels of all other frames are zeros.
 
     Attributes:
-      here: of grids int32 [F, 3], one row per frame, which of them this process decodes, bool [F].
-      gather: of an int32 array in which each process has filled in its part, -1 elsewhere, the whole.
+      here: takes the grids, int32 [F, 3], one row a frame; returns which frames this process decodes, bool [F].
+      gather: takes int32 [F] with this process's values, and -1 elsewhere; returns the values of all processes.
     """
 
     here: Callable[[np.ndarray], np.ndarray]
@@ -70,7 +73,14 @@ class FrameShare:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImagePlan:
-    """An image, and the (height, width) in pixels that it is shown at."""
+    """An image whose pixels are not decoded yet.
+
+    Attributes:
+      image: the opened image.
+      field: its name in error messages.
+      height, width: size in pixels at which the model sees it.
+      num_tokens: number of its pad tokens.
+    """
 
     image: Image.Image
     field: str
@@ -81,15 +91,15 @@ class ImagePlan:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VideoPlan:
-    """A video, and which of its frames are shown how large.
+    """A video whose frames are chosen but not decoded yet.
 
     Attributes:
-      source: where its frames come from.
-      indices: int64 [frames], of the video's own frames.
+      source: the file, or the list of frames.
+      indices: int64 [frames], indices of the chosen frames in the video.
       times: float64 [frames], seconds.
-      height, width: pixels that a frame is shown at.
-      tokens_per_frame: pad tokens of a frame, its time stamp not counted.
-      num_tokens: all tokens of the video, time stamps counted.
+      height, width: size in pixels at which the model sees a frame.
+      tokens_per_frame: number of pad tokens of a frame, without its time stamp.
+      num_tokens: number of tokens of the video, with all time stamps.
     """
 
     source: VideoFile | FrameList
@@ -106,24 +116,25 @@ class VideoPlan:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
-    """A prompt whose media have been looked at but not decoded. Downloads live until `close`, or as long as the plan.
+class PromptPlan:
+    """A prompt whose media are opened but not decoded.
 
     Attributes:
-      prompt_ids: ids with one pad token for each image and each video.
+      prompt_ids: token ids with one pad token for each image and each video.
       images, videos: in prompt order.
       prompt_opens_thinking: see `ModelInputs`.
+      downloads: files that `close`, or the end of the plan's life, removes.
     """
 
     prompt_ids: tuple[int, ...]
     images: tuple[ImagePlan, ...]
     videos: tuple[VideoPlan, ...]
     prompt_opens_thinking: bool
-    downloads: tuple[RemoteFile, ...] = ()
+    downloads: tuple[DownloadedFile, ...] = ()
 
     @property
     def text_tokens(self) -> int:
-        """Tokens outside of images and videos."""
+        """Number of tokens outside of images and videos."""
         return len(self.prompt_ids) - len(self.images) - len(self.videos)
 
     @property
@@ -136,7 +147,7 @@ class Plan:
 
     @property
     def num_tokens(self) -> int:
-        """Length of the prompt, T (a video file that turns out damaged can change a time stamp's length)."""
+        """Length of the prompt, T. Decoding a damaged video can change the text of a time stamp, and so T."""
         return self.text_tokens + self.image_tokens + self.video_tokens
 
     @property
@@ -144,11 +155,11 @@ class Plan:
         return sum(video.frames for video in self.videos)
 
     def close(self) -> None:
-        """Removes what was downloaded."""
+        """Removes the downloaded files."""
         for download in self.downloads:
             download.close()
 
-    def __enter__(self) -> Plan:
+    def __enter__(self) -> PromptPlan:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -156,19 +167,22 @@ class Plan:
 
 
 class Processor:
-    """Turns messages into `ModelInputs`, with a checkpoint's own tokenizer and chat template.
+    """Turns messages into `ModelInputs` with the tokenizer and the chat template of a checkpoint.
 
     Args:
-      tokenizer, template: the checkpoint's.
-      config: the model's; its token ids must be those of the tokenizer.
-      settings: the checkpoint's, or their defaults.
-      allow_remote: whether http(s) URLs are fetched.
-      allow_files: whether paths and file: URLs are read; a server turns this off.
-      defaults: options of media that a request does not set (`fps`, `max_frames`, `max_pixels`, ...); with the prefix
-        `image_` or `video_` for one kind, without it for both.
+      tokenizer, template: those of the checkpoint.
+      config: the model's configuration; its token ids must be those of the tokenizer.
+      settings: the checkpoint's settings, or the defaults.
+      allow_remote: whether http(s) URLs may be fetched.
+      allow_files: whether paths and file: URLs may be read; a server turns this off.
+      defaults: options of media, such as `fps` or `max_pixels`, that apply if a request does not set them. The prefix
+        `image_` or `video_` limits an option to one kind of media.
 
     Attributes:
-      pixel_scale, pixel_shift: float32 [3]; the vision encoder takes pixel * scale + shift.
+      pixel_scale, pixel_shift: float32 [3], one value a channel; the vision encoder takes pixel * scale + shift.
+
+    Raises:
+      UserError: `defaults` are not valid, or a token id of `config` is not an added token of the tokenizer.
     """
 
     def __init__(
@@ -188,12 +202,12 @@ class Processor:
         self._settings = settings
         self._allow_remote = allow_remote
         self._allow_files = allow_files
-        # A total_pixels that was asked for is not reduced by the adaptive budget.
+        # adaptive_pixels does not reduce a total_pixels that the caller chose.
         chosen = read_options("video", defaults or {}, "", shared=True)
         self._total_pixels_chosen = "total_pixels" in chosen
-        self._video_options = resolve(settings.video, chosen, "defaults")
+        self._video_options = resolve_options(settings.video, chosen, "defaults")
         chosen = read_options("image", defaults or {}, "", shared=True)
-        self._image_options = resolve(settings.image, chosen, "defaults")
+        self._image_options = resolve_options(settings.image, chosen, "defaults")
         control = set(tokenizer.control.values())
         for name in ("image_token_id", "video_token_id"):
             value = getattr(config, name)
@@ -215,11 +229,11 @@ class Processor:
     ) -> Processor:
         """Reads tokenizer.json, the chat template and preprocessor_config.json of a checkpoint.
 
-        The template is in chat_template.jinja, chat_template.json or tokenizer_config.json. Without a
-        preprocessor_config.json the publisher's values apply.
+        The template is in chat_template.jinja, chat_template.json or tokenizer_config.json. If there is no
+        preprocessor_config.json, the publisher's values apply. The arguments are those of the class.
 
         Raises:
-          UserError: a file that is missing, not valid, or contradicts `config`.
+          UserError: a file is missing, is not valid, or contradicts `config`.
         """
         directory = Path(directory)
         return cls(
@@ -233,15 +247,15 @@ class Processor:
         )
 
     def token_id(self, text: str) -> int | None:
-        """The id of a token by its name, such as "<|im_end|>"; None if there is none."""
+        """The id of the token named `text`, such as "<|im_end|>"; None if there is no such token."""
         return self._tokenizer.token_id(text)
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of token ids. Special tokens are left out; `<think>` and the like are not special, and stay."""
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    def detokenize(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids, by default without special tokens. `<think>` and `</think>` are not special tokens."""
+        return self._tokenizer.detokenize(ids, skip_special_tokens=skip_special_tokens)
 
     def stream(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """A detokenizer for one growing answer."""
+        """A new detokenizer for the tokens of one answer."""
         return Detokenizer(self._tokenizer, skip_special_tokens=skip_special_tokens)
 
     def plan(
@@ -250,24 +264,25 @@ class Processor:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_variables: Mapping[str, Any] | None = None,
-    ) -> Plan:
-        """Renders the prompt, and finds which frames of its media are shown how large; nothing is decoded yet.
+    ) -> PromptPlan:
+        """Renders the prompt, opens its media, and chooses frames and sizes. It decodes no pixels.
 
         Args:
-          messages: the OpenAI chat shape. Content is a string or a list of parts: `text`; `image_url` or `image`;
-            `video_url` or `video`. A source is a path, a URL, `{"url": ...}`, a file's bytes, a PIL image, an array
-            uint8 [H, W, 3] or, for a video, [F, H, W, 3] or a list of images. Options of a part stand inside the url
-            object, beside it, or in `preprocess_kwargs`; a video given as its frames has `native_fps`, 2 by default.
+          messages: the conversation in the OpenAI chat shape. Content is a string or a list of parts of type `text`,
+            `image_url`, `image`, `video_url` or `video`. A source is a path, a URL, `{"url": ...}`, the content of a
+            file, a PIL image or an array uint8 [H, W, 3]. A video may also be an array uint8 [F, H, W, 3] or a list of
+            images; its frame rate is then the option `native_fps`, 2 by default. The url object, the part and
+            `preprocess_kwargs` in either may hold options.
           tools: function descriptions in the OpenAI shape, for templates that take them.
           template_variables: further variables of the template, such as `enable_thinking`.
 
         Raises:
-          UserError: whatever is wrong with the messages or their media, in one sentence.
+          UserError: a message or a medium is not valid; the text is one sentence.
         """
         rendered = self._template.render(messages, tools=tools, variables=template_variables)
         ids = self._tokenizer.encode_pieces(rendered.pieces)
         self._check_pads(ids, rendered.media)
-        downloads: list[RemoteFile] = []
+        downloads: list[DownloadedFile] = []
         try:
             videos = sum(part.kind == "video" for part in rendered.media)
             images = tuple(self._plan_image(part, downloads) for part in rendered.media if part.kind == "image")
@@ -278,24 +293,26 @@ class Processor:
             for download in downloads:
                 download.close()
             raise
-        return Plan(tuple(ids), images, plans, rendered.opens_thinking, tuple(downloads))
+        return PromptPlan(tuple(ids), images, plans, rendered.opens_thinking, tuple(downloads))
 
-    def process(self, plan: Plan, progress: Progress | None = None, share: FrameShare | None = None) -> ModelInputs:
-        """Decodes the media of a plan.
+    def process(
+        self, plan: PromptPlan, progress: Progress | None = None, share: FrameShare | None = None
+    ) -> ModelInputs:
+        """Decodes the media of a prompt.
 
         Args:
-          plan: from `plan`.
-          progress: called with (frames done, frames to do) after each frame.
-          share: this process's part of the frames, where several processes share them; all if left out.
+          plan: the result of `plan`.
+          progress: called after each frame with the number of decoded frames and of frames to decode.
+          share: the frames that this process decodes; None for all of them.
 
         Raises:
-          UserError: an image or a video that cannot be decoded.
+          UserError: an image or a video cannot be decoded.
         """
         patch = self._config.vision_config.patch_size
         image_grids = _grids([(image.height, image.width) for image in plan.images], patch)
         video_grids = _grids([(video.height, video.width) for video in plan.videos for _ in video.indices], patch)
         image_patches, video_patches = (
-            # Zeros that nobody writes, of frames that other processes decode, take no memory.
+            # Pages of zeros that are never written, those of other processes' frames, take no memory.
             np.zeros((int(grids.prod(1).sum()), 3, patch, patch), np.uint8)
             for grids in (image_grids, video_grids)
         )
@@ -356,19 +373,19 @@ class Processor:
             need, have = sum(part.kind == kind for part in media), ids.count(token)
             if need != have:
                 raise UserError(
-                    f"the messages hold {need} {kind}(s), but the chat template made {have} place(s) for one; "
+                    f"the messages hold {need} {kind}(s), but the chat template made {have} place(s) for them; "
                     "the numbers must be equal"
                 )
 
-    def _source(self, value: Any, field: str, downloads: list[RemoteFile]) -> Any:
-        """A source as `open_image` and `VideoFile` take it: a path, bytes, an array or a PIL image."""
+    def _source(self, value: Any, field: str, downloads: list[DownloadedFile]) -> Any:
+        """The source in a form that `open_image` or `VideoFile` takes: a path, bytes, an array or a PIL image."""
         if isinstance(value, Mapping):
             if value.get("url") is None:
                 raise UserError(f"{field}.url is missing; it must be a path or a URL")
             value, field = value["url"], f"{field}.url"
         if isinstance(value, str | Path):
             file = fetch(str(value), field, allow_remote=self._allow_remote, allow_files=self._allow_files)
-            if not isinstance(file, RemoteFile):
+            if not isinstance(file, DownloadedFile):
                 return file
             downloads.append(file)
             return file.path
@@ -376,11 +393,11 @@ class Processor:
             return value
         raise UserError(f"{field} is {shorten(value)}; it must be a path, a URL, an array or an image")
 
-    def _plan_image(self, part: MediaPart, downloads: list[RemoteFile]) -> ImagePlan:
+    def _plan_image(self, part: MediaPart, downloads: list[DownloadedFile]) -> ImagePlan:
         source = part.part[part.source_key]
         field = f"{part.field}.{part.source_key}"
         chosen = part_options("image", part.part, source, part.source_key, part.field)
-        options = resolve(self._image_options, chosen, part.field)
+        options = resolve_options(self._image_options, chosen, part.field)
         image = open_image(self._source(source, field, downloads), field)
         with _named(field):
             height, width = smart_resize(
@@ -391,11 +408,11 @@ class Processor:
             )
         return ImagePlan(image, field, height, width, height * width // self._settings.token_side**2)
 
-    def _plan_video(self, part: MediaPart, downloads: list[RemoteFile], *, single: bool) -> VideoPlan:
+    def _plan_video(self, part: MediaPart, downloads: list[DownloadedFile], *, single: bool) -> VideoPlan:
         source = part.part[part.source_key]
         field = f"{part.field}.{part.source_key}"
         chosen = part_options("video", part.part, source, part.source_key, part.field)
-        options = resolve(self._video_options, chosen, part.field)
+        options = resolve_options(self._video_options, chosen, part.field)
         if isinstance(source, Mapping) and isinstance(source.get("url"), list | tuple | np.ndarray):
             source, field = source["url"], f"{field}.url"
         video: FrameList | VideoFile
@@ -435,12 +452,12 @@ class Processor:
         return VideoPlan(video, indices, times, height, width, tokens, stamps + tokens * len(indices))
 
     def _stamps(self, times: np.ndarray) -> Iterator[list[int]]:
-        """Ids of the text before each frame."""
+        """The token ids of the text before each frame; `times` are in seconds."""
         for time in times.tolist():
             yield self._tokenizer.encode_template(self._settings.frame_format.format(time=time))
 
-    def _expand(self, plan: Plan, times: Sequence[np.ndarray]) -> Iterator[int]:
-        """The prompt's ids with all pad tokens and the time stamps of the frames really used."""
+    def _expand(self, plan: PromptPlan, times: Sequence[np.ndarray]) -> Iterator[int]:
+        """The ids of the whole prompt: all pad tokens, and the time stamps of the decoded frames (`times`, seconds)."""
         images = iter(plan.images)
         videos = iter(zip(plan.videos, times, strict=True))
         for token in plan.prompt_ids:
@@ -462,7 +479,7 @@ def _grids(sizes: Sequence[tuple[int, int]], patch: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def _named(field: str) -> Iterator[None]:
-    """Puts the name of the medium before what is wrong with it."""
+    """Puts the name of a medium before the text of a UserError."""
     try:
         yield
     except UserError as error:

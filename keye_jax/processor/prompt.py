@@ -1,9 +1,9 @@
-"""From messages to token ids, such that no text of a user becomes a control token.
+"""Turns messages into token ids. No text of a user becomes a control token.
 
-The checkpoint's chat template never sees a user's text. It is rendered with a random placeholder in the place of every
-string of the request; control tokens are recognised in what the template itself wrote, and nowhere else; then the
-strings take their places, and everything between two control tokens is encoded by a tokenizer that has no control
-tokens. Text without control tokens in it gets the very ids that encoding the whole prompt would give.
+The checkpoint's chat template never sees a user's text: it is rendered with a random placeholder for every string of
+the request. Control tokens are recognised only in the text that the template itself wrote. Then the strings replace
+their placeholders, and a tokenizer without control tokens encodes the text between two control tokens. A text that
+spells no control token gets the same ids as by encoding the whole prompt at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import datetime
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from keye_jax.errors import UserError
 from keye_jax.processor.media import shorten
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# Names and types that templates look at, in messages and in descriptions of tools.
+# Keys and types that templates compare with, in messages and in descriptions of tools. They are not replaced.
 _SHAPE = frozenset(
     (
         *("role", "content", "type", "text", "reasoning_content", "tool_calls", "tool_call_id", "id", "function"),
@@ -39,13 +39,16 @@ _MEDIA = {"image": "image", "image_url": "image", "video": "video", "video_url":
 
 
 class SafeTokenizer:
-    """A tokenizer that tells control tokens from text that is spelled like them.
+    """A tokenizer that distinguishes control tokens from text that is spelled like them.
 
     Args:
       path: a `tokenizer.json`.
 
+    Attributes:
+      control: ids of the control tokens by name.
+
     Raises:
-      UserError: missing or not a tokenizer.
+      UserError: the file is missing or is not a tokenizer.
     """
 
     def __init__(self, path: Path):
@@ -64,26 +67,30 @@ class SafeTokenizer:
             unknown = self._plain.token_to_id(str(values["model"].get("unk_token")))
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"{path} is not a tokenizer: {error}") from error
-        # The model's own answer to what it does not know is no control token, whatever the list says.
+        # Unknown text may become the unknown token, even if that is among the added tokens.
         self._forbidden = frozenset(self.control.values()) - {unknown}
         longest_first = sorted((name for name in self.control if name), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) if longest_first else r"(?!)")
 
     def encode_template(self, text: str) -> list[int]:
-        """Ids of text that the checkpoint wrote itself: control tokens are recognised."""
+        """Ids of a text of the checkpoint, in which control tokens are recognised."""
         return self.encode_pieces([(text, True)])
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of text that must not hold control tokens, however it is spelled."""
+        """Ids of a text of a user. No id is that of a control token.
+
+        Raises:
+          UserError: the tokenizer has a single character of the text only as a control token.
+        """
         try:
             text.encode()
-        except UnicodeEncodeError:  # JSON can spell half a surrogate pair; UTF-8 cannot
+        except UnicodeEncodeError:  # JSON can hold half a surrogate pair; UTF-8 cannot
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         encoding = self._plain.encode(text, add_special_tokens=False)
         ids = encoding.ids
         if self._forbidden.isdisjoint(ids):
             return ids
-        # The vocabulary itself spells a control token: cut it in two and encode the pieces apart.
+        # The vocabulary holds a control token as ordinary text: cut that text in two and encode the halves apart.
         cuts = [0]
         for token, (start, end) in zip(ids, encoding.offsets, strict=True):
             if token in self._forbidden:
@@ -98,10 +105,10 @@ class SafeTokenizer:
         ]
 
     def encode_pieces(self, pieces: Sequence[tuple[str, bool]]) -> list[int]:
-        """Ids of a text of several origins.
+        """Ids of a text in pieces of different origin.
 
         Args:
-          pieces: (text, trusted); control tokens are recognised in each trusted piece by itself.
+          pieces: rows (text, trusted). Control tokens are recognised within a trusted piece, never across pieces.
         """
         ids: list[int] = []
         run: list[str] = []
@@ -123,29 +130,29 @@ class SafeTokenizer:
         return ids
 
     def token_id(self, text: str) -> int | None:
-        """The id of a token by its name; None if there is no such token."""
+        """The id of the token named `text`; None if there is no such token."""
         return self._full.token_to_id(text)
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of token ids. Special tokens are left out; `<think>` and the like are not special, and stay."""
+    def detokenize(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids; see `Processor.detokenize`."""
         return self._full.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
 
 class Detokenizer:
-    """Text of a growing answer, in pieces that never end inside a character."""
+    """Turns the tokens of an answer into text one by one, in pieces that never end inside a character."""
 
-    # Bytes that are no character at all must not hold the text back for ever.
+    # Tokens. Bytes that never become a character are emitted after this many.
     _MAX_PENDING = 16
 
     def __init__(self, tokenizer: SafeTokenizer, *, skip_special_tokens: bool = True):
-        self._decode: Callable[[list[int]], str] = lambda ids: tokenizer.decode(
+        self._decode: Callable[[list[int]], str] = lambda ids: tokenizer.detokenize(
             ids, skip_special_tokens=skip_special_tokens
         )
         self._context: list[int] = []
         self._pending: list[int] = []
 
     def step(self, token: int) -> str:
-        """The text that `token` completes; empty while a character is incomplete."""
+        """Takes the next token and returns the new text; empty while a character is incomplete."""
         self._pending.append(int(token))
         text = self._text()
         if text.endswith("\ufffd") and len(self._pending) < self._MAX_PENDING:
@@ -153,11 +160,11 @@ class Detokenizer:
         return self._emit(text)
 
     def flush(self) -> str:
-        """What is left at the end of the answer."""
+        """The rest of the text at the end of the answer."""
         return self._emit(self._text())
 
     def _text(self) -> str:
-        # A tokenizer may join a token to the one before it, hence the context.
+        # The text of a token may depend on the token before it, which is the context.
         return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
 
     def _emit(self, text: str) -> str:
@@ -172,8 +179,8 @@ class MediaPart:
     Attributes:
       kind: "image" or "video".
       part: the message part.
-      source_key: the key under which its source stands.
-      field: what error messages call the part.
+      source_key: the key of its source in `part`.
+      field: the name of the part in error messages.
     """
 
     kind: str
@@ -183,12 +190,12 @@ class MediaPart:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rendered:
+class RenderedPrompt:
     """A rendered prompt.
 
     Attributes:
-      pieces: (text, trusted) in order; trusted text is the template's own.
-      media: images and videos in order.
+      pieces: rows (text, trusted), in order. Trusted text was written by the template.
+      media: images and videos, in order.
       opens_thinking: whether the prompt ends inside `<think>`.
     """
 
@@ -201,7 +208,7 @@ _PLACEHOLDERS = "_placeholders"
 
 
 class _Placeholders:
-    """Random stand-ins for the strings of one request."""
+    """Random placeholders for the strings of one request."""
 
     def __init__(self, request: str):
         nonce = secrets.randbits(96)
@@ -212,7 +219,7 @@ class _Placeholders:
         self._pattern = re.compile(re.escape(self._start) + r"(\d+)\ue001")
 
     def hide(self, value: Any) -> Any:
-        """`value` with a placeholder for every string, but for the fixed names of the OpenAI shape.
+        """Replaces every string in `value` by a placeholder, except the fixed names of the OpenAI shape.
 
         An empty string stays, since templates test for it.
         """
@@ -231,7 +238,7 @@ class _Placeholders:
         return value
 
     def reveal(self, value: Any) -> Any:
-        """The opposite of `hide`."""
+        """Replaces every placeholder in `value` by its string."""
         if isinstance(value, str):
             return self._pattern.sub(lambda match: self._texts[int(match[1])], value)
         if isinstance(value, Mapping):
@@ -241,7 +248,7 @@ class _Placeholders:
         return value
 
     def split(self, text: str) -> list[tuple[str, bool]]:
-        """(text, trusted) pieces of a rendered template."""
+        """Splits a rendered template into rows (text, trusted)."""
         pieces, end = [], 0
         for match in self._pattern.finditer(text):
             pieces += [(text[end : match.start()], True), (self._texts[int(match[1])], False)]
@@ -254,10 +261,10 @@ class ChatTemplate:
 
     Args:
       source: the Jinja template.
-      variables: strings of the checkpoint that it may use, such as `eos_token`.
+      variables: strings of the checkpoint that the template may use by name, such as `eos_token`.
 
     Raises:
-      UserError: not a template.
+      UserError: `source` is not a template.
     """
 
     def __init__(self, source: str, variables: Mapping[str, str]):
@@ -278,16 +285,16 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
-    ) -> Rendered:
+    ) -> RenderedPrompt:
         """Renders a conversation, ready for the assistant's next message.
 
         Args:
           messages: the conversation in the OpenAI chat shape.
           tools: function descriptions in the OpenAI shape.
-          variables: further template variables, such as `enable_thinking`; strings in them are text of the user.
+          variables: further template variables, such as `enable_thinking`. Strings in them are text of a user.
 
         Raises:
-          UserError: a message that is not of that shape, or one that the template refuses or leaves out.
+          UserError: a message does not have that shape, or the template refuses it or leaves it out.
         """
         media: list[MediaPart] = []
         checked = _check_messages(messages, media)
@@ -312,11 +319,11 @@ class ChatTemplate:
             for content in _texts(message["content"]):
                 if content and content not in shown:
                     raise UserError(
-                        f"messages[{index}].content is {shorten(content)}; the chat template leaves it out, "
+                        f"messages[{index}].content is {shorten(content)}; the chat template leaves it out; "
                         f"it must take a message of role {message['role']!r} with this kind of content"
                     )
         tail = pieces[-1][0]
-        return Rendered(pieces, media, tail.rfind("<think>") > tail.rfind("</think>"))
+        return RenderedPrompt(pieces, media, tail.rfind("<think>") > tail.rfind("</think>"))
 
 
 def _raise_exception(message: str) -> None:
@@ -329,7 +336,7 @@ def _strftime_now(form: str) -> str:
 
 @jinja2.pass_context
 def _tojson(context: jinja2.runtime.Context, value: Any, indent: int | None = None, **_: Any) -> str:
-    """JSON of hidden strings must be escaped as JSON, and is then text of the user as a whole."""
+    """The filter `tojson`. It escapes the real strings, and hides the resulting JSON as a text of the user."""
     placeholders = context[_PLACEHOLDERS]
     return placeholders.hide(json.dumps(placeholders.reveal(value), ensure_ascii=False, indent=indent))
 

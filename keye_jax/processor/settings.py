@@ -1,4 +1,4 @@
-"""What a checkpoint's own files say about processing."""
+"""Settings of the processor in a checkpoint's own files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from keye_jax.config import VisionConfig
 from keye_jax.errors import UserError
 from keye_jax.processor.media import shorten
-from keye_jax.processor.options import ImageOptions, VideoOptions, read_options, resolve
+from keye_jax.processor.options import ImageOptions, VideoOptions, read_options, resolve_options
 
-# frame_size and the budgets count tokens of 28x28 pixels.
+# Pixels. frame_size and total_pixels count tokens of 28x28 pixels.
 _TOKEN_SIDE = 28
 _FILE = "preprocessor_config.json"
 _IMAGE, _VIDEO = ImageOptions(), VideoOptions()
@@ -23,15 +23,18 @@ _VIDEO_ONLY_NAMES = tuple(f"video_{name}" for name in (*_VIDEO_NAMES, "min_pixel
 
 @dataclasses.dataclass(frozen=True)
 class ProcessorSettings:
-    """Read from `preprocessor_config.json`; the defaults are the publisher's values.
+    """The values of `preprocessor_config.json`; the defaults are the publisher's.
 
     Attributes:
-      image, video: options where a request sets none. In the file, `min_pixels` and `max_pixels` are those of images,
-        `video_min_pixels` and `video_max_pixels` those of video frames.
+      image, video: options that apply if a request sets none. In the file, `min_pixels` and `max_pixels` are those of
+        images, and `video_min_pixels` and `video_max_pixels` those of video frames.
       rescale_factor, image_mean, image_std: normalised = (pixel * rescale_factor - mean) / std.
       frame_format: text before each frame's pad tokens; `time` is in seconds.
-      adaptive_pixels: rows (seconds, factor): a video no longer than that gets so much of total_pixels. Empty is off.
-      token_side: pixels a side of one token.
+      adaptive_pixels: rows (seconds, factor). A video of at most `seconds` gets total_pixels * factor. Empty: off.
+      token_side: side of one token in pixels.
+
+    Raises:
+      UserError: a value is not allowed.
     """
 
     image: ImageOptions = _IMAGE
@@ -62,10 +65,10 @@ class ProcessorSettings:
 
     @classmethod
     def from_checkpoint(cls, directory: Path, vision: VisionConfig) -> ProcessorSettings:
-        """Reads `directory`'s preprocessor_config.json, if there is one.
+        """Reads preprocessor_config.json in `directory`, if there is one.
 
         Raises:
-          UserError: not JSON, a field with an impossible value, or patches other than the model's.
+          UserError: the file is not JSON, a value is not allowed, or the patches are not the model's.
         """
         path = directory / _FILE
         values = _read_json(path) if path.exists() else {}
@@ -79,8 +82,8 @@ class ProcessorSettings:
         image = {name: values[name] for name in ("min_pixels", "max_pixels") if name in values}
         video = {name: values[name] for name in _VIDEO_NAMES + _VIDEO_ONLY_NAMES if name in values}
         read = {
-            "image": resolve(_IMAGE, read_options("image", image, _FILE), _FILE),
-            "video": resolve(_VIDEO, read_options("video", video, _FILE), _FILE),
+            "image": resolve_options(_IMAGE, read_options("image", image, _FILE), _FILE),
+            "video": resolve_options(_VIDEO, read_options("video", video, _FILE), _FILE),
         }
         for name in ("rescale_factor", "image_mean", "image_std", "frame_format", "adaptive_pixels"):
             if values.get(name) is not None:
@@ -121,10 +124,10 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 
 
 def read_template(directory: Path) -> tuple[str, dict[str, str]]:
-    """The chat template of a checkpoint, and the names of special tokens that it may use.
+    """The chat template of a checkpoint, and the strings that it may use by name, such as `eos_token`.
 
     Raises:
-      UserError: there is none.
+      UserError: the checkpoint has no chat template, or a file is not JSON.
     """
     path = directory / "tokenizer_config.json"
     config = _read_json(path) if path.exists() else {}

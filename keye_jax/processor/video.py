@@ -1,6 +1,6 @@
-"""Videos: which frames are shown to the model, and how large.
+"""Videos: which frames the model sees, and at what size.
 
-The formulas are the publisher's video processor's. One token covers 28x28 = 784 pixels.
+The formulas are those of the publisher's video processor. One token covers 28x28 = 784 pixels.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ def frame_indices(
     max_frames: int | None = None,
     total_pixels: int = TOTAL_PIXELS,
 ) -> np.ndarray:
-    """Which frames of a video are shown: `fps` a second, evenly spread from the first frame to the last.
+    """Indices of the frames that the model sees: `fps` a second, evenly spread from the first frame to the last.
 
-    n = max(int(total_frames / native_fps * min(fps, native_fps)), min_frames), at most `max_frames`, `total_frames`
-    and as many frames of 64 tokens as `total_pixels` holds; the indices are round(linspace(0, total_frames - 1, n)).
+    n = max(int(total_frames / native_fps * min(fps, native_fps)), min_frames), but at most `max_frames`, `total_frames`
+    and total_pixels // (64 * 784). The indices are round(linspace(0, total_frames - 1, n)).
 
     Args:
-      total_frames: frames of the video.
-      native_fps: its frames a second.
+      total_frames: number of frames of the video.
+      native_fps: frames a second of the video.
       fps: wanted frames a second.
       min_frames, max_frames: limits on n; `max_frames` wins over `min_frames`.
-      total_pixels: pixels that all shown frames may have together.
+      total_pixels: limit on the area of the n frames together, in pixels.
 
     Returns:
       int64 [n], increasing.
 
     Raises:
-      UserError: a value that is not positive, or `total_pixels` too small for one frame.
+      UserError: a value is not positive, or `total_pixels` is too small for one frame of 64 tokens.
     """
     limits = {"total_frames": total_frames, "native_fps": native_fps, "fps": fps, "min_frames": min_frames}
     for name, value in (limits | ({} if max_frames is None else {"max_frames": max_frames})).items():
@@ -71,14 +71,14 @@ def frame_size(
     max_pixels: int = MAX_FRAME_PIXELS,
     total_pixels: int = TOTAL_PIXELS,
 ) -> tuple[int, int]:
-    """How large each of `frames` frames is shown.
+    """The size at which the model sees each of `frames` frames.
 
-    A frame gets the most tokens, from `min_pixels` to `max_pixels`, with which all frames fit in `total_pixels` (and
-    `min_pixels` if none fits); `smart_resize` then keeps the aspect ratio within that. The publisher finds the number
-    by bisection; all frames being alike, it is a quotient.
+    The tokens of a frame are total_pixels // 784 // frames, clipped to min_pixels // 784 and max_pixels // 784.
+    `smart_resize` then fits the frame between min_pixels and tokens * 784 pixels. The publisher finds the tokens by
+    bisection.
 
     Args:
-      frames: number of frames shown.
+      frames: number of frames that the model sees.
       height, width: native size in pixels, after rotation.
       min_pixels, max_pixels: limits on one frame's area, in pixels.
       total_pixels: limit on the area of all frames together, in pixels.
@@ -87,7 +87,7 @@ def frame_size(
       (height, width) in pixels, multiples of 28.
 
     Raises:
-      UserError: a limit that is not positive, min_pixels above max_pixels, or an aspect ratio above 200.
+      UserError: a limit is not positive, min_pixels is above max_pixels, or the aspect ratio is above 200.
     """
     limits = {"frames": frames, "min_pixels": min_pixels, "max_pixels": max_pixels, "total_pixels": total_pixels}
     for name, value in limits.items():
@@ -102,10 +102,11 @@ def frame_size(
 
 
 def adaptive_factor(duration: float, table: Sequence[tuple[float, float]]) -> float:
-    """The share of `total_pixels` that a video of `duration` seconds may use.
+    """The fraction of `total_pixels` that a video may use.
 
     Args:
-      duration: seconds.
-      table: rows (seconds, factor) by increasing seconds; the first row that is not exceeded applies, else 1.
+      duration: length of the video in seconds.
+      table: rows (seconds, factor) by increasing seconds. The first row with duration <= seconds applies; without one
+        the fraction is 1.
     """
     return next((factor for seconds, factor in table if duration <= seconds), 1.0)

@@ -21,6 +21,7 @@ from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.decoder import LayerIntermediates
 from keye_jax.model.keye import Keye
 from keye_jax.model.params import shard_params
+from keye_jax.progress import Progress
 from keye_jax.runtime import programs
 from keye_jax.runtime.encode import batch_images
 from keye_jax.runtime.prefill import Chunk, ChunkShape, Segment, plan_chunks, round_up, single_shape, vision_rows
@@ -33,9 +34,6 @@ from keye_jax.sharding.step import StepSharding
 PREFILL_CHUNK = {"gpu": 8192}
 _SMALL_PREFILL_CHUNK = 1024
 """Prompt tokens read in one step: with 8,192, each of 128 experts has rows enough to keep a GPU's tensor cores busy."""
-
-Progress = Callable[[int, int], None]
-"""Called with how much is done and how much there is."""
 
 
 class Runtime:

@@ -1,4 +1,4 @@
-"""Small checkpoints, and comparing checkpoints bit by bit with the safetensors library as the judge."""
+"""Writes small checkpoints, and reads them with the safetensors library for comparing every bit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -27,7 +30,7 @@ def small_config(layers: int = 2) -> KeyeConfig:
     return dataclasses.replace(config, num_hidden_layers=layers)
 
 
-def write(directory: Path, *, layers: int = 2, **options: object) -> KeyeConfig:
+def write(directory: Path, *, layers: int = 2, **options: Any) -> KeyeConfig:
     """Writes a small checkpoint and returns its configuration."""
     config = small_config(layers)
     synthetic.write_checkpoint(directory, config, **options)
@@ -35,7 +38,7 @@ def write(directory: Path, *, layers: int = 2, **options: object) -> KeyeConfig:
 
 
 def contents(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Dtype, shape and bytes of every tensor of a safetensors checkpoint, as the safetensors library reads it."""
+    """Dtype, shape and bytes of every tensor of a safetensors checkpoint, read by the safetensors library."""
     tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
     for file in sorted(directory.glob("*.safetensors")):
         with safetensors.safe_open(file, framework="numpy") as opened:
@@ -47,14 +50,14 @@ def contents(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     return tensors
 
 
-def edit(directory: Path, change: object, file: str = "model.safetensors") -> None:
+def edit(directory: Path, change: Callable[[dict[str, Any]], object], file: str = "model.safetensors") -> None:
     """Applies `change` to the dict of arrays in a safetensors file and writes it again."""
     arrays = load_file(directory / file)
     change(arrays)
     save_file(arrays, directory / file, metadata={"format": "pt"})
 
 
-def edit_index(directory: Path, change: object) -> None:
+def edit_index(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Applies `change` to the weight map of a checkpoint's index."""
     path = directory / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -70,7 +73,22 @@ def run_cli(*arguments: object, **environment: str) -> subprocess.CompletedProce
     )
 
 
+def run_python(program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the Python code `program` on the CPU in a new process, and checks that it succeeds."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def equal_bits(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether two arrays are the same, shape, dtype and bits."""
+    """Whether two arrays have the same shape, dtype and bits."""
     first, second = np.asarray(first), np.asarray(second)
     return first.dtype == second.dtype and first.shape == second.shape and first.tobytes() == second.tobytes()

@@ -1,4 +1,4 @@
-"""An HTTP server on this machine that answers the requests of the hubs' libraries for one checkpoint."""
+"""A local HTTP server that answers the requests of the hubs' libraries for one checkpoint."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class StandInHub:
     """Serves the files of `directory` as the model `owner/name`, in its revision `released`.
 
     Attributes:
-      breaks: for a file name, how many of its bytes are sent before the connection breaks, once.
-      stays_up: whether other requests are answered after that. If not, they are refused while `down`.
-      down: whether every request is refused.
+      breaks: by file name, the number of bytes sent before the connection breaks, once.
+      stays_up: whether the server answers other requests after a break; if not, the break sets `down`.
+      down: whether the server refuses every request.
       requests: method, path and Range header of every request.
       sent: bytes sent of each file.
     """
@@ -39,7 +39,7 @@ class StandInHub:
         return sorted(path for path in self.directory.iterdir() if path.is_file())
 
     def ranges(self, name: str) -> list[str | None]:
-        """The Range headers of the GET requests for a file, None for a request without one."""
+        """The Range headers of the GET requests for a file; None for a request without that header."""
         return [header for method, path, header in self.requests if method == "GET" and name in path]
 
 

@@ -1,10 +1,7 @@
-"""Round trips, bit by bit, and what travels with the weights."""
+"""Round trips keep every bit, and the files beside the weights."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import ml_dtypes
@@ -16,7 +13,17 @@ import convert
 from convert import conversion, mapping, orbax_io, synthetic
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
-from tests.convert.convert_helpers import GOLDEN, ROOT, contents, edit, equal_bits, run_cli, small_config, write
+from tests.convert.convert_helpers import (
+    GOLDEN,
+    ROOT,
+    contents,
+    edit,
+    equal_bits,
+    run_cli,
+    run_python,
+    small_config,
+    write,
+)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -179,9 +186,8 @@ for path in (source, orbax):
 def test_load_params_onto_a_mesh(tmp_path):
     write(tmp_path / "source")
     convert.convert(tmp_path / "source", tmp_path / "orbax")
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", SHARDED, str(tmp_path / "source"), str(tmp_path / "orbax")]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=120)
+    flags = "--xla_force_host_platform_device_count=4"
+    run_python(SHARDED, tmp_path / "source", tmp_path / "orbax", XLA_FLAGS=flags)
 
 
 def test_load_params_of_another_config_is_refused(tmp_path):
@@ -210,6 +216,22 @@ def test_progress_counts_bytes(tmp_path, monkeypatch):
     for phase in ("check", "convert"):
         counts = [count for name, count, total in calls if name == phase and total == done.nbytes]
         assert len(counts) > 5 and counts == sorted(counts) and counts[-1] == done.nbytes
+
+
+def test_random_checkpoint_on_the_command_line(tmp_path, capsys):
+    tiny = ROOT / "configs" / "model" / "tiny.json"
+    assert synthetic.main([str(tiny), str(tmp_path / "made"), "--layers", "2"]) == 0
+    write(tmp_path / "expected")
+    assert contents(tmp_path / "made") == contents(tmp_path / "expected")
+    for arguments in ([str(tiny)], [str(tiny), "made", "--layers", "0"], ["nowhere", "made"], ["--seed", "x"]):
+        assert synthetic.main(arguments) == 2
+        out, error = capsys.readouterr()
+        assert not out and error.startswith("keye-jax: ") and error.count("\n") == 1
+
+
+def test_command_line_without_arguments_shows_its_help():
+    shown = run_cli()
+    assert shown.returncode == 0 and not shown.stderr and "[SRC] DST" in shown.stdout
 
 
 def test_command_line(tmp_path):

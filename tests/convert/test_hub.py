@@ -1,4 +1,4 @@
-"""Downloads, from a server on this machine that answers as the hubs do."""
+"""Downloads from a local server that answers as the hubs do."""
 
 import sys
 
@@ -96,7 +96,7 @@ def test_wrong_content_is_not_kept(source, tmp_path, monkeypatch):
         directory = tmp_path / "cache" / "owner--name" / COMMIT
         directory.mkdir(parents=True)
         (directory / f"{WEIGHTS}.part").write_bytes(bytes(1000))
-        with pytest.raises(UserError, match="what arrived is not the file"):
+        with pytest.raises(UserError, match="the downloaded content is not the file"):
             download()
         assert not (directory / WEIGHTS).exists() and not (directory / f"{WEIGHTS}.part").exists()
         download()
@@ -114,4 +114,4 @@ def test_unknown_revision(source, tmp_path, monkeypatch):
 def test_missing_extra(monkeypatch, option, library):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UserError, match=r"pip install 'keye-jax\[hub\]'"):
-        hub.download(**{option: "owner/name"})
+        hub.download(hf="owner/name") if option == "hf" else hub.download(modelscope="owner/name")

@@ -1,27 +1,22 @@
-"""Memory follows the largest tensor, not the checkpoint."""
+"""The memory of a conversion grows with the largest tensor, not with the checkpoint."""
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from convert import mapping, synthetic
 from keye_jax.config import KeyeConfig
-from tests.convert.convert_helpers import FULL_CONFIG, ROOT, write
+from tests.convert.convert_helpers import FULL_CONFIG, run_python, write
 
-# Converts there and back after a first conversion of something small, and prints by how much the peak grew in bytes.
+# Converts a small checkpoint, then `source` there and back. Prints by how many bytes each way raised the peak memory.
 MEASURED = """
 import json, re, sys
 from pathlib import Path
-import jax
-jax.config.update("jax_platforms", "cpu")
 from convert import conversion
 
-# In proportion to the tensors, which have a hundredth of their real sizes.
+# The tensors have a hundredth of their real sizes, and so have the limits.
 conversion._LARGE_BYTES //= 100
 conversion._GROUP_BYTES //= 100
 source, warm_up, directory = map(Path, sys.argv[1:])
@@ -38,14 +33,14 @@ conversion.convert(directory / "orbax", directory / "back")
 print(json.dumps([there, peak() - before]))
 """
 
-# Buffers and caches of fixed size, which do not shrink with the tensors.
+# Buffers and caches of fixed size do not shrink with the tensors.
 MARGIN_BYTES = 45_000_000
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_peak_memory_is_far_below_the_checkpoint(tmp_path):
     full = KeyeConfig.from_file(FULL_CONFIG)
-    # The full model at a tenth of its widths: tensors of a hundredth of their sizes, as many in a layer.
+    # The full model at a tenth of its widths: each tensor has a hundredth of its size.
     vision = dataclasses.replace(
         full.vision_config, hidden_size=144, num_attention_heads=2, intermediate_size=430, num_hidden_layers=9
     )
@@ -64,9 +59,7 @@ def test_peak_memory_is_far_below_the_checkpoint(tmp_path):
     sizes = [2 * tensor.size for tensor in mapping.rows(config)]
     synthetic.write_checkpoint(tmp_path / "source", config, shard_size=50_000_000)
     write(tmp_path / "warm_up", layers=1)
-    command = [sys.executable, "-c", MEASURED, *(str(tmp_path / name) for name in ("source", "warm_up", "."))]
-    # The C library otherwise keeps freed memory for each thread, which at this size is most of what is seen.
-    environment = os.environ | {"MALLOC_ARENA_MAX": "2"}
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    # The C library otherwise keeps freed memory for each thread. At this size that would be most of the peak.
+    ran = run_python(MEASURED, tmp_path / "source", tmp_path / "warm_up", tmp_path, MALLOC_ARENA_MAX="2")
     there, back = json.loads(ran.stdout)
     assert max(there, back) <= max(sizes) + MARGIN_BYTES < sum(sizes) / 2

@@ -1,4 +1,4 @@
-"""Every bad input: one clear message, exit code 2, and nothing left behind."""
+"""Every bad input gives one clear message and exit code 2, and leaves nothing behind."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def copy(pristine, tmp_path):
 
 
 def problems_of(source, tmp_path, **options):
-    """The lines below the first of the refusal to convert; checks that the refusal left nothing."""
+    """The problems that `convert` lists when it refuses `source`; checks that it left nothing behind."""
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as raised:
         convert.convert(source, tmp_path / "made", **options)
@@ -61,7 +61,7 @@ def test_all_problems_are_listed_together(copy, tmp_path):
 
     edit(source, spoil)
     assert problems_of(source, tmp_path, check_finite=True) == [
-        "model.norm.weight: it is missing; it must be [128]",
+        "model.norm.weight: it is missing; its shape must be [128]",
         "lm_head.weight: its shape is [2047, 128]; it must be [2048, 128]",
         "mlp_AR.pre_norm.bias: its dtype is F64; it must be BF16 or F32 or F16",
         "model.layers.7.mlp.gate.weight: it is not a tensor of this model",
@@ -96,14 +96,14 @@ def test_truncated_shard(copy, tmp_path):
     os.truncate(shards[2], 5)
     first, second = problems_of(source, tmp_path)
     assert first.startswith(f"{shards[1].name}: it is truncated: ") and " its header promises " in first
-    assert second == f"{shards[2].name}: it is truncated: 5 bytes, less than the length of a header"
+    assert second == f"{shards[2].name}: it is truncated: it has 5 bytes; a header alone has at least 8"
 
 
 def test_missing_shard(copy, tmp_path):
     source = copy("sharded")
     shard = sorted(source.glob("model-*.safetensors"))[0]
     shard.unlink()
-    assert problems_of(source, tmp_path) == [f"{shard.name}: the index names this file and it is not there"]
+    assert problems_of(source, tmp_path) == [f"{shard.name}: it is missing; the index names it"]
 
 
 def test_index_names_a_tensor_that_its_shard_lacks(copy, tmp_path):
@@ -111,7 +111,7 @@ def test_index_names_a_tensor_that_its_shard_lacks(copy, tmp_path):
     index = json.loads((source / INDEX_NAME).read_text())["weight_map"]
     wrong = next(file for file in sorted(set(index.values())) if file != index["lm_head.weight"])
     edit_index(source, lambda names: names.update({"lm_head.weight": wrong}))
-    assert problems_of(source, tmp_path) == [f"{wrong}: the index puts lm_head.weight here and it is not"]
+    assert problems_of(source, tmp_path) == [f"{wrong}: lm_head.weight is missing in it; the index puts it there"]
 
 
 def test_tensor_in_two_shards(copy, tmp_path):
@@ -145,11 +145,11 @@ def test_per_expert_problems(copy, tmp_path):
 
     edit(source, spoil)
     assert problems_of(source, tmp_path) == [
-        f"{EXPERTS}.3.up_proj.weight: it is missing; it must be [64, 128]",
+        f"{EXPERTS}.3.up_proj.weight: it is missing; its shape must be [64, 128]",
         f"{EXPERTS}.4.gate_proj.weight: its shape is [128, 64]; it must be [64, 128]",
         f"{EXPERTS}.down_proj: its experts have more than one dtype: BF16 ({EXPERTS}.0.down_proj.weight)"
         f" and F32 ({EXPERTS}.5.down_proj.weight)",
-        "model.layers.1.mlp.experts.gate_up_proj: it is here fused as well as expert by expert; only one may be",
+        "model.layers.1.mlp.experts.gate_up_proj: its experts are stored both fused and one by one; only one may be",
         f"{EXPERTS}.16.up_proj.weight: it is not a tensor of this model of 2 layers and 16 experts",
     ]
 
@@ -185,7 +185,10 @@ def test_orbax_of_another_config(copy, tmp_path):
     assert "decoder.layers.1.moe.down_proj: it is not an array of this model" in problems
     (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     problems = problems_of(source, tmp_path)
-    assert "decoder.layers.2.moe.down_proj: it is missing; it must be [16, 64, 128]" in problems and len(problems) == 16
+    assert (
+        "decoder.layers.2.moe.down_proj: it is missing; its shape must be [16, 64, 128]" in problems
+        and len(problems) == 16
+    )
 
 
 def test_config_problems(copy, tmp_path):
@@ -252,15 +255,10 @@ def test_kind_of(pristine, tmp_path):
     ],
 )
 def test_command_line_mistakes(arguments, message, tmp_path, capsys, monkeypatch):
-    import typer
-
-    from keye_jax.cli import convert as command
-    from keye_jax.cli import run
+    from keye_jax.cli import app, run
 
     monkeypatch.chdir(tmp_path)
-    app = typer.Typer(add_completion=False)
-    app.command()(command.convert)
-    assert run(app, arguments) == 2
+    assert run(app, ["convert", *arguments]) == 2
     printed = capsys.readouterr()
     assert not printed.out and message in printed.err and printed.err.count("\n") == 1
     assert not list(tmp_path.iterdir())

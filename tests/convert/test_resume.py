@@ -1,26 +1,24 @@
-"""A conversion that is killed, at every kind of moment, and continued by the same call."""
+"""A conversion is killed at every kind of moment, and the same call continues it."""
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
 import convert
-from convert import conversion, work
+from convert import conversion, staging
 from convert.inspection import inspect
 from convert.reader import SafetensorsSource
 from keye_jax.errors import UserError
-from tests.convert.convert_helpers import ROOT, contents, write
+from tests.convert.convert_helpers import contents, run_python, write
 
 GROUP = 700_000
 
-# Runs conversions in small groups, each in a process of its own that kills itself, as a power cut would, at the moment
-# that is asked for. All are forks of one process, which has the imports done.
+# Runs conversions in small groups. Each runs in a process that kills itself, as a power cut would, at the given moment.
+# These processes are forks of one process, which has done the imports.
 KILLED = """
 import json, os, shutil, signal, sys, threading
-from convert import conversion, orbax_io, work, writer
+from convert import conversion, orbax_io, staging, writer
 
 conversion._LARGE_BYTES, conversion._GROUP_BYTES = {group}, {group}
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -30,13 +28,13 @@ def run(source, destination, moment, overwrite):
     if moment == "after_groups":
         progress = lambda *call: die() if len(calls) == 4 else calls.append(call)
     elif moment == "before_record":
-        record = work.Work.record
+        record = staging.Staging.record
         def stop(*arguments):
             calls.append(0)
             die() if len(calls) == 3 else record(*arguments)
-        work.Work.record = stop
+        staging.Staging.record = stop
     elif moment == "in_a_write":
-        # In another thread, in the middle of whatever the main one is writing.
+        # Another thread kills the process while the main thread writes.
         progress = lambda phase, done, total: done and threading.Timer(0.01, die).start()
     elif moment == "in_the_merge":
         def stop(self, path):
@@ -49,10 +47,10 @@ def run(source, destination, moment, overwrite):
     elif moment == "in_the_index":
         writer.ShardWriter.close = die
     elif moment == "before_commit":
-        work.Work.commit = die
+        staging.Staging.commit = die
     elif moment == "between_renames":
-        rename = work.Path.rename
-        work.Path.rename = lambda self, target: die() if str(target) == destination else rename(self, target)
+        rename = staging.Path.rename
+        staging.Path.rename = lambda self, target: die() if str(target) == destination else rename(self, target)
     conversion.convert(source, destination, progress=progress, overwrite=overwrite)
 
 for case in json.loads(sys.argv[1]):
@@ -78,7 +76,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(source, tmp_path_factory):
-    """Destinations by source kind and moment: a conversion to each was killed at that moment."""
+    """Destinations of killed conversions, by the kind of the source and the moment of the kill."""
     cases = [("safetensors", moment) for moment in TO_ORBAX] + [("orbax", moment) for moment in TO_SAFETENSORS]
     cases.append(("other", "after_groups"))
     destinations = {case: tmp_path_factory.mktemp("killed") / "made" for case in cases}
@@ -87,8 +85,7 @@ def killed(source, tmp_path_factory):
         (str(source / kind), str(made), moment, moment == "between_renames")
         for (kind, moment), made in destinations.items()
     ]
-    process = [sys.executable, "-c", KILLED.format(group=GROUP), json.dumps(commands)]
-    subprocess.run(process, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, timeout=120, check=True)
+    run_python(KILLED.format(group=GROUP), json.dumps(commands))
     return destinations
 
 
@@ -101,7 +98,7 @@ def small_groups(monkeypatch):
 @pytest.mark.parametrize("moment", TO_ORBAX)
 def test_to_orbax(source, killed, tmp_path, moment, monkeypatch):
     destination = killed["safetensors", moment]
-    partial = work.working_directory(destination)
+    partial = staging.staging_directory(destination)
     assert not destination.exists()
     for path in (partial, partial / "result"):
         for look in (convert.kind_of, inspect):
@@ -125,7 +122,7 @@ def test_to_orbax(source, killed, tmp_path, moment, monkeypatch):
 @pytest.mark.parametrize("moment", TO_SAFETENSORS)
 def test_to_safetensors(source, killed, moment):
     destination = killed["orbax", moment]
-    partial = work.working_directory(destination)
+    partial = staging.staging_directory(destination)
     assert not destination.exists()
     assert (partial / "replaced" / "config.json").exists() == (moment == "between_renames")
     with pytest.raises(UserError, match="is an unfinished conversion"):
@@ -150,7 +147,7 @@ def test_another_source_is_not_mixed_in(source, killed, tmp_path):
 
 
 def test_two_at_once(source, tmp_path):
-    held = work.Work(tmp_path / "made", "someone else's", overwrite=False)
+    held = staging.Staging(tmp_path / "made", "someone else's", overwrite=False)
     with pytest.raises(UserError, match="another process is working"):
         convert.convert(source / "safetensors", tmp_path / "made", overwrite=True)
     held.discard()
@@ -167,19 +164,14 @@ def test_what_is_not_ours_is_left_alone(source, tmp_path, name):
 
 
 def test_interrupt_says_how_to_continue(source, tmp_path, capsys, monkeypatch):
-    import typer
-
-    from keye_jax.cli import convert as command
-    from keye_jax.cli import run
+    from keye_jax.cli import app, run
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    app = typer.Typer(add_completion=False)
-    app.command()(command.convert)
-    arguments = [str(source / "safetensors"), str(tmp_path / "made")]
+    arguments = ["convert", str(source / "safetensors"), str(tmp_path / "made")]
     with monkeypatch.context() as patch:
-        patch.setattr(work.Work, "commit", interrupt)
+        patch.setattr(staging.Staging, "commit", interrupt)
         assert run(app, arguments) == 130
     assert capsys.readouterr().err == "keye-jax: interrupted; the same command continues where this one stopped\n"
     assert run(app, arguments) == 0

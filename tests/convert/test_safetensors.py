@@ -1,4 +1,4 @@
-"""Our reader and writer against the safetensors library."""
+"""Our reader and writer agree with the safetensors library."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 
 from convert.reader import DTYPES, INDEX_NAME, HeaderError, SafetensorsSource, read_header
-from convert.writer import Planned, ShardWriter, plan_shards, shard_names
+from convert.writer import PlannedTensor, ShardWriter, plan_shards, shard_names
 from keye_jax.errors import UserError
 
 RNG = np.random.default_rng(7)
@@ -39,7 +39,7 @@ def test_reads_what_the_library_writes(tmp_path):
 
 def test_library_reads_what_we_write(tmp_path):
     expected = arrays()
-    planned = [Planned(name, array.shape, array.dtype) for name, array in expected.items()]
+    planned = [PlannedTensor(name, array.shape, array.dtype) for name, array in expected.items()]
     writer = ShardWriter(tmp_path, planned, shard_size=300)
     for name in reversed(list(expected)):
         writer.write(name, expected[name])
@@ -56,7 +56,7 @@ def test_library_reads_what_we_write(tmp_path):
 
 
 def test_shards_are_filled_in_order():
-    planned = [Planned(str(size), (size,), np.dtype(np.float16)) for size in (40, 40, 100, 10, 30)]
+    planned = [PlannedTensor(str(size), (size,), np.dtype(np.float16)) for size in (40, 40, 100, 10, 30)]
     sizes = [[tensor.nbytes for tensor in shard] for shard in plan_shards(planned, 100)]
     assert sizes == [[80], [80], [200], [20, 60]]
     assert shard_names(1) == ["model.safetensors"]
@@ -98,7 +98,7 @@ def test_bad_files_are_refused(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(HeaderError, match=message):
         read_header(path)
-    # The library refuses each of them as well.
+    # The library refuses each of them too.
     with pytest.raises(safetensors.SafetensorError):
         safetensors.numpy.load_file(path)
 

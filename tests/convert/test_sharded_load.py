@@ -1,16 +1,12 @@
-"""A checkpoint restores onto a mesh bit by bit, and is read once however many devices want copies of it."""
+"""A checkpoint restores onto a mesh bit by bit. Each byte is read once, even if several devices hold copies of it."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
 
 from convert import synthetic
 from convert.orbax_io import chunk_axis
-from tests.convert.convert_helpers import ROOT, run_cli, small_config
+from tests.convert.convert_helpers import run_cli, run_python, small_config
 
 MIB = 2**20
 
@@ -65,16 +61,7 @@ def test_shards_are_those_of_the_whole_and_each_chunk_is_read_once(tmp_path):
         print("held")
     """
     flags = "--xla_force_host_platform_device_count=4"
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), tmp_path / "orbax"],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.stdout.strip() == "held", done.stderr
+    assert run_python(program, tmp_path / "orbax", XLA_FLAGS=flags).stdout.strip() == "held"
 
 
 def test_a_sharding_file_that_does_not_suit_is_refused_before_anything_is_written(tmp_path):

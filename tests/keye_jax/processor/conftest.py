@@ -1,4 +1,4 @@
-"""Clips that carry their frame number in their pixels, and a processor for the tiny model."""
+"""Clips whose pixels show the number of the frame, and a processor for the tiny model."""
 
 import dataclasses
 from fractions import Fraction
@@ -35,7 +35,7 @@ def processor(checkpoint, config):
 
 @dataclasses.dataclass
 class Clips:
-    """Frames are BITS columns, black or white: the frame's number in binary, most significant first."""
+    """A frame is BITS columns, black or white: the number of the frame in binary, highest bit first."""
 
     height: int = 48
     width: int = 8 * BITS
@@ -54,9 +54,10 @@ class Clips:
     def write(
         self, path, frames=40, *, codec="libx264", rate=10, options=None, milliseconds=None, rotation=None, audio=False
     ):
-        """Writes a clip; `milliseconds` are the frames' times where the rate varies."""
+        """Writes a clip. `milliseconds` are the times of the frames in a clip with a variable rate."""
         with av.open(str(path), "w") as container:
             stream = container.add_stream(codec, rate=rate)
+            assert isinstance(stream, av.VideoStream)
             stream.width, stream.height, stream.pix_fmt = self.width, self.height, "yuv420p"
             stream.options = options or {"preset": "veryfast"}
             if rotation is not None:
@@ -72,6 +73,20 @@ class Clips:
             container.mux(stream.encode())
             if sound is not None:
                 write_sound(container, sound)
+        return path
+
+    def write_damaged(self, path, start, stop=float("inf")):
+        """Writes a clip with a keyframe a second; packets from `start` to `stop`, in seconds, hold zeros."""
+        self.write(path, options={"preset": "ultrafast", "g": "10", "keyint_min": "10", "sc_threshold": "0"})
+        data = bytearray(path.read_bytes())
+        with av.open(str(path)) as container:
+            for packet in container.demux(video=0):
+                if not packet.size:
+                    continue
+                assert packet.pts is not None and packet.time_base is not None and packet.pos is not None
+                if start <= packet.pts * packet.time_base < stop:
+                    data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+        path.write_bytes(data)
         return path
 
 
@@ -90,7 +105,7 @@ def clips():
 
 @pytest.fixture(scope="session")
 def clip(clips, tmp_path_factory):
-    """40 frames at 10 a second."""
+    """A clip of 40 frames at 10 frames a second."""
     return clips.write(tmp_path_factory.mktemp("clips") / "clip.mp4")
 
 

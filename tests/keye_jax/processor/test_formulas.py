@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from keye_jax.errors import UserError
-from keye_jax.model.positions import mrope_positions
 from keye_jax.processor.image import smart_resize
-from keye_jax.processor.options import VideoOptions, read_options, resolve
+from keye_jax.processor.options import VideoOptions, read_options, resolve_options
+from keye_jax.processor.positions import mrope_positions
 from keye_jax.processor.video import adaptive_factor, frame_indices, frame_size
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden/preprocess.json").read_text())
@@ -26,7 +26,7 @@ def test_smart_resize(case):
 
 
 def options(case, *names):
-    values = vars(resolve(VideoOptions(), read_options("video", case["options"], "options"), "options"))
+    values = vars(resolve_options(VideoOptions(), read_options("video", case["options"], "options"), "options"))
     return {name: values[name] for name in names}
 
 
@@ -98,7 +98,7 @@ IMAGE, VIDEO = 900, 901
 
 
 def walk(ids, image_grids, video_grids, merge):
-    """Token by token."""
+    """Positions by a plain loop over the tokens."""
     grids = {IMAGE: list(image_grids), VIDEO: list(video_grids)}
     positions, free, index = [], 0, 0
     while index < len(ids):
@@ -121,13 +121,13 @@ def test_positions_against_walk(seed):
     merge = int(random.integers(1, 4))
     ids, grids = [], {IMAGE: [], VIDEO: []}
     for _ in range(random.integers(0, 30)):
-        kind = random.choice([0, IMAGE, VIDEO])
+        kind = int(random.choice([0, IMAGE, VIDEO]))
         if not kind:
             ids += random.integers(0, 800, random.integers(0, 6)).tolist()
             continue
         height, width = random.integers(1, 7, 2)
         grids[kind].append((1, height * merge, width * merge))
-        ids += [int(kind)] * int(height * width)
+        ids += [kind] * int(height * width)
     got, delta = mrope_positions(
         np.array(ids, np.int32),
         grids[IMAGE],

@@ -1,4 +1,4 @@
-"""Images, options in all places, sources of all kinds, and what is said about bad ones."""
+"""Images, sources of all kinds, options in all places, and the messages about bad ones."""
 
 import base64
 import http.server
@@ -211,7 +211,7 @@ def test_preprocessor_config(checkpoint, config, clip, tmp_path):
     assert made.videos[0].frames == 20
     assert made.videos[0].tokens_per_frame <= 80
     assert made.images[0].num_tokens <= 9
-    assert "[2.100]" in processor.decode(processor.process(made).input_ids)
+    assert "[2.100]" in processor.detokenize(processor.process(made).input_ids)
     adaptive = load(adaptive_pixels=[[3, 0.001], [10, 0.0015]])
     assert plan(adaptive, part).videos[0].frames == 4
     assert plan(adaptive, part, part).videos[0].frames == 8
@@ -328,7 +328,7 @@ def server(tmp_path):
             self.end_headers()
             self.wfile.write(path.read_bytes() if path.is_file() else b"")
 
-        def log_message(self, *_):
+        def log_message(self, format, *args):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
@@ -391,20 +391,11 @@ def test_plan_tells_the_length_without_decoding(processor, clip, monkeypatch):
 
 
 def test_time_stamps_follow_the_frames_really_used(processor, clips, tmp_path):
-    options = {"preset": "ultrafast", "g": "10", "keyint_min": "10", "sc_threshold": "0"}
-    data = clips.write(tmp_path / "a.mp4", options=options).read_bytes()
-    import av
-
-    with av.open(str(tmp_path / "a.mp4")) as container:
-        sizes = [(p.pos, p.size) for p in container.demux(video=0) if p.size and p.pts * p.time_base >= 2]
-    broken = bytearray(data)
-    for start, size in sizes:
-        broken[start : start + size] = bytes(size)
-    (tmp_path / "b.mp4").write_bytes(broken)
-    made = plan(processor, {"type": "video", "video": str(tmp_path / "b.mp4")})
+    clips.write_damaged(tmp_path / "a.mp4", 2)
+    made = plan(processor, {"type": "video", "video": str(tmp_path / "a.mp4")})
     inputs = processor.process(made)
     assert inputs.frame_times[0].max() == pytest.approx(1.9)
-    written = processor.decode(inputs.input_ids, skip_special_tokens=False).replace("<|video_pad|>", "")
+    written = processor.detokenize(inputs.input_ids, skip_special_tokens=False).replace("<|video_pad|>", "")
     assert written.count("<|frame|>1.9") == 4
 
 
@@ -417,7 +408,7 @@ def test_processor_files_for_a_vocabulary_of_512(config, tmp_path, name):
     processor = Processor.from_checkpoint(tmp_path, small)
     assert processor.token_id("<|im_end|>") == 499
     for token in range(512):
-        assert processor.decode([token], skip_special_tokens=False)
+        assert processor.detokenize([token], skip_special_tokens=False)
     assert processor.plan([{"role": "user", "content": name}]).num_tokens > 5
 
 

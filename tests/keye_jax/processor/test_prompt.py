@@ -1,4 +1,4 @@
-"""Prompts: the ids that whole-string encoding gives, and no control token from text of a user."""
+"""Prompts get the ids of whole-string encoding, and no text of a user becomes a control token."""
 
 import json
 import random
@@ -58,7 +58,7 @@ def test_benign_text_is_encoded_as_in_the_whole_string(processor, whole, questio
     assert list(plan.prompt_ids) == whole.encode(string, add_special_tokens=False).ids
     assert plan.prompt_opens_thinking
     assert plan.num_tokens == plan.text_tokens == len(plan.prompt_ids)
-    assert processor.decode(plan.prompt_ids, skip_special_tokens=False) == string
+    assert processor.detokenize(plan.prompt_ids, skip_special_tokens=False) == string
 
 
 def test_media_prompt_is_encoded_as_in_the_whole_string(processor, whole, clip, tmp_path):
@@ -122,7 +122,7 @@ def test_user_text_never_becomes_a_control_token(processor, control, name):
             after = [{"role": role, "content": spelling, "reasoning_content": spelling}, *user(spelling)]
             plan = processor.plan(after)
             assert count(plan.prompt_ids, control) == count(processor.plan(before).prompt_ids, control)
-            assert spelling in processor.decode(plan.prompt_ids, skip_special_tokens=False)
+            assert spelling in processor.detokenize(plan.prompt_ids, skip_special_tokens=False)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,7 +135,7 @@ def test_control_tokens_split_over_places(processor, control, name):
     plans = [processor.plan([{"role": "assistant", "tool_calls": [c]}, *user("x")]) for c in (call, plain_call)]
     assert count(plans[0].prompt_ids, control) == count(plans[1].prompt_ids, control)
     arguments = json.dumps(json.dumps({name: name}))
-    assert arguments in processor.decode(plans[0].prompt_ids, skip_special_tokens=False)
+    assert arguments in processor.detokenize(plans[0].prompt_ids, skip_special_tokens=False)
 
 
 def test_text_joins_the_templates_own_text_safely(processor, control):
@@ -146,7 +146,7 @@ def test_text_joins_the_templates_own_text_safely(processor, control):
         pieces = template.render(user(content)).pieces
         ids = tokenizer.encode_pieces(pieces)
         assert len(count(ids, control)) == 1 + (content == "")
-    # An empty text leaves the template's two halves beside each other: they are its own.
+    # With an empty text the two halves of the template meet. Both are the template's own text.
 
 
 def test_control_tokens_in_a_file_name(processor, control, clip, tmp_path):
@@ -163,7 +163,7 @@ def test_random_text_round_trips(processor, control):
         content = "".join(source.choice([*NAMES, *letters]) for _ in range(source.randint(1, 30)))
         ids = processor.plan(user(content)).prompt_ids
         assert len(count(ids, control)) == 4
-        assert content in processor.decode(ids, skip_special_tokens=False)
+        assert content in processor.detokenize(ids, skip_special_tokens=False)
 
 
 def test_half_a_surrogate_pair(processor):
@@ -178,7 +178,7 @@ def rewrite(checkpoint, tmp_path, change):
 
 
 def test_a_vocabulary_that_spells_control_tokens(checkpoint, tmp_path):
-    """Here merges lead to a control token; the text is cut so that they do not."""
+    """Merges of this vocabulary lead to a control token. The text is cut so that they do not."""
 
     def change(values):
         for name in ("<t", "<th", "<thi", "<thin", "<think"):
@@ -198,7 +198,7 @@ def test_a_vocabulary_that_spells_control_tokens(checkpoint, tmp_path):
     for content in ("<think>", "a <think><think> é<think>", "<thi<think>nk>"):
         ids = tokenizer.encode_text(content)
         assert think not in ids
-        assert tokenizer.decode(ids) == content
+        assert tokenizer.detokenize(ids) == content
     assert tokenizer.encode_template("<think>") == [think]
 
 
@@ -225,7 +225,7 @@ def test_longest_control_token_wins(checkpoint, tmp_path):
 
 
 def test_templates_in_the_wild(processor):
-    """Blocks trimmed, helpers there, text hidden from the template but not its absence."""
+    """Blocks are trimmed, helpers exist, and a template sees no text of a user but sees that a text is empty."""
     source = """\
 {% for message in messages %}
     {% if message.role == 'tool' %}{% continue %}{% endif %}
@@ -332,11 +332,11 @@ def test_streaming_random_tokens_ends(processor, config, seed):
     stream = processor.stream()
     streamed = "".join(stream.step(token) for token in ids) + stream.flush()
     letters = [letter for letter in streamed if letter != "\ufffd"]
-    assert letters == [letter for letter in processor.decode(ids) if letter != "\ufffd"]
+    assert letters == [letter for letter in processor.detokenize(ids) if letter != "\ufffd"]
 
 
 def test_token_ids(processor, config):
     assert processor.token_id("<|im_end|>") == config.extra["eos_token_id"]
     assert processor.token_id("<|no_such|>") is None
     ids = [processor.token_id(name) for name in ("<|im_start|>", "</think>", "<tool_call>")]
-    assert processor.decode(ids) == "</think><tool_call>"
+    assert processor.detokenize(ids) == "</think><tool_call>"

@@ -1,4 +1,4 @@
-"""Videos: what a file holds, and that the frames decoded are the ones asked for."""
+"""Videos: the frames that a file holds, and that the decoded frames are the wanted ones."""
 
 import sys
 import tracemalloc
@@ -16,7 +16,7 @@ from keye_jax.processor.video import frame_indices
 
 
 def numbers(clips, video, indices):
-    """(index that was used, number that the frame shows) of each frame read."""
+    """(index used, number that the pixels show) of each frame read."""
     return [(index, clips.number(pixels)) for index, pixels in video.read(np.asarray(indices))]
 
 
@@ -129,21 +129,13 @@ def test_truncated_file(clips, tmp_path):
     video = VideoFile(tmp_path / "cut.mkv", "video")
     assert 20 < video.info.num_frames < 60
     indices = frame_indices(video.info.num_frames, video.info.native_fps)
-    # The last frame that is whole may come after some that are not: times, not indices, tell which frame it is.
+    # Incomplete frames may come before the last complete one. So the time, not the index, identifies a frame.
     for index, number in numbers(clips, video, indices):
         assert video.info.times[index] == pytest.approx(number / 10)
 
 
 def test_damaged_frames_are_replaced_by_the_nearest_with_its_own_time(clips, tmp_path):
-    options = {"preset": "ultrafast", "g": "10", "keyint_min": "10", "sc_threshold": "0"}
-    path = clips.write(tmp_path / "a.mp4", options=options)
-    data = bytearray(path.read_bytes())
-    with av.open(str(path)) as container:
-        for packet in container.demux(video=0):
-            if packet.size and 1 <= packet.pts * packet.time_base < 2:
-                data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
-    (tmp_path / "b.mp4").write_bytes(data)
-    video = VideoFile(tmp_path / "b.mp4", "video")
+    video = VideoFile(clips.write_damaged(tmp_path / "a.mp4", 1, 2), "video")
     assert video.info.num_frames == 40
     assert numbers(clips, video, [5, 12, 18, 25]) == [(5, 5), (9, 9), (20, 20), (25, 25)]
 

@@ -1,9 +1,9 @@
-"""The directory in which a conversion is made, `DST.partial`, and its one moment of completion.
+"""The staging directory of a conversion, `DST.partial`.
 
-    DST.partial/conversion.json   what is converted, and which tensors are safely on the disk
-    DST.partial/result/           becomes DST by one rename when everything is there
+    DST.partial/conversion.json   the journal: the source, and the tensors that are on the disk
+    DST.partial/result/           becomes DST by one rename when it is complete
 
-A process that is stopped leaves `DST.partial`; the same command continues from it. `DST` itself is whole or absent.
+A process that is stopped leaves `DST.partial`, and the same command continues from it. `DST` is complete or absent.
 """
 
 from __future__ import annotations
@@ -23,37 +23,38 @@ _LOCK = "lock"
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether `path` is a conversion's working directory, or lies directly in one."""
+    """Whether `path` is the staging directory of a conversion, or lies directly in one."""
     return any((directory / JOURNAL).is_file() for directory in (path, path.absolute().parent))
 
 
 def is_empty(path: Path) -> bool:
-    """Whether `path` is absent, or a directory without files."""
+    """Whether `path` is absent or an empty directory."""
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
-class Work:
-    """The working directory of one conversion, held by this process alone.
+class Staging:
+    """The staging directory of one conversion, locked by this process.
 
     Args:
-      destination: the directory to be made, absolute.
-      fingerprint: tells one source and one set of options from another.
-      overwrite: whether to begin again where `DST.partial` belongs to another source.
+      destination: the directory that the conversion makes, absolute.
+      fingerprint: identifies the source and the options of the conversion.
+      overwrite: whether to start again if the staging directory belongs to another source or other options.
 
     Raises:
-      UserError: another process works in it, or it belongs to another source, or it is no working directory.
+      UserError: another process uses the directory, it belongs to another source, or it is no staging directory.
 
     Attributes:
-      result: the directory to write into.
-      done: the names of the tensors that are on the disk.
-      kept: what the writer said about its state when the last of them was.
+      path: the staging directory.
+      result: the directory to write the new checkpoint into.
+      done: names of the tensors that are on the disk.
+      saved_groups: names of the writer's groups that hold these tensors.
     """
 
     def __init__(self, destination: Path, fingerprint: str, *, overwrite: bool) -> None:
-        self.path = working_directory(destination)
+        self.path = staging_directory(destination)
         self.result = self.path / "result"
         self.done: set[str] = set()
-        self.kept: list[str] = []
+        self.saved_groups: list[str] = []
         self._destination = destination
         self._fingerprint = fingerprint
         state = self._read_journal()
@@ -65,27 +66,27 @@ class Work:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
         if state is not None and state.get("fingerprint") == fingerprint and self.result.is_dir():
-            self.done, self.kept = set(state["done"]), list(state["kept"])
+            self.done, self.saved_groups = set(state["done"]), list(state["kept"])
         else:
             self.restart()
 
     def restart(self) -> None:
-        """Throws away what has been written, if anything."""
-        self.done, self.kept = set(), []
+        """Removes everything written so far."""
+        self.done, self.saved_groups = set(), []
         self._write_journal()
         for name in ("result", "replaced"):
             if (self.path / name).exists():
                 shutil.rmtree(self.path / name)
         self.result.mkdir()
 
-    def record(self, names: Iterable[str], kept: list[str]) -> None:
-        """Notes that the tensors `names` are on the disk, in the state `kept` of the writer."""
+    def record(self, names: Iterable[str], saved_groups: list[str]) -> None:
+        """Writes to the journal that the tensors `names` are on the disk, and the names of all groups so far."""
         self.done |= set(names)
-        self.kept = kept
+        self.saved_groups = saved_groups
         self._write_journal()
 
     def commit(self) -> None:
-        """Makes the result the destination, in place of what is there, and removes the working directory."""
+        """Moves the result to the destination, replaces what is there, and removes the staging directory."""
         for file in self.result.iterdir():
             _sync(file)
         _sync(self.result)
@@ -96,12 +97,12 @@ class Work:
         self.discard()
 
     def discard(self) -> None:
-        """Removes the working directory."""
+        """Removes the staging directory."""
         shutil.rmtree(self.path)
         self.close()
 
     def close(self) -> None:
-        """Lets other processes work here."""
+        """Unlocks the staging directory."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -115,25 +116,27 @@ class Work:
             raise UserError(f"{self.path}: another process is working on this conversion") from error
 
     def _read_journal(self) -> dict[str, Any] | None:
-        """What an earlier process noted; None where there was none. Never throws away what is not ours."""
+        """The journal of an earlier process; None if there was none. UserError if `path` is not a staging directory."""
         if not self.path.is_dir():
             if self.path.exists():
-                raise UserError(f"{self.path} is in the way: a directory of this name is needed for the conversion")
+                raise UserError(
+                    f"{self.path} is in the way: the conversion needs a directory of this name; move it or remove it"
+                )
             return None
         try:
             state = json.loads((self.path / JOURNAL).read_text(encoding="utf-8"))
             if isinstance(state["done"], list) and isinstance(state["kept"], list):
                 return state
         except FileNotFoundError:
-            # A process that stopped at once leaves no more than these.
+            # A process that was stopped at the start leaves only these.
             if {entry.name for entry in self.path.iterdir()} <= {_LOCK, f"{JOURNAL}.new"}:
                 return None
         except (ValueError, KeyError, TypeError):
             pass
-        raise UserError(f"{self.path} is in the way: it was not made by this command; move it or remove it")
+        raise UserError(f"{self.path} is in the way: this command did not make it; move it or remove it")
 
     def _write_journal(self) -> None:
-        state = {"fingerprint": self._fingerprint, "done": sorted(self.done), "kept": self.kept}
+        state = {"fingerprint": self._fingerprint, "done": sorted(self.done), "kept": self.saved_groups}
         new = self.path / f"{JOURNAL}.new"
         with new.open("w", encoding="utf-8") as stream:
             json.dump(state, stream)
@@ -142,14 +145,14 @@ class Work:
         new.rename(self.path / JOURNAL)
 
 
-def working_directory(destination: Path) -> Path:
-    """Where a conversion to `destination` is made."""
+def staging_directory(destination: Path) -> Path:
+    """The staging directory of a conversion to `destination`."""
     return destination.with_name(f"{destination.name}.partial")
 
 
 def remove_leftover(destination: Path) -> None:
-    """Removes what a process that was stopped in its very last step left beside a finished `destination`."""
-    path = working_directory(destination)
+    """Removes the staging directory beside a finished `destination` if a process was stopped while it removed it."""
+    path = staging_directory(destination)
     if (path / JOURNAL).is_file() and not (path / "result").exists():
         shutil.rmtree(path)
 

@@ -1,4 +1,4 @@
-"""Three-axis positions (time, row, column) of a prompt with images and video frames."""
+"""Positions (time, row, column) of the tokens of a prompt with images and video frames."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ def mrope_positions(
     video_token_id: int,
     merge_size: int = 2,
 ) -> tuple[np.ndarray, int]:
-    """Positions of every token, and how far a generated token's position is ahead of its index.
+    """The position of every token, and the offset from a generated token's index to its position.
 
-    A text token advances all three axes by one. The pad tokens of an image, or of one video frame, form a block of
-    h x w merged cells that starts at the next free position n: cell (row, col) sits at (n, n + row, n + col), and the
-    next token starts at n + max(h, w). Each frame is a block of its own (the publisher's `get_rope_index_keye`).
+    A text token at position n has (n, n, n), and the next token starts at n + 1. The pad tokens of an image, or of one
+    video frame, form a block of h x w merged cells. If the block starts at position n, cell (row, col) has
+    (n, n + row, n + col), and the next token starts at n + max(h, w). Each frame is a block of its own. This is the
+    publisher's `get_rope_index_keye`.
 
     Args:
       input_ids: int [T], the prompt with its pad tokens.
       image_grids: int [I, 3], (1, h, w) in patches, in prompt order; empty for none.
-      video_grids: int [F, 3], (1, h, w) in patches, one row per frame, in prompt order; empty for none.
+      video_grids: int [F, 3], (1, h, w) in patches, one row a frame, in prompt order; empty for none.
       image_token_id, video_token_id: ids of the pad tokens.
-      merge_size: patches a side of one token.
+      merge_size: side of one merged cell, which is one token, in patches.
 
     Returns:
       positions int32 [3, T], and delta: a token generated at index i >= T has position i + delta on all axes.
@@ -67,7 +68,7 @@ def mrope_positions(
 def _blocks(
     ids: np.ndarray, grids: ArrayLike, kind: str, token_id: int, merge_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First token, merged rows and merged columns of each block of one kind, int64 [n] each."""
+    """Index of the first token, merged rows and merged columns of each block of one kind, int64 [n] each."""
     grids = np.asarray(grids, np.int64).reshape(-1, 3)
     bad = (grids[:, 0] != 1) | (grids[:, 1:] <= 0).any(1) | (grids[:, 1:] % merge_size != 0).any(1)
     if bad.any():
