@@ -2,4 +2,4 @@
 
 
 class UnsupportedError(NotImplementedError):
-    """No implementation that was asked for supports the arguments; the message lists each one's reason."""
+    """The operation has no implementation of the name asked for, or none that supports the arguments."""

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 MIN_CHUNK = 512
-"""Fewest key positions worth a turn of a loop."""
+"""Fewest key positions that are worth one turn of a loop."""
 
 
 def slots(page_table: jax.Array, positions: jax.Array, page_size: int) -> jax.Array:
@@ -13,7 +13,7 @@ def slots(page_table: jax.Array, positions: jax.Array, page_size: int) -> jax.Ar
     Args:
       page_table: int32 `[b, m]`.
       positions: int32 `[b, ...]`, each from 0 to `m * page_size - 1`.
-      page_size: positions a page holds.
+      page_size: positions of one page.
 
     Returns:
       int32, the shape of `positions`.
@@ -23,9 +23,16 @@ def slots(page_table: jax.Array, positions: jax.Array, page_size: int) -> jax.Ar
 
 
 def pages_per_chunk(page_table: jax.Array, page_size: int, bytes_per_position: int, workspace: int) -> int:
-    """Pages whose positions fill a workspace of so many bytes; at least `MIN_CHUNK` positions, at most all there are.
+    """The number of pages whose positions fill a workspace.
 
-    A chunk that holds everything needs no loop, whose every turn costs an accelerator a round trip to the host.
+    A chunk has at least `MIN_CHUNK` positions and at most all of a sequence's pages. A chunk that holds everything
+    needs no loop: on an accelerator every turn of a loop costs a round trip to the host.
+
+    Args:
+      page_table: int32 `[b, m]`.
+      page_size: positions of one page.
+      bytes_per_position: bytes of workspace that one key position takes.
+      workspace: bytes.
     """
     positions = max(MIN_CHUNK, workspace // bytes_per_position)
     return min(page_table.shape[1], max(1, positions // page_size))
@@ -37,5 +44,5 @@ def pages_of_chunk(page_table: jax.Array, chunk: jax.Array | int, pages_per_chun
 
 
 def pad_to_chunks(page_table: jax.Array, pages_per_chunk: int) -> jax.Array:
-    """`page_table` with columns of page 0 added until it holds whole chunks; callers mask what lies there."""
+    """`page_table` with columns of page 0 added up to a whole number of chunks. Callers mask the added positions."""
     return jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages_per_chunk)))

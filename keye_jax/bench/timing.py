@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Iterable
@@ -20,7 +21,13 @@ from keye_jax.runtime.programs import DecodeState
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.runtime.sampling import SamplingParams
 
-GREEDY = SamplingParams(temperature=0.0)
+MIXED_SAMPLING = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.6, top_p=0.95, top_k=20),
+    SamplingParams(temperature=1.0, top_p=0.9, top_k=0),
+    SamplingParams(temperature=0.8, top_k=0, top_p=1.0, min_p=0.05, repetition_penalty=1.1, presence_penalty=0.5),
+)
+"""How the rows of a timed batch draw, in turns."""
 
 TAIL = 64
 """Last tokens of a prompt, whose selections are looked at."""
@@ -99,6 +106,21 @@ def time_prefill(runtime: Runtime, prompt: Prompt, repeats: int) -> tuple[Timing
     return Timing(seconds, tokens / seconds, workspace), pool, tables[0]
 
 
+def time_packed_prefill(runtime: Runtime, prompt: Prompt, sequences: int, repeats: int) -> Timing:
+    """Reads a number of sequences, each as long as `prompt` and all packed into shared chunks, `repeats` times."""
+    tokens = len(prompt.input_ids)
+    times = []
+    for _ in range(repeats + 1):
+        pool, tables = runtime.new_cache(sequences, tokens)
+        segments = [prompt.segment(pages) for pages in tables]
+        jax.block_until_ready(pool)
+        start = time.perf_counter()
+        jax.block_until_ready(runtime.prefill(segments, pool))
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times[1:])
+    return Timing(seconds, sequences * tokens / seconds, runtime.compile_packed_prefill(tokens))
+
+
 def warm_up(runtime: Runtime, prompt: Prompt) -> None:
     """Reads as much of a prompt as runs every program that the whole of it needs."""
     tokens = len(prompt.input_ids)
@@ -132,21 +154,20 @@ def union_sizes(runtime: Runtime, prompt: Prompt, pool: PagePool, pages: np.ndar
 
 
 def random_batch(
-    runtime: Runtime, batch: int, context: int, length: int, sampling: SamplingParams = GREEDY, seed: int = 0
+    runtime: Runtime, batch: int, context: int, length: int, seed: int = 0
 ) -> tuple[DecodeState, PagePool]:
-    """A batch of sequences of random keys and values.
+    """A batch of sequences of random keys and values, which draw as `MIXED_SAMPLING` says.
 
     Args:
       batch: how many sequences.
       context: tokens that each has room for.
       length: tokens that each has.
-      sampling: how each draws.
     """
     pool, tables = runtime.new_cache(batch, context)
     leaves, tree = jax.tree.flatten(pool)
     leaves = [_fill(np.uint32(seed), np.uint32(i), x, x.sharding) for i, x in enumerate(leaves)]
     state = runtime.new_state(_rows(runtime, batch), tables.shape[1])
-    for row, pages in enumerate(tables):
+    for row, (pages, sampling) in enumerate(zip(tables, itertools.cycle(MIXED_SAMPLING), strict=False)):
         state = runtime.set_row(state, row, token=0, length=length, position_delta=0, pages=pages, sampling=sampling)
     return state, jax.tree.unflatten(tree, leaves)
 
@@ -164,10 +185,10 @@ def _rows(runtime: Runtime, batch: int) -> int:
     return -(-batch // homes) * homes
 
 
-def time_decode(runtime: Runtime, batch: int, context: int, sampling: SamplingParams = GREEDY) -> Timing:
+def time_decode(runtime: Runtime, batch: int, context: int) -> Timing:
     """Writes a few dozen tokens to each of `batch` sequences, the last of them with `context` tokens before it."""
     workspace = runtime.compile_decode(_rows(runtime, batch), context)
-    state, pool = random_batch(runtime, batch, context, context - SHORTEST_CONTEXT, sampling)
+    state, pool = random_batch(runtime, batch, context, context - SHORTEST_CONTEXT)
     times = []
     for _ in range(_DECODE_SAMPLES + 1):
         start = time.perf_counter()

@@ -36,6 +36,9 @@ def bench(
     decode: Annotated[
         str, typer.Option(help="Sequences x context to write tokens to, in tokens; '' for none.")
     ] = "1x32K,4x32K,16x32K,1x128K,4x128K",
+    packed: Annotated[
+        str, typer.Option(help="Prompts that are read together, prompts x tokens; '' for none.")
+    ] = "64x500",
     repeats: Annotated[int, typer.Option(help="Times that each prompt is read; the median counts.")] = 3,
     unrelated: Annotated[
         str, typer.Option(help="Prompt lengths to read also with tokens that have nothing to do with each other.")
@@ -59,12 +62,15 @@ def bench(
 ) -> int:
     """Measures the model with random weights: prompts read and tokens written, sparse and dense.
 
+    The sequences of a timed step of decode draw their tokens in different ways.
+
     Prompts are made-up video, whose embeddings drift from token to token, so that neighbouring queries select much the
     same keys. What does not fit the device is refused before it is tried.
     """
     lengths = [options.tokens("--prefill", text) for text in _items(prefill)]
     no_video = [options.tokens("--unrelated", text) for text in _items(unrelated)]
-    batches = [_batch_and_context(text) for text in _items(decode)]
+    batches = [_pair("--decode", text) for text in _items(decode)]
+    together = [_pair("--packed", text) for text in _items(packed)]
     chunk = options.prefill_chunk_size(prefill_chunk)
     if repeats < 1:
         raise UserError(f"--repeats is {repeats}; it must be at least 1")
@@ -100,7 +106,7 @@ def bench(
         if not 1 <= layers <= sizes.num_hidden_layers:
             raise UserError(f"--layers is {layers}; it must be from 1 to {sizes.num_hidden_layers}")
         sizes = dataclasses.replace(sizes, num_hidden_layers=layers)
-    for tokens in (*lengths, *(context for _, context in batches)):
+    for tokens in (*lengths, *(each for _, each in batches + together)):
         if tokens > sizes.max_position_embeddings:
             raise UserError(f"{tokens:,} tokens are more than this model takes, {sizes.max_position_embeddings:,}")
     chosen = {_DENSE: options.attention_options("dense", implementation)} if dense else {}
@@ -130,7 +136,8 @@ def bench(
         found = _parts(runtimes, sizes, lengths, batches)
     else:
         prefills = _prefill_rows(runtimes, sizes, lengths, repeats, no_video, count_unions=unions)
-        found = itertools.chain(prefills, _decode_rows(runtimes, batches))
+        packs = _packed_rows(runtimes, sizes, together, repeats)
+        found = itertools.chain(prefills, packs, _decode_rows(runtimes, batches))
     rows = []
     for row in found:
         rows.append(row)
@@ -192,6 +199,22 @@ def _prefill_rows(
             mean = f"{unions.mean():,.0f} in the mean of the layers"
             print(f"    keys that 16 neighbouring queries select: {mean}; quartiles {quartiles}", flush=True)
             yield {"what": f"unions of {what}, {kind}", "tokens": tokens, "noise": noise, "unions": unions.tolist()}
+
+
+def _packed_rows(
+    runtimes: dict[str, Runtime], config: KeyeConfig, packs: list[tuple[int, int]], repeats: int
+) -> Iterator[dict[str, Any]]:
+    from keye_jax.bench.inputs import Prompt
+    from keye_jax.bench.timing import time_packed_prefill
+
+    for sequences, tokens in packs:
+        dense = None
+        for name, runtime in runtimes.items():
+            prompt = Prompt.video(config, tokens, rules=runtime.rules)
+            timing = time_packed_prefill(runtime, prompt, sequences, repeats)
+            sizes = {"sequences": sequences, "tokens": tokens, "attention": name}
+            yield _report(f"prefill, {sequences} x {_size(tokens)} packed, {name}", timing, sizes, dense)
+            dense = timing if name == _DENSE else dense
 
 
 def _decode_rows(runtimes: dict[str, Runtime], batches: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
@@ -300,11 +323,12 @@ def _items(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def _batch_and_context(text: str) -> tuple[int, int]:
-    batch, _, context = text.partition("x")
-    if not batch.isdecimal() or int(batch) < 1 or not context:
-        raise UserError(f"--decode has {text!r}; it must be sequences x tokens, such as 4x32K")
-    return int(batch), options.tokens("--decode", context)
+def _pair(option: str, text: str) -> tuple[int, int]:
+    """A number of sequences, and the tokens of each. Raises UserError for anything else."""
+    sequences, _, tokens = text.partition("x")
+    if not sequences.isdecimal() or int(sequences) < 1 or not tokens:
+        raise UserError(f"{option} has {text!r}; it must be sequences x tokens, such as 4x32K")
+    return int(sequences), options.tokens(option, tokens)
 
 
 def _size(tokens: int) -> str:

@@ -25,7 +25,7 @@ from keye_jax.model.layers import Linear, RMSNorm
 from keye_jax.model.rope import apply_rope
 from keye_jax.sharding.collectives import Axes, all_gather, as_words, from_words, rank
 from keye_jax.sharding.step import StepSharding, spec
-from pallas_kernels.dispatch import available
+from pallas_kernels.dispatch import available, resolve
 from pallas_kernels.flash_attention import paged_flash_attention
 from pallas_kernels.indexer_scores import indexer_scores
 from pallas_kernels.select_topk import select_topk
@@ -49,7 +49,7 @@ class AttentionOptions:
 
     Attributes:
       attention: "sparse", the model as released, or "dense", every visible key, for comparison.
-      implementation: name of the kernels' implementation, or None for the best there is.
+      implementation: of the kernels; operations without one of that name use "xla". None takes the best there is.
       indexer_dtype: of index queries and keys, and of the pool's: "float8_e4m3fn", as the publisher serves them and
         less exact, or None for the parameters' dtype.
       intermediates: whether layers also return what they computed on the way, which needs memory for all scores.
@@ -205,12 +205,12 @@ def attend_dense(inputs: AttentionInputs, keys: Keys, *, scale: float, options: 
 
     Memory: copies of the contexts of as many rows as fit into `_DENSE_BYTES`, at least one.
     """
-    kv = keys.pages.kv
+    kv, implementation = keys.pages.kv, resolve("paged_flash_attention", options.implementation)
 
     def attend(q: jax.Array, table: jax.Array, start: jax.Array) -> AttentionOutput:
         with jax.named_scope("attention"):
             return AttentionOutput(
-                *paged_flash_attention(q, kv, table, start, scale=scale, implementation=options.implementation)
+                *paged_flash_attention(q, kv, table, start, scale=scale, implementation=implementation)
             )
 
     q = inputs.q
@@ -232,8 +232,7 @@ def attend_sparse(
     Returns:
       the attention output, with scores and selection if the options ask for intermediates.
     """
-    kwargs: dict[str, Any] = {"implementation": options.implementation}
-    pages = keys.pages
+    pages, preferred = keys.pages, options.implementation
 
     def attend(
         q: jax.Array, index_q: jax.Array, gates: jax.Array, table: jax.Array, start: jax.Array
@@ -249,22 +248,26 @@ def attend_sparse(
                 scale=index_scale,
                 key_scales=pages.index_scales,
                 fill=options.intermediates,
-                **kwargs,
+                implementation=resolve("indexer_scores", preferred),
             )
         lengths = jnp.minimum(start[:, None] + jnp.arange(q.shape[1]) + 1, scores.shape[-1])
         if keys.split:
             with jax.named_scope("selection"):
-                selected = select_split(scores, lengths, top_k, keys.split, **kwargs)
+                selected = select_split(scores, lengths, top_k, keys.split, preferred)
             with jax.named_scope("attention"):
-                out, lse = sparse_attention(q, pages.kv, selected, table, scale=scale, **kwargs)
+                implementation = resolve("sparse_attention", preferred)
+                out, lse = sparse_attention(q, pages.kv, selected, table, scale=scale, implementation=implementation)
         else:
             selected = None
             with jax.named_scope("attention"):
-                out, lse = topk_attention(q, scores, lengths, pages.kv, table, top_k=top_k, scale=scale, **kwargs)
+                implementation = resolve("topk_attention", preferred)
+                out, lse = topk_attention(
+                    q, scores, lengths, pages.kv, table, top_k=top_k, scale=scale, implementation=implementation
+                )
         if not options.intermediates:
             return AttentionOutput(out, lse)
         if selected is None:
-            selected = select_topk(scores, lengths, top_k, **kwargs)
+            selected = select_topk(scores, lengths, top_k, implementation=resolve("select_topk", preferred))
         scores = jnp.where(jnp.arange(scores.shape[-1]) < lengths[..., None], scores, -jnp.inf)
         return AttentionOutput(out, lse, _scores_of_all(scores, keys.split), _positions_of_all(selected, keys.split))
 
@@ -292,9 +295,7 @@ def attend_sparse(
     return AttentionOutput(done.out[:, :queries], done.lse[:, :queries])
 
 
-def select_split(
-    scores: jax.Array, lengths: jax.Array, top_k: int, axes: Axes, *, implementation: str | None
-) -> jax.Array:
+def select_split(scores: jax.Array, lengths: jax.Array, top_k: int, axes: Axes, preferred: str | None) -> jax.Array:
     """`select_topk` among the positions of all devices along `axes`, which hold a sequence's pages in turns.
 
     Each device offers its own best positions, so the selection among what is offered is exact. What travels: scores and
@@ -303,11 +304,12 @@ def select_split(
     Args:
       scores: float32 `[b, 1, s]`, of this device's positions.
       lengths: int32 `[b, 1]`, how many of them each query sees.
+      preferred: implementation, as in `AttentionOptions`.
 
     Returns:
       int32 `[b, 1, top_k]`, those of this device's positions that are selected, -1 in the places of others'.
     """
-    each = min(top_k, scores.shape[-1])
+    each, implementation = min(top_k, scores.shape[-1]), resolve("select_topk", preferred)
     candidates = select_topk(scores, lengths, each, implementation=implementation)
     best = jnp.take_along_axis(scores, jnp.maximum(candidates, 0), axis=2)
     best = jnp.where(candidates >= 0, best, -jnp.inf)
@@ -318,8 +320,8 @@ def select_split(
     chosen = select_topk(best, all_of_them, top_k, implementation=implementation)
     lowest = jnp.where(chosen >= 0, jnp.take_along_axis(best, jnp.maximum(chosen, 0), axis=2), jnp.inf).min(axis=2)
     # Candidates are not in the order of their positions, so ties for the last places are decided by position here.
-    # Positions are exact in float32 up to 2^24.
-    tie = jnp.where(best == lowest[..., None], -position.astype(jnp.float32), -jnp.inf)
+    # Positions are exact in float32 up to 2^24. Places without a candidate come last.
+    tie = jnp.where((best == lowest[..., None]) & (best > -jnp.inf), -position.astype(jnp.float32), -jnp.inf)
     order = jnp.where(best > lowest[..., None], 1.0, tie)
     chosen = select_topk(order, all_of_them, top_k, implementation=implementation)
     own = chosen - rank(axes) * each

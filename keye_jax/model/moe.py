@@ -12,6 +12,7 @@ from keye_jax.config import KeyeConfig
 from keye_jax.model.expert_parallel import run_experts
 from keye_jax.model.layers import Linear, param
 from keye_jax.sharding.step import StepSharding
+from pallas_kernels.dispatch import resolve
 from pallas_kernels.grouped_matmul import expert_mlp
 
 _FEW_TOKENS, _FEW_ROWS = 64, 512
@@ -61,7 +62,7 @@ class MoE(nnx.Module):
           `[b, t, embed]`, and the experts chosen, int32 `[b, t, k]`.
         """
         with jax.named_scope("experts"):
-            mix = functools.partial(mix_experts, implementation=implementation)
+            mix = functools.partial(mix_experts, implementation=resolve("expert_mlp", implementation))
             return run_experts(self, x, valid, mix, step)
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 from keye_jax.config import VisionConfig
 from keye_jax.model.layers import LayerNorm, Linear, param
 from keye_jax.model.rope import apply_rope, vision_angles
+from pallas_kernels.dispatch import resolve
 from pallas_kernels.flash_attention import flash_attention
 
 
@@ -56,7 +57,8 @@ class VisionAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, angles: jax.Array, lengths: jax.Array, implementation: str | None) -> jax.Array:
         q, k = apply_rope(self.q_proj(x), angles), apply_rope(self.k_proj(x), angles)
-        out = flash_attention(q, k, self.v_proj(x), lengths, scale=self.scale, implementation=implementation)
+        own = resolve("flash_attention", implementation)
+        out = flash_attention(q, k, self.v_proj(x), lengths, scale=self.scale, implementation=own)
         return self.o_proj(out)
 
 

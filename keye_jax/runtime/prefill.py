@@ -46,7 +46,6 @@ class Segment:
       pages: int32 `[m]`, the pages of the whole sequence, with room for the new tokens.
       vision_embeds: `[v, embed]`, in the order of the segment's pads: images first, then frames; None for none.
       start: tokens of the sequence that its pages hold already.
-      home: the shard along `batch` on which its pages lie.
     """
 
     input_ids: np.ndarray
@@ -54,7 +53,6 @@ class Segment:
     pages: np.ndarray
     vision_embeds: jax.Array | np.ndarray | None = None
     start: int = 0
-    home: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,6 +98,10 @@ class ChunkShape:
     dense: bool = False
 
 
+type _Span = tuple[int, int, int]
+"""`(segment, first, end)`: tokens `first` to `end - 1` of a segment."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """Neighbouring tokens of a segment that go into one row."""
@@ -141,7 +143,7 @@ def packed_shape(table_width: int, prefill_chunk: int, step: StepSharding) -> Ch
 
 
 def plan_chunks(
-    segments: Sequence[Segment], prefill_chunk: int, step: StepSharding, *, dense_below: int = 0
+    segments: Sequence[Segment], prefill_chunk: int, step: StepSharding, pool_pages: int, *, dense_below: int = 0
 ) -> Iterator[Chunk]:
     """Chunks that read all segments, each segment's tokens in their order.
 
@@ -149,6 +151,7 @@ def plan_chunks(
 
     Args:
       prefill_chunk: tokens that each device reads in one step.
+      pool_pages: of the whole pool. They say at home on which shard along `batch` a segment's pages are.
       dense_below: tokens at positions below it attend to all keys that they see, in chunks of their own.
     """
     width = max(len(segment.pages) for segment in segments)
@@ -162,27 +165,26 @@ def plan_chunks(
                 spans.append((index, first, end))
         shared = []
         for index, first, end in spans:
-            shape = single_shape(end - first, width, prefill_chunk, step)
-            whole = chunk_tokens(end - first, prefill_chunk, step)
+            shape = dataclasses.replace(single_shape(end - first, width, prefill_chunk, step), dense=dense)
+            whole = prefill_chunk * step.size(step.query_sequence)
             alone = end if len(spans) == 1 else first + (end - first) // whole * whole
             if alone > first:
-                yield from _chunks([(index, first, alone)], segments, dataclasses.replace(shape, dense=dense), step)
+                yield from _chunks([(index, first, alone)], segments, shape, step, pool_pages)
             if end > alone:
                 shared.append((index, alone, end))
         if shared:
             shape = dataclasses.replace(packed_shape(width, prefill_chunk, step), dense=dense)
-            yield from _chunks(shared, segments, shape, step)
+            yield from _chunks(shared, segments, shape, step, pool_pages)
 
 
 def _chunks(
-    spans: Sequence[tuple[int, int, int]], segments: Sequence[Segment], shape: ChunkShape, step: StepSharding
+    spans: Sequence[_Span], segments: Sequence[Segment], shape: ChunkShape, step: StepSharding, pool_pages: int
 ) -> Iterator[Chunk]:
-    """Chunks of one shape that read tokens `first` to `end - 1` of each `(segment, first, end)`."""
-    return (_fill(runs, segments, shape, step) for runs in _deal(spans, segments, shape, step))
+    return (_fill(runs, segments, shape, step) for runs in _deal(spans, segments, shape, step, pool_pages))
 
 
 def _deal(
-    spans: Sequence[tuple[int, int, int]], segments: Sequence[Segment], shape: ChunkShape, step: StepSharding
+    spans: Sequence[_Span], segments: Sequence[Segment], shape: ChunkShape, step: StepSharding, pool_pages: int
 ) -> Iterator[list[list[_Run]]]:
     """Runs of each chunk: lists of those on each home, each home's in the order of its segments' tokens."""
     homes = step.size(step.batch)
@@ -190,7 +192,7 @@ def _deal(
     waiting: list[list[_Run]] = [[] for _ in range(homes)]
     for index, first, end in spans:
         runs = [_Run(index, at, min(shape.tokens, end - at)) for at in range(first, end, shape.tokens)]
-        waiting[segments[index].home if step.batch else 0] += runs
+        waiting[int(segments[index].pages[0]) * homes // pool_pages] += runs
     while any(waiting):
         chunk: list[list[_Run]] = [[] for _ in range(homes)]
         members: set[int] = set()

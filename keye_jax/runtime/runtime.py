@@ -24,7 +24,16 @@ from keye_jax.model.params import shard_params
 from keye_jax.progress import Progress
 from keye_jax.runtime import programs
 from keye_jax.runtime.encode import batch_images
-from keye_jax.runtime.prefill import Chunk, ChunkShape, Segment, plan_chunks, round_up, single_shape, vision_rows
+from keye_jax.runtime.prefill import (
+    Chunk,
+    ChunkShape,
+    Segment,
+    packed_shape,
+    plan_chunks,
+    round_up,
+    single_shape,
+    vision_rows,
+)
 from keye_jax.runtime.programs import DecodeState
 from keye_jax.runtime.sampling import SamplingParams, sampling_row
 from keye_jax.sharding.collectives import Axes
@@ -102,7 +111,7 @@ class Runtime:
         return make() if self.rules.sharding() is None else jax.jit(make, out_shardings=shardings)()
 
     def new_cache(self, sequences: int, tokens: int) -> tuple[PagePool, np.ndarray]:
-        """A pool with just the room for a number of sequences, the i-th at home on shard i modulo the homes.
+        """A pool with just the room for a number of sequences, as many at home on each shard along `batch`, in order.
 
         Args:
           tokens: most tokens of each.
@@ -197,7 +206,7 @@ class Runtime:
         """
         logits: list[jax.Array | None] = [None] * len(segments)
         total, done = sum(len(segment.input_ids) for segment in segments), 0
-        chunks = self._chunks(segments)
+        chunks = self._chunks(segments, pool)
         chunk = next(chunks, None)
         while chunk:
             planned, x, positions, batch = chunk
@@ -234,7 +243,7 @@ class Runtime:
           and the tokens done so far.
         """
         options = dataclasses.replace(self._chunk_options(dense=False), intermediates=True)
-        for planned, x, positions, batch in self._chunks([segment]):
+        for planned, x, positions, batch in self._chunks([segment], pool):
             logits, pool, found = programs.forward_with_intermediates(
                 self._model, self._params, x, positions, batch, pool, step=self.prefill_step, options=options
             )
@@ -244,7 +253,9 @@ class Runtime:
             there = rows[order], columns[order]
             yield logits[there], pool, jax.tree.map(lambda x, there=there: x[there], found), planned.done[0]
 
-    def _chunks(self, segments: Sequence[Segment]) -> Iterator[tuple[Chunk, jax.Array, jax.Array, BatchMetadata]]:
+    def _chunks(
+        self, segments: Sequence[Segment], pool: PagePool
+    ) -> Iterator[tuple[Chunk, jax.Array, jax.Array, BatchMetadata]]:
         """Each chunk with its embeddings, positions and metadata on the devices."""
         step = self.prefill_step
         embeds, index, before = [], [], 0
@@ -262,7 +273,7 @@ class Runtime:
         vision = jnp.concatenate(embeds) if before else self.put(np.zeros((0, self.config.hidden_size), self.dtype))
         vision = jnp.pad(vision, ((0, round_up(max(1, before)) - before), (0, 0)))
         dense_below = self.dense_below if self.options.attention == "sparse" else 0
-        for chunk in plan_chunks(segments, self.prefill_chunk, step, dense_below=dense_below):
+        for chunk in plan_chunks(segments, self.prefill_chunk, step, pool.page_count, dense_below=dense_below):
             rows = chunk.batch.sequence if chunk.batch.sequence is not None else np.zeros(1, np.int32)
             seen = np.full(chunk.ids.shape, -1, np.int32)
             for row, member in enumerate(rows):
@@ -431,6 +442,11 @@ class Runtime:
           the most bytes that a step needs beyond its arguments and results, on each device.
         """
         return max(_workspace(program) for program in self.prefill_programs(tokens))
+
+    def compile_packed_prefill(self, tokens: int) -> int:
+        """Compiles the program that packs prompts of at most this length; returns what `compile_prefill` does."""
+        shape = packed_shape(self.table_width(tokens), self.prefill_chunk, self.prefill_step)
+        return _workspace(self._chunk_program(shape))
 
     def compile_forward_with_intermediates(self, tokens: int, cached: int) -> int:
         """Compiles the program that reads `tokens` tokens in one chunk; returns what `compile_prefill` does.

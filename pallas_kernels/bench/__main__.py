@@ -1,4 +1,4 @@
-"""`python -m pallas_kernels.bench`: all operations on this machine's device, beside their baselines."""
+"""`python -m pallas_kernels.bench`: times all operations on this machine's device, beside their baselines."""
 
 from __future__ import annotations
 
@@ -12,23 +12,31 @@ from typing import Any
 import jax
 
 from pallas_kernels.bench import plot, tables
-from pallas_kernels.bench.cases import Case, cases
+from pallas_kernels.bench.cases import BenchCase, cases
 from pallas_kernels.bench.layers import Layer, layers, summary
 from pallas_kernels.bench.measure import Programs, measure
 from pallas_kernels.bench.timing import copy_bandwidth, matmul_rate
 
 LAYERS = "layer"
-"""Name under which `--operation` knows attention of a whole layer."""
+"""The value of `--operation` that measures attention of whole layers."""
 
 
 def main() -> None:
-    """Parses the command line, measures, prints, and writes what was asked for."""
+    """Parses the command line, measures, prints the tables and writes the files."""
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description=__doc__)
-    parser.add_argument("--operation", action="append", help="measure only this one; may be repeated")
+    parser.add_argument("--operation", action="append", help="measure only this operation; may be repeated")
     parser.add_argument("--quick", action="store_true", help="small sizes, for a machine without an accelerator")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw attention of a whole layer, as SVG or PNG")
-    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="measure nothing; read this JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw attention of whole layers to this SVG or PNG file"
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing; read the figures from this file, which --json wrote",
+    )
     arguments = parser.parse_args()
     if arguments.plot and (problem := plot.problem(arguments.plot)):
         parser.error(problem)
@@ -69,7 +77,7 @@ def _measure(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
         ceilings = {"flops": matmul_rate(), "bytes": copy_bandwidth()}
     programs = Programs([*chosen, *(case for layer in whole for case in (*layer.chunks, layer.dense))])
 
-    def rows_of(case: Case) -> list[dict[str, Any]]:
+    def rows_of(case: BenchCase) -> list[dict[str, Any]]:
         rows = measure(case, programs, ceilings)
         times = ", ".join(f"{row['candidate']} {row['seconds'] * 1e3:.3f} ms" for row in rows if "seconds" in row)
         print(f"{case.operation}, {case.size}: {times}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What is measured: every operation at the released model's sizes, beside its baselines."""
+"""The measurements: every operation at the released model's sizes, beside its baselines."""
 
 from __future__ import annotations
 
@@ -14,56 +14,42 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.bench import inputs
-from pallas_kernels.bench.inputs import (
-    CLUSTERED,
-    EXPERT_HIDDEN,
-    EXPERTS,
-    EXPERTS_PER_TOKEN,
-    HEAD_DIM,
-    HEADS,
-    HIDDEN,
-    INDEX_DIM,
-    INDEX_HEADS,
-    INDEX_SCALE,
-    KV_HEADS,
-    NEIGHBOURS,
-    SCALE,
-    TOP_K,
-    UNRELATED,
-    VISION_DIM,
-    VISION_HEADS,
-)
+from pallas_kernels.bench.inputs import CLUSTERED, NEIGHBOURS, UNRELATED
 from pallas_kernels.bench.timing import Arguments
-from pallas_kernels.dispatch import available
+from pallas_kernels.dispatch import OPERATIONS, available
 from pallas_kernels.indexer_scores import hadamard, indexer_scores, quantize
 from pallas_kernels.select_topk import select_topk
+from pallas_kernels.shapes import KEYE_VL_2 as MODEL
 from pallas_kernels.topk_attention import topk_attention
 
 KINDS = {"clustered": CLUSTERED, "uniform": UNRELATED}
-"""Selections that benchmarks use, by the size of the union of 16 neighbours' selections."""
+"""Kinds of selections, with the size of the union of 16 neighbouring queries' selections."""
 
 _RAGGED_DOT_TOKENS = 2048
+"""Most tokens at which `lax.ragged_dot` is measured where it copies the rows for every expert."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TorchCall:
-    """A baseline of PyTorch: a function of its tensors."""
+    """A baseline that is a function of PyTorch tensors."""
 
     function: Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class BenchCase:
     """One measurement.
 
     Attributes:
-      operation: its name.
-      size: what is distinctive about it.
-      candidates: functions by name, implementations and baselines, all of the same arguments.
-      make: makes the arguments out of `settings`; jitted.
-      settings: numbers. Cases that differ in nothing else share their compiled programs.
-      flops, nbytes: useful work and memory traffic of one call; what is None is not what limits the operation.
-      union: of queries that select: mean size of the union of 16 neighbours, out of the arguments; jitted.
+      operation: name of the operation.
+      size: words that tell this measurement from the operation's others.
+      candidates: implementations and baselines by name, all functions of the same arguments.
+      make: makes the arguments from `settings`; it is jitted.
+      settings: integers. Cases that differ only in these share their compiled programs.
+      flops, nbytes: useful FLOPs, and useful bytes of memory traffic, of one call. None if that does not limit the
+        operation.
+      union: computes the mean size of the unions of 16 neighbouring queries' selections from the arguments; it is
+        jitted. None where no query selects.
       calls: calls in one program; None chooses.
     """
 
@@ -79,34 +65,43 @@ class Case:
 
     @property
     def floor_seconds(self) -> float:
-        """What one call takes at least on the fastest GPU this is likely to run on."""
+        """Least seconds of one call on the fastest GPU that this is likely to run on."""
         return (self.flops or 0) / 800e12 + (self.nbytes or 0) / 4.5e12
 
 
 def size_name(count: int) -> str:
+    """`count` as a reader knows it: 131072 is 128K."""
     return f"{count // 1024}K" if count % 1024 == 0 else f"{count:,}"
 
 
 @functools.cache
 def implementations(operation: str, **kwargs: Any) -> dict[str, Callable[..., Any]]:
-    """The implementations of "folder.function" that this machine can run, by name; the same objects every time."""
-    folder, name = operation.split(".")
-    function = getattr(importlib.import_module(f"pallas_kernels.{folder}"), name)
-    found = {}
-    for implementation in available():
-        module = f"pallas_kernels.{folder}.{implementation}"
-        if importlib.util.find_spec(module) and hasattr(importlib.import_module(module), name):
-            found[implementation] = functools.partial(function, implementation=implementation, **kwargs)
-    return found
+    """The implementations of an operation that this machine can run, by name.
+
+    Args:
+      operation: a key of `OPERATIONS`.
+      **kwargs: passed on to every call.
+
+    Returns:
+      Functions of the operation's arguments. The same arguments return the same functions.
+    """
+    found = OPERATIONS[operation]
+    function = getattr(importlib.import_module(f"pallas_kernels.{found.folder}"), operation)
+    return {
+        name: functools.partial(function, implementation=name, **kwargs)
+        for name in found.implementations
+        if name in available()
+    }
 
 
-def _indexer_cases(contexts: list[int], queries: int) -> Iterator[Case]:
+def _indexer_cases(contexts: list[int], queries: int) -> Iterator[BenchCase]:
     for context in contexts:
 
         def make(context: int = context) -> Arguments:
-            q, gates = inputs.normal(0, 1, queries, INDEX_HEADS, INDEX_DIM), inputs.normal(1, 1, queries, INDEX_HEADS)
+            q = inputs.normal(0, 1, queries, MODEL.index_heads, MODEL.index_dim)
+            gates = inputs.normal(1, 1, queries, MODEL.index_heads)
             start = jnp.full(1, context - queries, jnp.int32)
-            keys = inputs.pages(2, 1, context, INDEX_DIM)
+            keys = inputs.pages(2, 1, context, MODEL.index_dim)
             return q, gates.astype(jnp.float32), keys, inputs.page_table(1, context), start
 
         def make_float8(make: Any = make) -> Arguments:
@@ -115,10 +110,10 @@ def _indexer_cases(contexts: list[int], queries: int) -> Iterator[Case]:
             return q, gates * q_scales, keys, table, start, key_scales
 
         size = f"{queries:,} queries x {size_name(context)} keys"
-        exact = implementations("indexer_scores.indexer_scores", scale=INDEX_SCALE)
-        work = 2.0 * queries * (context - queries / 2) * INDEX_HEADS * INDEX_DIM
-        yield Case("indexer_scores", size, exact, make, flops=work)
-        yield Case("indexer_scores", f"{size}, float8", _float8_scores(), make_float8, flops=work)
+        exact = implementations("indexer_scores", scale=MODEL.index_scale)
+        work = 2.0 * queries * (context - queries / 2) * MODEL.index_heads * MODEL.index_dim
+        yield BenchCase("indexer_scores", size, exact, make, flops=work)
+        yield BenchCase("indexer_scores", f"{size}, float8", _float8_scores(), make_float8, flops=work)
 
 
 @functools.cache
@@ -127,19 +122,19 @@ def _float8_scores() -> dict[str, Callable[..., Any]]:
         q: Any, gates: Any, keys: Any, table: Any, start: Any, key_scales: Any, *, implementation: str
     ) -> jax.Array:
         return indexer_scores(
-            q, gates, keys, table, start, scale=INDEX_SCALE, key_scales=key_scales, implementation=implementation
+            q, gates, keys, table, start, scale=MODEL.index_scale, key_scales=key_scales, implementation=implementation
         )
 
-    names = implementations("indexer_scores.indexer_scores")
+    names = implementations("indexer_scores")
     return {name: functools.partial(scores, implementation=name) for name in names}
 
 
 def _lax_top_k(scores: jax.Array, lengths: jax.Array) -> jax.Array:
-    return jax.lax.top_k(scores, TOP_K)[1]
+    return jax.lax.top_k(scores, MODEL.top_k)[1]
 
 
 def _torch_topk(scores: Any, lengths: Any) -> Any:
-    return scores.topk(TOP_K, dim=-1)
+    return scores.topk(MODEL.top_k, dim=-1)
 
 
 def _has_torch() -> bool:
@@ -150,9 +145,9 @@ def _has_torch() -> bool:
     return torch.cuda.is_available()
 
 
-def _selection_cases(sizes: list[tuple[int, int]]) -> Iterator[Case]:
+def _selection_cases(sizes: list[tuple[int, int]]) -> Iterator[BenchCase]:
     candidates = {
-        **implementations("select_topk.select_topk", k=TOP_K),
+        **implementations("select_topk", k=MODEL.top_k),
         "lax.top_k": _lax_top_k,
         **({"torch.topk": TorchCall(_torch_topk)} if _has_torch() else {}),
     }
@@ -160,34 +155,35 @@ def _selection_cases(sizes: list[tuple[int, int]]) -> Iterator[Case]:
 
         def make(clustered: int, rows: int = rows, context: int = context) -> Arguments:
             scores = inputs.normal(0, rows, context, dtype=jnp.float32)
-            # Values that share their leading bits, so that thousands stand next to the threshold.
+            # These values share their leading bits, so thousands are next to the threshold.
             close = 1 + jnp.round(scores * 1000) * 2.0**-20
             return jnp.where(clustered, close, scores), jnp.full(rows, context, jnp.int32)
 
         for kind in ("random", "close") if rows == 1024 else ("random",):
             size = f"{rows} x {size_name(context)} {kind}"
-            yield Case("select_topk", size, candidates, make, (int(kind == "close"),), nbytes=4.0 * rows * context)
+            yield BenchCase("select_topk", size, candidates, make, (int(kind == "close"),), nbytes=4.0 * rows * context)
 
 
 @functools.cache
 def sequence(queries: int, context: int) -> Callable[..., Arguments]:
-    """A function of (start, union) that makes what sparse attention of some queries of one sequence takes.
+    """The `make` of sparse attention of `queries` queries of one sequence, from the settings (start, union).
 
     It makes q, kv, page table, start, and the indexer's queries, gates and keys.
     """
 
     def make(start: jax.Array, union: jax.Array) -> Arguments:
         table = inputs.page_table(1, context)
-        keys = inputs.pages(2, 1, context, INDEX_DIM)
+        keys = inputs.pages(2, 1, context, MODEL.index_dim)
         index_q, gates = inputs.index_queries(queries, keys[table[0]].reshape(context, -1), start + queries, union)
-        q, kv = inputs.normal(0, 1, queries, HEADS, HEAD_DIM), inputs.pages(1, 1, context, 2 * KV_HEADS, HEAD_DIM)
+        q = inputs.normal(0, 1, queries, MODEL.heads, MODEL.head_dim)
+        kv = inputs.pages(1, 1, context, 2 * MODEL.kv_heads, MODEL.head_dim)
         return q, kv, table, jnp.full(1, start, jnp.int32), index_q, gates, keys
 
     return make
 
 
 def mean_union(q: Any, kv: Any, table: Any, start: Any, index_q: Any, gates: Any, keys: Any) -> jax.Array:
-    """Mean size of the unions of four groups of 16 neighbours, of the arguments that `sequence` makes."""
+    """Mean size of the unions of four groups of 16 neighbours. The arguments are those that `sequence` makes."""
     in_order = keys[table[0]].reshape(-1, keys.shape[-1])
     queries = index_q.shape[1]
     sizes = []
@@ -201,35 +197,37 @@ def mean_union(q: Any, kv: Any, table: Any, start: Any, index_q: Any, gates: Any
 def attend_sparse(
     q: Any, kv: Any, table: Any, start: Any, index_q: Any, gates: Any, keys: Any, *, implementation: str
 ) -> Any:
-    """Scores, selection and attention, as the model puts them together."""
+    """Scores, selection and attention, as the model combines them."""
     scores = indexer_scores(
-        index_q, gates, keys, table, start, scale=INDEX_SCALE, fill=False, implementation=implementation
+        index_q, gates, keys, table, start, scale=MODEL.index_scale, fill=False, implementation=implementation
     )
     lengths = start[:, None] + jnp.arange(q.shape[1]) + 1
-    return topk_attention(q, scores, lengths, kv, table, top_k=TOP_K, scale=SCALE, implementation=implementation)
+    return topk_attention(
+        q, scores, lengths, kv, table, top_k=MODEL.top_k, scale=MODEL.scale, implementation=implementation
+    )
 
 
 @functools.cache
 def sparse_candidates() -> dict[str, Callable[..., Any]]:
-    names = implementations("topk_attention.topk_attention")
+    names = implementations("topk_attention")
     return {name: functools.partial(attend_sparse, implementation=name) for name in names}
 
 
-def _prefill_cases(contexts: list[int], queries: int) -> Iterator[Case]:
-    """`topk_attention` on the scores that related and unrelated queries have, and attention to what they select."""
+def _prefill_cases(contexts: list[int], queries: int) -> Iterator[BenchCase]:
+    """`topk_attention` on the scores of related and of unrelated queries, and attention to their selections."""
     for context in contexts:
 
         def scored(start: jax.Array, union: jax.Array, context: int = context) -> Arguments:
             q, kv, table, start, index_q, gates, keys = sequence(queries, context)(start, union)
-            scores = indexer_scores(index_q, gates, keys, table, start, scale=INDEX_SCALE, implementation="xla")
+            scores = indexer_scores(index_q, gates, keys, table, start, scale=MODEL.index_scale, implementation="xla")
             return q, scores, start[:, None] + jnp.arange(queries) + 1, kv, table
 
         def selected(start: jax.Array, union: jax.Array, scored: Any = scored) -> Arguments:
             q, scores, lengths, kv, table = scored(start, union)
-            return q, kv, select_topk(scores, lengths, TOP_K, implementation="xla"), table
+            return q, kv, select_topk(scores, lengths, MODEL.top_k, implementation="xla"), table
 
         def union_of_scores(q: Any, scores: jax.Array, lengths: jax.Array, kv: Any, table: Any) -> jax.Array:
-            return mean_of_lists(select_topk(scores[:, :64], lengths[:, :64], TOP_K, implementation="xla"))
+            return mean_of_lists(select_topk(scores[:, :64], lengths[:, :64], MODEL.top_k, implementation="xla"))
 
         def union_of_lists(q: Any, kv: Any, indices: jax.Array, table: Any) -> jax.Array:
             return mean_of_lists(indices[:, :64])
@@ -241,33 +239,34 @@ def _prefill_cases(contexts: list[int], queries: int) -> Iterator[Case]:
                 jnp.sum(jnp.any(chosen.reshape(-1, NEIGHBOURS, context), axis=1), axis=1, dtype=jnp.float32)
             )
 
-        composite = implementations("topk_attention.topk_attention", top_k=TOP_K, scale=SCALE)
-        attention = implementations("sparse_attention.sparse_attention", scale=SCALE)
+        composite = implementations("topk_attention", top_k=MODEL.top_k, scale=MODEL.scale)
+        attention = implementations("sparse_attention", scale=MODEL.scale)
         for kind, size in KINDS.items():
             name, settings = f"{queries:,} queries, {size_name(context)} keys, {kind}", (context - queries, size)
-            work = 4.0 * queries * TOP_K * HEADS * HEAD_DIM
-            yield Case("topk_attention", name, composite, scored, settings, flops=work, union=union_of_scores)
-            yield Case("sparse_attention", name, attention, selected, settings, flops=work, union=union_of_lists)
+            work = 4.0 * queries * MODEL.top_k * MODEL.heads * MODEL.head_dim
+            yield BenchCase("topk_attention", name, composite, scored, settings, flops=work, union=union_of_scores)
+            yield BenchCase("sparse_attention", name, attention, selected, settings, flops=work, union=union_of_lists)
 
 
-def _decode_cases(sizes: list[tuple[int, int]]) -> Iterator[Case]:
-    """One query a sequence: each step of sparse attention, all of them, and dense attention."""
+def _decode_cases(sizes: list[tuple[int, int]]) -> Iterator[BenchCase]:
+    """One query per sequence: each step of sparse attention, all steps together, and dense attention."""
     for batch, context in sizes:
         name = f"decode, batch {batch}, {size_name(context)} keys"
 
         def pool(batch: int = batch, context: int = context) -> jax.Array:
-            return inputs.pages(1, batch, context, 2 * KV_HEADS, HEAD_DIM)
+            return inputs.pages(1, batch, context, 2 * MODEL.kv_heads, MODEL.head_dim)
 
         def query(batch: int = batch) -> jax.Array:
-            return inputs.normal(0, batch, 1, HEADS, HEAD_DIM)
+            return inputs.normal(0, batch, 1, MODEL.heads, MODEL.head_dim)
 
         def selected(batch: int = batch, context: int = context, pool: Any = pool, query: Any = query) -> Arguments:
             return query(), pool(), inputs.spread_positions(batch, context), inputs.page_table(batch, context)
 
         def index(batch: int = batch, context: int = context) -> Arguments:
-            q, gates = inputs.normal(2, batch, 1, INDEX_HEADS, INDEX_DIM), inputs.normal(3, batch, 1, INDEX_HEADS)
+            q = inputs.normal(2, batch, 1, MODEL.index_heads, MODEL.index_dim)
+            gates = inputs.normal(3, batch, 1, MODEL.index_heads)
             start = jnp.full(batch, context - 1, jnp.int32)
-            keys = inputs.pages(4, batch, context, INDEX_DIM)
+            keys = inputs.pages(4, batch, context, MODEL.index_dim)
             return q, gates.astype(jnp.float32), keys, inputs.page_table(batch, context), start
 
         def whole(index: Any = index, pool: Any = pool, query: Any = query) -> Arguments:
@@ -278,37 +277,40 @@ def _decode_cases(sizes: list[tuple[int, int]]) -> Iterator[Case]:
             return query(), pool(), inputs.page_table(batch, context), jnp.full(batch, context - 1, jnp.int32)
 
         def contiguous(batch: int = batch, context: int = context, query: Any = query) -> Arguments:
-            shape = batch, context, KV_HEADS, HEAD_DIM
+            shape = batch, context, MODEL.kv_heads, MODEL.head_dim
             return query(), inputs.normal(1, *shape), inputs.normal(2, *shape)
 
-        index_bytes = 2.0 * batch * context * INDEX_DIM
-        selected_bytes, dense_bytes = (4.0 * batch * count * KV_HEADS * HEAD_DIM for count in (TOP_K, context))
-        sparse = implementations("sparse_attention.sparse_attention", scale=SCALE)
-        dense = implementations("flash_attention.paged_flash_attention", scale=SCALE)
-        yield Case("indexer and selection", name, _scores_and_selection(), index, nbytes=index_bytes)
-        yield Case("sparse_attention", name, sparse, selected, nbytes=selected_bytes)
-        yield Case("DSA attention", name, sparse_candidates(), whole, nbytes=index_bytes + selected_bytes)
-        yield Case("paged_flash_attention", name, dense, paged, nbytes=dense_bytes)
-        yield Case("dense attention", name, {dense_baseline(): _dense_decode}, contiguous, nbytes=dense_bytes)
+        index_bytes = 2.0 * batch * context * MODEL.index_dim
+        selected_bytes, dense_bytes = (
+            4.0 * batch * count * MODEL.kv_heads * MODEL.head_dim for count in (MODEL.top_k, context)
+        )
+        sparse = implementations("sparse_attention", scale=MODEL.scale)
+        dense = implementations("paged_flash_attention", scale=MODEL.scale)
+        yield BenchCase("indexer and selection", name, _scores_and_selection(), index, nbytes=index_bytes)
+        yield BenchCase("sparse_attention", name, sparse, selected, nbytes=selected_bytes)
+        yield BenchCase("DSA attention", name, sparse_candidates(), whole, nbytes=index_bytes + selected_bytes)
+        yield BenchCase("paged_flash_attention", name, dense, paged, nbytes=dense_bytes)
+        yield BenchCase("dense attention", name, {dense_baseline(): _dense_decode}, contiguous, nbytes=dense_bytes)
 
 
 @functools.cache
 def _scores_and_selection() -> dict[str, Callable[..., Any]]:
-    select = implementations("select_topk.select_topk", k=TOP_K)
+    select = implementations("select_topk", k=MODEL.top_k)
 
     def both(q: Any, gates: Any, keys: Any, table: Any, start: Any, *, name: str) -> Any:
-        scores = indexer_scores(q, gates, keys, table, start, scale=INDEX_SCALE, implementation=name)
+        scores = indexer_scores(q, gates, keys, table, start, scale=MODEL.index_scale, implementation=name)
         return select[name](scores, start[:, None] + 1)
 
     return {name: functools.partial(both, name=name) for name in select}
 
 
 def dense_baseline() -> str:
-    """The name of the best dense attention that JAX has here."""
+    """Name of the best dense attention that JAX has for this device."""
     return "cuDNN" if jax.default_backend() == "gpu" else "jax.nn"
 
 
 def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.Array:
+    """The baseline `dense_baseline` names. q `[b, t, n, d]`, k and v `[b, s, k, d]`; the result has the shape of q."""
     implementation = "cudnn" if jax.default_backend() == "gpu" else "xla"
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
 
@@ -326,52 +328,52 @@ def _ragged_mlp(lhs: jax.Array, gate_up: jax.Array, down: jax.Array, sizes: jax.
     return jax.lax.ragged_dot((jax.nn.silu(gate) * up).astype(lhs.dtype), down, sizes)
 
 
-def _expert_cases(token_counts: list[int]) -> Iterator[Case]:
-    product, mlp = (implementations(f"grouped_matmul.{name}") for name in ("grouped_matmul", "expert_mlp"))
+def _expert_cases(token_counts: list[int]) -> Iterator[BenchCase]:
+    product, mlp = (implementations(name) for name in ("grouped_matmul", "expert_mlp"))
     for tokens in token_counts:
         rng = np.random.default_rng(tokens)
-        chosen = np.argsort(rng.random((tokens, EXPERTS)), axis=1)[:, :EXPERTS_PER_TOKEN]
-        sizes = np.bincount(chosen.ravel(), minlength=EXPERTS).astype(np.int32)
+        chosen = np.argsort(rng.random((tokens, MODEL.experts)), axis=1)[:, : MODEL.experts_per_token]
+        sizes = np.bincount(chosen.ravel(), minlength=MODEL.experts).astype(np.int32)
 
         def make_mlp(tokens: int = tokens, sizes: np.ndarray = sizes) -> Arguments:
-            rows = inputs.normal(0, tokens * EXPERTS_PER_TOKEN, HIDDEN)
-            gate_up = inputs.normal(1, EXPERTS, HIDDEN, 2 * EXPERT_HIDDEN)
-            return rows, gate_up, inputs.normal(2, EXPERTS, EXPERT_HIDDEN, HIDDEN), jnp.asarray(sizes)
+            rows = inputs.normal(0, tokens * MODEL.experts_per_token, MODEL.hidden)
+            gate_up = inputs.normal(1, MODEL.experts, MODEL.hidden, 2 * MODEL.expert_hidden)
+            return rows, gate_up, inputs.normal(2, MODEL.experts, MODEL.expert_hidden, MODEL.hidden), jnp.asarray(sizes)
 
         def make_product(make_mlp: Any = make_mlp) -> Arguments:
             rows, gate_up, _, sizes = make_mlp()
             return rows, gate_up, sizes
 
-        work = 2.0 * tokens * EXPERTS_PER_TOKEN * HIDDEN * EXPERT_HIDDEN
-        weights = 2.0 * int(np.count_nonzero(sizes)) * HIDDEN * EXPERT_HIDDEN
+        work = 2.0 * tokens * MODEL.experts_per_token * MODEL.hidden * MODEL.expert_hidden
+        weights = 2.0 * int(np.count_nonzero(sizes)) * MODEL.hidden * MODEL.expert_hidden
         name, baseline = f"{tokens:,} tokens", "lax.ragged_dot"
-        # Off TPUs it makes a copy of the rows for each expert, 128 times their memory.
+        # On other devices than TPUs, lax.ragged_dot copies the rows for every expert: 128 times their memory.
         many = jax.default_backend() != "tpu" and tokens > _RAGGED_DOT_TOKENS
         mlps = mlp if many else mlp | {baseline: _ragged_mlp}
         if tokens <= 64:
-            yield Case("expert_mlp", name, mlps, make_mlp, nbytes=3 * weights)
+            yield BenchCase("expert_mlp", name, mlps, make_mlp, nbytes=3 * weights)
         else:
             products = product if many else product | {baseline: _ragged_dot}
-            yield Case("expert_mlp", name, mlps, make_mlp, flops=3 * work)
-            yield Case("grouped_matmul", name, products, make_product, flops=2 * work)
+            yield BenchCase("expert_mlp", name, mlps, make_mlp, flops=3 * work)
+            yield BenchCase("grouped_matmul", name, products, make_product, flops=2 * work)
 
 
-def _vision_cases(frames: int, patches: int) -> Iterator[Case]:
+def _vision_cases(frames: int, patches: int) -> Iterator[BenchCase]:
     def make() -> Arguments:
-        shape = frames, patches, VISION_HEADS, VISION_DIM
+        shape = frames, patches, MODEL.vision_heads, MODEL.vision_dim
         return (*(inputs.normal(seed, *shape) for seed in range(3)), jnp.full(frames, patches, jnp.int32))
 
-    yield Case(
+    yield BenchCase(
         "flash_attention",
         f"vision, {frames} frames of {patches:,} patches",
-        implementations("flash_attention.flash_attention", scale=VISION_DIM**-0.5),
+        implementations("flash_attention", scale=MODEL.vision_scale),
         make,
-        flops=4.0 * frames * patches**2 * VISION_HEADS * VISION_DIM,
+        flops=4.0 * frames * patches**2 * MODEL.vision_heads * MODEL.vision_dim,
     )
 
 
-def cases(*, quick: bool) -> list[Case]:
-    """All measurements of single operations; `quick` leaves sizes that any machine can run."""
+def cases(*, quick: bool) -> list[BenchCase]:
+    """All measurements of single operations. `quick` takes small sizes, which any machine can run."""
     if quick:
         return [
             *_indexer_cases([4096], 64),

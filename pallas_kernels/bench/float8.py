@@ -1,6 +1,6 @@
-"""`python -m pallas_kernels.bench.float8`: how far a float8 indexer selects what a bfloat16 one does.
+"""`python -m pallas_kernels.bench.float8`: the part of a bfloat16 indexer's selections that a float8 indexer shares.
 
-Index queries, keys and gates are random and normal, as norms leave them. The queries stand at the end of the context.
+Index queries, keys and gates are random and normal, as norms leave them. The queries are the last of the context.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.indexer_scores import hadamard, indexer_scores, quantize
-
-HEADS, DIM, PAGE_SIZE = 16, 64, 64
+from pallas_kernels.shapes import KEYE_VL_2 as MODEL
+from pallas_kernels.shapes import PAGE_SIZE
 
 
 @functools.partial(jax.jit, static_argnames=("queries", "context", "top_k"))
@@ -22,22 +22,22 @@ def agreement(seed: int, *, queries: int, context: int, top_k: int) -> tuple[jax
     """Compares the two indexers on random inputs.
 
     Args:
-      seed: of the inputs.
-      queries: how many, at the end of the context.
-      context: keys, whole pages.
-      top_k: positions a query selects.
+      seed: seed of the inputs.
+      queries: number of queries t, the last of the context.
+      context: number of keys, a multiple of `PAGE_SIZE`.
+      top_k: positions that a query selects.
 
     Returns:
-      float32 `[queries]`, which share of the positions is selected by both; and the norm of the difference of the
-      scores over that of the scores.
+      float32 `[t]`, the fraction of a query's positions that both select; and a float32 scalar, the norm of the
+      scores' difference relative to the norm of the bfloat16 scores.
     """
     keys = jax.random.split(jax.random.key(seed), 3)
-    q = jax.random.normal(keys[0], (1, queries, HEADS, DIM), jnp.bfloat16)
-    k = jax.random.normal(keys[1], (context // PAGE_SIZE, PAGE_SIZE, DIM), jnp.bfloat16)
-    gates = jax.random.normal(keys[2], (1, queries, HEADS), jnp.float32)
+    q = jax.random.normal(keys[0], (1, queries, MODEL.index_heads, MODEL.index_dim), jnp.bfloat16)
+    k = jax.random.normal(keys[1], (context // PAGE_SIZE, PAGE_SIZE, MODEL.index_dim), jnp.bfloat16)
+    gates = jax.random.normal(keys[2], (1, queries, MODEL.index_heads), jnp.float32)
     table = jnp.arange(context // PAGE_SIZE, dtype=jnp.int32)[None]
     start = jnp.asarray([context - queries], jnp.int32)
-    score = functools.partial(indexer_scores, scale=DIM**-0.5)
+    score = functools.partial(indexer_scores, scale=MODEL.index_scale)
     exact = score(q, gates, k, table, start)
     q, q_scales = quantize(hadamard(q))
     k, k_scales = quantize(hadamard(k))
@@ -54,17 +54,24 @@ def agreement(seed: int, *, queries: int, context: int, top_k: int) -> tuple[jax
 
 
 def main() -> None:
-    """Prints a line for each context."""
+    """Parses the command line and prints a line for each context."""
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench.float8", description=__doc__)
-    parser.add_argument("--context", type=int, action="append", help="keys, a multiple of 64; 32K and 128K if left out")
-    parser.add_argument("--queries", type=int, default=64)
-    parser.add_argument("--top-k", type=int, default=2048)
+    parser.add_argument(
+        "--context",
+        type=int,
+        action="append",
+        help="number of keys, a multiple of 64; may be repeated; default: 32768 and 131072",
+    )
+    parser.add_argument("--queries", type=int, default=64, help="number of queries (default: %(default)s)")
+    parser.add_argument(
+        "--top-k", type=int, default=MODEL.top_k, help="positions a query selects (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     for context in arguments.context or (32_768, 131_072):
         if arguments.queries < 1 or arguments.top_k < 1:
             parser.error("--queries and --top-k must be at least 1")
         if context % PAGE_SIZE or context <= arguments.queries + arguments.top_k:
-            parser.error(f"--context is {context}; it must be a multiple of {PAGE_SIZE} and above queries and top-k")
+            parser.error(f"--context is {context}; it must be a multiple of {PAGE_SIZE} above queries + top-k")
         overlap, error = agreement(0, queries=arguments.queries, context=context, top_k=arguments.top_k)
         overlap = np.asarray(overlap)
         print(

@@ -1,4 +1,4 @@
-"""Attention of a whole causal layer: scores, selection and sparse attention, against dense attention of all tokens."""
+"""Attention of one layer over a whole prompt: scores, selection and sparse attention, against dense attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from pallas_kernels.bench import inputs
 from pallas_kernels.bench.cases import (
     KINDS,
-    Case,
+    BenchCase,
     dense_attention,
     dense_baseline,
     mean_union,
@@ -20,18 +20,18 @@ from pallas_kernels.bench.cases import (
     size_name,
     sparse_candidates,
 )
-from pallas_kernels.bench.inputs import HEAD_DIM, HEADS, INDEX_DIM, INDEX_HEADS, INDEX_SCALE, KV_HEADS, TOP_K
 from pallas_kernels.bench.timing import Arguments
 from pallas_kernels.indexer_scores import indexer_scores
+from pallas_kernels.shapes import KEYE_VL_2 as MODEL
 
 CHUNK = 2048
-"""Queries of one chunk of a prefill."""
+"""Queries of one chunk of prefill."""
 
 _SAMPLES = 5
-"""Chunks of a layer that are timed."""
+"""Most chunks of one layer that are timed."""
 
 _CALLS = 4
-"""As many in the first chunk as in the last, so that one program serves all."""
+"""Calls in one program, the same number for every chunk, so that one program serves all chunks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,24 +39,24 @@ class Layer:
     """Measurements that together give the time of one layer's attention.
 
     Attributes:
-      tokens: length of the sequence.
-      kind: what its queries select, a key of `KINDS`.
-      chunk: queries of a chunk.
+      tokens: tokens of the prompt.
+      kind: kind of selections, a key of `KINDS`.
+      chunk: queries of one chunk.
       sampled: numbers of the chunks that are timed.
-      chunks: their cases.
-      dense: dense attention of all tokens.
+      chunks: the cases of these chunks, in the same order.
+      dense: the case of dense attention of all tokens.
     """
 
     tokens: int
     kind: str
     chunk: int
     sampled: tuple[int, ...]
-    chunks: tuple[Case, ...]
-    dense: Case
+    chunks: tuple[BenchCase, ...]
+    dense: BenchCase
 
 
 def layers(*, quick: bool) -> list[Layer]:
-    """What is measured; `quick` leaves a size that any machine can run."""
+    """All measurements of layers. `quick` takes one small size, which any machine can run."""
     if quick:
         return [_layer(4096, "clustered", 64)]
     clustered = [_layer(tokens * 1024, "clustered", CHUNK) for tokens in (8, 16, 32, 64, 128)]
@@ -64,9 +64,17 @@ def layers(*, quick: bool) -> list[Layer]:
 
 
 def summary(layer: Layer, chunk_rows: list[list[dict]], dense_rows: list[dict]) -> dict[str, Any]:
-    """The whole layer's seconds out of its cases' rows.
+    """The seconds of a whole layer, from the rows that `measure` returned for its cases.
 
-    The time of a chunk is nearly linear in where it stands; what lies between two samples is interpolated.
+    The time of a chunk is nearly linear in its position, so chunks between two timed ones are interpolated.
+
+    Args:
+      layer: the layer.
+      chunk_rows: the rows of each case of `layer.chunks`.
+      dense_rows: the row of `layer.dense`.
+
+    Returns:
+      The entry of the JSON file: sizes, samples, seconds, and the ratio of sparse to dense where both were measured.
     """
     count = layer.tokens // layer.chunk
     result: dict[str, Any] = {"tokens": layer.tokens, "selections": layer.kind, "chunk": layer.chunk, "samples": []}
@@ -97,15 +105,15 @@ def _layer(tokens: int, kind: str, chunk: int) -> Layer:
     for number in sampled:
         start = number * chunk
         seen = chunk * (start + chunk / 2)
-        attended = chunk * min(TOP_K, start + chunk / 2)
+        attended = chunk * min(MODEL.top_k, start + chunk / 2)
         chunks.append(
-            Case(
+            BenchCase(
                 "DSA attention",
                 f"{size_name(tokens)} tokens, {kind}, queries from {size_name(start)}",
                 candidates if kind == "clustered" else {"dsa": run},
                 sequence(chunk, tokens),
                 (start, KINDS[kind]),
-                flops=2 * seen * INDEX_HEADS * INDEX_DIM + 4 * attended * HEADS * HEAD_DIM,
+                flops=2 * seen * MODEL.index_heads * MODEL.index_dim + 4 * attended * MODEL.heads * MODEL.head_dim,
                 union=mean_union,
                 calls=_CALLS,
             )
@@ -114,17 +122,21 @@ def _layer(tokens: int, kind: str, chunk: int) -> Layer:
 
 
 @functools.cache
-def _dense(tokens: int) -> Case:
+def _dense(tokens: int) -> BenchCase:
     def make() -> Arguments:
-        q = inputs.normal(0, 1, tokens, HEADS, HEAD_DIM)
-        return q, inputs.normal(1, 1, tokens, KV_HEADS, HEAD_DIM), inputs.normal(2, 1, tokens, KV_HEADS, HEAD_DIM)
+        q = inputs.normal(0, 1, tokens, MODEL.heads, MODEL.head_dim)
+        return (
+            q,
+            inputs.normal(1, 1, tokens, MODEL.kv_heads, MODEL.head_dim),
+            inputs.normal(2, 1, tokens, MODEL.kv_heads, MODEL.head_dim),
+        )
 
-    return Case(
+    return BenchCase(
         "dense attention",
         f"{size_name(tokens)} tokens, causal",
         {dense_baseline(): _dense_causal},
         make,
-        flops=2.0 * tokens**2 * HEADS * HEAD_DIM,
+        flops=2.0 * tokens**2 * MODEL.heads * MODEL.head_dim,
     )
 
 
@@ -136,5 +148,5 @@ def _scores(
     q: Any, kv: Any, table: Any, start: Any, index_q: Any, gates: Any, keys: Any, *, implementation: str
 ) -> jax.Array:
     return indexer_scores(
-        index_q, gates, keys, table, start, scale=INDEX_SCALE, fill=False, implementation=implementation
+        index_q, gates, keys, table, start, scale=MODEL.index_scale, fill=False, implementation=implementation
     )

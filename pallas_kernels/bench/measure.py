@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.bench.cases import Case, TorchCall
+from pallas_kernels.bench.cases import BenchCase, TorchCall
 from pallas_kernels.bench.timing import (
     Arguments,
     copies,
@@ -25,20 +25,21 @@ from pallas_kernels.bench.timing import (
 from pallas_kernels.errors import UnsupportedError
 
 _PORTABLE_CALLS = 2
-"""Most calls of what is no accelerated implementation in one program: it may take very long."""
+"""Most calls in one program of a candidate that is not accelerated: each may take very long."""
 
 _FAST = ("mosaic_gpu", "cudnn", "cuDNN", "dsa", "scores")
+"""Names of accelerated candidates."""
 
 _SHORT_SECONDS = 1e-4
-"""What takes less at the least is mostly launches: then the time on the device is taken too."""
+"""Below this, a call may be mostly launches, so the time on the device is measured too."""
 
 _FAILURES = (NotImplementedError, ValueError, RuntimeError)
 
 
 class Programs:
-    """Everything that a run needs, compiled side by side before anything is timed."""
+    """All programs of a run. They are compiled in parallel, before anything is timed."""
 
-    def __init__(self, cases: Iterable[Case]):
+    def __init__(self, cases: Iterable[BenchCase]):
         self._futures: dict[Any, Future[Any]] = {}
         begin = time.perf_counter()
         with ThreadPoolExecutor(os.cpu_count()) as self._pool:
@@ -54,13 +55,16 @@ class Programs:
         taken = time.perf_counter() - begin
         print(f"{len(self._futures)} programs compiled in {taken:.0f} s", file=sys.stderr)
 
-    def make(self, case: Case) -> Arguments:
+    def make(self, case: BenchCase) -> Arguments:
+        """The arguments of a case."""
         return jax.block_until_ready(self._futures[case.make].result()(*_settings(case)))
 
-    def union(self, case: Case, arguments: Arguments) -> float | None:
+    def union(self, case: BenchCase, arguments: Arguments) -> float | None:
+        """The mean size of unions of selections, if the case has one."""
         return float(self._futures[case.union, _specs(arguments)].result()(*arguments)) if case.union else None
 
     def candidate(self, function: Callable[..., Any], calls: int, arguments: Arguments) -> Any:
+        """The compiled program of `calls` calls of a candidate."""
         return self._futures[function, calls, _specs(arguments)].result()
 
     def _once(self, key: Any, compile: Callable[[], Any]) -> None:
@@ -73,8 +77,17 @@ class Programs:
         return lambda: (function.lower(specs) if takes_calls else function.lower(*specs)).compile()
 
 
-def measure(case: Case, programs: Programs, ceilings: dict[str, float | None]) -> list[dict[str, Any]]:
-    """A row for each candidate that supports the arguments; one that fails has its reason in place of a time."""
+def measure(case: BenchCase, programs: Programs, ceilings: dict[str, float | None]) -> list[dict[str, Any]]:
+    """Times the candidates of a case.
+
+    Args:
+      case: the measurement.
+      programs: the compiled programs; they include those of `case`.
+      ceilings: the machine's FLOP/s ("flops") and bytes per second ("bytes"); None if unknown.
+
+    Returns:
+      A row for each candidate that supports the arguments. A candidate that fails has its reason in place of a time.
+    """
     work, unit = (case.flops, "flops") if case.flops else (case.nbytes, "bytes")
     assert work is not None, case
     base: dict[str, Any] = {"operation": case.operation, "size": case.size, "unit": unit}
@@ -107,7 +120,7 @@ def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:100]
 
 
-def _time(compiled: Any, arguments: Arguments, calls: int, case: Case) -> dict[str, Any]:
+def _time(compiled: Any, arguments: Arguments, calls: int, case: BenchCase) -> dict[str, Any]:
     inputs = jax.block_until_ready(copies(arguments, calls))
 
     def run() -> Any:
@@ -119,12 +132,12 @@ def _time(compiled: Any, arguments: Arguments, calls: int, case: Case) -> dict[s
     return times
 
 
-def _calls(case: Case, name: str, specs: Any) -> int:
+def _calls(case: BenchCase, name: str, specs: Any) -> int:
     calls = case.calls or number_of_calls(case.floor_seconds, specs)
     return calls if name in _FAST else min(calls, _PORTABLE_CALLS)
 
 
-def _settings(case: Case) -> tuple[jax.Array, ...]:
+def _settings(case: BenchCase) -> tuple[jax.Array, ...]:
     return tuple(jnp.int32(x) for x in case.settings)
 
 

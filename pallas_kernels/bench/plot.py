@@ -1,4 +1,4 @@
-"""Attention of a whole layer, sparse and dense, as a picture."""
+"""A picture of one layer's attention, sparse and dense, over the length of the prompt."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-_PAPER, _INK, _FAINT = "#292929", "#c5c8c6", "#8a8a8a"  # Those of docs/demo.svg: readable on a page of any colour.
+_PAPER, _INK, _FAINT = "#292929", "#c5c8c6", "#8a8a8a"  # As in docs/demo.svg: readable on a page of any colour.
 _COLOURS = {"dense": "#d0b344", "clustered": "#68a0b3", "uniform": "#98a84b"}
 
 
 def problem(file: Path) -> str | None:
-    """Why nothing can be drawn to `file`, or None."""
+    """The reason why nothing can be drawn to `file`, or None."""
     if file.suffix not in (".svg", ".png"):
         return f"--plot is {str(file)!r}; it must end in .svg or .png"
     if not importlib.util.find_spec("matplotlib"):

@@ -1,4 +1,4 @@
-"""The figures as tables on the terminal."""
+"""The figures, as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _operations(result: dict[str, Any]) -> Table:
         rate = f"{row['rate'] / 1e12:.3g} {'TFLOP/s' if row['unit'] == 'flops' else 'TB/s'}"
         share = f"{row['share_of_ceiling']:.0%}" if "share_of_ceiling" in row else ""
         table.add_row(*cells, f"{row['seconds'] * 1e3:.3f}", device, rate, share)
-    table.caption = "ms: wall clock, launches included. On the device: kernels alone, and how many a call."
+    table.caption = "ms: wall clock, with launches. On the device: ms of the kernels alone, and kernels per call."
     return table
 
 
@@ -61,7 +61,7 @@ def _layers(result: dict[str, Any]) -> Table:
         table.add_row(f"{layer['tokens']:,}", layer["selections"], unions, *times)
     first = result["layers"][0]
     table.caption = (
-        f"DSA: scores, selection and attention of chunks of {first['chunk']:,} queries; up to {len(first['samples'])} "
-        f"chunks along the sequence are timed, and what lies between them interpolated. Dense: {first['dense']}."
+        f"DSA: scores, selection and attention of chunks of {first['chunk']:,} queries. Up to {len(first['samples'])} "
+        f"chunks of a prompt are timed, and the others interpolated. Dense: {first['dense']}."
     )
     return table

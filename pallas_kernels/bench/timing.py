@@ -1,4 +1,4 @@
-"""Timing on an accelerator: medians over programs of several calls, and the ceilings that results are held against."""
+"""Timing on an accelerator: medians over programs of several calls, and the rates that results are compared with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_CALLS = 16
 """Most calls of one program."""
 
 COPIES_BYTES = 32 * 10**9
-"""What the copies of the arguments of one program may take."""
+"""Most bytes of the copies of one program's arguments."""
 
 _FEWEST_CALLS = 4
 _PROGRAM_SECONDS = 4e-3
@@ -30,11 +30,11 @@ Arguments = tuple[Any, ...]
 
 
 def number_of_calls(floor_seconds: float, specs: Sequence[Any]) -> int:
-    """Calls worth putting into one program: about 4 ms of them, and no more than memory holds arguments for.
+    """The number of calls to put into one program: about 4 ms of calls, and no more than memory holds arguments for.
 
     Args:
-      floor_seconds: what one call takes at the least.
-      specs: arrays, or shapes and dtypes, of one call's arguments.
+      floor_seconds: least seconds of one call.
+      specs: the arguments of one call, as arrays or as shapes and dtypes.
     """
     calls = min(MOST_CALLS, max(1, round(_PROGRAM_SECONDS / floor_seconds)))
     while calls > _FEWEST_CALLS and calls * sum(_nbytes(spec) for spec in specs) > COPIES_BYTES:
@@ -44,10 +44,10 @@ def number_of_calls(floor_seconds: float, specs: Sequence[Any]) -> int:
 
 @functools.cache
 def program(function: Callable[..., Any], calls: int) -> Any:
-    """A jitted program of several calls of `function`: takes a tuple of arguments for each, returns all results.
+    """A jitted program of several calls of `function`. It takes a tuple of arguments for each, and returns all results.
 
-    Every argument of every call is a parameter of its own. So no call is equal to another and the compiler cannot
-    compute one for all, which it does with equal ones even across `jax.lax.optimization_barrier`.
+    Every argument of every call is a parameter of its own, so no two calls are equal. The compiler would compute equal
+    calls once, even across `jax.lax.optimization_barrier`.
     """
     call = jax.jit(function)
 
@@ -59,9 +59,9 @@ def program(function: Callable[..., Any], calls: int) -> Any:
 
 
 def copies(arguments: Arguments, calls: int) -> tuple[Arguments, ...]:
-    """Arguments for each of several calls, in memory of their own, so that no call finds another's in a cache.
+    """Arguments for each of several calls, each with its own memory, so that no call finds another's data in a cache.
 
-    The largest arrays are shared where copies of all would take more than `COPIES_BYTES`.
+    The largest arrays are shared if copies of all arrays would take more than `COPIES_BYTES`.
     """
     room = COPIES_BYTES
     shared = set()
@@ -77,7 +77,7 @@ def copies(arguments: Arguments, calls: int) -> tuple[Arguments, ...]:
 
 
 def median_seconds(run: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_until_ready) -> float:
-    """Median wall-clock seconds of one of several `run()` in a row, after a warm-up; `wait` waits for its result."""
+    """Median wall-clock seconds of one `run()` among several in a row, after a warm-up. `wait` waits for a result."""
 
     def sample(runs: int) -> float:
         start = time.perf_counter()
@@ -95,7 +95,7 @@ def median_seconds(run: Callable[[], Any], wait: Callable[[Any], Any] = jax.bloc
 
 
 def seconds_per_call(function: Callable[..., Any], *arguments: Any, floor_seconds: float = 1e-3) -> float:
-    """Median seconds of one call of `function` on the default device: launches included, compilation not."""
+    """Median seconds of one call of `function` on the default device, with launches and without compilation."""
     calls = number_of_calls(floor_seconds, arguments)
     inputs = copies(arguments, calls)
     run = program(function, calls)
@@ -103,7 +103,7 @@ def seconds_per_call(function: Callable[..., Any], *arguments: Any, floor_second
 
 
 def torch_seconds_per_call(function: Callable[..., Any], *arguments: Any, calls: int) -> float:
-    """As `seconds_per_call`, of a function of PyTorch tensors, which share the arguments' memory."""
+    """As `seconds_per_call`, for a function of PyTorch tensors. The tensors share the arguments' memory."""
     import torch  # pyright: ignore[reportMissingImports]
 
     inputs = jax.block_until_ready(copies(arguments, calls))
@@ -124,9 +124,9 @@ def torch_seconds_per_call(function: Callable[..., Any], *arguments: Any, calls:
 
 
 def device_seconds(run: Callable[[], Any]) -> tuple[float, int] | None:
-    """Seconds that a GPU was busy in one `run()`, without the gaps between kernels, and how many kernels and copies.
+    """Seconds that a GPU was busy in one `run()`, without gaps between kernels, and the number of kernels and copies.
 
-    From the profiler's record of the run; None where it has none of a GPU.
+    Both are from the profiler's record of the run; None if the record has no GPU.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -144,7 +144,7 @@ def device_seconds(run: Callable[[], Any]) -> tuple[float, int] | None:
 
 
 def matmul_rate() -> float:
-    """FLOP/s of a bf16 matrix product of 8192 x 8192 x 8192 on random numbers, in the better of two layouts."""
+    """FLOP/s of a bf16 matrix product of 8192 x 8192 x 8192 on random numbers, in the faster of two layouts."""
     size = 8192
     a, b = (jax.random.normal(jax.random.key(seed), (size, size), jnp.bfloat16) for seed in (0, 1))
     return 2 * size**3 / min(seconds_per_call(function, a, b) for function in (jnp.dot, _dot_transposed))
@@ -155,13 +155,13 @@ def _dot_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second of a device-to-device copy of 1 GiB, read and written bytes both counted."""
+    """Bytes per second of a device-to-device copy of 1 GiB. Bytes read and bytes written both count."""
     array = jax.random.bits(jax.random.key(0), (2**28,), jnp.uint32)
     return 2 * array.nbytes / seconds_per_call(_add_one, array)
 
 
 def _add_one(x: jax.Array) -> jax.Array:
-    """A copy that cannot be left out."""
+    """A copy that the compiler cannot remove."""
     return x + 1
 
 

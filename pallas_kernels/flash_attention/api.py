@@ -14,23 +14,25 @@ def flash_attention(
     scale: float,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Bidirectional softmax attention (FlashAttention's online softmax), as in the vision encoder.
+    """Bidirectional softmax attention, as in the vision encoder, with the online softmax of FlashAttention.
 
-    Memory: the result and a workspace that grows with t, not with t * s.
+    Memory: the result, and a workspace that grows with t, not with t * s.
 
     Args:
       q: `[b, t, n, d]`.
-      k, v: `[b, s, k, d]`, n a multiple of k.
-      lengths: int32 `[b]`, how many of the s keys are there.
+      k, v: `[b, s, k, d]`, in the dtype of q. n is a multiple of k.
+      lengths: int32 `[b]`, the number of keys that exist, from 0 to s. A query attends to keys 0 to `lengths - 1`.
       scale: factor on the dot products.
       implementation: None, "cudnn", "mosaic_tpu" or "xla".
 
     Returns:
       `[b, t, n, d]` in the dtype of q.
+
+    Raises:
+      UnsupportedError: the implementation does not exist, or none supports the arguments.
+      ValueError: `implementation` is no implementation's name.
     """
-    return dispatch("flash_attention.flash_attention", ("cudnn", "mosaic_tpu", "xla"), implementation)(
-        q, k, v, lengths, scale=scale
-    )
+    return dispatch("flash_attention", implementation)(q, k, v, lengths, scale=scale)
 
 
 def paged_flash_attention(
@@ -42,21 +44,26 @@ def paged_flash_attention(
     scale: float,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Causal softmax attention over paged keys and values: for short contexts, and to compare sparse attention with.
+    """Causal softmax attention to paged keys and values: for short contexts, and to compare sparse attention with.
+
+    Memory: the results and a workspace. Only the workspace of "cudnn" grows with the context: it copies the context's
+    keys and values.
 
     Args:
       q: `[b, t, n, d]`.
-      kv: `[p, page_size, 2 * k, d]` pages; a row holds the keys of all k heads, then their values.
+      kv: `[p, page_size, 2 * k, d]` pages. A row holds the keys of all k heads, then their values.
       page_table: int32 `[b, m]`.
-      query_start: int32 `[b]`; query t stands at `query_start + t` and sees positions up to its own, none if below 0.
+      query_start: int32 `[b]`, the position of each sequence's first query. Query t has position `query_start + t` and
+        attends to positions up to its own. A query with a position below 0 attends to nothing.
       scale: factor on the dot products.
-      implementation: None, "mosaic_gpu", "cudnn", "mosaic_tpu" or "xla".
+      implementation: None, "mosaic_gpu" (t = 1 only), "cudnn" (t from 16), "mosaic_tpu" or "xla".
 
     Returns:
       `[b, t, n, d]` in the dtype of q, and the log-sum-exp of the scaled dot products, float32 `[b, t, n]`. A query
-      that sees nothing gets zeros and -inf.
+      that attends to nothing gets zeros and -inf.
+
+    Raises:
+      UnsupportedError: no implementation that may run supports the arguments.
+      ValueError: `implementation` is no implementation's name.
     """
-    run = dispatch(
-        "flash_attention.paged_flash_attention", ("mosaic_gpu", "cudnn", "mosaic_tpu", "xla"), implementation
-    )
-    return run(q, kv, page_table, query_start, scale=scale)
+    return dispatch("paged_flash_attention", implementation)(q, kv, page_table, query_start, scale=scale)

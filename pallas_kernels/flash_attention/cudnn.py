@@ -1,17 +1,17 @@
-"""Dense attention through cuDNN's fused kernels, on NVIDIA GPUs since Ampere."""
+"""Dense attention with cuDNN's fused kernels, on NVIDIA GPUs from Ampere on."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-# jax.nn.dot_product_attention rounds the log-sum-exp to the dtype of q, too coarse to combine two parts with.
+# jax.nn.dot_product_attention rounds the log-sum-exp to the dtype of q, which is too coarse to combine two parts.
 from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
 from pallas_kernels import paging
 
 _MIN_QUERIES = 16
-"""With fewer, copying the pages into one piece costs more than attending to them."""
+"""With fewer queries, copying the pages into one piece costs more than attention does."""
 
 
 def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, *, scale: float) -> jax.Array:
@@ -26,8 +26,13 @@ def paged_flash_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_flash_attention`.
 
-    cuDNN's causal mask starts at the first key, so the positions before the queries and the queries' own are attended
-    to apart, and combined by their log-sum-exps. Memory: a copy of the context's keys and values in one piece.
+    cuDNN's causal mask starts at the first key. So attention to the positions before the queries and attention to the
+    queries' own positions are computed apart, and combined by their log-sum-exps.
+
+    Memory: a copy of the context's keys and values in one piece.
+
+    Raises:
+      NotImplementedError: fewer than 16 queries, or dtypes or sizes that cuDNN does not take.
     """
     _check(q, kv)
     batch, queries = q.shape[:2]
@@ -42,7 +47,7 @@ def paged_flash_attention(
 
     def attend(keys: jax.Array, values: jax.Array, mask: MaskType, lengths: jax.Array | None = None):
         each = None if lengths is None else jnp.full(batch, queries, jnp.int32)
-        # The library's types do not tell that it returns two arrays here.
+        # The library's types do not say that it returns two arrays here.
         out_and_lse: Any = dot_product_attention(
             q, keys, values, q_seqlen=each, kv_seqlen=lengths, scale=scale, mask_type=mask, return_residual=True
         )
@@ -55,7 +60,7 @@ def paged_flash_attention(
     if context > queries:
         before = jnp.arange(context) < query_start[:, None]
         rows = kv[page_table].reshape(batch, context, -1, dim)
-        # A sequence with nothing before its queries attends to one row of zeros, and gives it no weight.
+        # A sequence with nothing before its queries attends to one row of zeros, which gets no weight below.
         lengths = jnp.maximum(query_start, 1)
         past_out, past_lse = attend(*keys_and_values(rows, before), MaskType.PADDING, lengths)
         past_lse = jnp.where(query_start[:, None, None] > 0, past_lse, -jnp.inf)

@@ -1,14 +1,18 @@
-"""Dense decode on Hopper GPUs: the kernel for single queries, without lists."""
+"""Dense decode on Hopper GPUs: the kernel of sparse decode, over all positions."""
 
 import jax
 
-from pallas_kernels.sparse_attention.decode import attend_all
+from pallas_kernels.sparse_attention.mosaic_gpu.decode import attend_all
 
 
 def paged_flash_attention(
     q: jax.Array, kv: jax.Array, page_table: jax.Array, query_start: jax.Array, *, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.paged_flash_attention`; one query a sequence."""
+    """See `api.paged_flash_attention`; one query per sequence.
+
+    Raises:
+      NotImplementedError: several queries per sequence, or dtypes or sizes that the kernel does not take.
+    """
     if q.shape[1] != 1:
-        raise NotImplementedError(f"one query a sequence, not {q.shape[1]}")
+        raise NotImplementedError(f"one query per sequence, not {q.shape[1]}")
     return attend_all(q, kv, page_table, query_start[:, None] + 1, scale=scale)

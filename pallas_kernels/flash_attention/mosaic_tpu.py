@@ -1,10 +1,10 @@
-"""Dense attention on TPUs: over pages a kernel of our own, without pages JAX's splash attention.
+"""Dense attention on TPUs: a kernel of our own over pages, and JAX's splash attention without pages.
 
-JAX's kernels over pages (`paged_attention`, `ragged_paged_attention`) expect pages in another order of heads and return
-no log-sum-exp, and splash attention expects keys in one piece and queries that are scaled before they are rounded.
-Here a block of queries, all heads of a key head side by side, streams the pages through VMEM once for all key heads:
-the next chunk's pages are copied while the current one is multiplied. The vision encoder's keys are in one piece, and
-splash attention serves it.
+JAX's kernels over pages (`paged_attention`, `ragged_paged_attention`) expect another order of heads in a page, and
+return no log-sum-exp. Splash attention expects contiguous keys, and queries that are scaled before they are rounded. In
+our kernel a block of queries streams the pages through VMEM once for all key heads; all query heads of a key head are
+side by side. It copies the next chunk's pages while it multiplies the current chunk. The vision encoder's keys are
+contiguous, so it uses splash attention.
 """
 
 import functools
@@ -18,23 +18,22 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from pallas_kernels import paging
-from pallas_kernels.sparse_attention.mosaic_tpu import LANES, MASKED, check, precision
-from pallas_kernels.tpu import vmem_limit
+from pallas_kernels.tpu import LANES, MASKED, check_attention, precision, vmem_limit
 
 _QUERIES = 256
 """Queries that share one reading of the pages."""
 _ROWS = 512
-"""Rows, a query's head each, that are multiplied at once."""
+"""Rows that are multiplied at once. A row is one head of one query."""
 _CHUNK = 1024
 """Positions copied at once."""
 _SPLASH_BLOCK = 512
 
 
 def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, *, scale: float) -> jax.Array:
-    """See `api.flash_attention`. The scaled queries are rounded to their dtype.
+    """See `api.flash_attention`. The queries are scaled, and then rounded to their dtype.
 
     Raises:
-      NotImplementedError: not bfloat16.
+      NotImplementedError: a dtype other than bfloat16.
     """
     queries, keys, dim = q.shape[1], k.shape[1], q.shape[3]
     if q.dtype != jnp.bfloat16 or k.dtype != q.dtype:
@@ -50,7 +49,7 @@ def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array
         splash_attention.MultiHeadMask([mask] * q.shape[2]),
         block_sizes=splash_attention.BlockSizes(block_q=blocks[0], block_kv=blocks[1]),
     )
-    # A segment of the keys that are there, and one of the others, which no query belongs to.
+    # Segment 0 has the keys that exist and all queries. Segment 1 has the other keys and no query.
     there = jnp.arange(keys + padding[1]) >= lengths[:, None]
     segments = splash_attention.SegmentIds(
         q=jnp.zeros((q.shape[0], queries + padding[0]), jnp.int32), kv=there.astype(jnp.int32)
@@ -63,10 +62,14 @@ def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array
 def paged_flash_attention(
     q: jax.Array, kv: jax.Array, page_table: jax.Array, query_start: jax.Array, *, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.paged_flash_attention`."""
+    """See `api.paged_flash_attention`.
+
+    Raises:
+      NotImplementedError: dtypes or sizes that the kernel does not take.
+    """
     batch, queries, heads, dim = q.shape
     kv_heads, page_size = kv.shape[2] // 2, kv.shape[1]
-    check(q, kv)
+    check_attention(q, kv)
     group = heads // kv_heads
     if _ROWS % group or _CHUNK % page_size:
         raise NotImplementedError(f"{heads} heads on {kv_heads}, pages of {page_size}")
@@ -93,7 +96,7 @@ def _query_start(start: Any, sequence: jax.Array) -> jax.Array | int:
 def _attend(
     q: jax.Array, kv: jax.Array, table: jax.Array, query_start: jax.Array, *, group: int, chunk: int, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of q `[b, blocks, k, block * group, d]`; also the log-sum-exps, float32 `[b, blocks, k, 1, ...]`."""
+    """Attention of q `[b, blocks, k, block * group, d]`, and log-sum-exps `[b, blocks, k, 1, block * group]`."""
     batch, blocks, kv_heads, rows, dim = q.shape
     page_size, width = kv.shape[1], 2 * kv_heads * dim
     turns, chunk_pages = table.shape[1] * page_size // chunk, chunk // page_size
@@ -103,7 +106,7 @@ def _attend(
     def kernel(query_start, table, q, kv, out, lse, pages, flat, acc, largest, total, done):
         sequence, block, turn = (pl.program_id(axis) for axis in range(3))
         first_query = _query_start(query_start, sequence) + block * (rows // group)
-        # A query that sees nothing is given a turn too, in which all is masked.
+        # A query that sees nothing also gets one turn, with all keys masked.
         count = jnp.clip((first_query + rows // group - 1) // chunk + 1, 1, turns)
         buffer = jax.lax.rem(turn, 2)
 
@@ -139,7 +142,7 @@ def _attend(
                 correction = jnp.exp(old - new)
                 part = dot(jnp.concatenate(weights, axis=1).astype(value.dtype), value, (((1,), (0,)), ((), ())))
                 acc[head, some] = acc[head, some] * (correction if dim == LANES else correction[:, :1]) + part
-                # Added up lane by lane; the lanes are added at the end.
+                # The total is kept per lane. The lanes are added at the end.
                 total[head, some] = total[head, some] * correction + functools.reduce(jnp.add, weights)
                 largest[head, some] = new
 
@@ -175,7 +178,7 @@ def _attend(
             num_scalar_prefetch=1,
             grid=(batch, blocks, turns),
             in_specs=[
-                # One sequence's: those of 64 sequences of 256K tokens are more than the scalar memory.
+                # One sequence's pages: those of 64 sequences of 256K tokens do not fit the scalar memory.
                 pl.BlockSpec((None, 1, table.shape[1]), lambda b, *_: (b, 0, 0), memory_space=pltpu.SMEM),
                 of_block(kv_heads, rows, dim),
                 pl.BlockSpec(memory_space=pltpu.HBM),

@@ -8,22 +8,24 @@ from pallas_kernels.dispatch import dispatch
 def grouped_matmul(
     lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, implementation: str | None = None
 ) -> jax.Array:
-    """Multiplies consecutive groups of rows of `lhs` by the matrix of their group.
+    """Multiplies consecutive groups of rows of `lhs` by the matrix of their group, with float32 sums.
 
     Work is proportional to the rows, and only matrices of groups that have rows are read.
 
     Args:
       lhs: `[rows, in]`, sorted by group.
       rhs: `[e, in, out]`.
-      group_sizes: int32 `[e]`, rows of each group, in order; they sum to at most `rows`.
+      group_sizes: int32 `[e]`, the number of rows of each group, in order. Their sum is at most `rows`.
       implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
     Returns:
-      `[rows, out]` in the dtype of lhs; rows behind the last group are finite but mean nothing.
+      `[rows, out]` in the dtype of lhs. Rows behind the last group are finite and mean nothing.
+
+    Raises:
+      UnsupportedError: the implementation does not exist, or none supports the arguments.
+      ValueError: `implementation` is no implementation's name.
     """
-    return dispatch("grouped_matmul.grouped_matmul", ("mosaic_gpu", "mosaic_tpu", "xla"), implementation)(
-        lhs, rhs, group_sizes
-    )
+    return dispatch("grouped_matmul", implementation)(lhs, rhs, group_sizes)
 
 
 def expert_mlp(
@@ -31,18 +33,20 @@ def expert_mlp(
 ) -> jax.Array:
     """SwiGLU experts: `silu(lhs @ gate) * (lhs @ up) @ down` with the matrices of each row's group.
 
-    The nonlinearity is computed in float32.
+    The nonlinearity is computed in float32. Shazeer, "GLU Variants Improve Transformer", has the formula.
 
     Args:
       lhs: `[rows, in]`, sorted by group.
-      gate_up: `[e, in, 2 * f]`; gate is the first f columns, up the last.
+      gate_up: `[e, in, 2 * f]`. The first f columns are gate, the last f are up.
       down: `[e, f, in]`.
-      group_sizes: int32 `[e]`, rows of each group, in order; they sum to at most `rows`.
+      group_sizes: int32 `[e]`, the number of rows of each group, in order. Their sum is at most `rows`.
       implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
     Returns:
-      `[rows, in]` in the dtype of lhs; rows behind the last group are finite but mean nothing.
+      `[rows, in]` in the dtype of lhs. Rows behind the last group are finite and mean nothing.
+
+    Raises:
+      UnsupportedError: the implementation does not exist, or none supports the arguments.
+      ValueError: `implementation` is no implementation's name.
     """
-    return dispatch("grouped_matmul.expert_mlp", ("mosaic_gpu", "mosaic_tpu", "xla"), implementation)(
-        lhs, gate_up, down, group_sizes
-    )
+    return dispatch("expert_mlp", implementation)(lhs, gate_up, down, group_sizes)

@@ -1,24 +1,25 @@
 """Grouped matmul for Hopper GPUs (Pallas Mosaic GPU, sm_90a).
 
-One persistent kernel serves prefill and decode. The rows of each group are cut into row tiles that start at the group's
-first row, so no tile holds rows of two groups, and each row tile is crossed with column tiles: a (row tile, column
-tile) pair is one unit of work. Every block of the grid first turns `group_sizes` into two prefix sums in shared memory
-(rows and row tiles before each group: one scan over 128 threads), then walks units `block, block + grid, ...`, finding
-a unit's group by binary search. So nothing about the routing is computed on the host or in another kernel, empty groups
-cost nothing, and only matrices of groups with rows are read.
+One persistent kernel serves prefill and decode. The rows of each group are cut into row tiles. The first tile starts at
+the group's first row, so no tile holds rows of two groups. A unit of work is one row tile and one column tile. Every
+block of the grid first computes two prefix sums of `group_sizes` in shared memory: the rows and the row tiles before
+each group, in one scan over 128 threads. Then it processes units `block, block + grid, ...`, and finds a unit's group
+by binary search. So the routing needs no work on the host or in another kernel, empty groups cost nothing, and only
+matrices of groups with rows are read.
 
-A block is one producer warpgroup and `consumers` consumer warpgroups. The producer streams [rows, 64] tiles of lhs and
-[64, columns] tiles of rhs through a ring of shared-memory stages with TMA and runs ahead into the next unit while the
-consumers store the last one. Each consumer multiplies 64 rows by all columns with wgmma (accumulators in registers) and
-skips the arithmetic when the group has no rows left for it.
+A block has one producer warpgroup and `consumers` consumer warpgroups. With TMA, the producer streams [rows, 64] tiles
+of lhs and [64, columns] tiles of rhs through a ring of stages in shared memory. It runs ahead into the next unit while
+the consumers store the last one. Each consumer multiplies 64 rows by all columns with wgmma, with accumulators in
+registers. It skips the arithmetic if the group has no rows left for it.
 
-The last row tile of a group reads rows of the next group too (or zeros behind the array); what is computed from them is
-never stored: a consumer with 64 valid rows stores through shared memory with TMA, one with fewer stores straight from
-registers under a row mask. Rows behind the last group form one more group that reads nothing and stores zeros.
+The last row tile of a group also reads rows of the next group, or zeros after the end of the array. Their products are
+never stored: a consumer with 64 valid rows stores through shared memory with TMA, and a consumer with fewer stores
+straight from registers under a row mask. Rows behind the last group form one more group, which reads nothing and stores
+zeros.
 
-Decode uses one consumer (64 rows, nearly all of them padding) and many small column tiles: tensor-core time is then
-still far below the time to read the weights, each weight is read once from memory, and of lhs only 8 rows are fetched
-if a group has no more.
+Decode uses one consumer (64 rows, nearly all of them padding) and many small column tiles. The tensor cores then still
+take far less time than reading the weights. Each weight is read once from memory. If a group has at most 8 rows, only 8
+rows of lhs are fetched.
 
 `gate_up_silu` is the same kernel with two column ranges per unit (gate and up) and silu(gate) * up in the epilogue.
 """
@@ -38,22 +39,24 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend import backend
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, nvvm
+from jaxlib.mlir.dialects import arith, memref, nvvm
 
-_SLAB = 64  # Elements in one 128-byte swizzled row: the step along the contracted axis, and the columns of one store.
+from pallas_kernels.gpu.hopper import MULTIPROCESSORS, SHARED_BYTES
+from pallas_kernels.gpu.mlir import byte_offset, const, global_pointer
+
+_SLAB = 64  # Elements of one 128-byte swizzled row: one step along the contracted axis, and the columns of one store.
 _WARPGROUP_ROWS = 64
-_SHARED_MEMORY = 227 * 1024
 _MAX_GROUPS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class MatmulConfig:
     """How the kernel is tiled.
 
     Attributes:
-      consumers: 1 or 2 consumer warpgroups per block; a row tile has 64 rows for each.
-      columns: output columns per unit (of each of gate and up when they are fused).
-      stages: tiles of lhs and rhs in flight, or None for as many as fit.
+      consumers: consumer warpgroups per block, 1 or 2. A row tile has 64 rows for each.
+      columns: output columns per unit; with `gate_up_silu`, of gate and of up each.
+      stages: tiles of lhs and of rhs in flight; None for all that fit.
     """
 
     consumers: int
@@ -62,33 +65,43 @@ class Config:
 
 
 def grouped_matmul(
-    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, config: Config | None = None
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, config: MatmulConfig | None = None
 ) -> jax.Array:
     """Multiplies consecutive groups of rows of `lhs` by the matrix of their group.
 
     Args:
       lhs: bf16 `[rows, in]`, sorted by group.
       rhs: bf16 `[e, in, out]`.
-      group_sizes: int32 `[e]`, rows of each group, in order; they sum to at most `rows`.
+      group_sizes: int32 `[e]`, the number of rows of each group, in order. Their sum is at most `rows`.
       config: tiling, chosen from the shapes if None.
 
     Returns:
       bf16 `[rows, out]`, accumulated in fp32; rows behind the last group are zero.
+
+    Raises:
+      NotImplementedError: dtypes or sizes that the kernel does not take.
+      ValueError: the shapes do not fit each other.
     """
     return _call(lhs, rhs, group_sizes, fused=False, config=config)
 
 
-def gate_up_silu(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, config: Config | None = None) -> jax.Array:
+def gate_up_silu(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, config: MatmulConfig | None = None
+) -> jax.Array:
     """`silu(gate) * up` of the two halves of `grouped_matmul(lhs, rhs, group_sizes)`'s columns, in fp32 until the end.
 
     Args:
       lhs: bf16 `[rows, in]`, sorted by group.
       rhs: bf16 `[e, in, 2f]`: the first f columns are the gate's, the last f are up's.
-      group_sizes: int32 `[e]`, rows of each group, in order; they sum to at most `rows`.
+      group_sizes: int32 `[e]`, the number of rows of each group, in order. Their sum is at most `rows`.
       config: tiling, chosen from the shapes if None.
 
     Returns:
       bf16 `[rows, f]`; rows behind the last group are zero.
+
+    Raises:
+      NotImplementedError: dtypes or sizes that the kernel does not take.
+      ValueError: the shapes do not fit each other.
     """
     return _call(lhs, rhs, group_sizes, fused=True, config=config)
 
@@ -98,15 +111,19 @@ def expert_mlp(lhs: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes:
     return grouped_matmul(gate_up_silu(lhs, gate_up, group_sizes), down, group_sizes)
 
 
-def default_config(rows: int, groups: int, columns: int, fused: bool) -> Config:
-    """The tiling that measured fastest; `columns` are those of the output."""
+def default_config(rows: int, groups: int, columns: int, fused: bool) -> MatmulConfig:
+    """The tiling that was fastest in measurements. `columns` are the output's.
+
+    Raises:
+      NotImplementedError: no tile width divides the columns.
+    """
     if rows <= 24 * groups:
         preferred, consumers = ((64,) if fused else (128, 64)), 1
     else:
         preferred, consumers = ((128, 64) if fused else (256, 128, 64)), 2
     for width in preferred:
         if columns % width == 0:
-            return Config(consumers, width)
+            return MatmulConfig(consumers, width)
     raise NotImplementedError(f"the output's columns ({columns}) must be a multiple of {preferred[-1]}")
 
 
@@ -140,7 +157,7 @@ def _num_blocks() -> int:
     if device and device.num_cores:
         return device.num_cores
     device = backend.get_default_device()
-    return device.core_count if device.platform == "gpu" else 132
+    return device.core_count if device.platform == "gpu" else MULTIPROCESSORS
 
 
 @functools.lru_cache
@@ -151,27 +168,27 @@ def _build(rows, k, groups, columns, fused, config, num_blocks):
     tile_m = consumers * _WARPGROUP_ROWS
     halves = 2 if fused else 1
     k_steps, column_tiles = k // _SLAB, columns // tile_n
-    # With one consumer most groups are tiny: then fetch 8 rows of lhs instead of 64.
+    # With one consumer most groups are tiny, and the producer fetches 8 rows of lhs instead of 64.
     lhs_boxes = (8, tile_m) if consumers == 1 else (tile_m,)
 
     stage_bytes = (tile_m + halves * tile_n) * _SLAB * bf16.itemsize
     store_slots = 2 if consumers > 1 else 1
     store_bytes = consumers * store_slots * _WARPGROUP_ROWS * _SLAB * bf16.itemsize
     table_size = 2 * (groups + 2) + 8
-    free_bytes = _SHARED_MEMORY - store_bytes - pl.cdiv(4 * table_size, 1024) * 1024 - 512
+    free_bytes = SHARED_BYTES - store_bytes - pl.cdiv(4 * table_size, 1024) * 1024 - 512
     stages = config.stages or min(free_bytes // stage_bytes, 2 * k_steps, 16)
     if stages < 2:
         raise NotImplementedError(f"tiles of {tile_m} x {halves} x {tile_n} do not fit into shared memory")
 
     def tiled(shape):
-        """Shared memory as wgmma reads it and its results are written."""
+        """Shared memory in the layout that wgmma reads and its results are written in."""
         return plgpu.SMEM(shape, bf16, transforms=(plgpu.TilingTransform((8, _SLAB)), plgpu.SwizzleTransform(128)))
 
     def both_views(shape):
-        """The same memory twice, for tiles of one slab's width: tiled, and as plain rows.
+        """The same memory as tiles and as plain rows, for tiles that are one slab wide.
 
-        The bytes are the same, but a TMA copy of the tiled view is one of whole blocks of 8 rows and can begin only at
-        a multiple of 8.
+        The bytes are the same in both views. A TMA copy of the tiled view copies whole blocks of 8 rows, and can begin
+        only at a multiple of 8; a copy of the rows can begin anywhere.
         """
         return plgpu.RefUnion(tiled(shape), plgpu.SMEM(shape, bf16, transforms=(plgpu.SwizzleTransform(128),)))
 
@@ -195,7 +212,7 @@ def _build(rows, k, groups, columns, fused, config, num_blocks):
         my_units = lax.div(units - block + (num_blocks - 1), jnp.int32(num_blocks))
 
         def locate(index):
-            """The unit's group, first row, rows left in its group from there, and column tile."""
+            """A unit's group, first row, number of rows from there to the group's end, and column tile."""
             unit = block + index * num_blocks
             tile = lax.div(unit, jnp.int32(column_tiles))
             group, step = jnp.int32(0), 1 << (groups.bit_length() - 1)
@@ -334,10 +351,10 @@ def _build(rows, k, groups, columns, fused, config, num_blocks):
 
 
 def _scan_groups(sizes, table, rows, tile_m):
-    """Fills `table` with the rows (first groups + 2 entries) and row tiles (as many more) in front of each group.
+    """Fills `table` with the rows before each group (groups + 2 entries), then the row tiles (groups + 2 entries).
 
-    Entry `groups` of either stands for the rows behind the last group, the one after it for the end of the array; the
-    last 8 words of `table` are scratch. Run by one warpgroup; thread t takes care of consecutive groups.
+    In both, entry `groups` is for the rows behind the last group, and the next entry for the end of the array. The last
+    8 words of `table` are scratch. One warpgroup runs this; each thread handles consecutive groups.
     """
     groups = sizes.shape[0]
     per_thread = pl.cdiv(groups, 128)
@@ -345,11 +362,6 @@ def _scan_groups(sizes, table, rows, tile_m):
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 2)
     def run(_, sizes, table):
-        i32 = ir.IntegerType.get_signless(32)
-
-        def const(value):
-            return arith.constant(i32, value)
-
         def load(ref, at):
             return memref.load(ref, [arith.index_cast(ir.IndexType.get(), at)])
 
@@ -405,28 +417,27 @@ def _scan_groups(sizes, table, rows, tile_m):
 
 
 def _store_masked(out, values, row, column, count):
-    """`out[row : row + count, column : column + width] = values[:count]`; `values` are bf16 [64, width] of wgmma."""
+    """`out[row : row + count, column : column + width] = values[:count]`; `values` is bf16, [64, width], as wgmma."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA) + (plgpu.Layout.WG_SPLAT,) * 3)
     def run(_, out, values, row, column, count):
-        i32, i64, i8 = (ir.IntegerType.get_signless(bits) for bits in (32, 64, 8))
+        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
         row, column, count = (x.registers.item() for x in (row, column, count))
         width, pitch = values.shape[1], ir.MemRefType(out.type).shape[1]
-        # A register holds two neighbours in a row; where it lies is a thread's own offset plus one known here.
+        # A register holds two neighbours of a row. Its place is the thread's offset plus an offset known here.
         strides = values.layout.tiling.tile_strides((width, 1))
         own_row, own_column = (arith.index_cast(i32, x) for x in next(iter(values.layout.thread_idxs(values.shape))))
         element = arith.addi(
             arith.muli(arith.extui(i64, arith.addi(row, own_row)), arith.constant(i64, pitch)),
             arith.extui(i64, arith.addi(column, own_column)),
         )
-        base = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(out))
-        base = utils.getelementptr(base, [arith.muli(element, arith.constant(i64, 2))], i8)
+        base = byte_offset(global_pointer(out), arith.muli(element, arith.constant(i64, 2)))
         room = arith.subi(count, own_row)
         for at, register in np.ndenumerate(values.registers):
             rows_on, columns_on = divmod(sum(i * s for i, s in zip(at, strides, strict=True)), width)
             utils.inline_ptx(
                 "st.global.b32 [$0], $1;",
-                utils.getelementptr(base, [arith.constant(i64, 2 * (rows_on * pitch + columns_on))], i8),
+                byte_offset(base, arith.constant(i64, 2 * (rows_on * pitch + columns_on))),
                 utils.bitcast(register, i32),
                 predicate=arith.cmpi(arith.CmpIPredicate.slt, arith.constant(i32, rows_on), room),
                 has_side_effects=True,

@@ -1,4 +1,4 @@
-"""Portable grouped matmul: a loop over blocks of rows of one group, or, for a few rows, one product for each row.
+"""Portable grouped matmul: a loop over blocks of rows of one group. A few rows are one product each.
 
 `lax.ragged_dot` multiplies every row by every group's matrix on CPU and GPU, which this avoids.
 """
@@ -13,7 +13,7 @@ _FEW_ROWS = 16
 def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
     rows, groups = lhs.shape[0], rhs.shape[0]
     if rows <= _FEW_ROWS:
-        # Each row by its own matrix: no loop, whose every turn costs an accelerator a round trip to the host.
+        # Each row by its own matrix, without a loop: on an accelerator every turn costs a round trip to the host.
         group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")
         matrices = jnp.take(rhs, group, axis=0, mode="clip")
         return jnp.einsum("mk,mkn->mn", lhs, matrices, preferred_element_type=jnp.float32).astype(lhs.dtype)
@@ -31,7 +31,7 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> ja
         rows_in = jax.lax.dynamic_slice_in_dim(lhs, start, block)
         matrix = jax.lax.dynamic_index_in_dim(rhs, group, keepdims=False)
         rows_out = jnp.dot(rows_in, matrix, preferred_element_type=jnp.float32).astype(out.dtype)
-        # The last block of a group runs into the next group's rows, which that group's own blocks overwrite later.
+        # The last block of a group also writes rows of the next group. That group's blocks overwrite them later.
         return jax.lax.dynamic_update_slice_in_dim(out, rows_out, start, axis=0)
 
     out = jnp.zeros((rows + block, rhs.shape[2]), lhs.dtype)

@@ -19,26 +19,30 @@ def indexer_scores(
 ) -> jax.Array:
     """`I[b,t,s] = scale * sum_n weights[b,t,n] * relu(q[b,t,n] . keys[b,s])` (DeepSeek-V3.2, equation 1), causal.
 
-    With float8_e4m3fn queries and keys (see `quantize`) the queries' scales belong into the gates, and the keys' scales
-    multiply the sums.
+    For float8_e4m3fn queries and keys (see `quantize`), the caller multiplies the queries' scales into `weights` and
+    passes the keys' scales as `key_scales`.
 
-    Memory: the result and a workspace that does not grow with the context.
+    Memory: the result, and a workspace that does not grow with the context.
 
     Args:
       q: `[b, t, n, d]` index queries.
       weights: `[b, t, n]` signed gates.
       keys: `[p, page_size, d]` pages of index keys, one head.
       page_table: int32 `[b, m]`.
-      query_start: int32 `[b]`, position of each sequence's first query; query t stands at `query_start + t` and sees
-        positions up to its own.
+      query_start: int32 `[b]`, the position of each sequence's first query. Query t has position `query_start + t` and
+        sees positions up to its own.
       scale: factor on the sum.
       key_scales: float32 `[p, page_size]`, a factor on each key's scores; None for ones.
-      fill: False leaves what is after a query's own position undefined, for callers who do not read it: where a chunk
-        of a long prompt begins, most of the result.
+      fill: False leaves the scores after a query's own position undefined. This saves time for a caller that does not
+        read them: they are most of the result where a chunk begins a long prompt.
       implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
     Returns:
       float32 `[b, t, m * page_size]`; -inf after a query's own position.
+
+    Raises:
+      UnsupportedError: the implementation does not exist, or none supports the arguments.
+      ValueError: `implementation` is no implementation's name.
     """
-    run = dispatch("indexer_scores.indexer_scores", ("mosaic_gpu", "mosaic_tpu", "xla"), implementation)
+    run = dispatch("indexer_scores", implementation)
     return run(q, weights, keys, page_table, query_start, scale=scale, key_scales=key_scales, fill=fill)

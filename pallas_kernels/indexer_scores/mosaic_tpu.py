@@ -1,13 +1,14 @@
 """Indexer scores on TPUs, in Pallas Mosaic TPU.
 
-A grid step scores a block of queries against a step of keys. The keys' pages are copied one by one through the page
-table into one of two buffers, those of the next step while this one is computed. Queries are laid out [head, query] in
-rows, keys in lanes, so the sum over heads adds whole vector registers; gates are spread over lanes once for a block of
-queries. With one query a sequence, as in decode, the heads alone are the rows and their sum runs within registers.
+A grid step scores a block of queries against a step of keys. The keys' pages are copied one by one, through the page
+table, to one of two buffers. The next step's pages are copied while a step is computed. Queries are in rows, in the
+order [head, query], and keys in lanes, so the sum over heads adds whole vector registers. Gates are spread over lanes
+once per block of queries. With one query per sequence, as in decode, the heads alone are the rows, and their sum runs
+within registers.
 
-Memory of a TPU is in rows of 128: two keys of 64 share one. They are taken apart in registers (`_one_key_a_row`), which
-costs little beside 16 heads' products. The products fill half of a 128 x 128 systolic array and a quarter of one of
-256 x 256, whose depth is more than the 64 elements of a key. That bounds prefill.
+A TPU's memory has rows of 128 elements, so two keys of 64 share a row. They are separated in registers
+(`_one_key_a_row`), which costs little beside the products of 16 heads. The products fill half of a 128 x 128 systolic
+array and a quarter of a 256 x 256 one, because a key has only 64 elements for the array's depth. That bounds prefill.
 """
 
 from __future__ import annotations
@@ -21,13 +22,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import vmem_limit
+from pallas_kernels.tpu import LANES, vmem_limit
 
-_LANES = 128
-_TILE = 256  # keys of one product: the width of the larger systolic arrays
-_QUERIES = 256  # of one block
-_PREFILL_KEYS, _DECODE_KEYS = 4096, 8192  # of one step: copies of so many pages are under way while a step is computed
-_PREFILL_UNROLL, _DECODE_UNROLL = 2, 16  # tiles of keys
+_TILE = 256  # Keys of one product: the width of the larger systolic arrays.
+_QUERIES = 256  # Queries of one block.
+_PREFILL_KEYS, _DECODE_KEYS = 4096, 8192  # Keys of one step; while it is computed, the next step's keys are copied.
+_PREFILL_UNROLL, _DECODE_UNROLL = 2, 16  # Tiles of keys.
 
 
 def indexer_scores(
@@ -41,10 +41,10 @@ def indexer_scores(
     key_scales: jax.Array | None = None,
     fill: bool = True,
 ) -> jax.Array:
-    """See `api.indexer_scores`; fills always.
+    """See `api.indexer_scores`. It ignores `fill` and always fills.
 
     Raises:
-      NotImplementedError: dtypes or sizes that this kernel is not made for.
+      NotImplementedError: dtypes or sizes that the kernel does not take.
     """
     del fill
     batch, queries, heads, dim = q.shape
@@ -53,20 +53,20 @@ def indexer_scores(
         raise NotImplementedError("takes keys without scales")
     if q.dtype != jnp.bfloat16 or keys.dtype != jnp.bfloat16:
         raise NotImplementedError(f"takes bf16 queries and keys, not {q.dtype} and {keys.dtype}")
-    if dim not in (_LANES // 2, _LANES):
+    if dim not in (LANES // 2, LANES):
         raise NotImplementedError(f"takes keys of 64 or 128 elements, not of {dim}")
-    rows = page_size * dim // _LANES
+    rows = page_size * dim // LANES
     if rows % 16 or _PREFILL_KEYS % page_size:
         raise NotImplementedError(
-            f"takes pages of {16 * _LANES // dim} to {_PREFILL_KEYS} positions, not of {page_size}"
+            f"takes pages of {16 * LANES // dim} to {_PREFILL_KEYS} positions, not of {page_size}"
         )
     block = 1 if queries == 1 else min(_QUERIES, pl.cdiv(queries, 16) * 16)
     blocks = pl.cdiv(queries, block)
     padding = (0, block * blocks - queries)
-    q = jnp.pad(jnp.swapaxes(q, 1, 2), ((0, 0), (0, 0), padding, (0, _LANES - dim)))
+    q = jnp.pad(jnp.swapaxes(q, 1, 2), ((0, 0), (0, 0), padding, (0, LANES - dim)))
     gates = jnp.pad(weights.astype(jnp.float32) * scale, ((0, 0), padding, (0, 0)))
     if block == 1:
-        q, gates = q.reshape(batch, 1, heads, _LANES), jnp.swapaxes(gates, 1, 2)
+        q, gates = q.reshape(batch, 1, heads, LANES), jnp.swapaxes(gates, 1, 2)
     length = pages * page_size
     step = min(_DECODE_KEYS if block == 1 else _PREFILL_KEYS, pl.cdiv(length, _TILE) * _TILE)
     unroll = _DECODE_UNROLL if block == 1 else _PREFILL_UNROLL
@@ -84,15 +84,15 @@ def indexer_scores(
             ],
             out_specs=pl.BlockSpec((None, block, step), lambda b, i, j, start: (b, i, j)),
             scratch_shapes=[
-                pltpu.VMEM((2, step * dim // _LANES, _LANES), keys.dtype),
-                pltpu.VMEM((heads, block, _LANES) if block > 1 else (1, heads, _LANES), jnp.float32),
+                pltpu.VMEM((2, step * dim // LANES, LANES), keys.dtype),
+                pltpu.VMEM((heads, block, LANES) if block > 1 else (1, heads, LANES), jnp.float32),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((batch, queries, length), jnp.float32),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            # No more than it needs: XLA keeps other arrays of a step in the rest.
+            # The kernel needs no more. XLA keeps other arrays of a step in the rest.
             vmem_limit_bytes=min(vmem_limit(), 32 * 2**20),
             disable_bounds_checks=True,
         ),
@@ -103,13 +103,13 @@ def indexer_scores(
         ),
         name="indexer_scores",
     )
-    # The memory of these keys is the same; a row of 128 is what copies and registers are made of.
-    keys = keys.reshape(-1, rows, _LANES)
+    # The same bytes as rows of 128, the unit of copies and registers.
+    keys = keys.reshape(-1, rows, LANES)
     return call(query_start.astype(jnp.int32), table[:, None], q, gates, keys)
 
 
 def _block_of(array: jax.Array, block: int) -> tuple[int, ...]:
-    """`array`'s sizes after the first, with `block` queries."""
+    """The sizes of `array` after the first axis, with `block` queries."""
     if block == 1:
         return array.shape[1:]
     return (block, array.shape[2]) if array.ndim == 3 else (array.shape[1], block, array.shape[3])
@@ -139,7 +139,7 @@ def _kernel(
     b, i, j = (pl.program_id(axis) for axis in range(3))
     first_query = _query_start(start_ref, b) + i * block
     seen_steps = (first_query + block - 1) // step + 1
-    per_step, rows = step // page_size, page_size * dim // _LANES
+    per_step, rows = step // page_size, page_size * dim // LANES
 
     def copies(step_index, each):
         slot = step_index % 2
@@ -175,9 +175,9 @@ def _kernel(
         @pl.loop(0, tiles, unroll=math.gcd(tiles, unroll))
         def _(tile):
             first = pl.multiple_of(tile * _TILE, _TILE)
-            keys = buffer[slot, pl.ds(pl.multiple_of(first * dim // _LANES, _TILE // 2), _TILE * dim // _LANES)]
-            keys = keys if dim == _LANES else _one_key_a_row(keys)
-            q = q_ref[...].reshape(-1, _LANES)
+            keys = buffer[slot, pl.ds(pl.multiple_of(first * dim // LANES, _TILE // 2), _TILE * dim // LANES)]
+            keys = keys if dim == LANES else _one_key_a_row(keys)
+            q = q_ref[...].reshape(-1, LANES)
             dots = lax.dot_general(
                 q,
                 keys,
@@ -186,7 +186,7 @@ def _kernel(
                 preferred_element_type=jnp.float32,
             )
             dots = jnp.maximum(dots.reshape(*spread.shape[:2], _TILE), 0.0)
-            parts = [dots[..., lanes : lanes + _LANES] * spread[...] for lanes in range(0, _TILE, _LANES)]
+            parts = [dots[..., lanes : lanes + LANES] * spread[...] for lanes in range(0, _TILE, LANES)]
             scores = jnp.concatenate([jnp.sum(part, axis=0 if block > 1 else 1) for part in parts], axis=1)
             positions = j * step + first + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
             visible = positions <= first_query + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
@@ -194,9 +194,9 @@ def _kernel(
 
 
 def _one_key_a_row(pairs: jax.Array) -> jax.Array:
-    """bf16 `[r, 128]`, two keys of 64 a row, to `[2 * r, 128]`, a key and zeros a row."""
+    """bf16 `[r, 128]` with two keys of 64 per row, to `[2 * r, 128]` with one key and zeros per row."""
     bits = lax.bitcast_convert_type(pairs.astype(jnp.float32), jnp.uint32)
     # A 32-bit word of a register holds the elements of two rows.
-    words = (bits >> 16) | pltpu.roll(bits, _LANES // 2, 1)
+    words = (bits >> 16) | pltpu.roll(bits, LANES // 2, 1)
     lane = lax.broadcasted_iota(jnp.int32, words.shape, 1)
-    return pltpu.bitcast(jnp.where(lane < _LANES // 2, words, 0), jnp.bfloat16)
+    return pltpu.bitcast(jnp.where(lane < LANES // 2, words, 0), jnp.bfloat16)

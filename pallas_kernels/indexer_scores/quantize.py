@@ -1,15 +1,15 @@
-"""The fp8 form of index queries and keys: a rotation that spreads outliers over a head, then one scale a vector."""
+"""The fp8 form of index queries and keys: a rotation that spreads outliers over a head, then one scale per vector."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 _SMALLEST = 1e-4
-"""Vectors whose largest element is below this are scaled as if it were this."""
+"""Least magnitude that a vector is scaled for."""
 
 
 def hadamard(x: jax.Array) -> jax.Array:
-    """`x` times the Hadamard matrix (Sylvester's order) and `d ** -0.5`: orthogonal, so dot products stay the same.
+    """`x` times the Hadamard matrix (Sylvester's order) and `d ** -0.5`. This is orthogonal: it keeps dot products.
 
     Args:
       x: `[..., d]`, d a power of two.
@@ -18,7 +18,7 @@ def hadamard(x: jax.Array) -> jax.Array:
       `[..., d]` in the dtype of x, computed in float32.
 
     Raises:
-      ValueError: d is no power of two.
+      ValueError: d is not a power of two.
     """
     dim = x.shape[-1]
     if dim & (dim - 1):
@@ -26,15 +26,16 @@ def hadamard(x: jax.Array) -> jax.Array:
     matrix = np.ones((1, 1), np.float32)
     while len(matrix) < dim:
         matrix = np.kron(np.array([[1, 1], [1, -1]], np.float32), matrix)
-    # Sums of 64 bfloat16 numbers of like size are exact in float32, so that every platform rounds the same.
+    # A sum of 64 bfloat16 numbers of similar size is exact in float32, so every platform rounds alike.
     out = jnp.matmul(x.astype(jnp.float32), matrix, precision=jax.lax.Precision.HIGHEST)
     return (out * dim**-0.5).astype(x.dtype)
 
 
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`x / scale` as float8_e4m3fn, one scale a vector, `2 ** ceil(log2(max(amax, 1e-4) / 448))`.
+    """`x / scale` as float8_e4m3fn, with `scale = 2 ** ceil(log2(max(amax, 1e-4) / 448))` for each vector.
 
-    Scales are powers of two, so that multiplying by them rounds nothing; the publisher's serving code has the same.
+    `amax` is the vector's largest magnitude. Scales are powers of two, so products with them round nothing. The
+    publisher's serving code uses the same scales.
 
     Args:
       x: `[..., d]`.
@@ -43,7 +44,7 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
       values float8_e4m3fn `[..., d]`, scales float32 `[...]`.
     """
     largest = jnp.maximum(jnp.max(jnp.abs(x), axis=-1).astype(jnp.float32), _SMALLEST)
-    # 448 is 1.75 * 2 ** 8. The exponent goes up by one where the mantissa is above 1.75: exact, unlike a logarithm.
+    # 448 is 1.75 * 2 ** 8. The exponent goes up by one if the mantissa is above 1.75: exact, unlike a logarithm.
     bits = jax.lax.bitcast_convert_type(largest, jnp.int32)
     exponents = ((bits + 0x1FFFFF) >> 23) - 8
     scales = jax.lax.bitcast_convert_type(exponents << 23, jnp.float32)

@@ -1,4 +1,4 @@
-"""Portable indexer scores: walks chunks of keys, and only those that some query sees."""
+"""Portable indexer scores: processes chunks of keys, and only chunks that some query sees."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def indexer_scores(
     key_scales: jax.Array | None = None,
     fill: bool = True,
 ) -> jax.Array:
-    """See `api.indexer_scores`; fills always."""
+    """See `api.indexer_scores`. It ignores `fill` and always fills."""
     del fill
     batch, queries, heads, _ = q.shape
     page_size = keys.shape[1]
@@ -54,5 +54,5 @@ def indexer_scores(
 
 
 def _widen(x: jax.Array) -> jax.Array:
-    """`x`, float8 as bfloat16, which holds every float8 number: not every platform multiplies float8."""
+    """`x`, with float8 converted to bfloat16, which holds every float8 number. Not every platform multiplies float8."""
     return x.astype(jnp.bfloat16) if x.dtype == jnp.float8_e4m3fn else x

@@ -1,15 +1,15 @@
 """Exact selection on TPUs, in Pallas Mosaic TPU: thresholds by counting, lists by prefix sums and one-hot products.
 
-`select_threshold` holds some rows of scores in VMEM as order-preserving integers, reads them from HBM once, and
-searches each row's k-th highest score: a pass counts the scores that are at least a guess, for all rows side by side.
-Guesses interpolate the logarithm of the count, which is close to linear in the tail of a distribution; every third
-halves the bracket, so that no distribution takes more than about a hundred passes. A row is done when exactly k scores
-are at least its guess, or when the bracket is one value; then a search over positions finds the last of the equal
-scores that is kept. Nothing is approximate and nothing depends on the order of additions.
+`select_threshold` reads some rows of scores from HBM once, and holds them in VMEM as integers in the same order. Then
+it searches each row's k-th highest score. A pass counts the scores that are at least a guess, for all rows side by
+side. A guess interpolates the logarithm of the count, which is nearly linear in the tail of a distribution. Every third
+guess halves the bracket, so no distribution takes more than about a hundred passes. A row is done when exactly k scores
+are at least its guess, or when the bracket is one value. In the second case a search over positions finds the last of
+the equal scores that is kept. The result is exact and does not depend on the order of additions.
 
-`select_topk` writes lists from those two numbers. A row is cut into tiles of 128 positions. Prefix sums of the tiles'
-counts say which tile an entry of the list lies in; a product with that one-hot matrix fetches the tile's own prefix
-sums, and the number of those that are not above the entry's rank is the position within the tile.
+`select_topk` writes lists from these two numbers. A row is cut into tiles of 128 positions. Prefix sums of the tiles'
+counts give the tile of each entry of the list, as a one-hot matrix. A product with that matrix fetches the tile's own
+prefix sums. The number of these sums that are not above the entry's rank is the position within the tile.
 """
 
 from __future__ import annotations
@@ -23,18 +23,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import vmem_limit
+from pallas_kernels.tpu import LANES, vmem_limit
 
-_LANES = 128
-_CHUNK = 8 * 4096  # scores of a turn of a pass's loop, over all rows side by side
-_PART = 8 * 512  # those that one vector of counts is for: few enough for registers, enough to be independent
+_CHUNK = 8 * 4096  # Scores of one turn of a pass's loop, over all rows side by side.
+_PART = 8 * 512  # Scores of one vector of counts: few enough for registers, enough to be independent.
 _LOWEST = -(2**31)
 _HIGHEST = 2**31 - 1
-_MINUS_INFINITY = -0x7F800001  # its key
+_MINUS_INFINITY = -0x7F800001  # The key of -inf.
 
 
 def select_topk(scores: jax.Array, lengths: jax.Array, k: int) -> jax.Array:
-    """See `api.select_topk`."""
+    """See `api.select_topk`.
+
+    Raises:
+      NotImplementedError: see `select_threshold`; also rows whose lists do not fit VMEM.
+    """
     leading, size = scores.shape[:-1], scores.shape[-1]
     rows, lengths = scores.reshape(-1, size), lengths.reshape(-1).astype(jnp.int32)
     threshold, last_tie = select_threshold(rows, lengths, k)
@@ -42,20 +45,21 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int) -> jax.Array:
 
 
 def select_threshold(scores: jax.Array, lengths: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """What the `k` highest of the first `lengths` scores of each row are: those above the threshold, and those equal to
-    it at positions up to the last tie.
+    """Threshold and last tie of the `k` highest of the first `lengths` scores of each row.
+
+    The selected scores are those above the threshold, and those equal to it at positions up to the last tie.
 
     Args:
       scores: float32 `[rows, s]`.
       lengths: int32 `[rows]`, from 0 to s.
-      k: how many to select.
+      k: number of scores to select.
 
     Returns:
-      The threshold, float32 `[rows]`, and the last tie, int32 `[rows]`; -inf and `lengths - 1` where a row has no more
-      than k.
+      The threshold, float32 `[rows]`, and the last tie, int32 `[rows]`. A row of at most k scores has -inf and
+      `lengths - 1`.
 
     Raises:
-      NotImplementedError: scores that are not float32, or rows of which VMEM does not hold eight.
+      NotImplementedError: scores that are not float32, or rows so long that VMEM does not hold eight.
     """
     rows, size = scores.shape
     if scores.dtype != jnp.float32:
@@ -65,7 +69,7 @@ def select_threshold(scores: jax.Array, lengths: jax.Array, k: int) -> tuple[jax
     limit = vmem_limit()
     block = 8 if size > 2**15 or rows <= 8 else 32
     padded = pl.cdiv(size, _CHUNK // block) * (_CHUNK // block)
-    if 3 * 4 * block * padded > limit:  # one block is read while another is worked on, and its integers
+    if 3 * 4 * block * padded > limit:  # A block that is read, one that is searched, and its integers.
         raise NotImplementedError(f"VMEM holds rows of up to {limit // (8 * 12):,} positions, not of {size:,}")
     padding = -rows % block
     column = pl.BlockSpec((block, 1), lambda i: (i, 0))
@@ -84,7 +88,7 @@ def select_threshold(scores: jax.Array, lengths: jax.Array, k: int) -> tuple[jax
 
 
 def _sort_key(scores: jax.Array) -> jax.Array:
-    """Signed integers in the order of float32 scores; 0.0 and -0.0 give the same."""
+    """Signed integers in the order of float32 scores; 0.0 and -0.0 give the same integer."""
     bits = lax.bitcast_convert_type(scores, jnp.int32)
     return jnp.where(bits == _LOWEST, 0, bits ^ ((bits >> 31) & _HIGHEST))
 
@@ -109,7 +113,7 @@ def _threshold_kernel(lengths_ref, scores_ref, threshold_ref, last_ref, keys_ref
     lane = lax.broadcasted_iota(jnp.int32, shape, 1)
 
     def over_row(visit, start):
-        """Folds `visit(first position, carry)` over the parts of the longest row."""
+        """Applies `carry = visit(first position, carry)` to all parts of the longest row."""
 
         def turn(i, carry):
             for offset in range(0, chunk, part):
@@ -119,7 +123,7 @@ def _threshold_kernel(lengths_ref, scores_ref, threshold_ref, last_ref, keys_ref
         return lax.fori_loop(0, chunks, turn, start)
 
     def count(condition):
-        """int32 `[block, 1]`: at how many positions `condition(keys, first position)` holds."""
+        """int32 `[block, 1]`: the number of positions at which `condition(keys, first position)` holds."""
 
         def visit(first, sums):
             chosen = condition(keys_ref[:, pl.ds(first, part)], first)
@@ -134,10 +138,10 @@ def _threshold_kernel(lengths_ref, scores_ref, threshold_ref, last_ref, keys_ref
         lowest, highest = bounds
         return jnp.minimum(lowest, jnp.where(keys == _LOWEST, _HIGHEST, keys)), jnp.maximum(highest, keys)
 
-    # What lies behind a row's length has a key below -inf's, so it is never counted.
+    # Positions from a row's length on have a key below that of -inf, so they are never counted.
     lowest, highest = over_row(convert, (jnp.full(shape, _HIGHEST, jnp.int32), jnp.full(shape, _LOWEST, jnp.int32)))
-    low = jnp.min(lowest, axis=1, keepdims=True)  # at least this are all, that is at least k
-    high = jnp.max(highest, axis=1, keepdims=True) + 1  # at least this are none
+    low = jnp.min(lowest, axis=1, keepdims=True)  # At least k scores are at least `low`: all.
+    high = jnp.max(highest, axis=1, keepdims=True) + 1  # No score is at least `high`.
     few = lengths <= k
 
     def unfinished(low, high, at_low):
@@ -148,8 +152,8 @@ def _threshold_kernel(lengths_ref, scores_ref, threshold_ref, last_ref, keys_ref
         middle = (low & high) + ((low ^ high) >> 1)
         half_width = (high >> 1) - (low >> 1)
         logs = [jnp.log(jnp.maximum(n.astype(jnp.float32), 0.5)) for n in (at_low, at_high)]
-        share = (logs[0] - math.log(k)) / jnp.maximum(logs[0] - logs[1], 1e-3)
-        step = (2.0 * share * half_width.astype(jnp.float32)).astype(jnp.int32)
+        fraction = (logs[0] - math.log(k)) / jnp.maximum(logs[0] - logs[1], 1e-3)
+        step = (2.0 * fraction * half_width.astype(jnp.float32)).astype(jnp.int32)
         between = low + jnp.clip(step, 1, jnp.maximum(2 * half_width - 1, 1))
         guess = jnp.where((turn % 3 < 2) & (half_width > 1) & (half_width < 2**29), between, middle)
         found = count(lambda keys, _: keys >= guess)
@@ -172,7 +176,7 @@ def _threshold_kernel(lengths_ref, scores_ref, threshold_ref, last_ref, keys_ref
     tied = jnp.logical_not(few) & (at_low > k)
 
     def narrow_positions(state):
-        before, last, _ = state  # the last tie is kept is in (before, last]
+        before, last, _ = state  # The last tie that is kept is in (before, last].
         middle = (before + last) >> 1
         found = count(lambda keys, first: (keys == threshold) & (first + lane <= middle))
         enough = found >= k - above
@@ -187,26 +191,26 @@ def _threshold_kernel(lengths_ref, scores_ref, threshold_ref, last_ref, keys_ref
 
 
 def _lists(rows: jax.Array, lengths: jax.Array, threshold: jax.Array, last_tie: jax.Array, k: int) -> jax.Array:
-    """Positions int32 `[rows, k]` of what the threshold, as a key, and the last tie select; -1 behind them."""
+    """The positions that a threshold, as a key, and a last tie select: int32 `[rows, k]`, then -1."""
     count, size = rows.shape
-    tiles = pl.cdiv(size, 16 * _LANES) * 16
-    slots = pl.cdiv(k, _LANES) * _LANES
-    rows = jnp.pad(rows, ((0, 0), (0, tiles * _LANES - size))).reshape(count, tiles, _LANES)
+    tiles = pl.cdiv(size, 16 * LANES) * 16
+    slots = pl.cdiv(k, LANES) * LANES
+    rows = jnp.pad(rows, ((0, 0), (0, tiles * LANES - size))).reshape(count, tiles, LANES)
     limit = vmem_limit()
-    if 24 * 4 * tiles * _LANES > limit:
+    if 24 * 4 * tiles * LANES > limit:
         raise NotImplementedError(f"VMEM holds lists of rows of up to {limit // 96:,} positions, not of {size:,}")
     positions = pl.pallas_call(
         _list_kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(count,),
-            in_specs=[pl.BlockSpec((None, tiles, _LANES), lambda row, *_: (row, 0, 0))],
+            in_specs=[pl.BlockSpec((None, tiles, LANES), lambda row, *_: (row, 0, 0))],
             out_specs=pl.BlockSpec((None, 1, slots), lambda row, *_: (row, 0, 0)),
         ),
         out_shape=jax.ShapeDtypeStruct((count, 1, slots), jnp.int32),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=limit),
         cost_estimate=pl.CostEstimate(
-            flops=2 * count * tiles * _LANES * (slots + 2 * _LANES),
+            flops=2 * count * tiles * LANES * (slots + 2 * LANES),
             bytes_accessed=4 * count * (size + slots),
             transcendentals=0,
         ),
@@ -221,11 +225,11 @@ def _list_kernel(threshold_ref, last_ref, lengths_ref, scores_ref, positions_ref
     threshold, last, length = threshold_ref[row], last_ref[row], lengths_ref[row]
     keys = _sort_key(scores_ref[...])
     tile = lax.broadcasted_iota(jnp.int32, keys.shape, 0)
-    position = tile * _LANES + lax.broadcasted_iota(jnp.int32, keys.shape, 1)
+    position = tile * LANES + lax.broadcasted_iota(jnp.int32, keys.shape, 1)
     chosen = (keys > threshold) | ((keys == threshold) & (position <= last))
     chosen = jnp.where(chosen & (position < length), 1.0, 0.0)
     # Products of zeros, ones and sums up to 128 are exact in the bfloat16 that a systolic array multiplies.
-    square = (_LANES, _LANES)
+    square = (LANES, LANES)
     earlier = lax.broadcasted_iota(jnp.int32, square, 0) <= lax.broadcasted_iota(jnp.int32, square, 1)
     earlier = jnp.where(earlier, 1.0, 0.0)
     within = jnp.dot(chosen, earlier, precision=lax.Precision.DEFAULT)
@@ -237,8 +241,8 @@ def _list_kernel(threshold_ref, last_ref, lengths_ref, scores_ref, positions_ref
         distance *= 2
     before = upto - totals.astype(jnp.int32)
     within = jnp.transpose(within)
-    lane = lax.broadcasted_iota(jnp.int32, (1, _LANES), 1)
-    for first in range(0, positions_ref.shape[1], _LANES):
+    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    for first in range(0, positions_ref.shape[1], LANES):
         rank = first + lane
         holds = (before <= rank) & (rank < upto)
         own_tile = jnp.sum(jnp.where(holds, tile, 0), axis=0, keepdims=True)
@@ -247,4 +251,4 @@ def _list_kernel(threshold_ref, last_ref, lengths_ref, scores_ref, positions_ref
         sums = jnp.dot(within, one_hot, precision=lax.Precision.DEFAULT).astype(jnp.int32)
         offset = jnp.sum(jnp.where(sums <= rank - own_before, 1, 0), axis=0, keepdims=True)
         found = jnp.sum(jnp.where(holds, 1, 0), axis=0, keepdims=True) > 0
-        positions_ref[:, pl.ds(first, _LANES)] = jnp.where(found, own_tile * _LANES + offset, -1)
+        positions_ref[:, pl.ds(first, LANES)] = jnp.where(found, own_tile * LANES + offset, -1)

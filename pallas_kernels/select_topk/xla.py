@@ -1,4 +1,4 @@
-"""Portable selection through `lax.top_k`, which prefers lower positions among equal values."""
+"""Portable selection with `lax.top_k`, which prefers lower positions among equal values."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 def select_topk(scores: jax.Array, lengths: jax.Array, k: int) -> jax.Array:
     size = scores.shape[-1]
-    # top_k orders -0.0 below 0.0. A valid -inf wins against the masked ones, which all lie behind it.
+    # top_k orders -0.0 below 0.0. A valid -inf wins against the masked scores, which have higher positions.
     scores = jnp.where(scores == 0, 0.0, scores)
     scores = jnp.where(jnp.arange(size) < lengths[..., None], scores, -jnp.inf)
     _, positions = jax.lax.top_k(scores, min(k, size))

@@ -1,12 +1,12 @@
-"""Attention to lists of positions on TPUs, as in decode: every selected row is copied from HBM by itself.
+"""Attention to lists of positions on TPUs, as in decode: one copy from HBM for every selected position.
 
-A position's keys and values of all heads are one contiguous row of its page, one `[2 * k, d]` tile, so a selected
-position costs one copy. A query's list is cut into chunks; the copies of the next chunk, or of the next query's first,
-are all started before the current chunk is waited for and multiplied. Addresses are (row, 0, 0) of the pool and never
-flat element numbers, which pass 2^31.
+The keys and values of all heads of a position are one contiguous row of its page, a `[2 * k, d]` tile. So a selected
+position costs one copy. A query's list is cut into chunks. Before the kernel waits for a chunk and multiplies it, it
+starts all copies of the next chunk, or of the next query's first chunk. Addresses are (row, 0, 0) of the pool and never
+flat element numbers, which exceed 2^31.
 
-One query alone fills few rows of a matrix unit. Prefill, where neighbouring queries can share what they read, is
-`topk_attention`'s.
+One query alone fills few rows of a matrix unit. For prefill, where neighbouring queries can share reads,
+`topk_attention` has a kernel of its own.
 """
 
 import functools
@@ -17,27 +17,29 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import paging
+from pallas_kernels.tpu import LANES, MASKED, check_attention, precision
 
 _CHUNK = 512
 _UNROLL = 8
-LANES = 128
-MASKED = -1e30
-"""Added to logits of keys that do not count. Finite: -inf would make NaN of rows that see nothing."""
 
 
 def sparse_attention(
     q: jax.Array, kv: jax.Array, indices: jax.Array, page_table: jax.Array, *, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.sparse_attention`."""
+    """See `api.sparse_attention`.
+
+    Raises:
+      NotImplementedError: dtypes or sizes that the kernel does not take.
+    """
     batch, queries, heads, dim = q.shape
     kv_heads, top_k = kv.shape[2] // 2, indices.shape[-1]
-    check(q, kv)
+    check_attention(q, kv)
     total = batch * queries
     chunk = min(_CHUNK, -(-top_k // LANES) * LANES)
     padding = -top_k % chunk
     lists = jnp.pad(indices.reshape(total, top_k), ((0, 0), (0, padding)), constant_values=-1)
     slots = paging.slots(page_table, jnp.maximum(lists, 0).reshape(batch, queries, -1), kv.shape[1])
-    # What lies behind the last valid entry is neither copied nor multiplied.
+    # Chunks behind the last valid entry are neither copied nor multiplied.
     lengths = jnp.max(jnp.where(lists >= 0, jnp.arange(top_k + padding) + 1, 0), axis=-1)
     out, lse = _attend(
         q.reshape(total, kv_heads, heads // kv_heads, dim),
@@ -51,21 +53,6 @@ def sparse_attention(
     return out.reshape(q.shape), lse[..., 0].reshape(q.shape[:3])
 
 
-def check(q: jax.Array, kv: jax.Array) -> None:
-    """Raises NotImplementedError for what no attention kernel for TPUs takes."""
-    if q.dtype != kv.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"queries {q.dtype} and keys {kv.dtype}: both must be bfloat16 or both float32")
-    if jax.default_backend() == "tpu" and (q.shape[-1] % LANES or kv.shape[1] % 8):
-        raise NotImplementedError(
-            f"keys and values {kv.shape[1:]} of a page: a TPU copies a multiple of 8 rows of a multiple of 128 elements"
-        )
-
-
-def precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    """Float32 products stay float32; those of bfloat16 are exact as they are."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-
-
 @functools.partial(jax.jit, static_argnames=("chunk", "scale"))
 def _attend(
     q: jax.Array,
@@ -77,7 +64,7 @@ def _attend(
     chunk: int,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of q `[r, k, g, d]` to `rows [slots, 2 * k, d]`; entries of `lists [r, 1, l]` below 0 do not count."""
+    """Attention of q `[r, k, g, d]` to `rows [slots, 2 * k, d]`; entries of `lists [r, 1, l]` below 0 are ignored."""
     total, kv_heads, group, dim = q.shape
     length = slots.shape[-1]
     dot = functools.partial(jax.lax.dot_general, precision=precision(q.dtype), preferred_element_type=jnp.float32)
@@ -114,7 +101,7 @@ def _attend(
             def _():
                 start(next_slots, 0, 1 - buffer)
 
-            # One wait for as many bytes as all the chunk's copies bring.
+            # One wait for the bytes of all copies of the chunk.
             pltpu.make_async_copy(buffers.at[buffer], buffers.at[buffer], done.at[buffer]).wait()
             values = buffers[buffer].reshape(chunk, 2 * kv_heads * dim)
             counts = lists[0, :, pl.ds(pl.multiple_of(c * chunk, chunk), chunk)] >= 0
@@ -132,7 +119,7 @@ def _attend(
                 largest[head] = jnp.broadcast_to(new_largest, largest.shape[1:])
             turn[0] = 1 - buffer
 
-        # The number of turns is known to the compiler, which estimates by it; those not needed do nothing.
+        # The compiler estimates by the number of turns, so it is constant. Turns that are not needed do nothing.
         def step(c: jax.Array, _: None) -> None:
             pl.when(c < count)(lambda: multiply(c))
 

@@ -34,7 +34,7 @@ def sparse_attention(
     inputs = (q.reshape(total, heads, dim), addresses.reshape(total, top_k), (indices >= 0).reshape(total, top_k))
     bytes_per_query = top_k * 2 * kv_heads * dim * kv.dtype.itemsize
     at_once = max(1, min(total, _WORKSPACE_BYTES // bytes_per_query))
-    # Equal blocks: no remainder, which would be compiled a second time.
+    # Equal blocks leave no remainder, which would be compiled separately.
     at_once = math.ceil(total / math.ceil(total / at_once))
     padding = -total % at_once
     inputs = jax.tree.map(lambda x: jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)), inputs)

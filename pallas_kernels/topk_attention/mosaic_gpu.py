@@ -1,4 +1,4 @@
-"""The Hopper selection, then the Hopper sparse attention, for which 16 neighbouring queries share what they select."""
+"""The Hopper selection, then the Hopper sparse attention."""
 
 import jax
 
@@ -16,7 +16,7 @@ def topk_attention(
     top_k: int,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.topk_attention`; bfloat16 queries, keys and values of 128 elements a head."""
+    """See `api.topk_attention`; bfloat16 queries, keys and values with heads of 128 elements."""
     with jax.named_scope("selection"):
         indices = select_topk(scores, lengths, top_k)
     return sparse_attention(q, kv, indices, page_table, scale=scale)

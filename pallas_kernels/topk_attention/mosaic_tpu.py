@@ -1,16 +1,16 @@
-"""Selection and attention on TPUs, without lists of what each query selected.
+"""Selection and attention on TPUs, without lists of selected positions.
 
-A query's selection is two numbers: the lowest score it takes, and the last position at which an equal one still
-counts. A block of 256 queries streams keys and values through VMEM once, page by page, with the queries' scores beside
-them. For every 128 positions, each group of 16 neighbouring queries packs the rows that some of its queries selected
-to the front: a 0/1 matrix that has a one where a selected position meets its place multiplies the keys and values of
-all heads, which the matrix unit does exactly. The same matrix multiplies the queries' selections, so a packed row
-keeps which queries selected it. When enough rows are packed, the group's 16 queries times the heads of one key head
-attend to them together under that mask.
+A query's selection is two numbers: the lowest score that it takes, and the last position at which an equal score still
+counts. A block of 256 queries streams keys and values through VMEM once, page by page, with its scores beside them.
 
-So keys and values are read from HBM once for 256 queries, in whole pages, and the attention's work follows the union
-of what 16 queries selected: 16 places for every 128 positions in which no group selected more than 16, 32 for those
-in which some group selected more, and so on; 128 positions of which no query selected any cost a comparison.
+For every 128 positions, each group of 16 neighbouring queries packs the rows that any of its queries selected. A 0/1
+matrix, with a one where a selected position meets its place, multiplies the keys and values of all heads. The matrix
+unit does that exactly. The same matrix multiplies the queries' selections, so a packed row knows which queries selected
+it. When enough rows are packed, the group's 16 queries and all heads of one key head attend to them under that mask.
+
+So 256 queries read keys and values from HBM once, in whole pages. The work of attention is proportional to the union of
+16 queries' selections. Of every 128 positions, 16 places are used if no group selected more than 16 of them, 32 if some
+group selected more, and so on. If no query selected any of them, they cost one comparison.
 """
 
 import dataclasses
@@ -25,25 +25,25 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import paging
 from pallas_kernels.select_topk.mosaic_tpu import select_threshold, select_topk
-from pallas_kernels.sparse_attention.mosaic_tpu import LANES, MASKED, check, precision, sparse_attention
-from pallas_kernels.tpu import vmem_limit
+from pallas_kernels.sparse_attention.mosaic_tpu import sparse_attention
+from pallas_kernels.tpu import LANES, MASKED, check_attention, precision, vmem_limit
 
 GROUP = 16
-"""Queries that share their union: times 8 heads, the rows of a matrix unit."""
+"""Queries that share a union. With 8 heads each they fill the rows of a matrix unit."""
 QUERIES = 256
 """Queries that share one reading of keys and values."""
 _GROUPS = QUERIES // GROUP
 _TILE = LANES
-"""Positions packed at once; the cost of packing a row grows with them."""
+"""Positions packed at once. The cost to pack a row grows with this number."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class PackingConfig:
     """How the kernel is tiled.
 
     Attributes:
       chunk: positions copied at once, a multiple of 128 and of the page size.
-      packed: places for packed rows, a multiple of 16, attended to at once.
+      packed: packed rows attended to at once, a multiple of 16.
     """
 
     chunk: int = 1024
@@ -60,7 +60,11 @@ def topk_attention(
     top_k: int,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.topk_attention`."""
+    """See `api.topk_attention`.
+
+    Raises:
+      NotImplementedError: dtypes or sizes that the kernels do not take.
+    """
     batch, queries = q.shape[:2]
     if queries < GROUP:
         return sparse_attention(q, kv, select_topk(scores, lengths, top_k), page_table, scale=scale)
@@ -80,33 +84,33 @@ def threshold_attention(
     page_table: jax.Array,
     *,
     scale: float,
-    config: Config = Config(),
+    config: PackingConfig = PackingConfig(),
     one_pass: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of each query to positions scored above its threshold, or equal to it up to its `last_tie`.
+    """Attention of each query to positions with a score above its threshold, or equal to it up to `last_tie`.
 
     Args:
       q: `[b, t, n, d]`.
       scores: float32 `[b, t, s]`.
       threshold: float32 `[b, t]`.
       last_tie: int32 `[b, t]`.
-      lengths: int32 `[b, t]`, how many of the s positions each query sees.
+      lengths: int32 `[b, t]`, the number of positions that a query sees, from 0 to s.
       kv: `[p, page_size, 2 * k, d]` pages.
       page_table: int32 `[b, m]`.
       scale: factor on the dot products.
       config: tiling.
-      one_pass: pack exactly 16 rows of every 128 positions and attend once a chunk, whatever was selected. The results
-        mean nothing, but the program has no branches, over which the compiler's static estimate of time does not look.
+      one_pass: pack exactly 16 rows of every 128 positions and attend once per chunk, whatever was selected. The
+        results mean nothing, but the program has no branches, which the compiler's static estimate of time ignores.
 
     Returns:
-      as `api.topk_attention`.
+      As `api.topk_attention`.
 
     Raises:
       NotImplementedError: dtypes or shapes that the kernel does not take.
     """
     batch, queries, heads, dim = q.shape
     kv_heads, page_size = kv.shape[2] // 2, kv.shape[1]
-    check(q, kv)
+    check_attention(q, kv)
     rows = GROUP * heads // kv_heads
     if rows % 8 or config.chunk % page_size:
         raise NotImplementedError(f"{heads} heads on {kv_heads}, pages of {page_size}")
@@ -158,7 +162,7 @@ def _attend(
     chunks: jax.Array,
     *,
     scale: float,
-    config: Config,
+    config: PackingConfig,
     one_pass: bool,
 ) -> tuple[jax.Array, jax.Array]:
     batch, all_groups, kv_heads, rows, dim = q.shape
@@ -207,13 +211,13 @@ def _attend(
             filled[0] = 0
 
         def select(tile: jax.Array, _: None) -> None:
-            """Which positions of a tile each query selects, and where each group packs them."""
+            """Stores the positions of a tile that each query selects, and the places at which each group packs them."""
             score = scores[0, :, pl.ds(pl.multiple_of(tile * _TILE, _TILE), _TILE)]
             position = turn * config.chunk + tile * _TILE + _lanes(score.shape)
             above = (score > bounds[...]) & (position < ends[0])
             chosen = jnp.where(above | ((score == bounds[...]) & (position <= ends[1])), 1.0, 0.0)
             selected[tile] = chosen
-            # Through memory, where the groups' rows come to lie side by side.
+            # Through memory, which puts the groups' rows side by side.
             places[tile] = jnp.max(chosen.reshape(_GROUPS, GROUP, _TILE), axis=1)
             union = places[tile]
             square = (_TILE, _TILE)
@@ -224,7 +228,7 @@ def _attend(
             rounds[tile] = jax.lax.div(jnp.max(place).astype(jnp.int32) + GROUP, GROUP)
 
         def pack(tile: jax.Array, number: jax.Array | int) -> None:
-            """Moves what each group placed at 16 * number and the 15 behind it to where the packed rows end."""
+            """Moves the rows with places 16 * number to 16 * number + 15 of each group behind the packed rows."""
             if not one_pass:
                 pl.when(filled[0] == steps)(attend)
             shape = (_GROUPS, GROUP, _TILE)
@@ -244,7 +248,7 @@ def _attend(
             def attend_group(group: jax.Array, _: None) -> None:
                 keys = packed[:, pl.ds(pl.multiple_of(group * GROUP, GROUP), GROUP)]
                 keys = keys.reshape(config.packed, width + LANES)
-                # A row stands for a query and a head; the packed rows know which of 128 queries selected them.
+                # A row is a query and a head. The packed rows know which of 128 queries selected them.
                 shape = (rows, LANES)
                 query = jax.lax.rem(group, LANES // GROUP) * GROUP + jax.lax.div(_sublanes(shape), rows // GROUP)
                 expand = jnp.where(_lanes(shape) == query, 1.0, 0.0).astype(keys.dtype)
@@ -261,7 +265,7 @@ def _attend(
                     correction = jnp.exp(old - new)
                     part = exact(jnp.concatenate(weights, axis=1).astype(value.dtype), value, across)
                     acc[group, head] = acc[group, head] * _columns(correction, dim) + part
-                    # Added up lane by lane; the lanes are added at the end.
+                    # The total is kept per lane. The lanes are added at the end.
                     total[group, head] = total[group, head] * correction + functools.reduce(jnp.add, weights)
                     largest[group, head] = new
 
@@ -270,7 +274,7 @@ def _attend(
 
         @when(turn < count)
         def _():
-            # The estimate has no branches: the last turn starts copies that nobody waits for.
+            # With `one_pass` the last turn starts copies that nothing waits for.
             when(turn + 1 < count)(lambda: start(turn + 1))
             for page in range(chunk_pages):
                 copy(turn, page).wait()
@@ -293,7 +297,7 @@ def _attend(
             def finish(group: jax.Array, _: None) -> None:
                 for head in range(kv_heads):
                     weight = _sum_of_lanes(total[group, head])
-                    # Who selected nothing has attended to masked rows at most.
+                    # A query that selected nothing has attended only to masked rows, if any.
                     found = largest[group, head] > MASKED / 2
                     attended = acc[group, head] / weight
                     out[0, group, head] = jnp.where(_columns(found, dim), attended, 0.0).astype(out.dtype)
@@ -348,7 +352,7 @@ def _attend(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_limit()
         ),
         cost_estimate=pl.CostEstimate(
-            # Every 16 packed rows: the packing of their tile, and two products with the group's rows.
+            # For every 16 packed rows: the packing of their tile, and two products with the group's rows.
             flops=packed_rows * (2 * _TILE * (width + LANES) + 4 * rows * kv_heads * dim),
             bytes_accessed=4 * scores.size + batch * blocks * positions * width * kv.dtype.itemsize,
             transcendentals=packed_rows * rows * kv_heads,
@@ -374,5 +378,5 @@ def _tiles(x: jax.Array) -> list[jax.Array]:
 
 
 def _columns(x: jax.Array, columns: int) -> jax.Array:
-    """x `[rows, 128]`, whose columns are equal, as a factor for so many columns."""
+    """x `[rows, 128]`, which has equal columns, as a factor of an array with `columns` columns."""
     return x if columns == LANES else x[:, :1]

@@ -9,14 +9,17 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import available
 from pallas_kernels.errors import UnsupportedError
+from tests.pallas_kernels.attention_oracle import FORMS
 
 INTERPRETED = {
-    "test_attention.py": {
+    "test_sparse_attention.py": {
         "TestSparseAttention": {
             "test_decode[bfloat16-mosaic_tpu]",
             "test_nothing_selected[bfloat16-mosaic_tpu]",
             "test_selections[float32-mosaic_tpu-64]",
         },
+    },
+    "test_flash_attention.py": {
         "TestPagedFlashAttention": {
             "test_lengths[float32-mosaic_tpu-60-700]",
             "test_sequences_of_different_lengths[bfloat16-mosaic_tpu]",
@@ -49,11 +52,11 @@ INTERPRETED = {
         },
     },
 }
-"""What is interpreted for TPUs in `make test`: interpretation is slow, and everything takes ten minutes."""
+"""Tests that `make test` interprets for TPUs. Interpreting is slow: all tests take ten minutes."""
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without a TPU, leaves out what is for one and neither quick nor asked for by `--interpret-all`."""
+    """Without a TPU and `--interpret-all`, leaves out the tests of `mosaic_tpu` that are not in `INTERPRETED`."""
     if "mosaic_tpu" in available() or config.getoption("interpret_all"):
         return
 
@@ -69,7 +72,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call():
-    """What an accelerated implementation refuses is not its failure; the portable one takes everything."""
+    """Skips a test whose arguments an accelerated implementation refuses. The portable one must take all arguments."""
     try:
         return (yield)
     except UnsupportedError as error:
@@ -80,15 +83,21 @@ def pytest_pyfunc_call():
 
 @pytest.fixture(params=(*available(), "mosaic_tpu") if jax.default_backend() == "cpu" else available())
 def implementation(request):
-    """Each name in turn; what is for a TPU is interpreted on a CPU, its memories, copies and semaphores simulated."""
+    """Each name in turn. On a CPU, kernels for TPUs are interpreted: memories, copies and semaphores are simulated."""
     interpreted = request.param == "mosaic_tpu" and "mosaic_tpu" not in available()
     with pltpu.force_tpu_interpret_mode() if interpreted else contextlib.nullcontext():
         yield request.param
 
 
+@pytest.fixture(params=FORMS)
+def form(request):
+    """A dtype, a head dimension, and the tolerance of the output."""
+    return FORMS[request.param]
+
+
 @pytest.fixture(autouse=True)
 def exact_products():
-    """Float32 matrices are multiplied as such: left to itself, JAX rounds them on a GPU."""
+    """Multiplies float32 matrices in float32. By default JAX rounds them on a GPU."""
     with jax.default_matmul_precision("highest" if jax.default_backend() == "gpu" else None):
         yield
 

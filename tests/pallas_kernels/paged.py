@@ -1,4 +1,4 @@
-"""Scattering contiguous arrays over pages, as the oracles want them contiguous and the operations paged."""
+"""Contiguous arrays, which the oracles take, as pages, which the operations take."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ import numpy as np
 def to_pages(rng, contiguous, page_size):
     """Pages `[p, page_size, ...]` and a page table `[b, m]` of `contiguous [b, s, ...]`, pages in random order.
 
-    What lies behind s in the last page of a sequence is NaN: it must never be seen.
+    Positions from s on in the last page of a sequence are NaN: they must never be read.
     """
     batch, length = contiguous.shape[:2]
     per_sequence = -(-length // page_size)

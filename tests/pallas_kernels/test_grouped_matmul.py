@@ -6,7 +6,7 @@ import pytest
 from pallas_kernels.grouped_matmul import expert_mlp, grouped_matmul
 
 FORMS = {"float32": (jnp.float32, 24, 40, 1e-5), "bfloat16": (jnp.bfloat16, 192, 256, 1e-2)}
-"""Data types with sizes (in, out) that kernels for accelerators take, and the tolerance relative to a row's norm."""
+"""By name: a dtype, sizes (in, out) that the accelerated kernels take, and the tolerance relative to a row's norm."""
 
 SIZES = {
     "ragged": (200, [5, 0, 130, 1, 64]),
@@ -37,7 +37,7 @@ def random(rng, form, *shape):
 
 
 def by_group(lhs, rhs, sizes):
-    """The products in float64, of the rows that have a group."""
+    """The products in float64 of the rows that have a group."""
     group = np.repeat(np.arange(len(sizes)), sizes)
     lhs, rhs = np.asarray(lhs, np.float64)[: len(group)], np.asarray(rhs, np.float64)
     return np.stack([row @ rhs[i] for row, i in zip(lhs, group, strict=True)] or [np.zeros(rhs.shape[2])])[: len(group)]

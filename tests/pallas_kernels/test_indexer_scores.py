@@ -10,7 +10,7 @@ from pallas_kernels.indexer_scores import indexer_scores
 from tests.pallas_kernels.paged import to_pages
 
 FLOAT8_ERROR = collections.defaultdict(lambda: 2.0**-20, mosaic_gpu=2.0**-11)
-"""Of the sum of the terms' magnitudes. Hopper's tensor cores add float8 products in fewer bits than float32 has."""
+"""Largest error relative to the sum of the terms' magnitudes. Hopper adds float8 products in less than float32."""
 
 
 def oracle(q, weights, keys, query_start, scale):
@@ -48,8 +48,9 @@ class TestIndexerScores:
         q, weights, keys = inputs
         start = np.asarray(start, np.int32)
         pages, table = to_pages(np.random.default_rng(1), keys, 64)
-        args = (jnp.asarray(q, dtype), jnp.asarray(weights), jnp.asarray(pages, dtype), table, start)
-        got = np.asarray(indexer_scores(*args, scale=0.125, implementation=implementation))
+        arrays = jnp.asarray(q, dtype), jnp.asarray(weights), jnp.asarray(pages, dtype), jnp.asarray(table)
+        got = indexer_scores(*arrays, jnp.asarray(start), scale=0.125, implementation=implementation)
+        got = np.asarray(got)
         expected = oracle(q, weights, keys, start, 0.125)
         assert got.shape[-1] == table.shape[1] * 64
         np.testing.assert_array_equal(np.isneginf(got[..., : keys.shape[1]]), np.isneginf(expected))
@@ -86,7 +87,7 @@ run = jax.jit(indexer_scores, static_argnames=("scale", "implementation"))
 
 
 class TestBfloat16:
-    """Bfloat16 queries and keys, in every shape that kernels treat in a way of its own."""
+    """Bfloat16 queries and keys, in every shape that kernels treat differently."""
 
     @pytest.mark.parametrize("case", CASES)
     def test_matches_the_formula(self, rng, case, implementation):
@@ -156,7 +157,7 @@ class TestFloat8:
         gates, positions = arrays["w"] * arrays["q_scale"], arrays["positions"]
         padding = ((0, -len(keys) % 64), (0, 0))
         pages = jnp.asarray(np.pad(keys.view(np.uint8), padding).view(ml_dtypes.float8_e4m3fn).reshape(-1, 64, 64))
-        # Each query stands at a place of its own: a sequence of one, over the same pages.
+        # Each query is a sequence of its own, over the same pages, at its own position.
         got = run(
             jnp.asarray(q)[:, None],
             jnp.asarray(gates)[:, None],

@@ -1,4 +1,4 @@
-"""The fp8 form of index queries and keys, against what was recorded and against the formula."""
+"""The fp8 form of index queries and keys, against recorded values and against the formula."""
 
 import jax.numpy as jnp
 import ml_dtypes

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.topk_attention import topk_attention
-from tests.pallas_kernels import test_attention, test_select_topk
+from tests.pallas_kernels.attention_oracle import SCALE, assert_close, attention, random_inputs
 from tests.pallas_kernels.paged import to_pages
-from tests.pallas_kernels.test_attention import SCALE, form, make
-
-__all__ = ["form"]
+from tests.pallas_kernels.selection_oracle import selection
 
 run = jax.jit(topk_attention, static_argnames=("top_k", "scale", "implementation"))
 
@@ -19,7 +17,7 @@ class TestTopkAttention:
     @pytest.mark.parametrize("queries", [1, 3, 16, 40])
     @pytest.mark.parametrize("top_k", [64, 200])
     def test_queries(self, rng, queries, top_k, form, implementation):
-        """Lengths from 1 to ten times as many as are selected."""
+        """Lengths from 1 to ten times `top_k`."""
         scores = rng.normal(size=(2, queries, 640))
         self.check(rng, scores, rng.integers(1, 641, (2, queries)), top_k, form, implementation)
 
@@ -29,7 +27,7 @@ class TestTopkAttention:
         self.check(rng, scores, np.full((1, 17), length), 64, form, implementation)
 
     def test_causal(self, rng, form, implementation):
-        """As in prefill: what lies behind a query is -inf."""
+        """As in prefill: scores behind a query are -inf."""
         lengths = np.arange(700, 748)[None] + 1
         scores = np.where(np.arange(768) < lengths[..., None], rng.normal(size=(1, 48, 768)), -np.inf)
         self.check(rng, scores, lengths, 128, form, implementation)
@@ -57,12 +55,12 @@ class TestTopkAttention:
     def check(rng, scores, lengths, top_k, form, implementation):
         dtype, _, atol = form
         batch, queries, length = scores.shape
-        q, k, v = make(rng, form, batch=batch, queries=queries, length=length, heads=8, kv_heads=2)
+        q, k, v = random_inputs(rng, form, batch=batch, queries=queries, length=length, heads=8, kv_heads=2)
         kv, table = to_pages(rng, np.concatenate([k, v], axis=2), 64)
         scores, lengths = np.asarray(scores, np.float32), np.asarray(lengths, np.int32)
         arrays = jnp.asarray(q, dtype), scores, lengths, jnp.asarray(kv, dtype), table
         got = run(*arrays, top_k=top_k, scale=SCALE, implementation=implementation)
-        selected = test_select_topk.oracle(scores, lengths, top_k)
+        selected = selection(scores, lengths, top_k)
         visible = np.zeros((batch, queries, length + 1), bool)
         np.put_along_axis(visible, selected, True, axis=-1)  # -1 lands in the extra column
-        test_attention.check(got, test_attention.oracle(q, k, v, visible[..., :-1]), atol)
+        assert_close(got, attention(q, k, v, visible[..., :-1]), atol)

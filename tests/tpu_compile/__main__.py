@@ -1,4 +1,4 @@
-"""`python -m tests.tpu_compile`: compiles everything for every TPU generation and prints what the compiler says."""
+"""`python -m tests.tpu_compile`: compiles all programs for every TPU generation and prints the compiler's figures."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.tpu_compile.cases import Case, all_cases
+from tests.tpu_compile.cases import CompileCase, all_cases
 from tests.tpu_compile.compiler import CLOCK_HZ, TOPOLOGIES, Compiler, Figures, library
 
 
 def main() -> int:
-    """Parses the command line, compiles, prints; returns 1 when something does not compile or takes too much."""
+    """Parses the command line, compiles and prints; returns 1 if a program fails or takes too much memory."""
     parser = argparse.ArgumentParser(prog="python -m tests.tpu_compile", description=__doc__)
-    parser.add_argument("--kernel", action="append", help="compile only this one; may be repeated")
-    parser.add_argument("--generation", action="append", choices=TOPOLOGIES, help="only this one; may be repeated")
-    parser.add_argument("--quick", action="store_true", help="the subset of `make test`")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--kernel", action="append", help="compile only this kernel; may be repeated")
+    parser.add_argument(
+        "--generation", action="append", choices=TOPOLOGIES, help="compile only for this generation; may be repeated"
+    )
+    parser.add_argument("--quick", action="store_true", help="compile only the subset that `make test` compiles")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
     arguments = parser.parse_args()
     path = library()
     if path is None:
-        parser.error("libtpu is not here: `make test-tpu-compile` installs it, or set TPU_LIBRARY_PATH (Linux, x86-64)")
+        parser.error(
+            "libtpu is not installed: `make test-tpu-compile` installs it, or set TPU_LIBRARY_PATH (Linux, x86-64)"
+        )
     cases = [case for case in all_cases() if case.quick or not arguments.quick]
     kernels = sorted({case.kernel for case in cases})
     for kernel in arguments.kernel or []:
@@ -50,7 +54,7 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _row(number: int, case: Case, generation: str, compiler: Compiler, *, simulate: bool) -> dict:
+def _row(number: int, case: CompileCase, generation: str, compiler: Compiler, *, simulate: bool) -> dict:
     row = {"kernel": case.kernel, "shape": case.shape, "generation": generation}
     try:
         figures = compiler.figures(number, generation)
@@ -64,7 +68,7 @@ def _row(number: int, case: Case, generation: str, compiler: Compiler, *, simula
     return row | {"problem": _excess(case, figures)}
 
 
-def _excess(case: Case, figures: Figures) -> str:
+def _excess(case: CompileCase, figures: Figures) -> str:
     if figures.vmem > figures.vmem_capacity:
         return f"takes {figures.vmem:,} bytes of VMEM; there are {figures.vmem_capacity:,}"
     if figures.scratch > case.scratch:

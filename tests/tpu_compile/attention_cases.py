@@ -10,100 +10,100 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 
 from pallas_kernels.flash_attention import mosaic_tpu as dense
 from pallas_kernels.grouped_matmul import mosaic_tpu as experts
+from pallas_kernels.shapes import KEYE_VL_2 as MODEL
+from pallas_kernels.shapes import float32, int32, spec
 from pallas_kernels.sparse_attention import mosaic_tpu as listed
 from pallas_kernels.topk_attention import mosaic_tpu as unions
-from tests.tpu_compile.cases import PAGE, TOP_K, Case, Simulation, floats, integers, spec
+from tests.tpu_compile.cases import CompileCase, Simulation
 
-HEADS, KV_HEADS, DIM = 32, 4, 128
-SCALE = DIM**-0.5
-PAIR_FLOPS = 4 * HEADS * DIM
-"""Of one query with one key: two products."""
+PAIR_FLOPS = 4 * MODEL.heads * MODEL.head_dim
+"""FLOPs of one query and one key: two products."""
 UNIT_KEYS = 2048
-"""Of what is simulated of a prefill."""
-ROW_BYTES = 2 * KV_HEADS * DIM * 2
-"""A position's keys and values."""
+"""Keys of the unit of prefill that is simulated."""
+ROW_BYTES = 2 * MODEL.kv_heads * MODEL.head_dim * 2
+"""Bytes of one position's keys and values."""
 
 
 def _pages(batch: int, context: int) -> jax.ShapeDtypeStruct:
-    """At most 8 GiB of pages, which a v5e holds: sequences may share them."""
-    return spec(min(batch * context, 2**22) // PAGE, PAGE, 2 * KV_HEADS, DIM)
+    """At most 8 GiB of pages, which fit a v5e. Sequences may share pages."""
+    return MODEL.kv_pages(min(batch * context, 2**22))
 
 
-def _prefill(batch: int, queries: int, context: int, *, quick: bool = False) -> Case:
-    """Attention, once each query's threshold is known."""
+def _prefill(batch: int, queries: int, context: int, *, quick: bool = False) -> CompileCase:
+    """Attention after the selection: each query's threshold is known."""
 
     def arguments(batch: int, queries: int, context: int):
         rows = batch, queries
         return (
-            spec(*rows, HEADS, DIM),
-            floats(*rows, context),
-            floats(*rows),
-            integers(*rows),
-            integers(*rows),
+            MODEL.queries(*rows),
+            float32(*rows, context),
+            float32(*rows),
+            int32(*rows),
+            int32(*rows),
             _pages(batch, context),
-            integers(batch, context // PAGE),
+            MODEL.page_table(batch, context),
         )
 
     unit, keys = unions.QUERIES, UNIT_KEYS
 
     def simulated(*arguments):
-        # At the end of a block, and so many sums that tpu7x's model of the unit that adds lanes gives up.
+        # These sums at the end of a block are too many for tpu7x's model of the unit that adds lanes.
         with mock.patch.object(unions, "_sum_of_lanes", lambda x: x[:, :1]):
-            return unions.threshold_attention(*arguments, scale=SCALE, one_pass=True)
+            return unions.threshold_attention(*arguments, scale=MODEL.scale, one_pass=True)
 
-    return Case(
+    return CompileCase(
         "union_attention",
         f"{batch} x {queries} queries, {context // 1024}K",
-        functools.partial(unions.threshold_attention, scale=SCALE),
+        functools.partial(unions.threshold_attention, scale=MODEL.scale),
         arguments(batch, queries, context),
-        flops=batch * queries * TOP_K * PAIR_FLOPS,
+        flops=batch * queries * MODEL.top_k * PAIR_FLOPS,
         nbytes=4 * batch * queries * context + batch * context * ROW_BYTES,
         simulation=Simulation(simulated, arguments(1, unit, keys), batch * queries // unit * (context // keys)),
         quick=quick,
     )
 
 
-def _decode(batch: int, context: int, *, quick: bool = False) -> Case:
+def _decode(batch: int, context: int, *, quick: bool = False) -> CompileCase:
     def arguments(batch: int, context: int):
         return (
-            spec(batch, 1, HEADS, DIM),
+            MODEL.queries(batch, 1),
             _pages(batch, context),
-            integers(batch, 1, TOP_K),
-            integers(batch, context // PAGE),
+            int32(batch, 1, MODEL.top_k),
+            MODEL.page_table(batch, context),
         )
 
-    function = functools.partial(listed.sparse_attention, scale=SCALE)
-    return Case(
+    function = functools.partial(listed.sparse_attention, scale=MODEL.scale)
+    return CompileCase(
         "sparse_attention",
         f"{batch} x 1 query, {context // 1024}K",
         function,
         arguments(batch, context),
-        flops=batch * TOP_K * PAIR_FLOPS,
-        nbytes=batch * TOP_K * ROW_BYTES,
+        flops=batch * MODEL.top_k * PAIR_FLOPS,
+        nbytes=batch * MODEL.top_k * ROW_BYTES,
         simulation=Simulation(function, arguments(1, context), batch),
         quick=quick,
     )
 
 
-def _dense(batch: int, queries: int, context: int, *, quick: bool = False) -> Case:
-    """Dense attention over pages by the last `queries` of a context."""
+def _dense(batch: int, queries: int, context: int, *, quick: bool = False) -> CompileCase:
+    """Dense attention of a context's last `queries` queries to its pages."""
 
     def arguments(batch: int, queries: int, context: int):
         return (
-            spec(batch, queries, HEADS, DIM),
+            MODEL.queries(batch, queries),
             _pages(batch, context),
-            integers(batch, context // PAGE),
-            integers(batch),
+            MODEL.page_table(batch, context),
+            int32(batch),
         )
 
-    function = functools.partial(dense.paged_flash_attention, scale=SCALE)
+    function = functools.partial(dense.paged_flash_attention, scale=MODEL.scale)
     unit, keys = min(queries, 256), UNIT_KEYS if queries > 1 else 8 * UNIT_KEYS
 
     def simulated(*arguments):
         with mock.patch.object(dense, "_query_start", lambda *_: keys - unit):
             return function(*arguments)
 
-    return Case(
+    return CompileCase(
         "paged_flash_attention",
         f"{batch} x {queries} queries, {context // 1024}K",
         function,
@@ -115,8 +115,8 @@ def _dense(batch: int, queries: int, context: int, *, quick: bool = False) -> Ca
     )
 
 
-def _splash(queries: int, context: int) -> Case:
-    """JAX's splash attention by the last `queries` of a context in one piece: what is compared with."""
+def _splash(queries: int, context: int) -> CompileCase:
+    """JAX's splash attention of a context's last `queries` queries to contiguous keys, to compare with."""
 
     blocks = splash_attention.BlockSizes(block_q=1024, block_kv=1024, block_kv_compute=512)
 
@@ -126,7 +126,7 @@ def _splash(queries: int, context: int) -> Case:
         return splash_attention.make_splash_mha_single_device(masks, block_sizes=blocks)(q, k, v)
 
     def simulated(q, k, v):
-        """Without a mask: the simulation would take every block of one for hidden."""
+        """Without a mask: the simulation would take every block of a mask for hidden."""
         return SplashAttentionKernel(
             MaskInfo(None, None, None, None, None),
             None,
@@ -142,47 +142,49 @@ def _splash(queries: int, context: int) -> Case:
         )(q, k, v)
 
     def arguments(heads: int, kv_heads: int, queries: int, context: int):
-        keys = spec(kv_heads, context, DIM)
-        return spec(heads, queries, DIM), keys, keys
+        keys = spec(kv_heads, context, MODEL.head_dim)
+        return spec(heads, queries, MODEL.head_dim), keys, keys
 
     unit, keys = 1024, UNIT_KEYS
-    return Case(
+    return CompileCase(
         "splash_attention",
         f"1 x {queries} queries, {context // 1024}K",
         function,
-        arguments(HEADS, KV_HEADS, queries, context),
+        arguments(MODEL.heads, MODEL.kv_heads, queries, context),
         flops=queries * context * PAIR_FLOPS,
         nbytes=context * ROW_BYTES,
-        # One head's queries of a block.
-        simulation=Simulation(simulated, arguments(1, 1, unit, keys), HEADS * (queries // unit) * (context // keys)),
+        # A unit is the queries of one head in one block.
+        simulation=Simulation(
+            simulated, arguments(1, 1, unit, keys), MODEL.heads * (queries // unit) * (context // keys)
+        ),
     )
 
 
-def _vision(images: int, patches: int, *, quick: bool = False) -> Case:
-    heads, dim = 16, 72
+def _vision(images: int, patches: int, *, quick: bool = False) -> CompileCase:
+    heads, dim = MODEL.vision_heads, MODEL.vision_dim
     array = spec(images, patches, heads, dim)
-    function = functools.partial(dense.flash_attention, scale=dim**-0.5)
-    return Case(
+    function = functools.partial(dense.flash_attention, scale=MODEL.vision_scale)
+    return CompileCase(
         "flash_attention",
         f"{images} x {patches} patches",
         function,
-        (array, array, array, integers(images)),
+        (array, array, array, int32(images)),
         flops=4 * images * heads * patches**2 * dim,
         nbytes=8 * images * patches * heads * dim,
         quick=quick,
     )
 
 
-def _experts(tokens: int, *, quick: bool = False) -> Case:
-    count, chosen, hidden, inner = 128, 8, 2048, 768
-    rows = tokens * chosen
-    return Case(
+def _experts(tokens: int, *, quick: bool = False) -> CompileCase:
+    rows = tokens * MODEL.experts_per_token
+    weights = MODEL.hidden * MODEL.expert_hidden
+    return CompileCase(
         "expert_mlp",
         f"{tokens} tokens",
         experts.expert_mlp,
-        (spec(rows, hidden), spec(count, hidden, 2 * inner), spec(count, inner, hidden), integers(count)),
-        flops=6 * rows * hidden * inner,
-        nbytes=6 * min(rows, count) * hidden * inner + 4 * rows * hidden,
+        MODEL.expert_arguments(tokens),
+        flops=6 * rows * weights,
+        nbytes=6 * min(rows, MODEL.experts) * weights + 4 * rows * MODEL.hidden,
         quick=quick,
     )
 

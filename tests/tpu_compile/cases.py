@@ -1,36 +1,30 @@
-"""What is compiled for TPUs: every kernel at the released model's shapes, one decoder layer, the vision encoder.
+"""The programs compiled for TPUs: every kernel at the released model's shapes, a decoder layer, the vision encoder.
 
-A module of cases holds `CASES`; `MODULES` names them all.
+Each module named in `MODULES` holds its own `CASES`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 MODULES = ("index_cases", "attention_cases", "model_cases")
-PAGE = 64
-TOP_K = 2048
 HBM_SCRATCH_BYTES = 3 * 10**9
+"""Most HBM that a program may take beyond its arguments and results."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Simulation:
-    """What the compiler's simulation is asked for in place of a whole program.
+    """One unit of a program's work, for the compiler's simulation.
 
-    It takes every number that an operand holds for 0, and needs minutes for a large grid. So it gets one unit of the
-    work, one block of queries or one sequence, with constants in place of the numbers that decide how much there is to
-    do.
+    The simulation takes every operand for 0, and needs minutes for a large grid. So it gets one unit of the work, a
+    block of queries or a sequence. Constants replace the operands that decide how much work there is.
 
     Attributes:
       function, arguments: the unit.
-      units: how many of them the case has; a chip's cores share them.
+      units: number of units in the case; the cores of a device share them.
     """
 
     function: Callable[..., Any]
@@ -39,19 +33,19 @@ class Simulation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class CompileCase:
     """One program to compile for each generation.
 
     Attributes:
       kernel: name of the operation.
-      shape: what is distinctive about the arguments.
-      function: of arrays.
+      shape: words that tell this program from the operation's others.
+      function: a function of arrays.
       arguments: pytrees of `jax.ShapeDtypeStruct`.
-      flops, nbytes: useful work and necessary HBM traffic, our own arithmetic, for the roofline; None to leave it out.
-      simulation: what is simulated; None for nothing.
+      flops, nbytes: useful FLOPs and necessary bytes of HBM traffic by our own arithmetic; None to leave them out.
+      simulation: the unit to simulate; None for no simulation.
       donated: numbers of the arguments whose memory the results take over.
-      quick: compiled in `make test` as well.
-      scratch: most HBM in bytes, beyond arguments and results, that it may take.
+      quick: whether `make test` compiles it too.
+      scratch: most bytes of HBM that it may take beyond arguments and results.
     """
 
     kernel: str
@@ -66,14 +60,6 @@ class Case:
     scratch: int = HBM_SCRATCH_BYTES
 
 
-def spec(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-integers = functools.partial(spec, dtype=jnp.int32)
-floats = functools.partial(spec, dtype=jnp.float32)
-
-
-def all_cases() -> list[Case]:
-    """Every module's cases."""
+def all_cases() -> list[CompileCase]:
+    """The cases of all modules."""
     return [case for name in MODULES for case in importlib.import_module(f"tests.tpu_compile.{name}").CASES]

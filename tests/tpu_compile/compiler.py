@@ -1,8 +1,7 @@
-"""The TPU compiler, on a machine without a TPU, and what it says about a program.
+"""The TPU compiler on a machine without a TPU, and its figures for a program.
 
-libtpu reads its options from the environment once, when it is loaded, and where it meets what it does not support it
-may end the process. So programs are compiled in processes of their own: one compiles them as they would run, another
-also simulates them.
+libtpu reads its options from the environment once, when it is loaded. It may end its process when it meets something
+that it does not support. So two other processes compile: one compiles programs as they would run, the other simulates.
 """
 
 from __future__ import annotations
@@ -30,15 +29,16 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "
 """The smallest host of each generation; programs are compiled for its first device."""
 
 CLOCK_HZ = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9, "tpu7x": 2.2e9}
-"""Our own arithmetic: the published peak over the products of one cycle, for v6e and tpu7x 2 x 2 x 256 x 256."""
+"""Our own arithmetic: the published peak over the products of one cycle (v6e and tpu7x: 2 x 2 x 256 x 256)."""
 
 SIMULATION_SECONDS = 300
+"""Longest time that one simulation may take."""
 
 _reports: tempfile.TemporaryDirectory[str]
 
 
 def library() -> Path | None:
-    """libtpu: where TPU_LIBRARY_PATH says, the installed package, or what `make` put beside the virtual environment."""
+    """libtpu: that of TPU_LIBRARY_PATH, else the installed package, else the copy `make` put into the environment."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return None
     package = importlib.util.find_spec("libtpu")
@@ -50,16 +50,17 @@ def library() -> Path | None:
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What the compiler says of a program.
+    """The compiler's figures for one program.
 
     Attributes:
-      compile_seconds: how long it took.
-      roofline_seconds: its cost model's bound; for a Pallas kernel from the kernel's own `pl.CostEstimate`; None where
-        it has none.
-      flops, nbytes: what that bound counts.
-      vmem, vmem_capacity: bytes that the largest operation takes, spilled registers included, and of a core.
+      compile_seconds: time to compile.
+      roofline_seconds: bound of the compiler's cost model, which takes a Pallas kernel's own `pl.CostEstimate`. None if
+        the model has no bound.
+      flops, nbytes: FLOPs and bytes that this bound counts.
+      vmem: bytes of VMEM that the largest operation takes, spilled registers included.
+      vmem_capacity: bytes of VMEM of one core.
       scratch: bytes of HBM beyond arguments and results.
-      cores: that work on the program together.
+      cores: cores that run the program together.
     """
 
     compile_seconds: float
@@ -73,7 +74,7 @@ class Figures:
 
 
 class Compiler:
-    """Compiles cases, by their number in `all_cases()`."""
+    """Compiles cases. A case is named by its number in `all_cases()`."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -83,12 +84,12 @@ class Compiler:
         """Compiles for one device.
 
         Raises:
-          RuntimeError: the compiler refuses, also for want of VMEM or HBM, or ends.
+          RuntimeError: the compiler refuses the program, also for lack of VMEM or HBM, or ends its process.
         """
         return self._call(False, _compile, case, generation)
 
     def kernel_cycles(self, case: int, generation: str) -> int | None:
-        """Cycles of the case's Pallas kernels in the compiler's simulation of one unit; None where it gives none."""
+        """Simulated cycles of the Pallas kernels of one unit of the case; None if the compiler gives none."""
         try:
             return self._call(True, _simulate, case, generation)
         except (RuntimeError, TimeoutError):
@@ -116,14 +117,14 @@ class Compiler:
 
 
 def _start(path: Path, simulates: bool) -> None:
-    """Prepares a worker: the compiler's options, and where it writes reports."""
+    """Prepares a worker: the compiler's options and the folder of its reports."""
     global _reports
     _reports = tempfile.TemporaryDirectory()
     options = {"xla_jf_dump_to": _reports.name, "xla_jf_dump_llo_pass_label_regex": "none"}
     if simulates:
-        # Operands in HBM, since copies from VMEM are not in every generation's model.
+        # Operands stay in HBM: some generations' models have no copies from VMEM.
         options = {"xla_jf_dump_static_llo_profile_to": _reports.name, "xla_msa_enable": "false"}
-        # What it prints when it meets something that it does not support says nothing to a user.
+        # The compiler's messages about what it does not support would not help a user.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.environ |= {
         "TPU_LIBRARY_PATH": str(path),
@@ -134,19 +135,19 @@ def _start(path: Path, simulates: bool) -> None:
         "LIBTPU_INIT_ARGS": " ".join(f"--{name}={value}" for name, value in options.items()),
     }
     jax.config.update("jax_platforms", "cpu")
-    # A program from the cache comes without reports.
+    # A program from the cache has no reports.
     jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _compile_for(generation: str, function, arguments, donated=()) -> tuple[jax.stages.Compiled, int]:
-    """The program, and how many cores of a device it runs on."""
+    """The program, and the number of a device's cores that it runs on."""
     device = topologies.get_topology_desc(topology_name=TOPOLOGIES[generation], platform="tpu").devices[0]
     mesh = jax.sharding.Mesh([device], ("device",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments)
     for report in Path(_reports.name).iterdir():
         report.unlink()
-    # Pallas asks the mesh what it lowers for.
+    # Pallas reads the target device from the mesh.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(function, donate_argnums=donated).lower(*placed).compile(), device.num_cores
 
@@ -156,14 +157,14 @@ def _compile(case: int, generation: str) -> Figures:
     start = time.perf_counter()
     try:
         program, cores = _compile_for(generation, wanted.function, wanted.arguments, wanted.donated)
-    except Exception as error:  # Its own type may not survive the way between processes.
+    except Exception as error:  # Not every type of exception can be sent to another process.
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
     seconds = time.perf_counter() - start
     cost, memory = program.cost_analysis() or {}, program.memory_analysis()
     used, capacity = _vmem()
     return Figures(
         compile_seconds=seconds,
-        # Negative where the model has no answer for some operation.
+        # Negative if the model has no bound for some operation.
         roofline_seconds=bound if (bound := cost.get("optimal_seconds", -1.0)) >= 0 else None,
         flops=cost.get("flops", 0.0),
         nbytes=cost.get("bytes accessed", 0.0),
@@ -190,13 +191,13 @@ def _simulate(case: int, generation: str) -> int | None:
 
 
 def _vmem() -> tuple[int, int]:
-    """The largest operation's VMEM, and how much there is, of the compiler's report."""
+    """Bytes of VMEM that the largest operation takes, and bytes of a core, from the compiler's report."""
     used = capacity = 0
     for report in Path(_reports.name).glob("*vmem_report.html"):
         text = report.read_text()
         data, _ = json.JSONDecoder().raw_decode(text, text.index("{", text.index("const DATA")))
         capacity = data["global_info"]["vmem_capacity"]
-        # What XLA keeps in VMEM from one operation to another gives way to what an operation needs.
+        # XLA moves data that it keeps in VMEM between operations out of the way of an operation's own.
         blocks = [block for operation in data["hlo_breakdowns"].values() for block in operation["blocks"]]
         used = max([used, *(block["block_size"] for block in blocks if block["block_type"] == "SCOPED")])
     return used, capacity

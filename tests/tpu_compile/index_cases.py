@@ -7,50 +7,44 @@ import jax
 
 from pallas_kernels.indexer_scores import mosaic_tpu as scores_kernel
 from pallas_kernels.select_topk import mosaic_tpu as select_kernel
-from tests.tpu_compile.cases import PAGE, TOP_K, Case, Simulation, floats, integers, spec
+from pallas_kernels.shapes import KEYE_VL_2 as MODEL
+from pallas_kernels.shapes import float32, int32
+from tests.tpu_compile.cases import CompileCase, Simulation
 
-HEADS, DIM = 16, 64
-BLOCK, UNIT_KEYS = 256, 16_384
-"""Queries, and keys, of what is simulated of a prefill."""
+UNIT_QUERIES, UNIT_KEYS = 256, 16_384
+"""Queries and keys of the unit of prefill that is simulated."""
 PASSES = 10
-"""Of a selection's search, as the simulation has it; how many there are depends on the scores."""
+"""Passes of a selection's search in the simulation; the real number depends on the scores."""
 
 
-def _scores(batch: int, queries: int, context: int, *, quick: bool = False) -> Case:
-    def arguments(batch, queries, context):
-        return (
-            spec(batch, queries, HEADS, DIM),
-            floats(batch, queries, HEADS),
-            spec(batch * context // PAGE, PAGE, DIM),
-            integers(batch, context // PAGE),
-            integers(batch),
-        )
-
-    function = functools.partial(scores_kernel.indexer_scores, scale=DIM**-0.5)
-    unit, keys = min(queries, BLOCK), context if queries == 1 else UNIT_KEYS
+def _scores(batch: int, queries: int, context: int, *, quick: bool = False) -> CompileCase:
+    function = functools.partial(scores_kernel.indexer_scores, scale=MODEL.index_scale)
+    unit, keys = min(queries, UNIT_QUERIES), context if queries == 1 else UNIT_KEYS
 
     def simulated(*arguments):
         with mock.patch.object(scores_kernel, "_query_start", lambda *_: keys - unit):
             return function(*arguments)
 
-    return Case(
+    return CompileCase(
         "indexer_scores",
         f"{batch} x {queries} queries, {context // 1024}K",
         function,
-        arguments(batch, queries, context),
-        flops=2 * batch * queries * context * HEADS * DIM,
-        nbytes=batch * context * (2 * DIM + 4 * queries),
-        simulation=Simulation(simulated, arguments(1, unit, keys), batch * queries // unit * (context // keys)),
+        MODEL.indexer_arguments(batch, queries, context),
+        flops=2 * batch * queries * context * MODEL.index_heads * MODEL.index_dim,
+        nbytes=batch * context * (2 * MODEL.index_dim + 4 * queries),
+        simulation=Simulation(
+            simulated, MODEL.indexer_arguments(1, unit, keys), batch * queries // unit * (context // keys)
+        ),
         quick=quick,
     )
 
 
-def _select(name: str, rows: int, context: int, *, quick: bool = False) -> Case:
-    function = functools.partial(getattr(select_kernel, name), k=TOP_K)
+def _select(name: str, rows: int, context: int, *, quick: bool = False) -> CompileCase:
+    function = functools.partial(getattr(select_kernel, name), k=MODEL.top_k)
     unit = 8
 
     def passes(condition, body, state):
-        """The search for a threshold; none for the last tie."""
+        """Passes of the search for a threshold (six values of state); no pass of the search for the last tie."""
         del condition
         return jax.lax.fori_loop(0, PASSES, lambda _, state: body(state), state) if len(state) == 6 else state
 
@@ -58,13 +52,13 @@ def _select(name: str, rows: int, context: int, *, quick: bool = False) -> Case:
         with mock.patch.multiple(select_kernel, _longest=lambda _: context, _search=passes):
             return function(*arguments)
 
-    return Case(
+    return CompileCase(
         name,
         f"{rows} x {context // 1024}K",
         function,
-        (floats(rows, context), integers(rows)),
+        (float32(rows, context), int32(rows)),
         nbytes=4 * rows * context,
-        simulation=Simulation(simulated, (floats(unit, context), integers(unit)), -(-rows // unit)),
+        simulation=Simulation(simulated, (float32(unit, context), int32(unit)), -(-rows // unit)),
         quick=quick,
     )
 

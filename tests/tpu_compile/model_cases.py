@@ -1,6 +1,7 @@
 """A decoder layer and the vision encoder of the released model, as its runner calls them."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +12,20 @@ from keye_jax.kv_cache import PAGE_SIZE, LayerCache
 from keye_jax.model.attention import AttentionOptions, Placement
 from keye_jax.model.decoder import DecoderLayer
 from keye_jax.model.vision import VisionEncoder
-from tests.tpu_compile.cases import Case, floats, integers, spec
+from pallas_kernels.shapes import float32, int32, spec
+from tests.tpu_compile.cases import CompileCase
 
 CONFIG = KeyeConfig.from_file(Path(__file__).parents[2] / "configs" / "model" / "keye_vl_2_30b_a3b.json")
 IMPLEMENTATION = "mosaic_tpu"
 
 
 def _state(module: nnx.Module):
-    """A module made under `nnx.eval_shape`, as its graph and its parameters' shapes."""
+    """The graph, and the shapes of the parameters, of a module made under `nnx.eval_shape`."""
     graph, state = nnx.split(module)
     return graph, jax.tree.map(lambda leaf: spec(*leaf.shape, dtype=leaf.dtype), state)
 
 
-def _decoder_layer(batch: int, tokens: int, context: int, *, quick: bool = False) -> Case:
+def _decoder_layer(batch: int, tokens: int, context: int, *, quick: bool = False) -> CompileCase:
     graph, state = _state(nnx.eval_shape(lambda: DecoderLayer(CONFIG, rngs=nnx.Rngs(0))))
     options = AttentionOptions(implementation=IMPLEMENTATION)
     pages = context // PAGE_SIZE
@@ -32,22 +34,23 @@ def _decoder_layer(batch: int, tokens: int, context: int, *, quick: bool = False
         # The cache is updated in place, as in the runner's steps.
         return nnx.merge(graph, state)(x, angles, index_angles, cache, placement, options)[:2]
 
+    kv: Any = spec(batch * pages, PAGE_SIZE, 2 * CONFIG.num_key_value_heads, CONFIG.head_dim)
+    index_keys: Any = spec(batch * pages, PAGE_SIZE, CONFIG.sa_config.indexer_head_dim)
+    page_table: Any = int32(batch, pages)
+    per_sequence: Any = int32(batch)
     arguments = (
         state,
         spec(batch, tokens, CONFIG.hidden_size),
-        floats(batch, tokens, CONFIG.head_dim // 2),
-        floats(batch, tokens, CONFIG.sa_config.indexer_head_dim // 2),
-        LayerCache(
-            kv=spec(batch * pages, PAGE_SIZE, 2 * CONFIG.num_key_value_heads, CONFIG.head_dim),
-            index_keys=spec(batch * pages, PAGE_SIZE, CONFIG.sa_config.indexer_head_dim),
-        ),
-        Placement(page_table=integers(batch, pages), start=integers(batch), count=integers(batch)),
+        float32(batch, tokens, CONFIG.head_dim // 2),
+        float32(batch, tokens, CONFIG.sa_config.indexer_head_dim // 2),
+        LayerCache(kv=kv, index_keys=index_keys),
+        Placement(page_table=page_table, start=per_sequence, count=per_sequence),
     )
     shape = f"{batch} x {tokens} tokens, {context // 1024}K"
-    return Case("decoder_layer", shape, run, arguments, donated=(4,), quick=quick)
+    return CompileCase("decoder_layer", shape, run, arguments, donated=(4,), quick=quick)
 
 
-def _vision_encoder(images: int, patches: int) -> Case:
+def _vision_encoder(images: int, patches: int) -> CompileCase:
     graph, state = _state(
         nnx.eval_shape(lambda: VisionEncoder(CONFIG.vision_config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     )
@@ -56,11 +59,11 @@ def _vision_encoder(images: int, patches: int) -> Case:
     def run(state, pixels, sizes):
         return nnx.merge(graph, state)(pixels, sizes, implementation=IMPLEMENTATION)
 
-    return Case(
+    return CompileCase(
         "vision_encoder",
         f"{images} x {patches} patches",
         run,
-        (state, floats(images, patches, pixels), integers(images, 2)),
+        (state, float32(images, patches, pixels), int32(images, 2)),
     )
 
 

@@ -1,7 +1,8 @@
-"""Indexer scores on Hopper GPUs, in Pallas Mosaic GPU: `prefill` for several queries a sequence, `decode` for one.
+"""Indexer scores on Hopper GPUs (Pallas Mosaic GPU): `prefill` for several queries per sequence, `decode` for one.
 
-Both stream keys through shared memory past queries that stay there, multiply them with wgmma (`products`) and rectify,
-gate and sum the heads in registers (`epilogues`). Interpret mode cannot run them: those two are `inline_mgpu` bodies.
+In both, queries stay in shared memory and keys are streamed through it. `products` multiplies them with wgmma, and
+`epilogues` applies relu and gates and sums the heads in registers. Interpret mode cannot run these two modules: they
+are `inline_mgpu` bodies.
 """
 
 import jax
@@ -23,12 +24,12 @@ def indexer_scores(
     key_scales: jax.Array | None = None,
     fill: bool = True,
 ) -> jax.Array:
-    """`scale * sum_n weights[b,t,n] * relu(q[b,t,n] . keys[b,s])`, causal; see `api.indexer_scores`.
+    """See `api.indexer_scores`.
 
     Args:
       q: bf16 or float8_e4m3fn `[b, t, n, d]`.
       weights: bf16 or fp32 `[b, t, n]`.
-      keys: `[p, page_size, d]`, as q.
+      keys: `[p, page_size, d]`, in the dtype of q.
       page_table: int32 `[b, m]`.
       query_start: int32 `[b]`.
       scale: factor on the sum.
@@ -39,7 +40,7 @@ def indexer_scores(
       float32 `[b, t, m * page_size]`; -inf after a query's own position.
 
     Raises:
-      NotImplementedError: dtypes or sizes this kernel is not made for (it does not look at the device).
+      NotImplementedError: dtypes or sizes that the kernels do not take. The device is not checked.
     """
     _, queries, heads, dim = q.shape
     page_size = keys.shape[1]

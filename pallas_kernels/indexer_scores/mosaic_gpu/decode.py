@@ -1,7 +1,7 @@
-"""One query a sequence.
+"""Index scores of one query per sequence.
 
-N is the heads alone, the warpgroups share a step's keys, and each key is read once. Four terms of a score are in one
-thread and a quad of lanes holds the rest: two shuffles finish the sum.
+The heads alone are the N side of a product. The warpgroups share the keys of a step, and each key is read once. Each of
+a quad of four lanes holds a part of a score's terms; two shuffles finish the sum.
 """
 
 # The types of Pallas' decorators and transforms are not yet complete.
@@ -15,8 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu.hopper import MULTIPROCESSORS
 from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import load_row, load_scales, store_row, sum_heads_in_quad
-from pallas_kernels.indexer_scores.mosaic_gpu.products import CTAS, ROWS, finish_dots, start_dots, sync_warpgroup
+from pallas_kernels.indexer_scores.mosaic_gpu.products import ROWS, finish_dots, start_dots, sync_warpgroup
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "fill"))
@@ -46,9 +47,9 @@ def decode_scores(q, weights, keys, page_table, query_start, key_scales, *, scal
 
         def segments(body, steps_of):
             total = lax.fori_loop(0, batch, lambda b, n: n + steps_of(b), int32(0))
-            share, rest = total // CTAS, lax.rem(total, int32(CTAS))
-            first = cta * share + jnp.minimum(cta, rest)
-            end = first + share + (cta < rest).astype(int32)
+            each, rest = total // MULTIPROCESSORS, lax.rem(total, int32(MULTIPROCESSORS))
+            first = cta * each + jnp.minimum(cta, rest)
+            end = first + each + (cta < rest).astype(int32)
 
             def sequence(b, carry):
                 origin, done = carry
@@ -63,7 +64,7 @@ def decode_scores(q, weights, keys, page_table, query_start, key_scales, *, scal
         def _producer():
             plgpu.set_max_registers(40, action="decrease")
 
-            lanes = min(copies, 4)  # warps that copy
+            lanes = min(copies, 4)  # Warps that copy.
             turns = copies // lanes
 
             def load_pages(warp):
@@ -153,7 +154,7 @@ def decode_scores(q, weights, keys, page_table, query_start, key_scales, *, scal
     call = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((batch, 1, length), jnp.float32),
-        grid=(CTAS,),
+        grid=(MULTIPROCESSORS,),
         grid_names=("cta",),
         num_threads=groups + 1,
         thread_name="wg",

@@ -1,4 +1,4 @@
-"""What is done with products: relu, gates, sums over heads, and stores. Thread by thread, in fp32."""
+"""Relu, gates, sums over heads, and stores of the products. Per thread, in fp32."""
 
 # The types of Pallas' decorators and transforms are not yet complete.
 # pyright: reportAbstractUsage=false, reportCallIssue=false, reportPrivateImportUsage=false, reportArgumentType=false
@@ -9,7 +9,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.indexer_scores.mosaic_gpu.products import FRAGMENT, ROWS, const, fragment, scalars, thread_position
+from pallas_kernels.gpu.mlir import const, global_pointer
+from pallas_kernels.indexer_scores.mosaic_gpu.products import FRAGMENT, ROWS, fragment, scalars, thread_position
 
 SPLAT = plgpu.Layout.WG_SPLAT
 STAGE_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
@@ -45,7 +46,7 @@ def load_gates(weights, first_query, first_head, heads, width, scale):
 
 
 def sum_heads(dots, gates, width, before):
-    """Sums gate * relu(dot) over heads: columns are [head, query], so every term of a sum is in the same thread."""
+    """Sums gate * relu(dot) over heads. Columns are [head, query], so all terms of a sum are in one thread."""
     has_before = before is not None
 
     @plgpu.inline_mgpu(
@@ -67,7 +68,7 @@ def sum_heads(dots, gates, width, before):
 
 
 def store(out, scores, first_query, first_key, first_position, *, masked):
-    """Writes scores[64 keys, queries] to out[queries, keys] in GMEM, rows beyond its end left out."""
+    """Writes scores[64 keys, queries] to out[queries, keys] in GMEM, except for queries beyond its end."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), FRAGMENT) + (SPLAT,) * 3)
     def store(ctx, out, scores, first_query, first_key, first_position):
@@ -81,11 +82,11 @@ def store(out, scores, first_query, first_key, first_position, *, masked):
         def wide(v):
             return arith.extui(i64, v)
 
-        base = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(out))
+        base = global_pointer(out)
         lane_offset = arith.addi(arith.muli(wide(arith.addi(first_query, column)), const(length, 64)), wide(row))
         pointer = utils.getelementptr(utils.getelementptr(base, [lane_offset], f32), [wide(first_key)], f32)
         infinity = arith.constant(f32, float("-inf"))
-        # last visible key of this thread's first query, relative to its first key
+        # The last visible key of this thread's first query, relative to its first key.
         reach = arith.subi(arith.addi(first_position, column), key) if masked else None
         room = arith.subi(const(queries), arith.addi(first_query, column))
         for i, value in enumerate(scalars(scores)):
@@ -123,7 +124,7 @@ def stage(stage, scores, tile, first_key, first_position, *, masked):
         base = utils.memref_ptr(stage)
         infinity = arith.constant(f32, float("-inf"))
         reach = arith.subi(arith.addi(first_position, column), arith.addi(first_key, row)) if masked else None
-        # 16-byte chunk c of the 128-byte row of query q lies at chunk c ^ q
+        # The 16-byte chunk c of the 128-byte row of query q is at chunk c ^ q.
         chunk = arith.divui(arith.remui(row, const(32)), const(4))
         start = arith.addi(
             arith.muli(arith.divui(row, const(32)), const(256)),
@@ -183,7 +184,7 @@ def load_row(weights, heads, scale):
 
 
 def sum_heads_in_quad(dots, gates):
-    """Sums gate * relu(dot) over all columns: every lane of a quad ends with the quad's row sums."""
+    """Sums gate * relu(dot) over all columns. Every lane of a quad gets the quad's row sums."""
 
     @plgpu.inline_mgpu(arg_types=(FRAGMENT,) * 2, return_type=plgpu.ShapeDtypeStruct((ROWS, 8), jnp.float32, FRAGMENT))
     def head_sum(ctx, dots, gates):
@@ -202,7 +203,7 @@ def sum_heads_in_quad(dots, gates):
 
 
 def store_row(out, scores, first_key, position, *, masked):
-    """Writes one query's scores[64 keys] to out[keys]; lanes 0 and 1 of a quad write one row each."""
+    """Writes one query's scores[64 keys] to out[keys]. Lanes 0 and 1 of a quad write one row each."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), FRAGMENT) + (SPLAT,) * 2)
     def store(ctx, out, scores, first_key, position):
@@ -216,7 +217,7 @@ def store_row(out, scores, first_key, position, *, masked):
         if masked:
             visible = arith.cmpi(arith.CmpIPredicate.sle, key, position.registers.item())
             value = arith.select(visible, value, arith.constant(f32, float("-inf")))
-        base = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(out))
+        base = global_pointer(out)
         writes = arith.extui(i32, arith.cmpi(arith.CmpIPredicate.sle, column, const(2)))
         llvm.inline_asm(
             ir.Type.parse("!llvm.void"),

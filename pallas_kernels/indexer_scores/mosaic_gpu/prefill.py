@@ -1,17 +1,17 @@
-"""Several queries a sequence.
+"""Index scores of several queries per sequence.
 
-A persistent grid: every CTA gets an equal, contiguous share of the (block of 16 queries, step of 256 keys) pairs, so it
-loads queries and gates once or twice and then streams keys. A producer warpgroup fetches key pages through the page
-table with TMA; two consumer warpgroups read the same keys, each for 8 queries of its own.
+The grid is persistent. Every CTA gets an equal, contiguous part of the (block of 16 queries, step of 256 keys) pairs.
+So it loads queries and gates once or twice, and then streams keys. A producer warpgroup fetches key pages through the
+page table with TMA. Two consumer warpgroups read the same keys, each for 8 queries of its own.
 
 * One wgmma tile is 64 keys (M) x [head, query] (N, 16 heads x 8 queries = 128) x dim (K). Heads are the slow index of
-  N, so the 16 terms of one score lie in one thread's registers and their sum needs no exchange between threads.
-* relu and gate are one max and one fma a term, in fp32. The gates are constant for a block and stay in registers.
+  N. So the 16 terms of one score are in one thread's registers, and their sum needs no exchange between threads.
+* relu and gate are one max and one fma per term, in fp32. The gates are constant for a block and stay in registers.
 * A warpgroup keeps two products in flight: while the tensor cores multiply one tile, it sums the heads of the other.
 * Scales of keys, if there are any, come with the keys and multiply a key's sums.
-* The scores of a step go through swizzled shared memory to a TMA store; where the number of queries is no multiple of 8
-  (TMA could not clip there), threads store them directly.
-* Steps that no query of a block sees are not computed; TMA fills them with -inf.
+* The scores of a step go through swizzled shared memory to a TMA store. If the number of queries is no multiple of 8,
+  TMA could not clip them, and threads store them directly.
+* Steps that no query of a block sees are not computed. TMA fills them with -inf.
 """
 
 # The types of Pallas' decorators and transforms are not yet complete.
@@ -26,6 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu.hopper import MULTIPROCESSORS, SHARED_BYTES
 from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import (
     STAGE_TRANSFORMS,
     load_gates,
@@ -34,11 +35,12 @@ from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import (
     store,
     sum_heads,
 )
-from pallas_kernels.indexer_scores.mosaic_gpu.products import CTAS, ROWS, finish_dots, start_dots, sync_warpgroup
+from pallas_kernels.indexer_scores.mosaic_gpu.products import ROWS, finish_dots, start_dots, sync_warpgroup
 
-_WIDTH = 8  # queries of one warpgroup
-_COLUMNS = 128  # largest N of one product
-_SHARED_BYTES = 225 * 1024
+_WIDTH = 8  # Queries of one warpgroup.
+_COLUMNS = 128  # Largest N of one product.
+_FREE_BYTES = SHARED_BYTES - 2 * 1024
+"""Shared memory for arrays; the rest is for barriers."""
 
 
 def _cdiv(a, b):
@@ -46,24 +48,33 @@ def _cdiv(a, b):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Config:
-    groups: int  # consumer warpgroups
-    tiles: int  # 64-key tiles of one step
-    stages: int  # steps of keys in shared memory
-    depth: int  # products in flight in a warpgroup
+class _Tiling:
+    """How the kernel is tiled.
+
+    Attributes:
+      groups: consumer warpgroups.
+      tiles: tiles of 64 keys in one step.
+      stages: steps of keys in shared memory.
+      depth: products in flight in a warpgroup.
+    """
+
+    groups: int
+    tiles: int
+    stages: int
+    depth: int
 
 
-def _choose(queries: int, heads: int, row_bytes: int, length: int) -> _Config:
+def _choose(queries: int, heads: int, row_bytes: int, length: int) -> _Tiling:
     depth = 2 if heads <= 16 else 1
-    # No more warpgroups than there are groups of queries: TMA does not clip an axis of one tile, it leaves it out.
+    # At most one warpgroup per group of 8 queries: TMA drops an axis of one tile and so would not clip it.
     most = _cdiv(queries, _WIDTH)
     for groups, tiles, stages in ((2, 4, 3), (2, 4, 2), (2, 2, 4), (2, 2, 2), (2, 1, 4), (1, 2, 2), (1, 1, 2)):
         step = tiles * ROWS
         shared = (
             groups * heads * _WIDTH * row_bytes + stages * step * (row_bytes + 4) + (2 * groups + 1) * _WIDTH * step * 4
         )
-        if groups <= most and length % step == 0 and shared <= _SHARED_BYTES:
-            return _Config(groups, tiles, stages, depth)
+        if groups <= most and length % step == 0 and shared <= _FREE_BYTES:
+            return _Tiling(groups, tiles, stages, depth)
     raise NotImplementedError(f"{heads} heads of {row_bytes} bytes do not fit shared memory")
 
 
@@ -101,11 +112,11 @@ def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, sca
             return jnp.clip((start_ref[b] + (queries + step - 1)) // step, 0, steps)
 
         def segments(body, steps_of):
-            """Calls body(sequence, block, first step, end, carry) for each block this CTA has a part of."""
+            """Calls body(sequence, block, first step, end, carry) for each block of which this CTA has a part."""
             total = lax.fori_loop(0, batch, lambda b, n: n + steps_of(b), int32(0)) * blocks
-            share, rest = total // CTAS, lax.rem(total, int32(CTAS))
-            first = cta * share + jnp.minimum(cta, rest)
-            end = first + share + (cta < rest).astype(int32)
+            each, rest = total // MULTIPROCESSORS, lax.rem(total, int32(MULTIPROCESSORS))
+            first = cta * each + jnp.minimum(cta, rest)
+            end = first + each + (cta < rest).astype(int32)
 
             def sequence(b, carry):
                 origin, done = carry
@@ -205,7 +216,7 @@ def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, sca
                 hi = jnp.maximum(jnp.minimum(hi, seen_steps(b, i)), lo)
                 first_query = i * block + wg * _WIDTH
                 first_position = start_ref[b] + first_query
-                sync_warpgroup()  # no warp may still be reading the last segment's queries
+                sync_warpgroup()  # All warps have finished reading the last segment's queries.
                 for h in range(heads):
                     plgpu.copy_gmem_to_smem(
                         q_ref.at[b, pl.ds(first_query, _WIDTH), h],
@@ -277,7 +288,7 @@ def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, sca
     call = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((batch, queries, length), jnp.float32),
-        grid=(CTAS,),
+        grid=(MULTIPROCESSORS,),
         grid_names=("cta",),
         num_threads=c.groups + 1,
         thread_name="wg",

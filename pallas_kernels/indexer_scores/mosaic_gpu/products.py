@@ -1,4 +1,4 @@
-"""Products of keys and queries by wgmma, written out: `plgpu.wgmma` can neither start from zero nor overlap two."""
+"""Products of keys and queries as wgmma instructions. `plgpu.wgmma` can neither start from zero nor overlap two."""
 
 # The types of Pallas' decorators and transforms are not yet complete.
 # pyright: reportAbstractUsage=false, reportCallIssue=false, reportPrivateImportUsage=false, reportArgumentType=false
@@ -10,18 +10,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from pallas_kernels.gpu.mlir import const
+
 FRAGMENT = plgpu.Layout._WGMMA_ACC_32BIT
-"""A [64, n] array as wgmma leaves it, one fp32 register an element: pairs would make ptxas serialise wgmma."""
-ROWS = 64  # keys on the M side of one wgmma
-CTAS = 132
-
-
-def const(value, bits=32):
-    return arith.constant(ir.IntegerType.get_signless(bits), value)
+"""A [64, n] array as wgmma writes it, with one fp32 register per element. Pairs would make ptxas serialise wgmma."""
+ROWS = 64
+"""Keys on the M side of one wgmma."""
 
 
 def scalars(array):
-    """The f32 scalars a thread holds, in wgmma's order: 8-column group, row half, pair."""
+    """The f32 scalars that a thread holds of an array, in wgmma's order: 8-column group, row half, pair."""
     return [
         vector.extract(r, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
         for r in array.registers.flat
@@ -29,6 +27,7 @@ def scalars(array):
 
 
 def fragment(scalars, columns):
+    """The [64, columns] array of a thread's scalars; undoes `scalars`."""
     layout = FRAGMENT.to_mgpu()
     one = ir.VectorType.get((1,), ir.F32Type.get())
     registers = np.empty(len(scalars), dtype=object)
@@ -56,7 +55,7 @@ def thread_position():
 
 
 def start_dots(keys, queries, transforms, columns, swizzle):
-    """Starts keys[64, d] @ queries[columns, d].T, bf16 or float8_e4m3fn; the result may be used after `finish_dots`."""
+    """Starts keys[64, d] @ queries[columns, d].T, bf16 or float8_e4m3fn. `finish_dots` makes the result usable."""
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(transforms),) * 2,
@@ -109,7 +108,7 @@ def start_dots(keys, queries, transforms, columns, swizzle):
 
 
 def finish_dots(dots, in_flight):
-    """`dots`, ready once no more than `in_flight` later products are running."""
+    """Waits until at most `in_flight` later products are running, and returns `dots`."""
 
     @plgpu.inline_mgpu(arg_types=(FRAGMENT,), return_type=plgpu.ShapeDtypeStruct(dots.shape, jnp.float32, FRAGMENT))
     def finish(ctx, dots):
@@ -123,6 +122,8 @@ def finish_dots(dots, in_flight):
 
 
 def sync_warpgroup():
+    """Barrier of the threads of this warpgroup."""
+
     @plgpu.inline_mgpu()
     def sync(ctx):
         del ctx

@@ -1,17 +1,17 @@
-"""A NumPy machine that runs the bodies of the selection kernels, all threads of a cluster in lockstep."""
+"""A NumPy machine that runs per-thread kernel bodies, all threads of a cluster in lockstep."""
 
 import contextlib
 
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.simt import Value
+from pallas_kernels.gpu.simt import Value
 
 U32 = np.uint32
 
 
 class NumpyMachine:
-    """Same methods as `pallas_kernels.simt_machine.Machine`. Reads outside an array by an active thread raise."""
+    """Same methods as `pallas_kernels.gpu.machine.Machine`. Reads outside an array by an active thread raise."""
 
     def __init__(self, threads, cluster, shared_words, seed=0):
         self.threads, self.cluster, self.teams = threads, cluster, 1
@@ -63,6 +63,8 @@ class NumpyMachine:
                     r = a >> np.minimum(b, 31)
                 case "sar":
                     r = a.astype(np.int32) >> b.astype(np.int32)
+                case _:
+                    raise ValueError(name)
         return self._value(r.view(U32) if r.dtype == np.int32 else r)
 
     def compare(self, name, a, b):
@@ -100,7 +102,7 @@ class NumpyMachine:
             assert (where[lanes] % 4 == 0).all()
             for i, word in enumerate(words):
                 self.copies.append((lanes, self.batch[lanes], where[lanes] + i, word.raw[lanes]))
-                self.memory[self.block[lanes], where[lanes] + i] = 0xFFFFFFFF  # what a read before the wait finds
+                self.memory[self.block[lanes], where[lanes] + i] = 0xFFFFFFFF  # A read before the wait finds this.
 
     def commit_copies(self):
         self.batch[self.active] += 1
@@ -272,7 +274,7 @@ class NumpyMachine:
 
 
 class NumpyTensorMachine(NumpyMachine):
-    """Same methods as `simt_tensor.TensorMachine`."""
+    """Same methods as `TensorMachine` of `pallas_kernels.gpu.tensor_machine`."""
 
     def float_op(self, name, *words):
         a, *rest = (self.word(w).raw.view(np.float32) for w in words)
@@ -292,6 +294,8 @@ class NumpyTensorMachine(NumpyMachine):
                     r = np.exp2(a)
                 case "log2":
                     r = np.log2(a)
+                case _:
+                    raise ValueError(name)
         return self._value(r.astype(np.float32).view(U32))
 
     def pack_bfloat16(self, low, high):

@@ -1,15 +1,18 @@
-"""Sparse attention for Hopper GPUs (Pallas Mosaic GPU): gathers the selected rows of keys and values into tiles.
+"""The kernel of union attention for Hopper GPUs (Pallas Mosaic GPU).
 
-Prefill (`union_attention`). The query heads that share a KV head fill only 8 of the 64 rows of a tensor-core tile, so
-one query alone would waste most of the work and read all of its keys for itself. Sixteen neighbouring queries are
-therefore handled together: they walk over the union of their keys, and a word per key says which of the 16 selected it.
-One thread block (CTA) handles one (group, KV head): 16 queries x 8 heads = 128 rows, two compute warpgroups of 64 rows.
-A third warpgroup, the producer, copies the listed rows of the pool into shared memory, 64 keys and values at a time, in
-the swizzled form the tensor cores read: 16 threads copy one key (256 bytes), each 16 bytes with cp.async, and a barrier
-per stage counts the arrivals of those copies. The compute warpgroups do S = Q K^T, mask, online softmax over 128 keys
-at a time, and O += P V; the softmax of one runs while the matmuls of the other do. The mask is a matmul too, which
-costs the softmax nothing: the producer writes a [64 keys, 16 queries] block of zeros (members) and -1e30 beside the
-keys, and its product with a row of zeros and a one that picks the query is added to S.
+The query heads of one KV head fill only 8 of the 64 rows of a tensor-core tile. One query alone would waste most of the
+work, and read all of its keys for itself. So sixteen neighbouring queries work together: they process the union of
+their keys, and a word per key says which of the 16 selected it.
+
+A thread block (CTA) handles one group and one KV head: 16 queries x 8 heads = 128 rows, in two compute warpgroups of 64
+rows. A third warpgroup, the producer, copies the listed rows of the pool to shared memory, 64 keys and values at a
+time, in the swizzled form that the tensor cores read. 16 threads copy one key (256 bytes), 16 bytes each with cp.async,
+and a barrier per stage counts the arrivals of the copies.
+
+The compute warpgroups do S = Q K^T, the mask, an online softmax over 128 keys at a time, and O += P V. The softmax of
+one runs during the matmuls of the other. The mask is a matmul too, so it costs the softmax nothing. Beside the keys the
+producer writes a [64 keys, 16 queries] block of 0 (members) and -1e30 (others). Its product with a row of zeros and a
+single one, which picks the query, is added to S.
 """
 
 # The types of Pallas' decorators and transforms are not yet complete.
@@ -25,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.sparse_attention.gather import (
+from pallas_kernels.sparse_attention.mosaic_gpu.gather import (
     DIM,
     GROUP,
     MASK_TRANSFORMS,
@@ -46,13 +49,13 @@ _LOG2E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class UnionConfig:
     """Tuning of the kernel.
 
     Attributes:
-      tiles: tiles of 64 keys in one step of the softmax: 1 or 2.
+      tiles: tiles of 64 keys in one step of the softmax, 1 or 2.
       stages: tiles of keys and values in shared memory (34 KB each), at least `tiles + 1`.
-      producer_registers: registers of a producer thread; with 40 it may spill, which costs half of the speed.
+      producer_registers: registers of a producer thread. With 40 it may spill, which halves the speed.
     """
 
     tiles: int = 2
@@ -61,7 +64,11 @@ class Config:
 
 
 def check(q: jax.Array, kv: jax.Array, scale: float) -> int:
-    """Returns the number of KV heads, or refuses."""
+    """Returns the number of KV heads.
+
+    Raises:
+      NotImplementedError: dtypes, heads or a scale that the kernels do not take.
+    """
     heads, dim = q.shape[-2:]
     kv_heads = kv.shape[2] // 2
     if dim != DIM or kv.shape[3] != DIM:
@@ -75,7 +82,7 @@ def check(q: jax.Array, kv: jax.Array, scale: float) -> int:
     return kv_heads
 
 
-@functools.partial(jax.jit, static_argnames=("share", "group", "scale", "config"))
+@functools.partial(jax.jit, static_argnames=("q_per_kv", "group", "scale", "config"))
 def attend(
     q: jax.Array,
     kv: jax.Array,
@@ -83,19 +90,19 @@ def attend(
     members: jax.Array,
     counts: jax.Array,
     *,
-    share: int,
+    q_per_kv: int,
     group: int,
     scale: float,
-    config: Config,
+    config: UnionConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """The kernel.
+    """Attention of groups of queries to their lists of keys.
 
     Args:
-      q: bfloat16 `[t, k, r, 128]`, r in 8, 16, 32, 64: pieces of r rows.
+      q: bfloat16 `[t, k, r, 128]`, pieces of r rows; r is 8, 16, 32 or 64.
       kv: bfloat16 `[p, page_size, 2 * k, 128]`.
       slots, members: int32 `[groups, u]`.
       counts: int32 `[groups]`.
-      share: rows that belong to one query: row i of a group takes bit i // share of the membership words.
+      q_per_kv: rows of one query. Row i of a group takes bit i // q_per_kv of the membership words.
       group: queries of a group.
 
     Returns:
@@ -104,7 +111,7 @@ def attend(
     _, kv_heads, piece_rows, _ = q.shape
     groups = counts.shape[0]
     stages = config.stages
-    group_pieces = -(-group * share // piece_rows)  # pieces of one group
+    group_pieces = -(-group * q_per_kv // piece_rows)  # pieces of one group
     warpgroup_pieces = min(ROWS // piece_rows, group_pieces)  # pieces of one warpgroup
     compute = 1 if group_pieces * piece_rows <= ROWS else 2
     blocks = -(-group_pieces * piece_rows // (compute * ROWS))  # CTAs the rows of a group are split over
@@ -117,7 +124,7 @@ def attend(
         q_smem, k_smem, v_smem, mask_smem, lse_smem, full = scratch
         q_barrier, empty, start = barriers
         cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
-        # Heads slowest: the CTAs that run at one time sweep the same slices of the pool and share them in the L2.
+        # Heads vary slowest, so CTAs that run at the same time read the same slices of the pool, through the L2 cache.
         head, cta = lax.div(cta, groups * blocks), lax.rem(cta, groups * blocks)
         block, group_index = lax.rem(cta, blocks), lax.div(cta, blocks)
         count = counts_ref[group_index]
@@ -167,7 +174,7 @@ def attend(
                 )
             row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=rows_layout) + first_row
             column = plgpu.broadcasted_iota(jnp.int32, (ROWS, GROUP), 1, layout=plgpu.Layout.WGMMA)
-            query = lax.broadcast_in_dim(lax.div(row, share), column.shape, [0])
+            query = lax.broadcast_in_dim(lax.div(row, q_per_kv), column.shape, [0])
             selector = jnp.where(query == column, 1.0, 0.0).astype(q.dtype)
             plgpu.barrier_wait(q_barrier.at[warpgroup])
             q_registers = plgpu.load(q_smem.at[warpgroup], layout=plgpu.Layout.WGMMA)
@@ -185,7 +192,7 @@ def attend(
                 return pl.run_scoped(matmul, *[plgpu.ACC((ROWS, TILE), jnp.float32)] * n)
 
             def softmax(scores, highest, total):
-                # In units of log2, so that the exponent is one multiply-add; finite from the start, so without NaNs.
+                # In units of log2, the exponent is one multiply-add. `highest` starts finite, so no NaN can arise.
                 new_highest = jnp.maximum(highest, functools.reduce(jnp.maximum, scores).max(axis=1) * factor)
                 rescale = jnp.exp2(highest - new_highest)
                 subtract = lax.broadcast_in_dim(new_highest, scores[0].shape, [0])

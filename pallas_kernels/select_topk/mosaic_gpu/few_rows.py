@@ -1,16 +1,15 @@
-"""Selection of few rows: a cluster of blocks holds a row in registers, so that its scores are read once.
+"""Selection of few rows: a cluster of blocks holds a row in registers, so its scores are read once.
 
-1. The threads' highest scores give a floor: where, in each block, its share of k threads hold a score of at least x, k
-   scores of the row are at least x, and what is below cannot be among the k highest.
-2. A histogram of what is left, between the floor and the highest score, summed over the cluster, narrows down where the
-   k-th highest lies; more of them, until at most 32 scores are there. Where more are equal, histograms of their
-   positions go on.
-3. Every block gets those 32, ranks them, and knows the k-th highest and the last position at which an equal score
-   still counts. With the warps' counts of higher scores, exchanged at the same time, it writes its positions to their
-   place.
+1. The threads' highest scores give a floor x. If k / cluster threads of every block hold a score of at least x, then k
+   scores of the row are at least x. Scores below the floor cannot be among the k highest.
+2. A histogram of the scores from the floor up, summed over the cluster, narrows down the k-th highest. More histograms
+   follow until at most 32 scores are left. If more than 32 are equal, histograms of their positions follow.
+3. Every block gets these 32, the finalists, and ranks them. That gives the k-th highest score and the last position at
+   which an equal score still counts. At the same time the warps exchange their counts of higher scores, from which a
+   block knows where to write its positions.
 
-A warp owns a run of neighbouring positions; the runs of the blocks alternate, so that they share what lies in one part
-of the row.
+A warp owns a run of neighbouring positions. The runs of the blocks alternate, so that high scores in one part of the
+row are spread over all blocks.
 """
 
 import dataclasses
@@ -19,21 +18,23 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.select_topk.row_reader import HIGHEST, sort_key
-from pallas_kernels.simt import warp_scan
-from pallas_kernels.simt_machine import MULTIPROCESSORS, launch
+from pallas_kernels.gpu.hopper import MULTIPROCESSORS
+from pallas_kernels.gpu.machine import launch
+from pallas_kernels.gpu.simt import warp_scan
+from pallas_kernels.select_topk.mosaic_gpu.row_reader import HIGHEST, sort_key, write_short_row
 
 BINS = 2048
 FINALISTS = 32
-"""Scores that are ranked one by one: a lane each."""
+"""Scores that are ranked one by one, one per lane."""
 MAX_CHUNKS = 16
-"""Loads of four scores that a thread's registers have room for."""
+"""Most loads of four scores that fit a thread's registers."""
 
-# Up to so many rows, longer than so, get clusters of 16 blocks.
+# Up to _WIDE_ROWS rows that are longer than _WIDE_SIZE get clusters of 16 blocks.
 _WIDE_ROWS, _WIDE_SIZE = 4, 65_536
 
-# Shared memory, in words: histograms of a block and, three in turn, of the cluster; sums and minima of warps; what was
-# found; each block's floor and highest score; the finalists; the warps' counts.
+# Addresses in shared memory, in words. In order: a block's histogram; three histograms of the cluster, used in turn;
+# sums and minima of warps; the result of find_bin; each block's floor and highest score; the number of finalists; the
+# finalists; the warps' counts.
 _TOTALS = BINS
 _WARPS = _TOTALS + 3 * BINS
 _FOUND = _WARPS + 64
@@ -45,8 +46,15 @@ WORDS = _RUNS + 512
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a row of `size` scores, of which `k` are selected, is spread over `cluster` blocks of `threads`."""
+class HeldRowPlan:
+    """How a row is spread over a cluster.
+
+    Attributes:
+      size: scores of the row.
+      k: scores that are selected.
+      cluster: blocks that hold the row.
+      threads: threads of a block.
+    """
 
     size: int
     k: int
@@ -55,29 +63,29 @@ class Plan:
 
     @property
     def chunks(self) -> int:
-        """Loads of four scores of each thread."""
+        """Number of four-score loads of each thread."""
         return -(-self.size // (self.cluster * self.threads * 4))
 
     @property
     def runs(self) -> int:
-        """Warps of the cluster."""
+        """Number of warps of the cluster, each with one run of positions."""
         return self.cluster * self.threads // 32
 
 
-def few_rows_plan(rows: int, size: int, k: int) -> Plan | None:
-    """The widest cluster that the GPU has room for; None where registers do not hold the rows."""
-    # Clusters of 16 are placed less well: eight of them took two turns, one was faster than with 8 blocks.
+def few_rows_plan(rows: int, size: int, k: int) -> HeldRowPlan | None:
+    """The plan with the widest cluster that the GPU has room for; None if the rows do not fit registers."""
+    # The GPU places clusters of 16 less well: eight of them took two turns. A single one was faster than one of 8.
     if rows <= _WIDE_ROWS and size > _WIDE_SIZE:
-        return Plan(size, k, 16) if Plan(size, k, 16).chunks <= MAX_CHUNKS else None
+        return HeldRowPlan(size, k, 16) if HeldRowPlan(size, k, 16).chunks <= MAX_CHUNKS else None
     for cluster in (8, 4, 2):
-        plan = Plan(size, k, cluster)
+        plan = HeldRowPlan(size, k, cluster)
         if rows * cluster <= MULTIPROCESSORS and plan.chunks <= MAX_CHUNKS:
             return plan
     return None
 
 
-def select_few_rows(scores: jax.Array, lengths: jax.Array, plan: Plan) -> jax.Array:
-    """`mosaic_gpu.select_topk` of scores `[rows, size]` and lengths `[rows]`, spread as `plan` says."""
+def select_few_rows(scores: jax.Array, lengths: jax.Array, plan: HeldRowPlan) -> jax.Array:
+    """`select_topk` of scores float32 `[rows, size]` and lengths int32 `[rows]`, int32 `[rows, k]`, under `plan`."""
     rows = len(scores)
     body = functools.partial(few_rows_body, rows=rows, plan=plan)
     out_type = jax.ShapeDtypeStruct((rows, plan.k), jnp.int32)
@@ -85,16 +93,12 @@ def select_few_rows(scores: jax.Array, lengths: jax.Array, plan: Plan) -> jax.Ar
 
 
 def few_rows_body(machine, scores, lengths, positions, row, rank, *, rows, plan):
-    """Selects row `row`; `rank` is the block's number in its cluster."""
+    """Runs in each thread: selects row `row`. `rank` is the block's number in its cluster."""
     row, rank = machine.word(row), machine.word(rank)
     length = machine.load_global(machine.row(lengths, 0, rows), row)
     out = machine.row(positions, row, plan.k)
     with machine.when(length <= plan.k):
-
-        def put(at):
-            machine.store_global(out, at, machine.select(at < length, at, HIGHEST))
-
-        machine.loop(rank * machine.threads + machine.thread, plan.k, machine.cluster * machine.threads, put)
+        write_short_row(machine, out, length, rank, plan.k)
     with machine.when(length > plan.k):
         held = HeldRow(machine, machine.row(scores, row, plan.size), length, rank, plan)
         held.write(out, *held.find())
@@ -108,7 +112,7 @@ class HeldRow:
         self.run = machine.warp * machine.cluster + rank
         self.start = self.run * (plan.chunks * 128)
         self.first = self.start + machine.lane * 4
-        # A read past the end of the row becomes one of its last scores, which the length then hides.
+        # A load past the end of the row reads its last four scores instead. `hide` removes them below.
         scores = [machine.load_global4(row, (self.first + i * 128).min(plan.size - 4)) for i in range(plan.chunks)]
         self.clear(0, BINS)
         self.clear(_TOTALS, 3 * BINS)
@@ -130,21 +134,22 @@ class HeldRow:
         for i in range(0, size, each * machine.threads):
             machine.store_shared_vector(machine.thread * each + (start + i), [machine.word(0)] * each)
 
-    # Histograms. Of `[low, high]`, as much as `shift` bits a bin.
+    # Histograms of the keys from `low` to `high`: a bin holds 2 ** shift keys.
 
     def shift(self, low, high):
         zeros = self.machine.leading_zeros(high - low)
         return self.machine.select(zeros < 21, self.machine.word(21) - zeros, 0)
 
     def my_bins(self):
-        """The first of the bins that this thread adds up: the first thread the highest ones."""
+        """The first of the bins that this thread adds up. The first thread has the highest bins."""
         each = BINS // self.machine.threads
         return self.machine.word(BINS - each) - self.machine.thread * each
 
     def find_bin(self, bins, rank):
-        """Counting from the highest bin down: the bin with the `rank`-th, how many are in higher ones, and in it.
+        """Finds the bin of the `rank`-th highest key.
 
-        Leaves alone what was found before if there are fewer.
+        Returns the bin, the number of keys in higher bins, and the number in the bin. If there are fewer than `rank`
+        keys, it returns the previous result.
         """
         machine = self.machine
         own = sum(bins[1:], bins[0])
@@ -167,7 +172,7 @@ class HeldRow:
     # The steps.
 
     def bounds(self):
-        """Two scores with the k-th highest of the row between them: the floor and the highest."""
+        """Keys of the floor and of the highest score. The k-th highest of the row is between them."""
         machine, plan = self.machine, self.plan
         warps = machine.threads // 32
         best = self.keys[0]
@@ -188,7 +193,7 @@ class HeldRow:
         bins = machine.load_shared_vector(self.my_bins(), BINS // machine.threads)
         self.clear_my_bins()
         found, _, inside = self.find_bin(bins, -(-plan.k // machine.cluster))
-        # Without scores enough, or any, a block has no floor.
+        # A block with too few scores has no floor.
         floor = machine.select(inside.eq(0), 1, least + (found << shift))
         with machine.when(machine.thread < machine.cluster):
             machine.store_peer(self.rank * 2 + _RANGES, machine.thread, floor)
@@ -201,9 +206,10 @@ class HeldRow:
         self.machine.store_shared_vector(self.my_bins(), [self.machine.word(0)] * (BINS // self.machine.threads))
 
     def narrow(self, value_of, turn, low, high, above):
-        """One step towards the k-th highest value, between `low` and `high`, with `above` values being higher.
+        """One step towards the k-th highest value. It is between `low` and `high`, and `above` values are higher.
 
-        `value_of(i) -> (value, condition)`. Returns the next turn, low, high, above and the number of values between.
+        `value_of(i) -> (value, condition)`. Returns the next turn, low, high, above, and the number of values between
+        low and high.
         """
         machine = self.machine
         shift, width = self.shift(low, high), high - low
@@ -213,12 +219,12 @@ class HeldRow:
             inside = offset <= width
             machine.count_shared(offset >> shift, inside if condition is None else inside & condition)
         machine.barrier()
-        # Each block adds up a part of the bins. While a turn's are written, the next one's are cleared: the last to
-        # read them was the turn before the last, which all blocks have left.
-        mine, share = self.my_bins(), BINS // machine.cluster
+        # Each block adds up a part of the bins. While one turn's bins are written, the next turn's are cleared. They
+        # were last read two turns ago, and all blocks have left that turn.
+        mine, bins_per_block = self.my_bins(), BINS // machine.cluster
         each = BINS // machine.threads
         bins = machine.load_shared_vector(mine, each)
-        totals, owner = turn * BINS + _TOTALS, mine // share
+        totals, owner = turn * BINS + _TOTALS, mine // bins_per_block
         for i, count in enumerate(bins):
             with machine.when(count.ne(0)):
                 machine.add_peer(totals + mine + i, owner, count)
@@ -232,7 +238,7 @@ class HeldRow:
         return following, low, machine.select(high - low > width, low + width, high), above + higher, inside
 
     def find(self):
-        """The key of the k-th highest score, the last position at which an equal one counts, and where to write."""
+        """The key of the k-th highest score, the last position at which an equal score counts, and where to write."""
         machine = self.machine
 
         def narrow_until(value_of, turn, low, high, above, inside):
@@ -264,7 +270,10 @@ class HeldRow:
         return self.rank_finalists(machine.word(self.plan.k) - above, inside, before)
 
     def exchange(self, low, high, begin, end):
-        """Gives the finalists to all blocks, and the count of this warp's scores above them."""
+        """Sends the finalists and this warp's count of higher scores to all blocks.
+
+        Returns the number of higher scores before this warp's run.
+        """
         machine = self.machine
         count, width = machine.word(0), high - low
         for i in range(0, len(self.keys), 4):
@@ -293,7 +302,7 @@ class HeldRow:
         return before
 
     def rank_finalists(self, wanted, size, before):
-        """Key and position of the `wanted`-th of the finalists, and the number selected in front of this warp's run."""
+        """Key and position of the `wanted`-th finalist, and the number of selected scores before this warp's run."""
         machine = self.machine
         key, position = machine.load_shared_vector(machine.lane.min(size - 1) * 2 + _FINALISTS, 2)
 
@@ -316,7 +325,7 @@ class HeldRow:
         ]
         counts = [machine.select(condition, 1, 0) for condition in chosen]
         sums = [sum(counts[i + 1 : i + 4], counts[i]) for i in range(0, len(counts), 4)]
-        # The sums over lanes are at most 128: four of them fit a word.
+        # A sum over lanes is at most 128, so four sums fit one word.
         for i in range(0, plan.chunks, 4):
             packed = machine.word(0)
             for j, own in enumerate(sums[i : i + 4]):

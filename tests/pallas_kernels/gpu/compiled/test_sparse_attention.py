@@ -1,4 +1,4 @@
-"""Sparse attention over unions and over lists, and selection with attention, against the portable ones."""
+"""The Hopper kernels for unions, lists, and selection with attention, against the portable implementations."""
 
 import functools
 
@@ -10,19 +10,19 @@ import pytest
 from pallas_kernels import paging, topk_attention
 from pallas_kernels.flash_attention import xla as dense
 from pallas_kernels.sparse_attention import xla
-from pallas_kernels.sparse_attention.attend import Config
-from pallas_kernels.sparse_attention.decode import attend_all, attend_single
-from pallas_kernels.sparse_attention.gather import GROUP
-from pallas_kernels.sparse_attention.prefill import union_attention
-from pallas_kernels.sparse_attention.unions import build_unions
+from pallas_kernels.sparse_attention.mosaic_gpu.attend import UnionConfig
+from pallas_kernels.sparse_attention.mosaic_gpu.decode import attend_all, attend_single
+from pallas_kernels.sparse_attention.mosaic_gpu.gather import GROUP
+from pallas_kernels.sparse_attention.mosaic_gpu.prefill import union_attention
+from pallas_kernels.sparse_attention.mosaic_gpu.unions import build_unions
 
 SCALE = 128**-0.5
-TWO_TILES = Config()
-ONE_TILE = Config(tiles=1)
+TWO_TILES = UnionConfig()
+ONE_TILE = UnionConfig(tiles=1)
 
 
 def pool_and_pages(key: jax.Array, context: int, kv_heads: int, page_size: int = 64, extra: int = 3):
-    """A pool of keys and values of one sequence, and its page table: pages in random order, some unused."""
+    """Keys and values of one sequence and its page table. Pages are in random order, and some are unused."""
     pages = -(-context // page_size)
     data, order = jax.random.split(key)
     kv = jax.random.normal(data, (pages + extra, page_size, 2 * kv_heads, 128), jnp.bfloat16)
@@ -35,10 +35,10 @@ def unions_from_indices(
     """Builds the inputs of `union_attention` from index lists. Slow.
 
     Args:
-      indices: int32 `[t, top_k]` positions each query attends to, none twice; -1 is ignored.
+      indices: int32 `[t, top_k]`, the positions that a query attends to, each at most once; -1 is ignored.
       page_table: int32 `[m]` of the sequence.
-      page_size: positions a page holds.
-      size: entries kept per group, a multiple of 64; larger unions lose their last keys.
+      page_size: positions of one page.
+      size: entries per group, a multiple of 64. A larger union loses its last keys.
 
     Returns:
       slots and members int32 `[ceil(t / 16), size]`, counts int32 `[ceil(t / 16)]`.
@@ -71,7 +71,7 @@ def relative_error(value, reference):
 
 
 def make_indices(key, queries, context, top_k):
-    """Random distinct positions; each query has a different number of them, one has none."""
+    """Random distinct positions. Each query has another number of them, and one has none."""
     keys = jax.random.split(key, queries)
     indices = jax.vmap(lambda k: jax.random.permutation(k, context)[:top_k])(keys).astype(jnp.int32)
     used = jax.random.randint(key, (queries, 1), 1, top_k + 1).at[queries // 2].set(0)
@@ -135,7 +135,7 @@ def test_union_groups_of_heads(heads, kv_heads):
 
 
 def test_union_reads_nothing_behind_count():
-    """Entries behind `counts` are wild, and rows that no list names hold NaN."""
+    """Entries from `counts` on are wild, and rows that are in no list hold NaN."""
     key = jax.random.key(2)
     kv, pages = pool_and_pages(key, 1024, 4)
     q = jax.random.normal(key, (32, 32, 128), jnp.bfloat16)
@@ -193,9 +193,9 @@ def test_dense_decode_matches_xla(batch, kv_heads, cluster):
     assert relative_error(lse, expected_lse) < 1e-5
 
 
-@pytest.mark.parametrize("share", [9, 12, 20, 60])
-def test_refuses_groups_that_fill_an_odd_number_of_warpgroups(share):
-    q, kv = jnp.zeros((16, share, 128), jnp.bfloat16), jnp.zeros((1, 64, 2, 128), jnp.bfloat16)
+@pytest.mark.parametrize("q_per_kv", [9, 12, 20, 60])
+def test_refuses_groups_that_fill_an_odd_number_of_warpgroups(q_per_kv):
+    q, kv = jnp.zeros((16, q_per_kv, 128), jnp.bfloat16), jnp.zeros((1, 64, 2, 128), jnp.bfloat16)
     lists = jnp.zeros((1, 64), jnp.int32), jnp.zeros((1, 64), jnp.int32), jnp.zeros((1,), jnp.int32)
     with pytest.raises(NotImplementedError):
         union_attention(q, kv, *lists, scale=SCALE)

@@ -1,11 +1,12 @@
-"""Attention of single queries on Hopper GPUs: to listed positions, or to all of a sequence, in one launch.
+"""Attention of single queries on Hopper GPUs, to listed positions or to all positions, in one launch.
 
-A cluster of blocks takes one query and the query heads that share a KV head, eight at most, and each of its warps every
-so many steps of 32 keys on its own. Keys and values go from memory straight to registers, a step ahead, in an order in
-which the tensor cores can take them: which dimensions of a head a thread loads is free, as long as it loads the same of
-the queries (the product sums over them) or writes the result accordingly. S = Q K^T has eight rows that count of 16;
-O^T = V^T P^T wastes nothing, and takes P as the threads hold it. Warps and blocks are combined by log-sum-exp through
-(distributed) shared memory.
+A cluster of blocks takes one query and up to eight query heads of one KV head. The cluster's warps take turns with
+steps of 32 keys, and each warp works on its own. Keys and values go from memory straight to registers, a step ahead, in
+an order that suits the tensor cores. A thread may load any dimensions of a head: of the keys, if it loads the same
+dimensions of the queries (the product sums over them), and of the values, if it writes the result accordingly.
+
+S = Q K^T uses eight of 16 rows. O^T = V^T P^T wastes nothing, and takes P as the threads hold it. Warps and blocks are
+combined by log-sum-exp through (distributed) shared memory.
 """
 
 import dataclasses
@@ -16,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.simt_machine import MULTIPROCESSORS, launch
-from pallas_kernels.simt_tensor import TensorMachine
-from pallas_kernels.sparse_attention.attend import check
-from pallas_kernels.sparse_attention.gather import DIM
+from pallas_kernels.gpu.hopper import MULTIPROCESSORS
+from pallas_kernels.gpu.machine import launch
+from pallas_kernels.gpu.tensor_machine import TensorMachine
+from pallas_kernels.sparse_attention.mosaic_gpu.attend import check
+from pallas_kernels.sparse_attention.mosaic_gpu.gather import DIM
 
 STEP = 32
-"""Keys of one step of a warp: one for each lane to look up."""
+"""Keys of one step of a warp: each lane looks up one."""
 HEADS = 8
 """Query heads of a block."""
 
@@ -31,8 +33,9 @@ _NOWHERE = 0xFFFFFFFF
 _LOG2E = math.log2(math.e)
 _LOWEST, _MASKED, _ONE = 0xE0AD78EC, 0xFF800000, 0x3F800000  # -1e20, -inf and 1 in float32
 
-# Shared memory, in words. The warps' sums: a row of 128 for each head, padded against bank conflicts. Then maxima and
-# totals of warps and heads, then the same of the blocks of the cluster, and their sums of the part this block finishes.
+# Addresses in shared memory, in words. In order: the warps' sums, a row of 128 for each head, padded against bank
+# conflicts; maxima and totals of each warp and head; the same of each block of the cluster and head; the blocks' sums
+# of the part that this block finishes.
 _PITCH = DIM + 4
 _STATS = _WARPS * HEADS * _PITCH
 _PEER_STATS = _STATS + _WARPS * HEADS * 2
@@ -49,19 +52,22 @@ def attend_single(
     scale: float,
     cluster: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Each query by itself attends to its listed positions.
+    """Each query attends to its listed positions, independently of other queries.
 
     Args:
       q: bfloat16 `[b, t, n, 128]`.
-      kv: bfloat16 `[p, page_size, 2 * k, 128]` pages; a row holds the keys of all k heads, then their values.
+      kv: bfloat16 `[p, page_size, 2 * k, 128]` pages. A row holds the keys of all k heads, then their values.
       indices: int32 `[b, t, top_k]` positions; -1 is ignored.
       page_table: int32 `[b, m]`.
       scale: factor on the dot products, above 0.
-      cluster: blocks that share the keys of a query and KV head: 1, 2, 4, 8 or 16; None chooses.
+      cluster: number of blocks that share the keys of a query and KV head: 1, 2, 4, 8 or 16; None chooses.
 
     Returns:
       bfloat16 `[b, t, n, 128]`, and the log-sum-exp of the scaled dot products, float32 `[b, t, n]`. A query with no
       position gets zeros and -inf.
+
+    Raises:
+      NotImplementedError: dtypes or sizes that the kernel does not take.
     """
     listed = indices.reshape(-1, indices.shape[-1])
     return _run(q, kv, listed, page_table, indices.shape[-1], scale=scale, cluster=cluster)
@@ -76,7 +82,7 @@ def attend_all(
     scale: float,
     cluster: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `attend_single`, to the first `counts` (int32 `[b, t]`) positions of the sequence."""
+    """As `attend_single`, but each query attends to the first `counts` positions of its sequence, int32 `[b, t]`."""
     size = page_table.shape[1] * kv.shape[1]
     return _run(q, kv, counts.reshape(-1, 1), page_table, size, scale=scale, cluster=cluster, listed=False)
 
@@ -84,7 +90,7 @@ def attend_all(
 def _run(q, kv, lists, page_table, size, *, scale, cluster, listed=True):
     kv_heads = check(q, kv, scale)
     batch, length, heads, _ = q.shape
-    shape = Shape(
+    shape = DecodeShape(
         queries=batch * length,
         queries_per_sequence=length,
         heads=heads,
@@ -114,13 +120,19 @@ def _run(q, kv, lists, page_table, size, *, scale, cluster, listed=True):
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """What a launch works on.
+class DecodeShape:
+    """The sizes of a launch.
 
     Attributes:
-      pages: of one sequence's page table.
+      queries: queries of all sequences.
+      queries_per_sequence: consecutive queries that use one row of the page table.
+      heads: query heads.
+      kv_heads: heads of keys and values.
+      pages: pages of one sequence's page table.
+      page_size: positions of one page.
       size: entries of a list; without lists, the most positions of a sequence.
-      listed: lists of positions instead of their number.
+      listed: whether queries have lists of positions. Otherwise they have a number of positions.
+      scale: factor on the dot products.
     """
 
     queries: int
@@ -134,30 +146,30 @@ class Shape:
     scale: float
 
     @property
-    def share(self) -> int:
-        """Query heads on a KV head."""
+    def q_per_kv(self) -> int:
+        """Query heads of one KV head."""
         return self.heads // self.kv_heads
 
     @property
     def parts(self) -> int:
-        """Blocks' worth of query heads on a KV head."""
-        return -(-self.share // HEADS)
+        """Clusters that the query heads of one KV head need."""
+        return -(-self.q_per_kv // HEADS)
 
     @property
     def blocks(self) -> int:
-        """Clusters."""
+        """Number of clusters."""
         return self.queries * self.kv_heads * self.parts
 
     def best_cluster(self) -> int:
-        """As wide as the GPU has room for, and as there are steps for its warps."""
-        # A batch of 4 at 128K was read faster by 256 blocks than by 128; lists of a few steps a warp were not.
+        """The widest cluster that the GPU has room for and whose warps all have a step."""
+        # 256 blocks read a batch of 4 at 128K faster than 128 did. Lists of a few steps per warp were not faster.
         room = MULTIPROCESSORS if self.listed else 2 * MULTIPROCESSORS
         fits = [c for c in (2, 4, 8, 16) if self.blocks * c <= room and c * _WARPS * STEP <= self.size]
         return max(fits, default=1)
 
 
 def decode_body(machine, q, kv, lists, page_table, out, lse, block, rank, *, shape):
-    """Runs in each thread of the cluster that takes part `block` of the query heads; `rank` is its block in it."""
+    """Runs in each thread of cluster number `block`. `rank` is the block's number in the cluster."""
     block, rank = machine.word(block), machine.word(rank)
     pair, query = block // shape.parts, block // (shape.parts * shape.kv_heads)
     kv_head, first_head = pair - query * shape.kv_heads, (block - pair * shape.parts) * HEADS
@@ -166,31 +178,31 @@ def decode_body(machine, q, kv, lists, page_table, out, lse, block, rank, *, sha
 
 
 class SingleQuery:
-    """One query and up to eight heads of it, as each thread sees it: in tiles of the tensor cores, lane 4 * g + c."""
+    """One query and up to eight of its heads, as each thread sees them. Its lane is 4 * g + c in a tensor-core tile."""
 
     def __init__(self, machine, shape, query, kv_head, first_head, q, kv, lists, page_table, rank):
         self.machine, self.shape, self.query, self.rank, self.kv = machine, shape, query, rank, kv
         self.kv_head, self.first_head = kv_head, first_head
         self.g, self.c = machine.lane >> 2, machine.lane & 3
-        self.head = kv_head * shape.share + first_head
+        self.head = kv_head * shape.q_per_kv + first_head
         self.table = machine.row(page_table, query // shape.queries_per_sequence, shape.pages)
         self.list = machine.row(lists, query, shape.size if shape.listed else 1)
         self.count = machine.word(shape.size) if shape.listed else machine.load_global(self.list, 0).min(shape.size)
         q_row = machine.row(q, query, shape.heads * DIM // 2)
-        exists = first_head + self.g < shape.share
+        exists = first_head + self.g < shape.q_per_kv
         at = (self.head + machine.select(exists, self.g, 0)) * (DIM // 2) + self.c * 4
         self.q = [machine.load_global4_where(q_row, at + i * 16, exists) for i in range(4)]
 
     # Keys and values.
 
     def slots(self, step):
-        """Row of the pages of the key that this lane looks up, or none."""
+        """The row of the flattened pages of the key that this lane looks up; `_NOWHERE` if there is no key."""
         machine, shape = self.machine, self.shape
         index = step * STEP + machine.lane
         exists, position = index < self.count, index
         if shape.listed:
             position = machine.load_global(self.list, index.min(shape.size - 1))
-            exists = exists & (position < shape.pages * shape.page_size)  # As an unsigned number, -1 is not.
+            exists = exists & (position < shape.pages * shape.page_size)  # As an unsigned number, -1 is larger.
         position = machine.select(exists, position, 0)
         page = position // shape.page_size
         slot = machine.load_global(self.table, page) * shape.page_size + (position - page * shape.page_size)
@@ -204,13 +216,13 @@ class SingleQuery:
         return [machine.load_global4_where(row, head * (DIM // 2) + offset, exists) for offset in offsets]
 
     def load_keys(self, slots):
-        """Of key 8 * i + g: 8 dimensions from 8 * c on, of each 32."""
+        """Of keys 8 * i + g, the 8 dimensions from 8 * c on in each 32 dimensions."""
         offsets = [self.c * 4 + 16 * i for i in range(4)]
         rows = [self.load_row(slots, self.g + 8 * i, self.kv_head, offsets) for i in range(STEP // 8)]
         return [word for row in rows for words in row for word in words]
 
     def load_values(self, slots):
-        """Of keys 8 * i + 2 * c and the next: 8 dimensions from 8 * g on, of each 64."""
+        """Of keys 8 * i + 2 * c and the next, the 8 dimensions from 8 * g on in each 64 dimensions."""
         offsets = [self.g * 4, self.g * 4 + 32]
         lanes = [self.c * 2 + (8 * i + j) for i in range(STEP // 8) for j in range(2)]
         rows = [self.load_row(slots, lane, self.kv_head + self.shape.kv_heads, offsets) for lane in lanes]
@@ -219,7 +231,7 @@ class SingleQuery:
     # Attention.
 
     def score(self, keys, slots):
-        """Products with keys 8 * i + 2 * c and the next, of head g, in units of log2; -inf where there is no key."""
+        """Scores of head g and keys 8 * i + 2 * c and the next, in units of log2; -inf where there is no key."""
         machine, zero = self.machine, self.machine.word(0)
         keys = np.array(keys, dtype=object).reshape(STEP // 8, 4, 4)
         there = machine.ballot(slots.ne(_NOWHERE)) >> self.c * 2
@@ -248,9 +260,9 @@ class SingleQuery:
         return [word for row in sums for word in row]
 
     def attend(self):
-        """This warp's share: highest score and sum of weights of head g, and the sums of values.
+        """Attention to this warp's keys: the highest score and the sum of weights of head g, and the sums of values.
 
-        Sum 4 * m + 2 * side + j is of dimension 64 * side + 8 * g + m and head 2 * c + j.
+        Sum 4 * m + 2 * side + j is for dimension 64 * side + 8 * g + m and head 2 * c + j.
         """
         machine = self.machine
         op, maximum = machine.float_op, functools.partial(machine.float_op, "max")
@@ -288,7 +300,7 @@ class SingleQuery:
     # Combining.
 
     def merge(self, stats):
-        """The highest of `[(highest, total)]`, the weight of each under it, and the sum of weights."""
+        """Of parts `[(highest, total)]`: the highest of all, each part's weight, and the weighted total."""
         machine = self.machine
         op = machine.float_op
         highest = functools.reduce(functools.partial(op, "max"), (h for h, _ in stats))
@@ -315,7 +327,7 @@ class SingleQuery:
         with machine.when(self.c.eq(0)):
             machine.store_shared_vector((machine.warp * HEADS + self.g) * 2 + _STATS, [highest, total])
         machine.barrier()
-        # Warp h sums up head h: four dimensions a lane.
+        # Warp h sums up head h, with four dimensions per lane.
         head, dim = machine.warp, machine.lane * 4
         stats = [machine.load_shared_vector((head + w * HEADS) * 2 + _STATS, 2) for w in range(_WARPS)]
         highest, weights, total = self.merge(stats)
@@ -324,7 +336,7 @@ class SingleQuery:
         if cluster == 1:
             self.write(out, lse, head, dim, highest, total, sums)
             return
-        # A block finishes every so many fours of dimensions, of all heads, and gets the others' sums of those.
+        # Each block finishes `fours` groups of four dimensions, of all heads, and gets the others' sums of them.
         fours = HEADS * DIM // 4 // cluster
         owner, at = machine.thread // fours, machine.thread & (fours - 1)
         machine.store_peer_vector((self.rank * fours + at) * 4 + _PEER_SUMS, owner, sums)
@@ -343,7 +355,7 @@ class SingleQuery:
     def write(self, out, lse, head, dim, highest, total, sums):
         machine, shape = self.machine, self.shape
         op = machine.float_op
-        with machine.when(self.first_head + head < shape.share):
+        with machine.when(self.first_head + head < shape.q_per_kv):
             some = total.ne(0)
             inverse = machine.select(some, op("div", _ONE, total), 0)
             sums = [op("mul", s, inverse) for s in sums]

@@ -1,13 +1,13 @@
 """Per-thread (SIMT) kernel bodies: 32-bit values with operators, and sums over threads.
 
-A kernel body is an ordinary Python function over `Value`s and a machine that knows how to load, store, branch and
-synchronise: `simt_machine.Machine` emits instructions for a GPU, and the tests have one that computes with NumPy.
-All integers are unsigned 32-bit words. Shared memory is addressed in words from the start of one scratch buffer.
+A kernel body is a Python function of a machine and of `Value`s. The machine loads, stores, branches and synchronises.
+`machine.Machine` emits instructions for a GPU; the tests have a machine that computes with NumPy. All integers are
+unsigned 32-bit words. Addresses in shared memory are words from the start of one scratch buffer.
 """
 
 
 class Value:
-    """A 32-bit word or a boolean of the running thread."""
+    """A 32-bit word or a boolean of one thread."""
 
     def __init__(self, machine, raw):
         self.machine, self.raw = machine, raw
@@ -72,7 +72,7 @@ class Value:
 
 
 def warp_scan(machine, value):
-    """The sum of `value` over the lanes up to this one."""
+    """The sum of `value` over the lanes up to and including this one."""
     for distance in (1, 2, 4, 8, 16):
         lower = machine.shuffle_up(value, distance)
         value = value + machine.select(machine.lane >= distance, lower, 0)
@@ -80,9 +80,9 @@ def warp_scan(machine, value):
 
 
 def count_before(machine, count, scratch, rank):
-    """The sum of `count` over the lanes of all earlier warps of the cluster, and over all its warps.
+    """The sum of `count` over all lanes of earlier warps of the cluster, and the sum over all its warps.
 
-    Uses 33 words of shared memory from `scratch` on; `rank` is the block's number in the cluster.
+    Uses 33 words of shared memory from `scratch` on. `rank` is the block's number in the cluster.
     """
     warps = machine.threads // 32
     count = machine.warp_sum(count)

@@ -1,4 +1,4 @@
-"""Compiled kernels: `make test-gpu` on a Hopper GPU. Elsewhere there is nothing to collect here."""
+"""Tests of the compiled kernels: `make test-gpu` on a Hopper GPU. Without one, nothing is collected here."""
 
 from pallas_kernels.dispatch import available
 

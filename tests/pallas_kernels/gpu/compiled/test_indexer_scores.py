@@ -1,4 +1,4 @@
-"""What only the Hopper index scores have: an entry that leaves out what is not seen."""
+"""The Hopper index scores: `fill=False`, equal results on every run, and refusals."""
 
 import functools
 

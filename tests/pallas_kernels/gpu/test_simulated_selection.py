@@ -1,13 +1,12 @@
-"""The bodies of the GPU selection kernels, run by a NumPy machine: logic, not races, and no GPU needed."""
+"""A NumPy machine runs the bodies of the GPU selection kernels. It tests logic, not races, without a GPU."""
 
 import numpy as np
 import pytest
 
-from pallas_kernels.select_topk import few_rows
-from pallas_kernels.select_topk.mosaic_gpu import row_body
-from pallas_kernels.select_topk.row_reader import Plan
-from pallas_kernels.sparse_attention.unions import BITS, union_body
-from tests.pallas_kernels.simt import NumpyMachine
+from pallas_kernels.select_topk.mosaic_gpu import few_rows, row_body
+from pallas_kernels.select_topk.mosaic_gpu.row_reader import RowPlan
+from pallas_kernels.sparse_attention.mosaic_gpu.unions import BITS, union_body
+from tests.pallas_kernels.gpu.numpy_machine import NumpyMachine
 
 ROWS, SIZE, K, THREADS = 4, 6004, 100, 128
 KINDS = ("normal", "clustered", "ties", "zeros", "constant", "infinite", "front", "periodic")
@@ -74,14 +73,14 @@ def check_selection(kind, cluster, body, plan, words):
 @pytest.mark.parametrize(("cluster", "slots"), [(1, 4), (1, 8), (2, 4)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_selection(kind, cluster, slots):
-    plan = Plan(SIZE, K, THREADS, cluster, slots=slots, spill=160, stages=3, samples=512)
+    plan = RowPlan(SIZE, K, THREADS, cluster, slots=slots, spill=160, stages=3, samples=512)
     check_selection(kind, cluster, row_body, plan, plan.words)
 
 
 @pytest.mark.parametrize("cluster", [2, 8, 16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_selection_of_few_rows(kind, cluster):
-    plan = few_rows.Plan(SIZE, K, cluster, THREADS)
+    plan = few_rows.HeldRowPlan(SIZE, K, cluster, THREADS)
     check_selection(kind, cluster, few_rows.few_rows_body, plan, few_rows.WORDS)
 
 

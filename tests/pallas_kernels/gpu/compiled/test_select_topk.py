@@ -1,11 +1,12 @@
-"""Positions against the portable selection."""
+"""The Hopper selection against the portable one."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.select_topk import few_rows, mosaic_gpu, xla
+from pallas_kernels.select_topk import mosaic_gpu, xla
+from pallas_kernels.select_topk.mosaic_gpu import few_rows
 
 KINDS = ("random", "clustered", "ties", "zeros", "constant", "infinite", "blocks", "front", "one_ulp", "periodic")
 
@@ -82,7 +83,7 @@ few = jax.jit(few_rows.select_few_rows, static_argnames="plan")
     ],
 )
 def test_few_rows(rows, size, k, cluster):
-    plan = few_rows.Plan(size, k, cluster)
+    plan = few_rows.HeldRowPlan(size, k, cluster)
     for kind in KINDS:
         scores, lengths = make_scores(kind, rows, size), make_lengths(rows, size, k)
         for row, length in enumerate(lengths):

@@ -1,8 +1,8 @@
-"""The union of what neighbouring queries select, on Hopper GPUs (Pallas Mosaic GPU).
+"""The union of the selections of neighbouring queries, on Hopper GPUs (Pallas Mosaic GPU).
 
 A cluster of blocks works on a group of 16 queries. Each block keeps a halfword of shared memory for every position of
-its part of the context, sets in it the bits of the queries that select the position, and after the blocks have
-exchanged how many positions are selected at all, writes these to their places in order.
+its part of the context, and sets the bits of the queries that select the position. Then the blocks exchange their
+numbers of selected positions, and write the selected positions in order.
 """
 
 import functools
@@ -11,14 +11,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.simt import Value, count_before, warp_scan
-from pallas_kernels.simt_machine import launch
-from pallas_kernels.sparse_attention.gather import GROUP
+from pallas_kernels.gpu.machine import launch
+from pallas_kernels.gpu.simt import Value, count_before, warp_scan
+from pallas_kernels.sparse_attention.mosaic_gpu.gather import GROUP
 
 THREADS = 1024
-# Shared memory, in words.
+# Addresses in shared memory, in words.
 COUNTS, BITS = 0, 64
-_CHUNK = 256  # positions a warp looks at together, 8 a lane
+_CHUNK = 256  # Positions that a warp handles together: 8 per lane.
 _MAX_WORDS = 49_152
 _BATCH = 8
 
@@ -26,9 +26,9 @@ _BATCH = 8
 def union_body(
     machine, indices, page_table, slots, members, counts, index, rank, *, size, top_k, limit, page_size, table_groups
 ):
-    """Writes what the queries of group `index` select; `rank` is the block's number in the cluster.
+    """Runs in each thread: writes the union of group `index`. `rank` is the block's number in the cluster.
 
-    Every row of the page table serves `table_groups` groups.
+    Each row of the page table serves `table_groups` groups.
     """
     index, rank = machine.word(index), machine.word(rank)
     warps = machine.threads // 32
@@ -53,7 +53,7 @@ def union_body(
         return machine.loop(machine.thread, entries, _BATCH * machine.threads, visit_batch, carry)
 
     def highest(query, positions, exists, longest):
-        return [functools.reduce(Value.max, [position + 1 for position in positions], longest)]  # of -1 that is 0
+        return [functools.reduce(Value.max, [position + 1 for position in positions], longest)]  # -1 + 1 is 0.
 
     [longest] = visit_lists(highest, [0])
     longest = machine.warp_max(longest)
@@ -120,7 +120,11 @@ def union_body(
 
 
 def union_plan(groups: int, size: int) -> tuple[int, int]:
-    """Blocks per group, and the words of shared memory each needs; or refuses."""
+    """Blocks per group, and words of shared memory per block.
+
+    Raises:
+      NotImplementedError: the context is too long.
+    """
 
     def words(cluster: int) -> int:
         return math.ceil(size / (_CHUNK * cluster)) * _CHUNK // 2
@@ -134,18 +138,23 @@ def union_plan(groups: int, size: int) -> tuple[int, int]:
 def build_unions(
     indices: jax.Array, page_table: jax.Array, *, page_size: int, limit: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Where the keys lie that at least one of 16 neighbouring queries selects, and which queries select each.
+    """The keys that at least one query of a group of 16 neighbours selects, and the queries that select each key.
 
     Args:
-      indices: int32 `[b, t, top_k]` positions each query selects, in any order; -1 is ignored. t is a multiple of 16.
+      indices: int32 `[b, t, top_k]`, the positions that a query selects, in any order; -1 is ignored. t is a multiple
+        of 16.
       page_table: int32 `[b, m]`.
-      page_size: positions a page holds.
-      limit: room for keys; `16 * top_k` is always enough. Those beyond it are dropped.
+      page_size: positions of one page.
+      limit: most keys of one group; `16 * top_k` is always enough. Further keys are dropped.
 
     Returns:
-      slots int32 `[b * t / 16, limit]`, rows of the flattened pages in the order of their positions; members int32,
-      same shape, bit i set where query i of the group selects the key; counts int32 `[b * t / 16]`. Behind the counts
-      both hold anything.
+      slots int32 `[b * t / 16, limit]`, rows of the flattened pages in the order of their positions;
+      members int32 `[b * t / 16, limit]`, bit i is set if query i of the group selects the key;
+      counts int32 `[b * t / 16]`, the number of keys before any are dropped.
+      Entries of slots and members from a group's count on are undefined.
+
+    Raises:
+      NotImplementedError: t is no multiple of 16, or the context is too long.
     """
     batch, queries, top_k = indices.shape
     if queries % GROUP:

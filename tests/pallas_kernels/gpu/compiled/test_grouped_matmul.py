@@ -1,4 +1,4 @@
-"""Grouped matmul against float64: ragged groups, planted NaNs, the released shapes."""
+"""Grouped matmul against float64: ragged groups, NaN where nothing may be read, the released shapes."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.grouped_matmul import xla
-from pallas_kernels.grouped_matmul.mosaic_gpu import Config, gate_up_silu, grouped_matmul
+from pallas_kernels.grouped_matmul.mosaic_gpu import MatmulConfig, gate_up_silu, grouped_matmul
 
 
 def normal(shape, seed, scale=1.0):
@@ -14,7 +14,7 @@ def normal(shape, seed, scale=1.0):
 
 
 def expected(lhs, rhs, sizes, fused=False):
-    """fp64 on the CPU."""
+    """The products in float64, on the CPU."""
     lhs, rhs = np.asarray(lhs, np.float64), np.asarray(rhs, np.float64)
     out, start = np.zeros((lhs.shape[0], rhs.shape[2])), 0
     for group, size in enumerate(sizes):
@@ -45,14 +45,14 @@ RAGGED = {
 
 
 @pytest.mark.parametrize("case", RAGGED)
-@pytest.mark.parametrize("config", [Config(2, 256), Config(1, 128)])
+@pytest.mark.parametrize("config", [MatmulConfig(2, 256), MatmulConfig(1, 128)])
 @pytest.mark.parametrize("fused", [False, True])
 def test_ragged(case, config, fused):
     rows, sizes = RAGGED[case]
     valid = sum(sizes)
     if fused:
-        config = Config(config.consumers, config.columns // 2)
-    # Nothing may come from rows that no group owns, nor from a matrix whose group is empty.
+        config = MatmulConfig(config.consumers, config.columns // 2)
+    # Rows of no group and matrices of empty groups must not be used.
     lhs = normal((rows, 192), 0).at[valid:].set(jnp.nan)
     rhs = normal((8, 192, 512), 1, 0.1).at[np.flatnonzero(np.array(sizes) == 0)].set(jnp.nan)
     out = (gate_up_silu if fused else grouped_matmul)(lhs, rhs, jnp.asarray(sizes, jnp.int32), config=config)

@@ -1,30 +1,30 @@
-"""Reading a row of scores by the threads of a team or cluster, and what they keep of it in shared memory."""
+"""How the threads of a team or cluster read a row of scores, and the layout of what they keep in shared memory."""
 
 import dataclasses
 import math
 from typing import NamedTuple
 
-from pallas_kernels.simt import Value
+from pallas_kernels.gpu.simt import Value
 
 HIGHEST = 0xFFFFFFFF
 BINS = 2048
-# The first words of a team's shared memory.
+# Addresses in a team's shared memory, in words. The histogram of BINS words comes first.
 WARP_SUMS, FOUND, COUNTERS, RING = BINS, BINS + 36, BINS + 40, BINS + 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """How rows are worked on, and what lies where in the shared memory of a team, in words.
+class RowPlan:
+    """How rows are read, and the layout of a team's shared memory, in words.
 
     Attributes:
       size: scores of a row.
-      k: how many of them are selected.
+      k: scores that are selected.
       threads: threads of a team, a power of two.
       cluster: blocks that work on a row together, each a team.
-      slots: collected scores that each thread has room for.
-      spill: collected scores that there is more room for, shared by all threads; at least k.
-      stages: steps that copies run ahead of reading.
-      samples: scores sampled, at most `slots * threads`.
+      slots: room of each thread for collected scores.
+      spill: room for further collected scores, shared by all threads; at least k.
+      stages: number of steps that copies run ahead of reading.
+      samples: scores of the sample, at most `slots * threads`.
     """
 
     size: int
@@ -38,12 +38,12 @@ class Plan:
 
     @property
     def bitmap(self) -> int:
-        """Words of the bitmap of a block's part of a row."""
+        """Words of the bitmap of one block's part of a row."""
         return math.ceil((self.size / self.cluster + 4) / 1024) * 32
 
     @property
     def totals(self) -> int:
-        """Start of the histogram of all blocks; before it the ring, whose place the bitmap takes in the end."""
+        """Start of the cluster's histogram. Before it is the ring of copies, which the bitmap replaces in the end."""
         return RING + max(self.stages * self.threads * 4, self.bitmap)
 
     @property
@@ -53,36 +53,48 @@ class Plan:
 
     @property
     def spilled(self) -> int:
+        """Start of the collected scores and positions that did not fit the threads' slots."""
         return self.buffer + 2 * self.slots * self.threads
 
     @property
     def words(self) -> int:
+        """Size of a team's shared memory."""
         return max(self.spilled + 2 * self.spill, self.buffer + self.bitmap)
 
 
 def raw_key(score):
-    """Unsigned integers in the order of the float32 scores whose bits are given, -0.0 directly below 0.0."""
+    """From the bits of float32 scores, unsigned integers in the same order; -0.0 is directly below 0.0."""
     return score ^ (score.sar(31) | 0x80000000)
 
 
 def sort_key(score):
-    """As `raw_key`, but 0.0 and -0.0 give the same."""
+    """As `raw_key`, but 0.0 and -0.0 give the same integer."""
     return join_zeros(raw_key(score))
 
 
 def join_zeros(key):
+    """`key`, with the key of -0.0 replaced by the key of 0.0."""
     return key.machine.select(key.eq(0x7FFFFFFF), 0x80000000, key)
 
 
+def write_short_row(machine, out, length, rank, k):
+    """Writes the result of a row of at most k scores: all its positions, then -1."""
+
+    def put(at):
+        machine.store_global(out, at, machine.select(at < length, at, HIGHEST))
+
+    machine.loop(rank * machine.threads + machine.thread, k, machine.cluster * machine.threads, put)
+
+
 class Collected(NamedTuple):
-    """What a pass over a row has left in shared memory.
+    """The scores that a pass over a row has collected in shared memory.
 
     Attributes:
-      inside: how many scores of the row it was after.
+      inside: number of scores of the row that the pass wanted.
       fits: 1 if all blocks had room for theirs, else 0.
-      held: how many this thread holds in its slots.
-      spilled: how many this block has spilled.
-      flip: what the scores are xored with.
+      held: number of scores in this thread's slots.
+      spilled: number of scores that this block spilled.
+      flip: the word that the scores are xored with.
     """
 
     inside: Value
@@ -93,22 +105,22 @@ class Collected(NamedTuple):
 
 
 class RowReader:
-    """A row, as each thread of the blocks of a cluster sees it."""
+    """A row, as each thread of a cluster sees it."""
 
     def __init__(self, machine, row, length, rank, plan):
         self.machine, self.row, self.length, self.rank, self.plan = machine, row, length, rank, plan
         blocks = machine.cluster
-        share = (length + (4 * blocks - 1)) // (4 * blocks) * 4 if blocks > 1 else length
-        self.end = (rank * share + share).min(length) if blocks > 1 else length
-        self.begin = (rank * share).min(self.end) if blocks > 1 else machine.word(0)
+        part = (length + (4 * blocks - 1)) // (4 * blocks) * 4 if blocks > 1 else length
+        self.end = (rank * part + part).min(length) if blocks > 1 else length
+        self.begin = (rank * part).min(self.end) if blocks > 1 else machine.word(0)
 
     # Ways to visit scores.
 
     def positions(self, turn):
         """The first of the four scores that this thread reads in each step of a turn of `stages` steps.
 
-        Which thread reads which four changes from step to step, or what repeats along a row would fill a few threads'
-        slots.
+        A thread's place changes from step to step. Otherwise scores that repeat along a row would fill the slots of a
+        few threads.
         """
         each, stages = self.plan.threads * 4, self.plan.stages
         start = self.begin + turn * (each * stages)
@@ -119,11 +131,12 @@ class RowReader:
         return (self.machine.thread + i * self.plan.threads) * 4 + RING
 
     def copy(self, stage, position):
-        """Starts to copy to a stage; each thread copies what it reads itself."""
+        """Starts to copy four scores to a stage. Each thread copies the scores that it will read."""
         self.machine.copy_shared4(self.stage(stage), self.row, position, position < self.end)
         self.machine.commit_copies()
 
     def start_copies(self):
+        """Starts the copies of the first turn."""
         for stage, position in enumerate(self.positions(self.machine.word(0))):
             self.copy(stage, position)
 
@@ -168,7 +181,7 @@ class RowReader:
         self.visit_row(visit)
 
     def slot(self, i):
-        """Address of the i-th score, and behind it its position, that this thread holds."""
+        """Address of the i-th score that this thread holds. The next word is the score's position."""
         return (i * self.plan.threads + self.machine.thread) * 2 + self.plan.buffer
 
     def visit_collected(self, collected, visit):
@@ -185,10 +198,11 @@ class RowReader:
         )
 
     def count_collected(self, collected, bin_of):
-        """Adds what was collected to the histogram."""
+        """Adds the collected scores to the histogram."""
         self.visit_collected(collected, lambda *entry: self.machine.count_shared(*bin_of(*entry)))
 
     def count_samples(self, bin_of):
+        """Adds the sample to the histogram."""
         machine, threads = self.machine, self.plan.threads
         each = self.plan.samples // threads
         width = min(each, 4)

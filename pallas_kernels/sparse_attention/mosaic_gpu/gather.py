@@ -1,7 +1,7 @@
-"""Gathering rows of keys and values into tensor-core tiles: the instructions that Pallas has no operation for.
+"""Gathers rows of keys and values into tensor-core tiles, with instructions that Pallas has no operation for.
 
-Copies of 16 bytes into chosen addresses, arrivals on their completion, and the masks that lie beside the keys. The
-128 threads of the producer warpgroup run these; `wait_full` is for the others.
+These are copies of 16 bytes to chosen addresses, arrivals at barriers when copies complete, and the masks beside the
+keys. The 128 threads of the producer warpgroup run these functions; the other warpgroups run `wait_full`.
 """
 
 # The types of Pallas' decorators and transforms are not yet complete.
@@ -16,6 +16,8 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+
+from pallas_kernels.gpu.mlir import byte_offset, const, global_pointer
 
 DIM = 128
 """Elements of a head."""
@@ -33,48 +35,36 @@ _SCALAR = plgpu.Layout.WG_SPLAT
 _REF = plgpu.RefType()
 
 
-def _const(value: int, bits: int = 32) -> ir.Value:
-    return arith.constant(ir.IntegerType.get_signless(bits), value)
-
-
-def _at(pointer: ir.Value, offset: ir.Value) -> ir.Value:
-    return utils.getelementptr(pointer, [offset], ir.IntegerType.get_signless(8))
-
-
-def _global(ref: ir.Value) -> ir.Value:
-    return llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(ref))
-
-
 def _full_barrier(full: ir.Value, stage: ir.Value) -> ir.Value:
-    return _at(utils.memref_ptr(full), arith.muli(stage, _const(8)))
+    return byte_offset(utils.memref_ptr(full), arith.muli(stage, const(8)))
 
 
 def init_barriers(full, stages: int) -> None:
-    """Sets the barriers in `full` up for two arrivals of each producer thread: its part of the mask, its copies."""
+    """Prepares the barriers in `full`. Each producer thread arrives twice: for its part of the mask and its copies."""
 
     @plgpu.inline_mgpu(arg_types=(_REF,))
     def init(_, full):
         first = utils.single_thread_predicate(utils.ThreadSubset.BLOCK)
         for stage in range(stages):
-            nvvm.mbarrier_init(_full_barrier(full, _const(stage)), _const(256), predicate=first)
+            nvvm.mbarrier_init(_full_barrier(full, const(stage)), const(256), predicate=first)
 
     init(full)
 
 
 def wait_full(full, stage, parity) -> None:
-    """Waits until the copies into a stage have arrived, and orders them before the tensor cores' reads."""
+    """Waits until the copies to a stage have arrived, and orders them before the tensor cores' reads."""
 
     @plgpu.inline_mgpu(arg_types=(_REF, _SCALAR, _SCALAR))
     def wait(_, full, stage, parity):
         barrier = _full_barrier(full, stage.registers.item())
-        nvvm.mbarrier_try_wait_parity(barrier, parity.registers.item(), _const(10_000_000))
+        nvvm.mbarrier_try_wait_parity(barrier, parity.registers.item(), const(10_000_000))
         nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
 
     wait(full, stage, parity)
 
 
 def finish_copies() -> None:
-    """Waits for all copies of this thread, which must not end before them."""
+    """Waits for all copies of this thread. A thread must not end before its copies."""
 
     @plgpu.inline_mgpu()
     def finish(_):
@@ -85,7 +75,7 @@ def finish_copies() -> None:
 
 
 def read_lists(slots, members, group, tile, count):
-    """Reads row numbers (8 keys a thread) and membership words (a key for two threads) of a tile; 0 for no key."""
+    """Reads a tile's row numbers (8 keys per thread) and membership words (two threads per key; 0 where no key is)."""
 
     @plgpu.inline_mgpu(
         arg_types=(_REF, _REF, _SCALAR, _SCALAR, _SCALAR),
@@ -98,22 +88,24 @@ def read_lists(slots, members, group, tile, count):
         i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
         group, tile, count = (x.registers.item() for x in (group, tile, count))
         per_group = ir.MemRefType(slots.type).shape[1]
-        thread = arith.remui(utils.thread_idx(), _const(128))
-        tile_start = arith.muli(tile, _const(TILE))
-        list_start = arith.addi(
-            arith.muli(arith.extui(i64, group), _const(per_group, 64)), arith.extui(i64, tile_start)
-        )
+        thread = arith.remui(utils.thread_idx(), const(128))
+        tile_start = arith.muli(tile, const(TILE))
+        list_start = arith.addi(arith.muli(arith.extui(i64, group), const(per_group, 64)), arith.extui(i64, tile_start))
 
         def pointer(ref, key):
-            return _at(_global(ref), arith.muli(arith.addi(list_start, arith.extui(i64, key)), _const(4, 64)))
+            return byte_offset(
+                global_pointer(ref), arith.muli(arith.addi(list_start, arith.extui(i64, key)), const(4, 64))
+            )
 
-        first_key = arith.muli(arith.divui(thread, _const(16)), _const(8))
+        first_key = arith.muli(arith.divui(thread, const(16)), const(8))
         four, one = ir.VectorType.get((4,), i32), ir.VectorType.get((1,), i32)
-        ids = [llvm.load(four, _at(pointer(slots, first_key), _const(16 * half)), alignment=16) for half in range(2)]
-        key = arith.divui(thread, _const(2))
+        ids = [
+            llvm.load(four, byte_offset(pointer(slots, first_key), const(16 * half)), alignment=16) for half in range(2)
+        ]
+        key = arith.divui(thread, const(2))
         word = llvm.load(i32, pointer(members, key), alignment=4)
         exists = arith.cmpi(arith.CmpIPredicate.sgt, count, arith.addi(tile_start, key))
-        word = arith.select(exists, word, _const(0))
+        word = arith.select(exists, word, const(0))
         word = vector.broadcast(one, word)
         return (
             fa.FragmentedArray(_registers=np.array(ids, dtype=object), _layout=_IDS.to_mgpu(), _is_signed=True),
@@ -124,7 +116,7 @@ def read_lists(slots, members, group, tile, count):
 
 
 def write_mask(words, mask_smem, full, stage) -> None:
-    """Writes the addends `[64 keys, 16 queries]` of a tile, 0 for members and -1e30 for others; then arrives.
+    """Writes a tile's mask `[64 keys, 16 queries]`: 0 for members and -1e30 for others. Then arrives at the barrier.
 
     Thread t writes queries 8 * (t % 2) to 8 * (t % 2) + 7 of key t // 2.
     """
@@ -133,28 +125,28 @@ def write_mask(words, mask_smem, full, stage) -> None:
     def write(_, words, mask_smem, full, stage):
         i32 = ir.IntegerType.get_signless(32)
         stage = stage.registers.item()
-        thread = arith.remui(utils.thread_idx(), _const(128))
-        key, half = arith.divui(thread, _const(2)), arith.remui(thread, _const(2))
+        thread = arith.remui(utils.thread_idx(), const(128))
+        key, half = arith.divui(thread, const(2)), arith.remui(thread, const(2))
         word = vector.extract(words.registers.item(), [], [0])
-        word = arith.shrui(word, arith.muli(half, _const(8)))
+        word = arith.shrui(word, arith.muli(half, const(8)))
         pairs = []
         for i in range(0, 8, 2):
             low, high = (
                 arith.select(
-                    arith.cmpi(arith.CmpIPredicate.eq, arith.andi(word, _const(1 << (i + j))), _const(0)),
-                    _const(_MASKED << (16 * j)),
-                    _const(0),
+                    arith.cmpi(arith.CmpIPredicate.eq, arith.andi(word, const(1 << (i + j))), const(0)),
+                    const(_MASKED << (16 * j)),
+                    const(0),
                 )
                 for j in range(2)
             )
             pairs.append(arith.ori(low, high))
-        chunk = arith.xori(half, arith.andi(arith.divui(key, _const(4)), _const(1)))
+        chunk = arith.xori(half, arith.andi(arith.divui(key, const(4)), const(1)))
         offset = arith.addi(
-            arith.muli(stage, _const(TILE * GROUP * 2)),
-            arith.addi(arith.muli(key, _const(GROUP * 2)), arith.muli(chunk, _const(16))),
+            arith.muli(stage, const(TILE * GROUP * 2)),
+            arith.addi(arith.muli(key, const(GROUP * 2)), arith.muli(chunk, const(16))),
         )
         value = vector.from_elements(ir.VectorType.get((4,), i32), pairs)
-        llvm.store(value, _at(utils.memref_ptr(mask_smem), offset), alignment=16)
+        llvm.store(value, byte_offset(utils.memref_ptr(mask_smem), offset), alignment=16)
         nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
         utils.inline_ptx(
             "mbarrier.arrive.release.cta.shared::cta.b64 _, [$0];", _full_barrier(full, stage), has_side_effects=True
@@ -164,10 +156,10 @@ def write_mask(words, mask_smem, full, stage) -> None:
 
 
 def gather_tile(pool, ids, k_smem, v_smem, full, head, tile, stage, count) -> None:
-    """Starts the copies of a tile of 64 keys and values into a stage, by 128 threads; they arrive when done.
+    """Starts the copies of a tile of 64 keys and values to a stage, by 128 threads. They arrive at the barrier.
 
     Thread t copies 16-byte chunk t % 16 of keys 8 * (t // 16) to 8 * (t // 16) + 7, and of their values. Where there is
-    no key (a slot below 0, or at `count` and later) the copy writes zeros. Row r, chunk c of a tile lies at
+    no key (a slot below 0, or entry `count` and later), the copy writes zeros. Chunk c of row r of a tile is at byte
     ((r / 8) * 2 + c / 8) * 1024 + (r % 8) * 128 + ((c % 8) ^ (r % 8)) * 16.
     """
 
@@ -178,30 +170,36 @@ def gather_tile(pool, ids, k_smem, v_smem, full, head, tile, stage, count) -> No
         i64 = ir.IntegerType.get_signless(64)
         head, tile, stage, count = (x.registers.item() for x in (head, tile, stage, count))
         row_bytes = math.prod(ir.MemRefType(pool.type).shape[1:]) * 2
-        thread = arith.remui(utils.thread_idx(), _const(128))
-        chunk, eighth = arith.remui(thread, _const(16)), arith.divui(thread, _const(16))
-        chunk_in_half = arith.remui(chunk, _const(8))
+        thread = arith.remui(utils.thread_idx(), const(128))
+        chunk, eighth = arith.remui(thread, const(16)), arith.divui(thread, const(16))
+        chunk_in_half = arith.remui(chunk, const(8))
         ids = [vector.extract(v, [], [i]) for v in ids.registers for i in range(4)]
-        source_base = _at(_global(pool), arith.addi(arith.muli(head, _const(DIM * 2)), arith.muli(chunk, _const(16))))
-        target_base = arith.addi(
-            arith.muli(stage, _const(TILE * DIM * 2)),
-            arith.addi(arith.muli(eighth, _const(2048)), arith.muli(arith.divui(chunk, _const(8)), _const(1024))),
+        source_base = byte_offset(
+            global_pointer(pool), arith.addi(arith.muli(head, const(DIM * 2)), arith.muli(chunk, const(16)))
         )
-        first_key = arith.addi(arith.muli(tile, _const(TILE)), arith.muli(eighth, _const(8)))
+        target_base = arith.addi(
+            arith.muli(stage, const(TILE * DIM * 2)),
+            arith.addi(arith.muli(eighth, const(2048)), arith.muli(arith.divui(chunk, const(8)), const(1024))),
+        )
+        first_key = arith.addi(arith.muli(tile, const(TILE)), arith.muli(eighth, const(8)))
         left = arith.subi(count, first_key)
         for i, row in enumerate(ids):
             exists = arith.andi(
-                arith.cmpi(arith.CmpIPredicate.sgt, left, _const(i)),
-                arith.cmpi(arith.CmpIPredicate.sge, row, _const(0)),
+                arith.cmpi(arith.CmpIPredicate.sgt, left, const(i)),
+                arith.cmpi(arith.CmpIPredicate.sge, row, const(0)),
             )
-            size = arith.select(exists, _const(16), _const(0))
-            row = arith.select(exists, row, _const(0))
-            source = _at(source_base, arith.muli(arith.extui(i64, row), _const(row_bytes, 64)))
-            swizzled = arith.muli(arith.xori(chunk_in_half, _const(i)), _const(16))
-            offset = arith.addi(arith.addi(target_base, _const(i * 128)), swizzled)
-            for smem, vector_source in ((k_smem, source), (v_smem, _at(source, _const(row_bytes // 2)))):
+            size = arith.select(exists, const(16), const(0))
+            row = arith.select(exists, row, const(0))
+            source = byte_offset(source_base, arith.muli(arith.extui(i64, row), const(row_bytes, 64)))
+            swizzled = arith.muli(arith.xori(chunk_in_half, const(i)), const(16))
+            offset = arith.addi(arith.addi(target_base, const(i * 128)), swizzled)
+            for smem, vector_source in ((k_smem, source), (v_smem, byte_offset(source, const(row_bytes // 2)))):
                 nvvm.cp_async_shared_global(
-                    _at(utils.memref_ptr(smem), offset), vector_source, 16, nvvm.LoadCacheModifierKind.CG, cp_size=size
+                    byte_offset(utils.memref_ptr(smem), offset),
+                    vector_source,
+                    16,
+                    nvvm.LoadCacheModifierKind.CG,
+                    cp_size=size,
                 )
         nvvm.cp_async_mbarrier_arrive(_full_barrier(full, stage), noinc=True)
 

@@ -1,28 +1,30 @@
-"""Exact selection on Hopper GPUs (Pallas Mosaic GPU): which scores of a row are the highest.
+"""The selection of one row that is read part by part.
 
 A row is read about once:
 
-1. Sample scores of the row and take one of them below which the k-th highest of all very likely does not lie.
-2. Read the row and collect the scores from there up, with their positions, in shared memory. Copies into a ring in
-   shared memory run a few steps ahead; each thread copies what it reads itself, so no barriers are needed.
-3. Find the k-th highest of what was collected with histograms. Of equal scores, histograms of their positions find the
-   last one that is kept.
-4. Mark the selected positions in a bitmap in shared memory, and write down in order what is marked.
+1. A sample of the row gives a bound that is very likely not above the k-th highest score.
+2. One pass over the row collects the scores from the bound up, with their positions, in shared memory. Copies into a
+   ring in shared memory run a few steps ahead. Each thread copies the scores that it reads, so no barriers are needed.
+3. Histograms of the collected scores find the k-th highest. Histograms of positions find the last of the equal scores
+   that is kept.
+4. A bitmap in shared memory marks the selected positions, which are then written in order.
 
-Nothing depends on luck. When fewer than k scores were collected, or more than shared memory holds (many equal scores,
-say), histograms over the whole row narrow down the k-th highest by 2048x a pass until what lies above fits or the k-th
-is known, and the row is read again. Scores are compared as order-preserving integers, -0.0 as 0.0.
+Exactness does not depend on the sample. If fewer than k scores were collected, or more than shared memory holds (many
+equal scores, for example), histograms over the whole row narrow down the k-th highest. Each pass narrows it by 2048x,
+until the scores from the bound up fit or the k-th is known. Then the row is read again. Scores are compared as integers
+in the same order, -0.0 as 0.0.
 
-A row is worked on by a team of 512 threads. Two teams share a block, each with its own rows, barrier and shared memory.
-The second starts later by about the time that reading a row takes, so that one reads while the other is in its short
-steps; reading slows down when both do, which keeps them apart. With too few rows to fill the GPU, a cluster of up to 8
-blocks works on a row instead: each reads a part of it, and histograms and counts are added up through distributed
+A team of 512 threads works on a row. Two teams share a block; each has its own rows, barrier and shared memory. The
+second team starts later, by about the time to read a row, so that one team reads while the other is in its short steps.
+Reading is slower while both read, which keeps them apart. With too few rows to fill the GPU, a cluster of up to 8
+blocks works on a row instead. Each block reads a part, and histograms and counts are added up through distributed
 shared memory.
 """
 
 import functools
 
-from pallas_kernels.select_topk.row_reader import (
+from pallas_kernels.gpu.simt import Value, count_before, warp_scan
+from pallas_kernels.select_topk.mosaic_gpu.row_reader import (
     BINS,
     COUNTERS,
     FOUND,
@@ -33,16 +35,15 @@ from pallas_kernels.select_topk.row_reader import (
     RowReader,
     sort_key,
 )
-from pallas_kernels.simt import Value, count_before, warp_scan
 
 
 class RowSelection(RowReader):
-    """One row's selection by the blocks of a cluster, each thread of which runs this."""
+    """The selection of one row by a cluster. Every thread of the cluster runs this."""
 
     # Histograms.
 
     def clear_bins(self):
-        """Empties the histograms, once, up to the next barrier; `find_bin` leaves them empty."""
+        """Empties the histograms, effective at the next barrier. Called once: `find_bin` leaves them empty."""
         machine = self.machine
         each = BINS // machine.threads
         zeros = [machine.word(0)] * each
@@ -51,9 +52,10 @@ class RowSelection(RowReader):
             machine.store_shared_vector(machine.thread * each + self.plan.totals, zeros)
 
     def find_bin(self, rank, together=True):
-        """Counting from the highest bin down: the bin that holds the `rank`-th, how many are in higher bins, and in it.
+        """Finds the bin of the `rank`-th highest key.
 
-        With `together` the histograms of all blocks of the cluster count.
+        Returns the bin, the number of keys in higher bins, and the number in the bin. With `together`, the histograms
+        of all blocks of the cluster are added up first.
         """
         machine = self.machine
         each = BINS // machine.threads
@@ -63,7 +65,7 @@ class RowSelection(RowReader):
         zeros = [machine.word(0)] * each
         bins = machine.load_shared_vector(base, each)
         machine.store_shared_vector(base, zeros)
-        if together:  # The first block adds up, and looks; the others look too, but find nothing that is used.
+        if together:  # The first block adds up and searches. The others also search, but their results are not used.
             machine.cluster_barrier()
             for i in range(each):
                 with machine.when(bins[i].ne(0)):
@@ -94,7 +96,7 @@ class RowSelection(RowReader):
         return found
 
     def narrow(self, count, rank, low, high, above, together=True, measure=None):
-        """One step towards the `rank`-th highest value, between `low` and `high`, with `above` values being higher.
+        """One step towards the `rank`-th highest value. It is between `low` and `high`, and `above` values are higher.
 
         `count(bin_of)` adds keys to the histogram. The values are `measure(position, key) -> (value, condition)`, by
         default the keys themselves. Returns low, high, above and the number of values between them.
@@ -116,7 +118,7 @@ class RowSelection(RowReader):
         return low, machine.select(high - low > width, low + width, high), above + higher, inside
 
     def narrow_until(self, enough, count, rank, low, high, above, inside=HIGHEST, **options):
-        """Narrows until there is one value left, at most `enough` keys are inside, or all inside are wanted."""
+        """Narrows until one value is left, at most `enough` keys are inside, or all keys inside are wanted."""
         wanted = self.machine.word(rank)
         return self.machine.while_loop(
             lambda low, high, above, inside: low.ne(high) & (inside > enough) & (above + inside).ne(wanted),
@@ -127,7 +129,7 @@ class RowSelection(RowReader):
     # The steps.
 
     def lower_bound(self):
-        """A key that very likely is not above the k-th highest, from a sample."""
+        """A key from a sample that is very likely not above the k-th highest."""
         machine, samples = self.machine, self.plan.samples
         points = samples // 4
         stride = (self.length >> 2) // points
@@ -155,11 +157,11 @@ class RowSelection(RowReader):
         with machine.when(machine.thread.eq(0)):
             machine.store_shared_vector(COUNTERS, [machine.word(0)] * 4)
         machine.barrier()
-        # Scores are xored with what makes one with the sign of `low` its key; one with the other sign comes out on the
-        # right side all the same. Both zeros are inside, or neither is.
+        # `flip` turns a score with the sign of `low` into its key. A score with the other sign still compares
+        # correctly with `low`. Either both zeros are inside or neither is.
         low = machine.select(low.eq(0x80000000), 0x7FFFFFFF, low)
         flip = machine.select(low >= 0x80000000, 0x80000000, HIGHEST)
-        # The next free slot is kept as a byte address.
+        # `free` is the byte address of the next free slot.
         first, each = machine.address_of(self.slot(machine.word(0))), 8 * plan.threads
         limit = machine.address_of(machine.word(plan.spilled))
 
@@ -224,9 +226,10 @@ class RowSelection(RowReader):
         return start + (BINS - 1) - found
 
     def find(self):
-        """What the row's selection is: position s is in it if its key is above `threshold`, or equal and s <= `last`.
+        """Finds the row's selection.
 
-        Returns threshold, last, and what was collected.
+        Returns threshold, last, and the collected scores. Position s is selected if its key is above the threshold, or
+        if its key equals it and s <= last.
         """
         machine, k = self.machine, self.plan.k
 
@@ -277,9 +280,10 @@ class RowSelection(RowReader):
     def write(self, out, threshold, last, collected):
         """Writes the selected positions to the row `out`, ascending."""
         machine, fits = self.machine, collected.fits
-        # The bitmap takes the place of the ring, or of the buffer if that did not hold all and the row is read again.
+        # The bitmap replaces the ring. If the buffer did not hold all scores, the row is read again through the ring,
+        # and the bitmap replaces the buffer.
         bitmap = machine.select(fits.ne(0), RING, self.plan.buffer)
-        chunks = (self.end - self.begin + 1023) >> 10  # of 32 words, one a lane
+        chunks = (self.end - self.begin + 1023) >> 10  # A chunk has 32 words, one per lane.
         zeros = [machine.word(0)] * 4
 
         def clear(i):

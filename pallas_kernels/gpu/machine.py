@@ -13,16 +13,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 
-from pallas_kernels.simt import Value
+from pallas_kernels.gpu.hopper import MULTIPROCESSORS, SHARED_BYTES
+from pallas_kernels.gpu.mlir import byte_offset, global_pointer
+from pallas_kernels.gpu.simt import Value
 
 ALL_LANES = 0xFFFFFFFF
-MULTIPROCESSORS = 132
-SHARED_WORDS = 227 * 256
-"""Words of shared memory that a block can have."""
+SHARED_WORDS = SHARED_BYTES // 4
+"""Words of shared memory that one block can have."""
 
 
 class Machine:
-    """Emits MLIR for a thread of a team of `threads`; `teams` share a block, or `cluster` blocks are one team each."""
+    """Emits MLIR for one thread.
+
+    A team of `threads` threads works together. Either `teams` teams share a block, or `cluster` blocks, one team each,
+    work together.
+    """
 
     _BINARY: typing.ClassVar = {
         "add": arith.addi,
@@ -86,23 +91,23 @@ class Machine:
         root = utils.inline_ptx("sqrt.approx.f32 $0, $1;", arith.uitofp(self.f32, a.raw), result_types=self.f32)
         return Value(self, arith.fptoui(self.i32, root))
 
-    # Global memory: an array seen as rows of words.
+    # Global memory: an array as rows of words.
 
     def row(self, ref, index, size):
         """Pointer to row `index` of `ref`, rows of `size` words."""
-        base = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(ref))
+        base = global_pointer(ref)
         offset = arith.muli(arith.extui(self.i64, self.word(index).raw), arith.constant(self.i64, 4 * size))
-        return utils.getelementptr(base, [offset], ir.IntegerType.get_signless(8))
+        return byte_offset(base, offset)
 
     def _at(self, pointer, index):
         offset = arith.muli(arith.extui(self.i64, self.word(index).raw), arith.constant(self.i64, 4))
-        return utils.getelementptr(pointer, [offset], ir.IntegerType.get_signless(8))
+        return byte_offset(pointer, offset)
 
     def load_global(self, row, index):
         return Value(self, llvm.load(self.i32, self._at(row, index), alignment=4, invariant=True))
 
     def load_global4(self, row, index):
-        """Four words from a multiple of four, read once and not kept in L1."""
+        """Four words from a multiple of four. They are read once and not kept in L1."""
         words = utils.inline_ptx(
             "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];",
             self._at(row, index),
@@ -112,7 +117,7 @@ class Machine:
         return [Value(self, w) for w in words]
 
     def copy_shared4(self, address, row, index, condition):
-        """Starts to copy four words from a multiple of four in a row to shared memory, with no branch."""
+        """Starts to copy four words of a row, from a multiple of four, where `condition` holds, with no branch."""
         utils.inline_ptx(
             "cp.async.cg.shared.global [$0], [$1], 16;",
             self._shared_at(address),
@@ -121,11 +126,11 @@ class Machine:
         )
 
     def commit_copies(self):
-        """Makes a batch of the copies that this thread has started since the last one."""
+        """Makes one batch of the copies that this thread has started since its last batch."""
         nvvm.cp_async_commit_group()
 
     def wait_copies(self, pending):
-        """Waits until at most `pending` batches of this thread's copies are under way."""
+        """Waits until at most `pending` batches of this thread's copies are unfinished."""
         nvvm.cp_async_wait_group(pending)
 
     def store_global(self, row, index, value):
@@ -144,7 +149,7 @@ class Machine:
         return Value(self, llvm.load(self.i32, self._shared_at(address), alignment=4))
 
     def load_shared_vector(self, address, size):
-        """`size` (a power of two) words from a multiple of `size`."""
+        """`size` words, a power of two, from an address that is a multiple of `size`."""
         if size == 1:
             return [self.load_shared(address)]
         if size > 4:
@@ -183,7 +188,7 @@ class Machine:
         utils.inline_ptx("red.shared.add.u32 [$0], $1;", self._shared_at(address), self.word(value).raw)
 
     def fetch_add_shared(self, address, value):
-        """Adds to a word of shared memory, atomically; what it was before."""
+        """Adds to a word of shared memory, atomically. Returns the word before the addition."""
         return Value(
             self,
             utils.inline_ptx(
@@ -210,7 +215,7 @@ class Machine:
         )
 
     def load_peer_vector(self, address, size, rank):
-        """`size` (1, 2 or a multiple of 4) words of the shared memory of block `rank` from a multiple of `size`."""
+        """`size` words (1, 2 or a multiple of 4) of block `rank`'s shared memory, from a multiple of `size`."""
         if size == 1:
             return [self.load_peer(address, rank)]
         if size > 4:
@@ -229,7 +234,7 @@ class Machine:
         self.store_peer_vector(address, rank, [value])
 
     def store_peer_vector(self, address, rank, values):
-        """Stores 1, 2 or 4 words at a multiple of as many in the shared memory of block `rank` of the cluster."""
+        """Stores 1, 2 or 4 words in block `rank`'s shared memory, at a multiple of their number."""
         pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(rank).raw, generic=False)
         kind = f".v{len(values)}" if len(values) > 1 else ""
         places = ", ".join(f"${i + 1}" for i in range(len(values)))
@@ -245,7 +250,7 @@ class Machine:
         utils.inline_ptx("red.shared::cluster.add.u32 [$0], $1;", pointer, self.word(value).raw)
 
     def fetch_add_peer(self, address, rank, value):
-        """As `add_peer`; what the word was before."""
+        """As `add_peer`. Returns the word before the addition."""
         pointer = utils.get_cluster_ptr(self._shared_at(address), self.word(rank).raw, generic=False)
         return Value(
             self,
@@ -274,7 +279,7 @@ class Machine:
             )
 
     def delay(self, cycles):
-        """Waits for about so many cycles."""
+        """Waits for about `cycles` clock cycles."""
 
         def clock():
             words = utils.inline_ptx("mov.u32 $0, %clock;", result_types=self.i32, has_side_effects=True)
@@ -288,14 +293,14 @@ class Machine:
         self.while_loop(lambda now: now - start < cycles, sleep, [start])
 
     def cluster_barrier(self):
-        """Barrier of all threads of the cluster, ordering their shared memory; of the team if the block is alone."""
+        """Barrier of all threads of the cluster, or of the team if the block is alone. It orders shared memory."""
         if self.cluster == 1:
             return self.barrier()
         nvvm.cluster_arrive(aligned=True)
         nvvm.cluster_wait(aligned=True)
 
     def shuffle_up(self, value, distance):
-        """The value of the lane `distance` below; the lane's own where there is none."""
+        """The value of the lane `distance` below, or the lane's own value if there is no such lane."""
         return Value(
             self,
             nvvm.shfl_sync(
@@ -376,7 +381,16 @@ class Machine:
 def launch(body, out_type, rows, cluster, threads, shared_words, teams=1, machine_type=Machine):
     """A kernel that runs `body(machine, *refs, row, rank)` in every thread of each row's team or cluster.
 
-    Teams work on several rows in turn; their machine's `turn` says how many they have had before.
+    Args:
+      body: the kernel body.
+      out_type: shapes and dtypes of the results.
+      rows: number of rows; each is the work of one team or cluster.
+      cluster: blocks that work on a row together.
+      threads: threads of a team.
+      shared_words: words of shared memory of a team.
+      teams: teams of a block. With more than one, a team works on several rows in turn, and its machine's `turn` is the
+        number of rows before the current one.
+      machine_type: the class of the machine.
     """
     blocks = rows if teams == 1 else min(rows, MULTIPROCESSORS)
 

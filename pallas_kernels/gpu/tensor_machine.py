@@ -1,4 +1,4 @@
-"""Per-thread code with float32 arithmetic and the tensor cores' products of a warp."""
+"""Per-thread code with float32 arithmetic and with a warp's tensor-core products."""
 
 # The types of Pallas' decorators and transforms are not yet complete.
 # pyright: reportAttributeAccessIssue=false
@@ -7,12 +7,12 @@ import typing
 
 from jax.experimental.mosaic.gpu import utils
 
-from pallas_kernels.simt import Value
-from pallas_kernels.simt_machine import Machine
+from pallas_kernels.gpu.machine import Machine
+from pallas_kernels.gpu.simt import Value
 
 
 class TensorMachine(Machine):
-    """A `Machine` whose words may be the bits of float32 numbers, or of two bfloat16, the first in the low half."""
+    """A `Machine` with words that hold one float32 number, or two bfloat16 numbers, the first in the low half."""
 
     _FLOAT: typing.ClassVar = {
         "add": "add.f32",
@@ -32,11 +32,11 @@ class TensorMachine(Machine):
         return self._emit(f"{self._FLOAT[name]} {places};", *words)
 
     def pack_bfloat16(self, low, high):
-        """Two float32 rounded to bfloat16."""
+        """One word of two float32 numbers, rounded to bfloat16."""
         return self._emit("cvt.rn.bf16x2.f32 $0, $1, $2;", high, low)
 
     def halves(self, low, high, which):
-        """The 16-bit halves number `which` of two words."""
+        """One word of the low halves (`which` is 0) or the high halves (`which` is 1) of two words."""
         return self._emit(f"prmt.b32 $0, $1, $2, {0x7632 if which else 0x5410};", low, high)
 
     def multiply_tiles(self, a, b, c):
@@ -52,7 +52,7 @@ class TensorMachine(Machine):
         return [Value(self, w) for w in words]
 
     def load_global4_where(self, row, index, condition):
-        """As `load_global4`; zeros, and nothing read, where the condition does not hold."""
+        """As `load_global4`. Where the condition does not hold, nothing is read and the words are 0."""
         zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(4))
         words = utils.inline_ptx(
             f"{zeros} @$5 ld.global.nc.L1::no_allocate.v4.b32 {{$0, $1, $2, $3}}, [$4];",
@@ -68,11 +68,11 @@ class TensorMachine(Machine):
         utils.inline_ptx("st.global.v2.b32 [$0], {$1, $2};", self._at(row, index), self.word(a).raw, self.word(b).raw)
 
     def shuffle_xor(self, value, mask):
-        """The value of the lane whose number differs in the bits of `mask`."""
+        """The value of the lane whose number differs from this lane's in the bits of `mask`."""
         return Value(self, utils.shfl_bfly(value.raw, mask))
 
     def ballot(self, condition):
-        """A bit for each lane where the condition holds."""
+        """A word with one bit per lane, set where the lane's condition holds."""
         return Value(
             self,
             utils.inline_ptx(

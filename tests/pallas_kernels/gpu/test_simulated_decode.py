@@ -1,17 +1,17 @@
-"""The body of the GPU kernel for single queries, run by a NumPy machine: logic, not races, and no GPU needed."""
+"""A NumPy machine runs the body of the GPU kernel for single queries. It tests logic, not races, without a GPU."""
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.sparse_attention import decode
-from tests.pallas_kernels.simt import NumpyTensorMachine
+from pallas_kernels.sparse_attention.mosaic_gpu import decode
+from tests.pallas_kernels.gpu.numpy_machine import NumpyTensorMachine
 
 SCALE = 128**-0.5
 
 
 def expected(q, kv, table, positions):
-    """float64 of one query `[n, 128]`."""
+    """Attention and log-sum-exps of one query `[n, 128]`, in float64."""
     kv_heads, page_size = kv.shape[2] // 2, kv.shape[1]
     rows = kv[table[positions // page_size], positions % page_size].astype(np.float64)
     keys, values = (np.repeat(x, len(q) // kv_heads, 1) for x in np.split(rows, 2, 1))
@@ -38,13 +38,13 @@ def test_single_queries(heads, kv_heads, cluster, page_size, size, listed):
     lists = np.full((4, entries), -1)
     for own, count in zip(lists, counts, strict=True):
         own[rng.permutation(entries)[:count]] = rng.permutation(pages * page_size)[:count][:entries]
-    # What no query reads is NaN.
+    # Rows that no query reads are NaN.
     read = np.zeros(kv.shape[:2], bool)
     positions = [own[own >= 0] if listed else np.arange(count) for own, count in zip(lists, counts, strict=True)]
     for query, own in enumerate(positions):
         read[tables[query // length, own // page_size], own % page_size] = True
     kv[~read] = np.nan
-    shape = decode.Shape(
+    shape = decode.DecodeShape(
         queries=sequences * length,
         queries_per_sequence=length,
         heads=heads,

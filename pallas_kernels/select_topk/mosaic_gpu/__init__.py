@@ -1,4 +1,7 @@
-"""Exact selection on Hopper GPUs (Pallas Mosaic GPU): the positions of the highest scores of each row."""
+"""Exact selection on Hopper GPUs (Pallas Mosaic GPU).
+
+`few_rows` holds a row in the registers of a cluster. `row_selection` reads rows part by part, for all other shapes.
+"""
 
 import dataclasses
 import functools
@@ -6,16 +9,18 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.select_topk.few_rows import few_rows_plan, select_few_rows
-from pallas_kernels.select_topk.row_reader import HIGHEST, Plan
-from pallas_kernels.select_topk.row_selection import RowSelection
-from pallas_kernels.simt_machine import MULTIPROCESSORS, SHARED_WORDS, launch
+from pallas_kernels.gpu.hopper import MULTIPROCESSORS
+from pallas_kernels.gpu.machine import SHARED_WORDS, launch
+from pallas_kernels.select_topk.mosaic_gpu.few_rows import few_rows_plan, select_few_rows
+from pallas_kernels.select_topk.mosaic_gpu.row_reader import RowPlan, write_short_row
+from pallas_kernels.select_topk.mosaic_gpu.row_selection import RowSelection
 
 _MAX_K = 4096
+"""Largest k that the kernels take."""
 
 
 def row_body(machine, scores, lengths, positions, row, rank, *, rows, plan):
-    """Selects row `row`; `rank` is the block's number in its cluster."""
+    """Runs in each thread: selects row `row`. `rank` is the block's number in its cluster."""
     row, rank = machine.word(row), machine.word(rank)
     length = machine.load_global(machine.row(lengths, 0, rows), row)
     out = machine.row(positions, row, plan.k)
@@ -23,22 +28,22 @@ def row_body(machine, scores, lengths, positions, row, rank, *, rows, plan):
         with machine.when(machine.team.eq(1) & machine.turn.eq(0)):
             machine.delay(length // 4)
     with machine.when(length <= plan.k):
-
-        def put(at):
-            machine.store_global(out, at, machine.select(at < length, at, HIGHEST))
-
-        machine.loop(rank * machine.threads + machine.thread, plan.k, machine.cluster * machine.threads, put)
+        write_short_row(machine, out, length, rank, plan.k)
     with machine.when(length > plan.k):
         selection = RowSelection(machine, machine.row(scores, row, plan.size), length, rank, plan)
         selection.write(out, *selection.find())
 
 
-def make_plan(rows: int, size: int, k: int, cluster: int | None = None) -> tuple[Plan, int]:
-    """How rows are worked on, and the rows of a block; or refuses."""
+def make_plan(rows: int, size: int, k: int, cluster: int | None = None) -> tuple[RowPlan, int]:
+    """The plan for `rows` rows, and the number of rows that a block works on at once.
+
+    Raises:
+      NotImplementedError: shared memory is too small for a row's bitmap.
+    """
     cluster = cluster or next((c for c in (8, 4, 2) if rows * c <= MULTIPROCESSORS), 1)
-    # As many as let some 32 of the k highest be among them.
+    # Enough samples that about 32 of the k highest scores are among them.
     samples = next((n for n in (1024, 2048) if n * k >= 32 * size), 4096)
-    plan = Plan(size, k, cluster=cluster, spill=max(2048, k), samples=samples)
+    plan = RowPlan(size, k, cluster=cluster, spill=max(2048, k), samples=samples)
     if cluster == 1 and rows > MULTIPROCESSORS and 2 * plan.words <= SHARED_WORDS:
         return plan, 2
     plan = dataclasses.replace(plan, stages=8)
@@ -48,19 +53,21 @@ def make_plan(rows: int, size: int, k: int, cluster: int | None = None) -> tuple
 
 
 def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, cluster: int | None = None) -> jax.Array:
-    """Positions of the `k` highest scores among the first `lengths` of each row; all of them when there are fewer.
+    """Positions of the `k` highest scores among the first `lengths` of each row; see `api.select_topk`.
 
-    Exact and deterministic: of equal scores (0.0 equals -0.0) the lower position wins. What lies at or behind the
-    length is not looked at.
+    Scores at positions from `lengths` on are not used.
 
     Args:
       scores: float32 `[..., s]`, s a multiple of 4; no NaN among the first `lengths`.
       lengths: int32 `[...]`, from 0 to s.
-      k: how many to select, from 1 to 4096.
-      cluster: blocks that read a row part by part; None chooses, and few rows are held in registers.
+      k: number of positions to select, from 1 to 4096.
+      cluster: number of blocks that read a row, each a part of it. None chooses, and holds few rows in registers.
 
     Returns:
       int32 `[..., k]` positions in ascending order, then -1 where a row has fewer than k.
+
+    Raises:
+      NotImplementedError: dtypes or sizes that the kernels do not take.
     """
     size = scores.shape[-1]
     if scores.dtype != jnp.float32:

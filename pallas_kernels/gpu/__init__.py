@@ -1,0 +1,1 @@
+"""What the kernels for NVIDIA GPUs share: sizes of the hardware, MLIR helpers, and per-thread (SIMT) kernel bodies."""
