@@ -70,7 +70,7 @@ def run(*arguments: str) -> None:
     """
     print(f"\n$ keye-jax {shlex.join(arguments)}", flush=True)
     flags = ["-P"] if sys.flags.safe_path else []
-    subprocess.run([sys.executable, *flags, "-c", "from keye_jax.cli import main; main()", *arguments], check=True)
+    subprocess.run([sys.executable, *flags, "-m", "keye_jax.cli", *arguments], check=True)
 
 
 def demonstrate(directory: Path) -> None:

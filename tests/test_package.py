@@ -14,6 +14,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("keye_jax", "pallas_kernels", "convert")
 
+# How the distribution is called that a module comes from, where the names differ.
+DISTRIBUTIONS = {"PIL": "pillow", "jaxlib": "jax", "orbax": "orbax-checkpoint", "yaml": "pyyaml"}
+LOADED_BY_NAME = {"huggingface_hub", "modelscope"}  # in convert/hub.py
+NOT_REQUIRED = {"torch"}  # the benchmark compares with it where it is installed
+
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
@@ -101,31 +106,24 @@ class TestInstalled:
 class TestDependencies:
     """What is imported is required, and what is required is imported."""
 
-    OF_ANOTHER = {"jaxlib": "jax"}
-    LOADED_BY_NAME = {"huggingface_hub", "modelscope"}  # in convert/hub.py
-    NOT_REQUIRED = {"torch"}  # compared with where it is installed
-
     def test_of_the_packages(self):
-        required = self.required("keye-jax", "video", "hub", "bench")
-        imported = {module for name in PACKAGES for module in self.imported(ROOT / name)} - self.NOT_REQUIRED
-        assert {self.distribution(module) for module in imported} | self.LOADED_BY_NAME == required
+        imported = set().union(*(self.imported(ROOT / name) for name in PACKAGES))
+        assert (imported - NOT_REQUIRED) | LOADED_BY_NAME == self.required("video", "hub", "bench")
 
     def test_of_the_tests(self):
-        required = self.required("keye-jax", "video", "hub", "bench", "dev")
-        imported = {self.distribution(module) for module in self.imported(ROOT / "tests")}
-        assert imported <= required
+        assert self.imported(ROOT / "tests") <= self.required("video", "hub", "bench", "dev")
 
     @staticmethod
-    def required(*groups: str) -> set[str]:
-        """Names in `dependencies` and in the extras."""
+    def required(*extras: str) -> set[str]:
+        """Names of the dependencies, with those of the extras."""
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        lines = [line for group in groups[1:] for line in project["optional-dependencies"][group]]
+        lines = [line for extra in extras for line in project["optional-dependencies"][extra]]
         names = {re.split(r"[\[<>=!~ ]", line)[0] for line in [*project["dependencies"], *lines]}
         return names - {project["name"]}
 
-    @classmethod
-    def imported(cls, folder: Path) -> set[str]:
-        """Top-level modules of other projects that the files import."""
+    @staticmethod
+    def imported(folder: Path) -> set[str]:
+        """Distributions of other projects that the files of a folder import."""
         found = set()
         for path in folder.rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -133,17 +131,12 @@ class TestDependencies:
                     found |= {alias.name for alias in node.names}
                 elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                     found.add(node.module)
-        tops = {name.partition(".")[0] for name in found}
-        own = {path.stem for path in folder.rglob("*.py")} | {"tests", *PACKAGES}
-        return tops - own - set(sys.stdlib_module_names)
-
-    @classmethod
-    def distribution(cls, module: str) -> str:
-        names = {"PIL": "pillow", "yaml": "pyyaml", "orbax": "orbax-checkpoint"} | cls.OF_ANOTHER
-        return names.get(module, module)
+        modules = {name.partition(".")[0] for name in found} - sys.stdlib_module_names - {"tests", *PACKAGES}
+        # Some tests import their neighbours by bare names.
+        modules -= {path.stem for path in folder.rglob("*.py")}
+        return {DISTRIBUTIONS.get(module, module) for module in modules}
 
 
 def contents(directory: Path) -> dict[str, bytes]:
     files = (path for path in directory.rglob("*") if path.suffix in (".json", ".yaml"))
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
-
