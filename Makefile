@@ -62,7 +62,7 @@ test-tpu-compile: $(VENV)/.installed-dev $(LIBTPU)
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf .venv .venv-next build dist *.egg-info

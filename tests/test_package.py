@@ -77,20 +77,20 @@ class TestInstalled:
         assert "--modelscope" in run(installed.python, "-m", "convert", "--help")
 
     def test_plan(self, run, installed):
-        sizes = ["--context", "128K", "--no-compile"]
-        printed = run(installed.command, "plan", "--platform", "h200:1", *sizes)
+        plan = [installed.command, "plan", "--no-compile"]
+        printed = run(*plan, "--platform", "h200:1", "--context", "128K")
         assert printed.startswith("h200:1: 1 devices") and "it fits" in printed
         configs = installed.library / "keye_jax" / "configs"
-        four = [installed.command, "plan", "--platform", "h200:4", *sizes, "--config", str(configs / "model/tiny.json")]
-        preset = run(*four, "--sharding", "expert")
+        plan += ["--config", str(configs / "model" / "tiny.json"), "--platform", "h200:4", "--context", "32K"]
+        preset = run(*plan, "--sharding", "expert")
         assert preset.startswith("h200:4: 4 devices (expert 4)")
-        assert run(*four, "--sharding", str(configs / "sharding" / "expert.yaml")) == preset
+        assert run(*plan, "--sharding", str(configs / "sharding" / "expert.yaml")) == preset
 
     def test_bench(self, run, installed, monkeypatch):
         monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         config = installed.library / "keye_jax" / "configs" / "model" / "tiny.json"
         sizes = ["--layers", "1", "--prefill", "64", "--prefill-chunk", "64", "--decode", "1x128", "--repeats", "1"]
-        less = ["--no-dense", "--no-fp8", "--no-unions"]
+        less = ["--packed", "", "--no-dense", "--no-fp8", "--no-unions"]
         printed = run(installed.command, "bench", "--config", str(config), *sizes, *less)
         assert "prefill 64, sparse" in printed and "decode, 1 x 128, sparse" in printed
 
@@ -118,13 +118,13 @@ class TestDependencies:
         """Names of the dependencies, with those of the extras."""
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         lines = [line for extra in extras for line in project["optional-dependencies"][extra]]
-        names = {re.split(r"[\[<>=!~ ]", line)[0] for line in [*project["dependencies"], *lines]}
+        names = {re.sub(r"[^\w.-].*", "", line) for line in [*project["dependencies"], *lines]}
         return names - {project["name"]}
 
     @staticmethod
     def imported(folder: Path) -> set[str]:
         """Distributions of other projects that the files of a folder import."""
-        found = set()
+        found: set[str] = set()
         for path in folder.rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Import):
