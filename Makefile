@@ -2,12 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The JAX in it: the oldest that is supported. `make test-jax-next` takes the newest, in an environment of its own.
+JAX := 0.11.2
+JAX_NEXT := 0.12.*
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 # The TPU compiler, for Linux on x86-64 only. It is kept out of the environment's packages: JAX would load it everywhere.
 ifeq ($(shell uname -sm),Linux x86_64)
 LIBTPU := $(VENV)/libtpu/.installed
 endif
 
-.PHONY: setup demo test test-gpu test-tpu test-tpu-compile lint clean
+.PHONY: setup demo test test-all test-jax-next test-gpu test-tpu test-tpu-compile lint clean
 
 setup: $(VENV)/.installed-dev
 
@@ -15,11 +19,11 @@ setup: $(VENV)/.installed-dev
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "keye-jax needs Python 3.12 or newer")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[video]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[video]' 'jax==$(JAX)'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' 'jax==$(JAX)'
 	@touch $@
 
 # The version that belongs to the installed JAX.
@@ -31,8 +35,16 @@ $(VENV)/libtpu/.installed: $(VENV)/.installed-dev
 demo: $(VENV)/.installed
 	@$(BIN)/python -m keye_jax.demo build/demo
 
+# Without the tests that are marked slow.
 test: $(VENV)/.installed-dev $(LIBTPU)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(PYTEST) -m 'not slow'
+
+test-all: $(VENV)/.installed-dev $(LIBTPU)
+	$(PYTEST)
+
+# The tests of `make test` with the newest JAX.
+test-jax-next:
+	$(MAKE) test VENV=.venv-next JAX='$(JAX_NEXT)'
 
 # The operations' tests, with the compiled kernels, on a Hopper GPU. PY names a Python with JAX for CUDA.
 test-gpu: $(if $(PY),,$(VENV)/.installed-dev)
@@ -50,7 +62,7 @@ test-tpu-compile: $(VENV)/.installed-dev $(LIBTPU)
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf .venv .venv-next build dist *.egg-info

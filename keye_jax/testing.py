@@ -1,4 +1,4 @@
-"""Small stand-ins for what a checkpoint and a user bring: processor files, a video clip, a picture."""
+"""Small stand-ins for the files of a checkpoint and of a user: processor files, a video clip, a picture."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Yes, that is right. No, this is not what the video shows. It would be better to 
 def main(values): return [value for value in values if value > 0]  # 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19
 """
 
-# ChatML; media before or between the text, as the parts stand.
+# ChatML. Pictures and videos stand where the message has them, before the text or between its parts.
 _TEMPLATE = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' }}
@@ -60,17 +60,18 @@ _TEMPLATE = """\
 
 
 def write_processor_files(directory: str | Path, config: KeyeConfig) -> None:
-    """Writes tokenizer, chat template, generation and preprocessor configuration for a small random model.
+    """Writes the tokenizer, the chat template and the two processor configurations of a small random model.
 
-    The tokenizer is a byte-level BPE of exactly `config.vocab_size` tokens, the same on every call. Control tokens have
-    the ids that `config` gives them (its `extra` names those of bos, `<|endoftext|>`, and eos, `<|im_end|>`).
+    The tokenizer is a byte-level BPE with exactly `config.vocab_size` tokens. It is the same on every call. Control
+    tokens have the ids that `config` gives them: `extra` has those of `<|endoftext|>` (bos_token_id) and `<|im_end|>`
+    (eos_token_id).
 
     Args:
-      directory: where; it is made if need be.
-      config: the model's; at least 288 tokens.
+      directory: the folder to write to. It is made if it does not exist.
+      config: the model's configuration, with a vocabulary of at least 288 tokens.
 
     Raises:
-      UserError: the vocabulary is too small.
+      UserError: the vocabulary is smaller than that.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -125,7 +126,7 @@ def write_processor_files(directory: str | Path, config: KeyeConfig) -> None:
 
 
 def _control_tokens(config: KeyeConfig) -> dict[str, int]:
-    """Ids of the control tokens: those of the configuration, and the highest free ones for the others."""
+    """Ids of the control tokens. Tokens that the configuration does not name get the highest free ids."""
     special = {
         "<|vision_start|>": config.vision_start_token_id,
         "<|vision_end|>": config.vision_end_token_id,
@@ -145,7 +146,7 @@ def _control_tokens(config: KeyeConfig) -> dict[str, int]:
 
 
 def _train(count: int) -> tuple[list[str], list[tuple[str, str]]]:
-    """A byte-level BPE of `count` tokens, in order of their ids, and its merges."""
+    """The `count` tokens of a byte-level BPE in the order of their ids, and its merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -156,7 +157,8 @@ def _train(count: int) -> tuple[list[str], list[tuple[str, str]]]:
     tokenizer.train_from_iterator(_CORPUS.splitlines(), trainer)
     model = json.loads(tokenizer.to_str())["model"]
     words = sorted(model["vocab"], key=model["vocab"].get)
-    # A small corpus has only so many merges: words that nothing is encoded to, but that a random model may say.
+    # The corpus is too small for more merges. The other tokens are made-up words. No text is encoded to them, but a
+    # random model may answer with them.
     known = set(words)
     for word in _syllables():
         if len(words) == count:
@@ -167,6 +169,7 @@ def _train(count: int) -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def _syllables() -> Iterator[str]:
+    """Made-up words with a space before them, the shortest first."""
     starts, vowels, ends = "bdfgklmnprstvz", "aeiou", "nlrst"
     for length in (1, 2, 3):
         for number in range((len(starts) * len(vowels)) ** length * len(ends)):
@@ -179,13 +182,13 @@ def _syllables() -> Iterator[str]:
 
 
 def write_clip(path: str | Path, seconds: float = 20, fps: int = 12, size: tuple[int, int] = (640, 360)) -> None:
-    """Writes an H.264 clip without sound: a ball and a square that move, and a clock.
+    """Writes an H.264 clip without sound. It shows a clock, and a ball and a square that move.
 
     Args:
-      path: a file name that ends in .mp4, .mkv or the like.
-      seconds: length.
-      fps: frames a second.
-      size: (width, height) in pixels, even numbers.
+      path: the file. The end of its name, such as .mp4 or .mkv, decides the format.
+      seconds: length of the clip.
+      fps: frames per second.
+      size: (width, height) in pixels, both even.
     """
     import av
 
@@ -194,7 +197,7 @@ def write_clip(path: str | Path, seconds: float = 20, fps: int = 12, size: tuple
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        # One thread, so that the file does not depend on the machine.
+        # With one thread the file is the same on every machine.
         stream.options = {"preset": "veryfast", "crf": "23", "threads": "1", "g": str(2 * fps)}
         for index in range(round(seconds * fps)):
             image = _scene(index / fps, width, height, font)
@@ -205,7 +208,7 @@ def write_clip(path: str | Path, seconds: float = 20, fps: int = 12, size: tuple
 
 
 def _scene(time: float, width: int, height: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
-    """One picture of the clip, at `time` in seconds."""
+    """The frame of the clip at `time`, in seconds."""
     colours = ((225, 235, 245), (245, 230, 215), (220, 240, 215), (235, 220, 240))
     image = Image.new("RGB", (width, height), colours[int(time // 5) % len(colours)])
     draw = ImageDraw.Draw(image)
@@ -223,7 +226,7 @@ def write_picture(path: str | Path, size: tuple[int, int] = (448, 336)) -> None:
     """Writes an image of a triangle, a disc and a word.
 
     Args:
-      path: a file name with the extension of the wanted format.
+      path: the file. The end of its name, such as .png or .jpg, decides the format.
       size: (width, height) in pixels.
     """
     width, height = size

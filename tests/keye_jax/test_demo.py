@@ -1,0 +1,88 @@
+"""The demo's folder: what it may replace, and what it leaves alone."""
+
+import subprocess
+import sys
+
+import pytest
+
+from keye_jax import demo
+from keye_jax.errors import UserError
+
+MADE = {"hf", "clip.mp4", "picture.png", demo.MARKER}
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands that the demo would run."""
+    found = []
+    monkeypatch.setattr(demo, "run", lambda *arguments: found.append(arguments[0]))
+    return found
+
+
+def main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["demo", *map(str, arguments)])
+    return demo.main()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_twice_in_a_new_or_an_empty_folder(there, tmp_path, monkeypatch, commands):
+    directory = tmp_path / "deep" / "demo"
+    if there:
+        directory.mkdir(parents=True)
+    assert main(monkeypatch, directory) == 0
+    assert {path.name for path in directory.iterdir()} == MADE
+    (directory / "orbax").mkdir()  # by the commands of the first demo
+    (directory / "orbax" / "old").touch()
+    (directory / "notes.txt").write_text("mine")
+    assert main(monkeypatch, directory) == 0
+    assert {path.name for path in directory.iterdir()} == MADE | {"notes.txt"}
+    assert commands == ["convert", "inspect", "generate", "generate"] * 2
+
+
+def test_a_folder_of_somebody_else_is_refused(tmp_path, monkeypatch, capsys, commands):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "model.safetensors").write_text("precious")
+    assert main(monkeypatch, tmp_path) == 2
+    printed = capsys.readouterr()
+    [line] = printed.err.splitlines()
+    assert line.startswith(f"keye-jax: {str(tmp_path)!r} holds files") and not printed.out and not commands
+    assert [path.name for path in tmp_path.rglob("*")] == ["hf", "model.safetensors"]
+
+
+def test_a_file_is_refused(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("text")
+    with pytest.raises(UserError, match="is a file; it must be a new folder"):
+        demo.prepare(path)
+    assert path.read_text() == "text"
+
+
+def test_a_link_is_removed_and_not_followed(tmp_path):
+    outside, directory = tmp_path / "outside", tmp_path / "demo"
+    outside.mkdir()
+    (outside / "weights").touch()
+    demo.prepare(directory)
+    (directory / "orbax").symlink_to(outside)
+    demo.prepare(directory)
+    assert (outside / "weights").exists() and not (directory / "orbax").exists()
+
+
+def test_without_pyav(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    assert main(monkeypatch, tmp_path / "new") == 2
+    assert "pip install 'keye-jax[video]'" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_command_that_fails_ends_it(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise subprocess.CalledProcessError(3, arguments)
+
+    monkeypatch.setattr(demo, "run", fail)
+    assert main(monkeypatch, tmp_path / "new") == 3
+
+
+def test_no_folder_named(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(monkeypatch)
+    assert stop.value.code == 2 and "DIR" in capsys.readouterr().err
