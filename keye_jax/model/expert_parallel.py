@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from keye_jax.sharding.collectives import (
     Axes,
@@ -20,9 +21,6 @@ from keye_jax.sharding.collectives import (
     without,
 )
 from keye_jax.sharding.step import StepSharding, spec
-
-if TYPE_CHECKING:
-    from keye_jax.model.moe import MoE
 
 _SLACK = 1.5
 """Rows worked on at once, in shares of what a device gets when all experts are chosen as often."""
@@ -41,7 +39,20 @@ type _Offsets = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 """Of `jax.lax.ragged_all_to_all`: input offsets, send sizes, output offsets, receive sizes."""
 
 
-def run_experts(moe: MoE, x: jax.Array, valid: jax.Array, mix: Mix, step: StepSharding) -> tuple[jax.Array, jax.Array]:
+class Experts(Protocol):
+    """What `run_experts` needs of a `MoE`."""
+
+    num_experts: int
+    hidden_parts: int
+    gate_up_proj: nnx.Param
+    down_proj: nnx.Param
+
+    def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]: ...
+
+
+def run_experts(
+    moe: Experts, x: jax.Array, valid: jax.Array, mix: Mix, step: StepSharding
+) -> tuple[jax.Array, jax.Array]:
     """Runs each valid token through its experts, wherever they are.
 
     Tokens that every device of the experts' axes has stay where they are, and the devices' results are added up. Where
@@ -64,7 +75,7 @@ def run_experts(moe: MoE, x: jax.Array, valid: jax.Array, mix: Mix, step: StepSh
     exchanged = only(step.experts, step.rows) if step.rules.expert_exchange == "all_to_all" else ()
     gathered = without(only(owners, step.rows), exchanged)
 
-    def body(moe: MoE, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def body(moe: Experts, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
         gate_up, down = moe.gate_up_proj[...], moe.down_proj[...]
         tokens = x.reshape(-1, x.shape[-1])
         experts, weights = moe.route(tokens)

@@ -192,7 +192,7 @@ def _deal(
     waiting: list[list[_Run]] = [[] for _ in range(homes)]
     for index, first, end in spans:
         runs = [_Run(index, at, min(shape.tokens, end - at)) for at in range(first, end, shape.tokens)]
-        waiting[int(segments[index].pages[0]) * homes // pool_pages] += runs
+        waiting[_home(int(segments[index].pages[0]), pool_pages, step)] += runs
     while any(waiting):
         chunk: list[list[_Run]] = [[] for _ in range(homes)]
         members: set[int] = set()
@@ -201,6 +201,16 @@ def _deal(
                 members.add(runs[0].segment)
                 chunk[home].append(runs.pop(0))
         yield chunk
+
+
+def _home(page: int, pool_pages: int, step: StepSharding) -> int:
+    """The number along `step.batch` of the shard that a page is on."""
+    shard, number, stride = page * step.size(step.home) // pool_pages, 0, 1
+    for axis in reversed(step.home):
+        shard, coordinate = divmod(shard, step.size((axis,)))
+        if axis in step.batch:
+            number, stride = number + coordinate * stride, stride * step.size((axis,))
+    return number
 
 
 def _fill(chunk: list[list[_Run]], segments: Sequence[Segment], shape: ChunkShape, step: StepSharding) -> Chunk:

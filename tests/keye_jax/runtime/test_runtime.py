@@ -1,189 +1,267 @@
-"""Chunked prefill and decoding from the cache give what one prefill gives, beyond topk."""
+"""Chunked prefill and decoding from the pages give what one prefill gives, beyond top_k."""
+
+from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert import load_params
-from keye_jax.config import KeyeConfig
-from keye_jax.kv_cache import Cache
+from keye_jax.kv_cache import PagePool
 from keye_jax.model.attention import AttentionOptions
-from keye_jax.model.keye import Keye
-from keye_jax.runtime.runtime import Runner, round_up
-from keye_jax.runtime.sampling import Sampling, sample
+from keye_jax.runtime.prefill import round_up
+from keye_jax.runtime.programs import DecodeState
+from keye_jax.runtime.runtime import Runtime
+from keye_jax.runtime.sampling import SamplingParams
+from tests.keye_jax.golden_models import Trace, golden_model, random_ids, text, traced
+from tests.near_ties import assert_leads, assert_tokens_follow, selection_leads, token_leads
 
 TOKENS = 96
+SEED = 2
+"""Of a text whose selections are all `LEAD` ahead."""
+LEAD = 4e-4
+ATOL = 2e-4
+GREEDY = SamplingParams(temperature=0.0)
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 @pytest.fixture(scope="module")
-def model(golden):
-    config = KeyeConfig.from_file(golden / "a")
+def ids() -> np.ndarray:
+    return random_ids(TOKENS, SEED)
+
+
+def runtime_of(**kwargs) -> Runtime:
+    model, config = golden_model("a")
     assert 3 * config.sa_config.topk < TOKENS
-    return config, Keye.from_params(config, load_params(golden / "a", config))
+    return Runtime(model, config, **kwargs)
+
+
+def whole(runtime: Runtime, ids: np.ndarray) -> Trace:
+    """What one prefill computes."""
+    pool, tables = runtime.new_cache(1, len(ids))
+    return traced(runtime, text(ids, tables[0]), pool)[0]
+
+
+def row_of(
+    runtime: Runtime, ids: np.ndarray, length: int, pages: np.ndarray, sampling: SamplingParams = GREEDY
+) -> DecodeState:
+    """A batch of one: the text's token at `length` is to be read."""
+    return runtime.set_row(
+        runtime.new_state(1, len(pages)),
+        0,
+        token=int(ids[length]),
+        length=length,
+        position_delta=0,
+        pages=pages,
+        sampling=sampling,
+    )
+
+
+def decoded(runtime: Runtime, ids: np.ndarray, first: int) -> tuple[np.ndarray, PagePool]:
+    """Logits of tokens `first - 1` and on, `[t, vocab]`: of a prefill of the first ones, then token by token."""
+    pool, tables = runtime.new_cache(1, len(ids))
+    logits, pool = runtime.prefill([text(ids, tables[0], end=first)], pool)
+    rows, state = [np.asarray(logits[0])], row_of(runtime, ids, first, tables[0])
+    for index in range(first, len(ids)):
+        state = dataclasses.replace(state, tokens=jnp.asarray(ids[index : index + 1]))
+        logits, pool = runtime.decode(state, pool)
+        rows.append(np.asarray(logits[0]))
+        state = runtime.draw(logits, state)
+        assert int(state.lengths[0]) == index + 1
+    return np.stack(rows), pool
 
 
 @pytest.fixture(scope="module")
-def ids():
-    return np.random.default_rng(0).integers(0, 500, TOKENS).astype(np.int32)
-
-
-def text_positions(count):
-    return np.broadcast_to(np.arange(count, dtype=np.int32), (3, count))
-
-
-def all_logits(runner, ids):
-    """float32 `[t, vocab]` from one prefill."""
-    embeds = jnp.zeros((0, runner.config.hidden_size))
-    parts, start = [], 0
-    for logits, _, _, done in runner.trace(ids, text_positions(len(ids)), embeds, runner.new_cache(len(ids))):
-        parts.append(np.asarray(logits[0, : done - start]))
-        start = done
-    return np.concatenate(parts)
-
-
-@pytest.fixture(scope="module")
-def reference(model, ids):
-    config, keye = model
-    return all_logits(Runner(keye, config), ids)
+def reference(ids) -> Trace:
+    runtime = runtime_of()
+    trace = whole(runtime, ids)
+    assert_leads(selection_leads(trace.scores, runtime.config.sa_config.topk), LEAD)
+    return trace
 
 
 @pytest.mark.parametrize("chunk", [1, 13, 32, 95, 96])
-def test_any_prefill_chunk_gives_the_same(model, ids, reference, chunk):
-    config, keye = model
-    got = all_logits(Runner(keye, config, prefill_chunk=chunk), ids)
-    np.testing.assert_allclose(got, reference, atol=2e-4)
+def test_any_prefill_chunk_gives_the_same(ids, reference: Trace, chunk: int):
+    got = whole(runtime_of(prefill_chunk=chunk), ids)
+    np.testing.assert_allclose(got.logits, reference.logits, atol=ATOL)
+    np.testing.assert_array_equal(got.selected, reference.selected)
 
 
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
-def test_decoding_token_by_token_equals_one_prefill(model, ids, attention):
-    config, keye = model
-    runner = Runner(keye, config, options=AttentionOptions(attention))
-    expected = all_logits(runner, ids)
-    embeds, half = jnp.zeros((0, config.hidden_size)), 10
-    logits, cache = runner.prefill(ids[:half], text_positions(half), embeds, runner.new_cache(TOKENS))
-    np.testing.assert_allclose(np.asarray(logits[0]), expected[half - 1], atol=2e-4)
-    for index in range(half, TOKENS):
-        logits, cache = runner.decode(jnp.asarray(ids[index : index + 1]), jnp.zeros(1, jnp.int32), cache)
-        np.testing.assert_allclose(np.asarray(logits[0]), expected[index], atol=2e-4)
+def test_decoding_token_by_token_equals_one_prefill(ids, reference: Trace, attention: Literal["sparse", "dense"]):
+    runtime = runtime_of(options=AttentionOptions(attention))
+    expected = reference.logits if attention == "sparse" else dense_logits(ids)
+    np.testing.assert_allclose(decoded(runtime, ids, 10)[0], expected[9:], atol=ATOL)
 
 
-def test_a_float8_indexer_selects_much_the_same_from_any_chunk_and_token_by_token(model, ids, reference):
+def dense_logits(ids: np.ndarray) -> np.ndarray:
+    """`[t, vocab]` of one dense prefill."""
+    runtime = runtime_of(options=AttentionOptions("dense"))
+    pool, tables = runtime.new_cache(1, len(ids))
+    ((logits, _, _, _),) = runtime.forward_with_intermediates(text(ids, tables[0]), pool)
+    return np.asarray(logits)
+
+
+def test_a_float8_indexer_selects_much_the_same_from_any_chunk_and_token_by_token(ids, reference: Trace):
     """A rounding that falls the other way may change a selection: a token now and then, not all that follow."""
-    config, keye = model
     options = AttentionOptions(indexer_dtype="float8_e4m3fn")
-    whole = all_logits(Runner(keye, config, options=options), ids)
-    topk = config.sa_config.topk
-    np.testing.assert_allclose(whole[:topk], reference[:topk], atol=2e-4)
-    assert np.abs(whole - reference).max() > 0.5
-    runner = Runner(keye, config, options=options, prefill_chunk=13)
-    chunked = all_logits(runner, ids)
-    logits, cache = runner.prefill(
-        ids[:60], text_positions(60), jnp.zeros((0, config.hidden_size)), runner.new_cache(TOKENS)
-    )
-    assert cache.layers[0].index_keys.dtype == jnp.float8_e4m3fn
-    decoded = [np.asarray(logits[0])]
-    for index in range(60, TOKENS):
-        logits, cache = runner.decode(jnp.asarray(ids[index : index + 1]), jnp.zeros(1, jnp.int32), cache)
-        decoded.append(np.asarray(logits[0]))
-    for got, expected in ((chunked, whole), (np.stack(decoded), whole[59:])):
-        assert np.mean(np.abs(got - expected).max(axis=-1) < 2e-4) > 0.9
+    runtime = runtime_of(options=options)
+    one = whole(runtime, ids).logits
+    topk = runtime.config.sa_config.topk
+    np.testing.assert_allclose(one[:topk], reference.logits[:topk], atol=ATOL)
+    assert np.abs(one - reference.logits).max() > 0.5
+    runtime = runtime_of(options=options, prefill_chunk=13)
+    chunked = whole(runtime, ids).logits
+    by_token, pool = decoded(runtime, ids, 60)
+    assert pool.layers[0].index_keys.dtype == jnp.float8_e4m3fn
+    for got, expected in ((chunked, one), (by_token, one[59:])):
+        assert np.mean(np.abs(got - expected).max(axis=-1) < ATOL) > 0.9
 
 
-def test_sparse_and_dense_differ(model, ids, reference):
-    config, keye = model
-    dense = all_logits(Runner(keye, config, options=AttentionOptions("dense")), ids)
-    topk = config.sa_config.topk
-    np.testing.assert_allclose(dense[:topk], reference[:topk], atol=2e-4)
-    assert np.abs(dense - reference).max() > 0.5
+def test_sparse_and_dense_differ(ids, reference: Trace):
+    dense, topk = dense_logits(ids), golden_model("a")[1].sa_config.topk
+    np.testing.assert_allclose(dense[:topk], reference.logits[:topk], atol=ATOL)
+    assert np.abs(dense - reference.logits).max() > 0.5
 
 
-def test_sequences_of_a_batch_do_not_see_each_other(model, ids, reference):
-    """Two sequences of different lengths, pages out of order, decoded together."""
-    config, keye = model
-    runner = Runner(keye, config)
-    embeds, starts = jnp.zeros((0, config.hidden_size)), (60, 45)
-    batch = Cache.create(config, 2, TOKENS, jnp.float32)
-    table = np.random.default_rng(1).permutation(batch.page_table.size).reshape(batch.page_table.shape)
-    layers = list(batch.layers)
-    for row, start in enumerate(starts):
-        _, one = runner.prefill(
-            ids[:start], text_positions(start), embeds, Cache.create(config, 1, TOKENS, jnp.float32)
-        )
-        for index, layer in enumerate(one.layers):
-            pages = jnp.asarray(table[row])
-            layers[index] = dataclasses.replace(
-                layers[index],
-                kv=layers[index].kv.at[pages].set(layer.kv),
-                index_keys=layers[index].index_keys.at[pages].set(layer.index_keys),
+class TestDenseBelow:
+    """Prompt tokens at positions below it attend densely; generated tokens always select."""
+
+    LIMIT = 48
+
+    def last_logits(self, runtime: Runtime, ids: np.ndarray, room: int = TOKENS) -> tuple[np.ndarray, np.ndarray]:
+        """Of the whole prompt, and of a generated token behind it."""
+        pool, tables = runtime.new_cache(1, room)
+        logits, pool = runtime.prefill([text(ids, tables[0], end=TOKENS - 1)], pool)
+        written, _ = runtime.decode(row_of(runtime, ids, TOKENS - 1, tables[0]), pool)
+        return np.asarray(logits[0]), np.asarray(written[0])
+
+    def by_hand(self, ids: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first tokens read by a dense runtime, the others and the generated one by a sparse one."""
+        sparse, dense = runtime_of(), runtime_of(options=AttentionOptions("dense"))
+        pool, tables = sparse.new_cache(1, TOKENS)
+        logits, pool = dense.prefill([text(ids, tables[0], end=limit)], pool)
+        if limit < TOKENS - 1:
+            logits, pool = sparse.prefill([text(ids, tables[0], limit, end=TOKENS - 1)], pool)
+        written, _ = sparse.decode(row_of(sparse, ids, TOKENS - 1, tables[0]), pool)
+        return np.asarray(logits[0]), np.asarray(written[0])
+
+    @pytest.mark.parametrize("limit", [LIMIT, TOKENS - 1])
+    def test_where_it_ends_tokens_select(self, ids, reference: Trace, limit: int):
+        got, expected = self.last_logits(runtime_of(dense_below=limit), ids), self.by_hand(ids, limit)
+        np.testing.assert_allclose(got, expected, atol=ATOL)
+        assert np.abs(got[0] - reference.logits[TOKENS - 2]).max() > 0.1
+        assert np.abs(got[1] - dense_logits(ids)[-1]).max() > 0.1
+
+    def test_the_room_for_a_sequence_does_not_matter(self, ids, reference: Trace):
+        for room in (TOKENS, 8 * TOKENS):
+            np.testing.assert_allclose(
+                self.last_logits(runtime_of(), ids, room), reference.logits[-2:], atol=ATOL, err_msg=f"{room} tokens"
             )
-    cache = Cache(tuple(layers), jnp.asarray(table, jnp.int32), jnp.asarray(starts, jnp.int32))
-    for step in range(8):
-        tokens = jnp.asarray([ids[start + step] for start in starts])
-        logits, cache = runner.decode(tokens, jnp.zeros(2, jnp.int32), cache)
-        for row, start in enumerate(starts):
-            np.testing.assert_allclose(np.asarray(logits[row]), reference[start + step], atol=2e-4)
+
+    def test_nothing_is_dense_unless_asked_for(self):
+        assert runtime_of().dense_below == 0
 
 
-def test_writing_is_decoding_and_sampling(model, ids):
-    config, keye = model
-    runner, start, embeds = Runner(keye, config), 50, jnp.zeros((0, config.hidden_size))
-    delta, seeds = jnp.zeros(1, jnp.int32), jnp.asarray([3], jnp.uint32)
-    for sampling in (Sampling(temperature=0.0), Sampling(temperature=1.0)):
-        (_, cache), (_, own) = (
-            runner.prefill(ids[:start], text_positions(start), embeds, runner.new_cache(100)) for _ in range(2)
-        )
-        token, written = jnp.asarray(ids[start : start + 1]), jnp.asarray(ids[start : start + 1])
-        for _ in range(5):
-            logits, cache = runner.decode(token, delta, cache)
-            token = sample(logits, seeds, cache.lengths, sampling)
-            written, own = runner.write(written, delta, own, seeds, sampling)
-            assert written[0] == token[0]
+def test_decode_and_sample_is_decode_and_draw(ids):
+    """Greedy, and by a seed; the draws are safe."""
+    runtime, start = runtime_of(), 50
+    for sampling in (GREEDY, SamplingParams(temperature=1.0, top_k=0, top_p=1.0, seed=3)):
+        pools, states = [], []
+        for _ in range(2):
+            pool, tables = runtime.new_cache(1, TOKENS)
+            pools.append(runtime.prefill([text(ids, tables[0], end=start)], pool)[1])
+            states.append(row_of(runtime, ids, start, tables[0], sampling))
+        for index in range(5):
+            logits, pools[0] = runtime.decode(states[0], pools[0])
+            scores = np.asarray(logits)
+            if sampling.temperature:
+                key = jax.random.fold_in(jax.random.key(sampling.seed), start + index + 1)
+                scores = scores + np.asarray(jax.random.gumbel(key, logits.shape[1:]))
+            assert_leads(token_leads(scores), ATOL)
+            states[0] = runtime.draw(logits, states[0])
+            states[1], pools[1] = runtime.decode_and_sample(states[1], pools[1])
+            assert states[0].tokens[0] == states[1].tokens[0] == scores[0].argmax()
+            assert states[0].lengths[0] == states[1].lengths[0] == start + index + 1
+            np.testing.assert_array_equal(states[0].sampling.counts, states[1].sampling.counts)
 
 
-def test_images_are_encoded_in_bounded_chunks(model, golden, monkeypatch):
-    config, keye = model
+def test_a_mask_may_come_between_decode_and_draw(ids):
+    runtime, start = runtime_of(), 50
+    pool, tables = runtime.new_cache(1, TOKENS)
+    _, pool = runtime.prefill([text(ids, tables[0], end=start)], pool)
+    state = row_of(runtime, ids, start, tables[0])
+    logits, pool = runtime.decode(state, pool)
+    allowed = np.arange(runtime.config.vocab_size) % 7 == 3
+    words = np.packbits(np.pad(allowed, (0, -len(allowed) % 32)).reshape(1, -1), axis=1, bitorder="little")
+    mask = runtime.put(words.view(np.uint32))
+    state = dataclasses.replace(state, sampling=dataclasses.replace(state.sampling, allowed=mask))
+    state = runtime.draw(logits, state)
+    assert int(state.tokens[0]) == np.where(allowed, np.asarray(logits[0]), -np.inf).argmax()
+    assert int(state.tokens[0]) != np.asarray(logits[0]).argmax()
+
+
+def test_the_first_token_of_an_answer_is_drawn_from_the_prompt(ids, reference: Trace):
+    """Row 0 stands at the prompt's last token, whose logits prefill gave; idle rows stay as they are."""
+    runtime = runtime_of()
+    pool, tables = runtime.new_cache(1, TOKENS)
+    logits, pool = runtime.prefill([text(ids, tables[0])], pool)
+    state = runtime.set_row(
+        runtime.new_state(2, len(tables[0])),
+        0,
+        token=int(ids[-1]),
+        length=TOKENS - 1,
+        position_delta=0,
+        pages=tables[0],
+        sampling=GREEDY,
+    )
+    state = runtime.draw(jnp.broadcast_to(logits, (2, logits.shape[1])), state)
+    assert_tokens_follow([int(state.tokens[0])], reference.logits[-1:], ATOL)
+    assert np.asarray(state.lengths).tolist() == [TOKENS, 0]
+    assert np.asarray(state.sampling.counts).sum(axis=1).tolist() == [1, 0]
+
+
+def test_images_are_encoded_in_bounded_chunks(golden, monkeypatch):
     arrays = np.load(golden / "a" / "golden.npz")
-    runner = Runner(keye, config)
-    whole = runner.encode(arrays["pixels"], arrays["grids"])
-    monkeypatch.setattr("keye_jax.runtime.runtime.ENCODE_PATCHES", 1)
-    one_by_one = runner.encode(arrays["pixels"], arrays["grids"])
-    np.testing.assert_allclose(np.asarray(one_by_one), np.asarray(whole), atol=1e-5)
-    np.testing.assert_allclose(np.asarray(whole), arrays["vision_embeds"], atol=5e-4)
+    runtime = runtime_of()
+    at_once = runtime.encode(arrays["pixels"], arrays["grids"])
+    monkeypatch.setattr("keye_jax.runtime.encode.ENCODE_PATCHES", 1)
+    one_by_one = runtime.encode(arrays["pixels"], arrays["grids"])
+    np.testing.assert_allclose(np.asarray(one_by_one), np.asarray(at_once), atol=1e-5)
+    np.testing.assert_allclose(np.asarray(at_once), arrays["vision_embeds"], atol=5e-4)
 
 
-def test_uint8_patches_are_normalised_on_the_device(model):
-    config, keye = model
-    runner = Runner(keye, config)
+def test_uint8_patches_are_normalised_on_the_device():
+    runtime = runtime_of()
     rng = np.random.default_rng(0)
     patches = rng.integers(0, 256, (24, 3, 14, 14)).astype(np.uint8)
     grids = np.array([[1, 4, 6]])
     scale, shift = np.float32([1 / 127.5, 1 / 100, 1 / 50]), np.float32([-1, -0.5, 0.25])
     normalised = patches * scale[:, None, None] + shift[:, None, None]
     np.testing.assert_allclose(
-        np.asarray(runner.encode(patches, grids, scale=scale, shift=shift)),
-        np.asarray(runner.encode(normalised.astype(np.float32), grids)),
+        np.asarray(runtime.encode(patches, grids, scale=scale, shift=shift)),
+        np.asarray(runtime.encode(normalised.astype(np.float32), grids)),
         atol=1e-4,
     )
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 1000, 4097, 131_072, 200_001])
-def test_sizes_are_rounded_up_a_little(size):
+def test_sizes_are_rounded_up_a_little(size: int):
     rounded = round_up(size)
     assert size <= rounded <= size + max(64, size / 8)
 
 
-def test_compiled_steps_are_those_that_run(model, ids, caplog):
-    config, keye = model
-    runner, places = Runner(keye, config, prefill_chunk=40), text_positions(TOKENS)
-    runner.compile_prefill(TOKENS)
-    runner.compile_write(1, TOKENS, Sampling(temperature=0.0))
+def test_compiled_steps_are_those_that_run(ids, caplog):
+    runtime = runtime_of(prefill_chunk=40)
+    runtime.compile_prefill(TOKENS)
+    runtime.compile_decode(1, TOKENS)
     with jax.log_compiles():
-        _, cache = runner.prefill(ids, places, jnp.zeros((0, config.hidden_size)), runner.new_cache(TOKENS))
-        start = [runner.put(np.zeros(1, dtype)) for dtype in (np.int32, np.int32, np.uint32)]
-        runner.write(*start[:2], cache, start[2], Sampling(temperature=0.0))
-    compiled = [record.args[0] for record in caplog.records if record.msg.startswith("Compiling")]
+        pool, tables = runtime.new_cache(1, TOKENS)
+        _, pool = runtime.prefill([text(ids, tables[0], end=TOKENS - 1)], pool)
+        runtime.decode_and_sample(row_of(runtime, ids, TOKENS - 1, tables[0]), pool)
+    compiled = [str(record.args[0]) for record in caplog.records if record.msg.startswith("Compiling")]  # type: ignore[index]
     assert any("embed" in name for name in compiled)
-    assert not any("read" in name or "write" in name for name in compiled)
+    assert not any("prefill" in name or "decode" in name for name in compiled)

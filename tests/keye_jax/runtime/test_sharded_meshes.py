@@ -8,7 +8,8 @@ import pytest
 
 from keye_jax.errors import UserError
 from keye_jax.sharding import ShardingConfig
-from tests.keye_jax.runtime.sharded_helpers import check, golden_model
+from tests.keye_jax.golden_models import golden_model
+from tests.keye_jax.runtime.sharded_helpers import check
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 PRESETS = sorted((Path(__file__).parents[3] / "configs" / "sharding").glob("*.yaml"))
@@ -52,11 +53,11 @@ def random_sharding(config, seed):
                 rules[name].insert(rng.integers(2), axis)
     values = {"mesh": mesh, "rules": rules | {"kv_heads": rules["heads"]}}
     values["exchange"] = {"experts": str(rng.choice(["all_gather", "all_to_all"]))}
-    return ShardingConfig.from_dict(values, source=f"random layout {seed}")
+    return ShardingConfig.from_dict(values, source=f"random rules {seed}")
 
 
 @pytest.mark.parametrize("number", range(12))
-def test_random_layouts(number):
+def test_random_meshes(number):
     name = "ab"[number % 2]
     sharding = random_sharding(golden_model(name)[1], number)
     check(name, sharding, prefill_chunk=[16, 40, None][number % 3])

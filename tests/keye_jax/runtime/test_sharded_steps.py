@@ -1,8 +1,10 @@
 """Steps over eight virtual devices: batches, float8 keys, ties, images, and what travels."""
 
+from __future__ import annotations
+
 import dataclasses
 import re
-from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,41 +13,47 @@ import pytest
 from flax import nnx
 
 from keye_jax.config import KeyeConfig
-from keye_jax.kv_cache import PAGE_SIZE, Cache
+from keye_jax.kv_cache import PAGE_SIZE, PagePool, Pages
 from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.keye import Keye
-from keye_jax.runtime.runtime import Runner
+from keye_jax.runtime.prefill import plan_chunks
+from keye_jax.runtime.runtime import Runtime
+from keye_jax.runtime.sampling import SamplingParams
+from keye_jax.sharding import StepSharding
+from tests.keye_jax.golden_models import CONFIGS, golden_model, rules_of, text, traced_decode
 from tests.keye_jax.runtime.sharded_helpers import (
     ATOL,
     GREEDY,
     ONE_AXIS,
+    SCORE_LEAD,
+    SEQUENCE,
     TOKENS,
-    golden_model,
-    layout_of,
-    read_and_write,
+    prefill_and_decode,
 )
+from tests.near_ties import assert_leads, selection_leads
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
-def filled(cache, sequences, lengths, parallel):
-    """The cache with keys and values `[l, b, s, 2 * kv_heads, d]` and index keys `[l, b, s, di]` in its pages."""
-    table, parts = np.asarray(cache.page_table), parallel.size(parallel.kv_heads) if parallel else 1
+def filled(pool: PagePool, tables: np.ndarray, sequences: tuple[np.ndarray, np.ndarray], runtime: Runtime) -> PagePool:
+    """The pool with keys and values `[l, b, s, 2 * kv_heads, d]` and index keys `[l, b, s, di]` in its pages."""
     kv, index_keys = sequences
+    parts = runtime.rules.size("kv_heads")
     # On several devices a row holds the keys and values of the first one's heads, then of the second one's.
     kv = kv.reshape(*kv.shape[:3], 2, parts, -1, kv.shape[-1]).swapaxes(3, 4).reshape(kv.shape)
     layers = []
-    for number, layer in enumerate(cache.layers):
+    for number, layer in enumerate(pool.layers):
         pages, index_pages = np.zeros(layer.kv.shape, np.float32), np.zeros(layer.index_keys.shape, np.float32)
-        for row, sequence in enumerate(table):
+        for row, sequence in enumerate(tables):
             pages[sequence] = kv[number, row].reshape(-1, *pages.shape[1:])
             index_pages[sequence] = index_keys[number, row].reshape(-1, *index_pages.shape[1:])
-        layers.append(dataclasses.replace(layer, kv=jnp.asarray(pages), index_keys=jnp.asarray(index_pages)))
-    filled = Cache(tuple(layers), cache.page_table, jnp.asarray(lengths, jnp.int32))
-    return jax.device_put(filled, cache.shardings(parallel)) if parallel else filled
+        layers.append(Pages(jax.device_put(pages, layer.kv.sharding), jax.device_put(index_pages, layer.kv.sharding)))
+    shardings = pool.shardings(runtime.rules)
+    made = PagePool(tuple(layers))
+    return made if runtime.rules.sharding() is None else jax.device_put(made, shardings)
 
 
-TENSOR = {"heads": "y", "kv_heads": "y", "experts": ["z", "x"], "vocab": "y"}
+TENSOR: dict[str, str | list[str]] = {"heads": "y", "kv_heads": "y", "experts": ["z", "x"], "vocab": "y"}
 
 
 @pytest.mark.parametrize(
@@ -53,46 +61,74 @@ TENSOR = {"heads": "y", "kv_heads": "y", "experts": ["z", "x"], "vocab": "y"}
     [
         (4, {"x": 2, "y": 4}, {"batch": "x", "cache_sequence": "y", "experts": ["x", "y"], "vocab": "y"}, "sparse"),
         (3, {"x": 2, "y": 2, "z": 2}, ONE_AXIS | TENSOR, "sparse"),
-        (3, {"x": 2, "y": 2, "z": 2}, ONE_AXIS | TENSOR, "dense"),
+        (3, {"x": 2, "y": 2, "z": 2}, SEQUENCE | TENSOR, "sparse"),
+        (3, {"x": 2, "y": 2, "z": 2}, SEQUENCE | TENSOR, "dense"),
         (4, {"x": 4}, ONE_AXIS, "sparse"),
+        (4, {"x": 4}, SEQUENCE, "sparse"),
     ],
-    ids=["data and positions", "a batch that cannot be shared out", "the same, dense", "one axis for all"],
+    ids=["data and positions", "a row stays idle", "positions and heads", "the same, dense", "data", "positions"],
 )
-def test_batches_of_different_lengths_decode_alike(batch, mesh, rules, attention):
+def test_batches_of_different_lengths_decode_alike(
+    batch: int, mesh: dict[str, int], rules: dict[str, str | list[str]], attention: Literal["sparse", "dense"]
+):
     """One sequence is empty, and one ends where a device's positions do."""
     model, config = golden_model("b", 2)
-    options, rng, size = AttentionOptions(attention), np.random.default_rng(0), 4 * PAGE_SIZE
+    options, rng, size = AttentionOptions(attention), np.random.default_rng(4), 4 * PAGE_SIZE
     kv = rng.normal(
         size=(config.num_hidden_layers, batch, size, 2 * config.num_key_value_heads, config.head_dim)
     ).astype(np.float32)
     index_keys = rng.normal(size=(config.num_hidden_layers, batch, size, config.sa_config.indexer_head_dim)).astype(
         np.float32
     )
-    lengths = [0, size - 10, PAGE_SIZE, 97][:batch]
-    results = []
-    for layout in (None, layout_of(config, mesh, rules)):
-        runner = Runner(model, config, options=options, layout=layout)
-        empty = runner.new_cache(size, batch)
-        assert empty.capacity == size
-        cache = filled(empty, (kv, index_keys), lengths, runner.parallel(batch, 1))
-        tokens, rows = np.arange(batch, dtype=np.int32), []
-        for _ in range(3):
-            logits, cache = runner.decode(runner.put(tokens), runner.put(np.zeros(batch, np.int32)), cache)
-            tokens = np.asarray(logits).argmax(axis=-1).astype(np.int32)
-            rows.append(np.asarray(logits))
-        results.append(np.stack(rows))
-        assert np.asarray(cache.lengths).tolist() == [length + 3 for length in lengths]
+    tokens = rng.integers(0, 500, (3, batch)).astype(np.int32)
+    lengths = np.asarray([0, size - 10, PAGE_SIZE, 97][:batch], np.int32)
+    results, traces = [], []
+    for over in (None, rules_of(config, mesh, rules)):
+        runtime = Runtime(model, config, options=options, rules=over)
+        empty, tables = runtime.new_cache(batch, size)
+        assert tables.shape[1] * PAGE_SIZE == size
+        pool = filled(empty, tables, (kv, index_keys), runtime)
+        homes = runtime.rules.size("batch")
+        state, logits = runtime.new_state(-(-batch // homes) * homes, tables.shape[1]), []
+        for row in range(batch):
+            state = runtime.set_row(
+                state,
+                row,
+                token=0,
+                length=int(lengths[row]),
+                position_delta=0,
+                pages=tables[row],
+                sampling=SamplingParams(temperature=0),
+            )
+        for step in range(3):
+            given = np.zeros(len(state.tokens), np.int32)
+            given[:batch] = tokens[step]
+            state = dataclasses.replace(state, tokens=runtime.put(given))
+            found, pool = runtime.decode(state, pool)
+            logits.append(np.asarray(found)[:batch])
+            state = runtime.draw(found, state)
+        results.append(np.stack(logits))
+        assert np.asarray(state.lengths)[:batch].tolist() == [length + 3 for length in lengths]
+        if attention == "sparse":
+            pool = filled(empty, tables, (kv, index_keys), runtime)
+            for step in range(3):
+                trace, pool = traced_decode(runtime, tokens[step], lengths + step, tables, pool)
+                np.testing.assert_allclose(trace.logits, results[-1][step], atol=ATOL)
+                traces.append(trace)
     np.testing.assert_allclose(results[1], results[0], atol=ATOL)
+    for one, many in zip(traces[:3], traces[3:], strict=True):
+        assert_leads(selection_leads(one.scores, config.sa_config.topk), SCORE_LEAD)
+        np.testing.assert_array_equal(many.selected, one.selected)
 
 
 def test_float8_index_keys_and_their_scales_travel_too():
     """A rounding that falls the other way may change a selection: of a token now and then, not of all that follow."""
     model, config = golden_model("a", 1)
     options, results = AttentionOptions(indexer_dtype="float8_e4m3fn"), []
-    for layout in (None, layout_of(config, {"x": 4}, ONE_AXIS)):
-        runner = Runner(model, config, options=options, layout=layout)
-        assert runner.new_cache(64).layers[0].index_scales is not None
-        results.append(read_and_write(runner)[0])
+    for rules in (None, rules_of(config, {"x": 4}, SEQUENCE)):
+        runtime = Runtime(model, config, options=options, rules=rules)
+        assert runtime.new_pool(1).layers[0].index_scales is not None
+        results.append(prefill_and_decode(runtime, "a")[0].logits)
     assert np.mean(np.abs(results[1] - results[0]).max(axis=-1) < ATOL) > 0.9
 
 
@@ -104,26 +140,29 @@ def test_of_equal_scores_the_lower_positions_win_on_any_device():
     blind = Keye.from_params(config, nnx.to_pure_dict(nnx.state(model)))
     for layer in blind.decoder.layers:
         layer.indexer.q_proj.weight.set_value(jnp.zeros_like(layer.indexer.q_proj.weight[...]))
-    layout = layout_of(config, {"x": 4}, ONE_AXIS)
-    (one, *_), (many, selected, _) = (read_and_write(Runner(blind, config, layout=each)) for each in (None, layout))
-    np.testing.assert_array_equal(selected[0, top_k:], np.tile(np.arange(top_k), (TOKENS + GREEDY - top_k, 1)))
-    np.testing.assert_allclose(many, one, atol=ATOL)
+    rules = rules_of(config, {"x": 4}, SEQUENCE)
+    (one, _), (many, _) = (prefill_and_decode(Runtime(blind, config, rules=each), "a") for each in (None, rules))
+    for trace in (one, many):
+        expected = np.tile(np.arange(top_k), (TOKENS + GREEDY - top_k, 1))
+        np.testing.assert_array_equal(trace.selected[0, top_k:], expected)
+    np.testing.assert_allclose(many.logits, one.logits, atol=ATOL)
 
 
 @pytest.mark.parametrize("devices", [{"x": 8}, {"x": 3}, {"x": 2, "y": 2}])
-def test_images_are_shared_out_whatever_their_number(golden, devices):
+def test_images_are_shared_out_whatever_their_number(golden, devices: dict[str, int]):
     model, config = golden_model("a", 2)
     arrays = np.load(golden / "a" / "golden.npz")
-    layout = layout_of(config, devices, {"vision_patches": list(devices)})
-    embeds = Runner(model, config, layout=layout).encode(arrays["pixels"], arrays["grids"])
+    rules = rules_of(config, devices, {"vision_patches": list(devices)})
+    embeds = Runtime(model, config, rules=rules).encode(arrays["pixels"], arrays["grids"])
     np.testing.assert_allclose(np.asarray(embeds), arrays["vision_embeds"], atol=ATOL)
 
 
 def test_a_decoding_step_moves_what_it_must_and_no_weights():
     """A layer: candidates, parts of the attention, and sums of the experts. The model: embeddings and logits."""
     model, config = golden_model("a", 2)
-    runner = Runner(model, config, layout=layout_of(config, {"x": 4}, ONE_AXIS))
-    program = runner.decode_program(1, 4096).lower().compile().as_text()
+    runtime = Runtime(model, config, rules=rules_of(config, {"x": 4}, SEQUENCE))
+    program = runtime.decode_program(1, 4096).lower().compile().as_text()
+    assert program is not None
     moved = re.findall(
         r"= (\S+) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", program
     )
@@ -134,23 +173,34 @@ def test_a_decoding_step_moves_what_it_must_and_no_weights():
 
 
 def test_the_order_of_a_chunk_is_undone():
-    _, config = golden_model("a", 2)
-    runner = Runner(Keye.abstract(config), config, layout=layout_of(config, {"x": 4}, ONE_AXIS))
-    parallel = runner.parallel(1, 2048)
-    order = parallel.token_order(2048)
-    assert order[:257].tolist() == [*range(256), 1024]
-    np.testing.assert_array_equal(np.asarray(parallel.in_order(jnp.asarray(order)[None])[0]), np.arange(2048))
+    """Rows are dealt out in turns; what is computed of them comes back in the prompt's order."""
+    model, config = golden_model("a", 1)
+    rules = rules_of(config, {"x": 4}, SEQUENCE)
+    whole = text(np.arange(2048, dtype=np.int32), np.arange(32, dtype=np.int32))
+    (chunk,) = plan_chunks([whole], 1024, StepSharding.prefill(rules), 32)
+    assert chunk.token.reshape(-1)[:257].tolist() == [*range(256), 1024]
+    assert sorted(chunk.token.reshape(-1)) == list(range(2048))
+    runtime = Runtime(model, config, rules=rules)
+    pool, tables = runtime.new_cache(1, 128)
+    ids = np.arange(100, dtype=np.int32)
+    ((_, _, (layer,), _),) = runtime.forward_with_intermediates(text(ids, tables[0]), pool)
+    # Each token sees itself and those before it.
+    assert [len(np.unique(row[row >= 0])) for row in np.asarray(layer.attention.selected)] == [
+        min(token + 1, config.sa_config.topk) for token in range(100)
+    ]
 
 
-@pytest.mark.parametrize("step", ["read", "decode"])
-def test_hopper_kernels_are_lowered_inside_a_layout(step):
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_hopper_kernels_are_lowered_on_a_mesh(step: str):
     """One layer of the released size, the cache's positions, the experts and eight heads a device on four devices."""
-    released = KeyeConfig.from_file(Path(__file__).parents[3] / "configs" / "model" / "keye_vl_2_30b_a3b.json")
+    released = KeyeConfig.from_file(CONFIGS / "model" / "keye_vl_2_30b_a3b.json")
     config = dataclasses.replace(released, num_hidden_layers=1)
-    layout = layout_of(config, {"x": 2, "y": 2, "z": 2}, ONE_AXIS | TENSOR)
-    options = AttentionOptions(implementation="mosaic_gpu", dense_below=0)
-    runner = Runner(Keye.abstract(config), config, layout=layout, options=options, prefill_chunk=2048)
-    (program,) = runner.prefill_programs(32_768) if step == "read" else [runner.decode_program(1, 32_768)]
-    text = program.lower(lowering_platforms=("cuda",)).as_text()
-    # Reading: scores, selection, unions, attention. Decoding: scores, two selections, attention. And the experts' two.
-    assert text.count("custom_call @mosaic_gpu") == 6
+    rules = rules_of(config, {"x": 2, "y": 2, "z": 2}, SEQUENCE | TENSOR)
+    options = AttentionOptions(implementation="mosaic_gpu")
+    runtime = Runtime(Keye.abstract(config), config, rules=rules, options=options, prefill_chunk=2048)
+    (program,) = (
+        runtime.prefill_programs(32_768) if step == "prefill" else [runtime.decode_program(1, 32_768, sample=False)]
+    )
+    lowered = program.lower(lowering_platforms=("cuda",)).as_text()
+    # Prefill: scores, selection, unions, attention. Decode: scores, three selections, attention. And the experts' two.
+    assert lowered.count("custom_call @mosaic_gpu") == (6 if step == "prefill" else 7)
