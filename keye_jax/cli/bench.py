@@ -71,7 +71,7 @@ def bench(
     no_video = [options.tokens("--unrelated", text) for text in _items(unrelated)]
     batches = [_pair("--decode", text) for text in _items(decode)]
     together = [_pair("--packed", text) for text in _items(packed)]
-    chunk = options.prefill_chunk_size(prefill_chunk)
+    chunk, below = options.prefill_chunk_size(prefill_chunk), options.dense_limit(dense_below)
     if repeats < 1:
         raise UserError(f"--repeats is {repeats}; it must be at least 1")
     if time_limit is not None and time_limit < 1:
@@ -118,7 +118,7 @@ def bench(
     _print_setting(sizes, rules)
 
     model = shard_params(random_model(sizes, rules=rules), rules)  # once, for all runtimes
-    how = {"prefill_chunk": chunk, "dense_below": options.dense_limit(dense_below), "rules": rules}
+    how = {"prefill_chunk": chunk, "dense_below": below, "rules": rules}
     runtimes = {name: Runtime(model, sizes, options=chosen[name], **how) for name in chosen}
     sparse = runtimes[_SPARSE]
     lengths = [
