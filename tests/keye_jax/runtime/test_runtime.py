@@ -16,7 +16,7 @@ from keye_jax.runtime.prefill import round_up
 from keye_jax.runtime.programs import DecodeState
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.runtime.sampling import SamplingParams
-from tests.keye_jax.golden_models import Trace, golden_model, random_ids, text, traced
+from tests.keye_jax.golden_models import Trace, float8, golden_model, random_ids, text, traced
 from tests.near_ties import assert_leads, assert_tokens_follow, selection_leads, token_leads
 
 TOKENS = 96
@@ -109,7 +109,8 @@ def test_a_float8_indexer_selects_much_the_same_from_any_chunk_and_token_by_toke
     """A rounding that falls the other way may change a selection: a token now and then, not all that follow."""
     options = AttentionOptions(indexer_dtype="float8_e4m3fn")
     runtime = runtime_of(options=options)
-    one = whole(runtime, ids).logits
+    with float8():
+        one = whole(runtime, ids).logits
     topk = runtime.config.sa_config.topk
     np.testing.assert_allclose(one[:topk], reference.logits[:topk], atol=ATOL)
     assert np.abs(one - reference.logits).max() > 0.5
