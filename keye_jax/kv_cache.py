@@ -184,7 +184,7 @@ class PageAllocator:
         self.homes, self.turns = rules.size("batch"), rules.parts(rules.cache_sequence)
         self.page_count = page_count
         self._per_shard, rest = divmod(page_count, self.homes * self.turns)
-        assert rest == 0, "a pool has as many pages on each shard"
+        assert rest == 0, "a pool has the same number of pages on each shard"
         self._free = [
             list(reversed(range(shard * self._per_shard, (shard + 1) * self._per_shard)))
             for shard in range(self.homes * self.turns)

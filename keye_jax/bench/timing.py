@@ -180,7 +180,7 @@ def _fill(seed: jax.Array, index: jax.Array, x: jax.Array, sharding: Sharding) -
 
 
 def _rows(runtime: Runtime, batch: int) -> int:
-    """Rows of a batch of this number of sequences: as many on each home."""
+    """Rows of a batch of this number of sequences: the same number on each home."""
     homes = runtime.rules.size("batch")
     return -(-batch // homes) * homes
 

@@ -91,9 +91,9 @@ def _without_devices() -> None:
 def _print(found: Plan) -> None:
     mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
     print(f"{found.platform}: {found.devices} devices ({mesh})")
-    print(f"{found.batch} x {found.context:,} tokens, prompts read {found.prefill_chunk:,} tokens at a time")
+    print(f"{found.batch} x {found.context:,} tokens, prefill of {found.prefill_chunk:,} tokens a step")
     print()
-    steps = {"reading a prompt": found.prefill, "writing a token": found.decode}
+    steps = {"prefill": found.prefill, "decode": found.decode}
     lines: list[tuple[str, ...]] = [("GiB on each device", "weights", "cache and inputs", "workspace", "peak", "")]
     for name, step in steps.items():
         if step:

@@ -240,7 +240,7 @@ def _head_mean_attention(trace: _Trace, config: KeyeConfig) -> np.ndarray:
 
 
 def _image_count(ids: np.ndarray, grids: np.ndarray, config: KeyeConfig) -> int:
-    """How many of the grids are images: as many as the prompt's image pads make."""
+    """How many of the grids are images: those whose tokens the prompt's image pads are."""
     tokens = np.cumsum([0, *(grids.prod(axis=1) // config.vision_config.spatial_merge_size**2)])
     return int(np.searchsorted(tokens, np.count_nonzero(ids == config.image_token_id)))
 

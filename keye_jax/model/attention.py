@@ -203,7 +203,7 @@ class Attention(nnx.Module):
 def attend_dense(inputs: AttentionInputs, keys: Keys, *, scale: float, options: AttentionOptions) -> AttentionOutput:
     """Attends to all keys that each query sees.
 
-    Memory: copies of the contexts of as many rows as fit into `_DENSE_BYTES`, at least one.
+    Memory: copies of the contexts of the rows that fit into `_DENSE_BYTES` together, at least one.
     """
     kv, implementation = keys.pages.kv, resolve("paged_flash_attention", options.implementation)
 

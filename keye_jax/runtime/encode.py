@@ -74,7 +74,7 @@ def images_here(grids: np.ndarray, rules: MeshRules) -> np.ndarray:
 
 
 def _at_once(images: int, patches: int, devices: int) -> int:
-    """Of a number of images of so many patches each, how many are encoded in one step."""
+    """How many of a number of images, of `patches` patches each, are encoded in one step."""
     return devices * max(1, min(-(-images // devices), ENCODE_PATCHES // round_up(patches)))
 
 

@@ -106,12 +106,12 @@ class Runtime:
         return -(-pages_for(round_up(tokens)) // self.page_multiple) * self.page_multiple
 
     def new_pool(self, pages: int) -> PagePool:
-        """A pool of at least this number of pages, as many on each shard."""
+        """A pool of at least this number of pages, equally many on each shard."""
         make, shardings = self._pool_maker(pages)
         return make() if self.rules.sharding() is None else jax.jit(make, out_shardings=shardings)()
 
     def new_cache(self, sequences: int, tokens: int) -> tuple[PagePool, np.ndarray]:
-        """A pool with just the room for a number of sequences, as many at home on each shard along `batch`, in order.
+        """A pool with room for a number of sequences; each shard along `batch` is the home of an equal share, in order.
 
         Args:
           tokens: most tokens of each.
@@ -291,7 +291,7 @@ class Runtime:
     def new_state(self, rows: int, table_width: int) -> DecodeState:
         """A batch of idle rows, a multiple of the homes; row i is for a sequence of home `i // (rows / homes)`."""
         homes = self.rules.size("batch")
-        assert rows % homes == 0, "each home has as many rows"
+        assert rows % homes == 0, "each home has the same number of rows"
         one = self._row_values(0, 0, 0, np.zeros(0, np.int32), table_width, SamplingParams(), active=False)
         return jax.tree.map(lambda value: self.put(np.repeat(np.asarray(value)[None], rows, axis=0)), one)
 
@@ -314,7 +314,7 @@ class Runtime:
           token: the last token of the sequence, not yet in its pages.
           length: tokens that its pages hold.
           position_delta: how far a token's position is ahead of its index.
-          pages: int32 `[m]`, at most as many as the state's page tables have columns.
+          pages: int32 `[m]`, no more than the state's page tables have columns.
           sampling: how its tokens are drawn.
           kwargs: `prompt`, `answer`, `bias` and `allowed` of `sampling_row`.
         """

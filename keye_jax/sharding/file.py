@@ -30,9 +30,9 @@ from keye_jax.errors import UserError
 AUTO = "auto"
 
 LOGICAL_AXES = {
-    "batch": "sequences that are decoded together",
-    "query_sequence": "tokens of a chunk of a prompt",
-    "cache_sequence": "positions of the cache",
+    "batch": "sequences, each with all of its pages",
+    "query_sequence": "rows of a chunk of prompts",
+    "cache_sequence": "pages of a sequence, in turns",
     "heads": "query heads",
     "kv_heads": "key and value heads",
     "experts": "experts",
@@ -53,8 +53,8 @@ TOGETHER = (
 )
 """Logical axes that one array has together: no mesh axis can serve both.
 
-Not among them: `batch` and a sequence. A step that can share its sequences out over an axis does not split their tokens
-or positions over it; one that cannot, as when it reads a single prompt, does.
+`batch` may share an axis with `query_sequence`: devices that read a prompt then fetch its pages from its home. Along an
+axis of `batch` the rule of `cache_sequence` has no effect: all pages of a sequence lie on one shard there.
 """
 
 
@@ -132,7 +132,7 @@ class ShardingConfig:
         return dataclasses.replace(self, mesh=tuple((name, sizes.get(name, size)) for name, size in self.mesh))
 
     def sizes(self, devices: int) -> dict[str, int]:
-        """The mesh's sizes when there are so many devices; all are used where an axis is "auto".
+        """The mesh's sizes on a number of devices; all are used where an axis is "auto".
 
         Raises:
           UserError: the mesh needs more devices, or "auto" cannot use them evenly.

@@ -147,5 +147,5 @@ class TestPageAllocator:
         assert (pages.allocate(3, first=1) // 2).tolist() == [1, 2, 3]
 
     def test_a_pool_has_as_many_pages_on_each_shard(self, released):
-        with pytest.raises(AssertionError, match="as many pages on each shard"):
+        with pytest.raises(AssertionError, match="same number of pages on each shard"):
             PageAllocator(9, self.rules({"y": 4}, {"cache_sequence": "y"}, 4, released))
