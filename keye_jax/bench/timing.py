@@ -17,7 +17,8 @@ from jax.sharding import Sharding
 
 from keye_jax.bench.inputs import Prompt, on_devices
 from keye_jax.kv_cache import PagePool
-from keye_jax.runtime.programs import DecodeState
+from keye_jax.runtime import lowering
+from keye_jax.runtime.decode import DecodeState
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.runtime.sampling import SamplingParams
 
@@ -65,23 +66,23 @@ def compile_steps(
     with_intermediates: Runtime | None,
 ) -> None:
     """Compiles side by side all that `time_prefill`, `time_decode` and `union_sizes` (of one runtime) will need."""
-    compiling = [
+    programs = [
+        *(lowering.intermediates_program(with_intermediates, TAIL, tokens) for tokens in prompts if with_intermediates),
         *(
-            functools.partial(with_intermediates.compile_forward_with_intermediates, TAIL, tokens)
+            program
+            for runtime in runtimes
             for tokens in prompts
-            if with_intermediates
+            for program in lowering.prefill_programs(runtime, tokens)
         ),
-        *(functools.partial(runtime.compile_prefill, tokens) for runtime in runtimes for tokens in prompts),
         *(
-            functools.partial(runtime.compile_decode, _rows(runtime, batch), context)
+            lowering.decode_program(runtime, _rows(runtime, batch), context)
             for runtime in runtimes
             for batch, context in batches
         ),
     ]
     # Processes of one job must compile in the same order.
     with ThreadPoolExecutor(1 if jax.process_count() > 1 else None) as pool:
-        for done in [pool.submit(compile_one) for compile_one in compiling]:
-            done.result()
+        list(pool.map(lambda program: lowering.workspace_bytes([program]), programs))
 
 
 def time_prefill(runtime: Runtime, prompt: Prompt, repeats: int) -> tuple[Timing, PagePool, np.ndarray]:
@@ -91,7 +92,7 @@ def time_prefill(runtime: Runtime, prompt: Prompt, repeats: int) -> tuple[Timing
       the timing, the last pool, and the pages that the prompt has in it.
     """
     tokens = len(prompt.input_ids)
-    workspace = runtime.compile_prefill(tokens)
+    workspace = lowering.workspace_bytes(lowering.prefill_programs(runtime, tokens))
     warm_up(runtime, prompt)
     times, pool, tables = [], None, None
     for _ in range(repeats):
@@ -118,7 +119,8 @@ def time_packed_prefill(runtime: Runtime, prompt: Prompt, sequences: int, repeat
         jax.block_until_ready(runtime.prefill(segments, pool))
         times.append(time.perf_counter() - start)
     seconds = statistics.median(times[1:])
-    return Timing(seconds, sequences * tokens / seconds, runtime.compile_packed_prefill(tokens))
+    workspace = lowering.workspace_bytes([lowering.packed_program(runtime, tokens)])
+    return Timing(seconds, sequences * tokens / seconds, workspace)
 
 
 def warm_up(runtime: Runtime, prompt: Prompt) -> None:
@@ -187,7 +189,7 @@ def _rows(runtime: Runtime, batch: int) -> int:
 
 def time_decode(runtime: Runtime, batch: int, context: int) -> Timing:
     """Writes a few dozen tokens to each of `batch` sequences, the last of them with `context` tokens before it."""
-    workspace = runtime.compile_decode(_rows(runtime, batch), context)
+    workspace = lowering.workspace_bytes([lowering.decode_program(runtime, _rows(runtime, batch), context)])
     state, pool = random_batch(runtime, batch, context, context - SHORTEST_CONTEXT)
     times = []
     for _ in range(_DECODE_SAMPLES + 1):

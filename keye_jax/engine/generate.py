@@ -14,9 +14,9 @@ from keye_jax.engine.text import AnswerWriter
 from keye_jax.errors import UserError
 from keye_jax.kv_cache import PagePool
 from keye_jax.processor import ModelInputs, Processor
+from keye_jax.runtime.decode import DecodeState
 from keye_jax.runtime.memory import pool_bytes, weight_bytes
 from keye_jax.runtime.prefill import Segment
-from keye_jax.runtime.programs import DecodeState
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.runtime.sampling import SamplingParams
 from keye_jax.sharding import MeshRules

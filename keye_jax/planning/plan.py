@@ -22,6 +22,7 @@ from keye_jax.model.keye import Keye
 from keye_jax.planning.collectives import Collective, of_program, of_trace
 from keye_jax.planning.hardware import Platform
 from keye_jax.planning.work import Work
+from keye_jax.runtime import lowering
 from keye_jax.runtime.memory import pool_bytes, weight_bytes
 from keye_jax.runtime.prefill import chunk_tokens
 from keye_jax.runtime.runtime import PREFILL_CHUNK, Runtime
@@ -39,7 +40,7 @@ _COMPILER_OPTIONS = {"gpu": {"xla_gpu_autotune_level": "0"}}
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step of reading a prompt, the last and most expensive one, or of writing a token to each sequence.
+    """A step of prefill, the last and most expensive one of a prompt, or a step of decode.
 
     Attributes:
       tokens: new tokens, of all sequences together.
@@ -155,8 +156,8 @@ def plan(
     def traced_with(implementation: str) -> tuple[Runtime, dict[str, jax.stages.Traced]]:
         options = AttentionOptions(implementation=implementation, indexer_dtype=indexer_dtype)
         runtime = Runtime(Keye.abstract(config), config, rules=rules, options=options, prefill_chunk=chunk)
-        (prefill,) = runtime.prefill_programs(context, pages=rows * runtime.table_width(context))
-        return runtime, {"prefill": prefill, "decode": runtime.decode_program(rows, context, sample=False)}
+        (prefill,) = lowering.prefill_programs(runtime, context, pages=rows * runtime.table_width(context))
+        return runtime, {"prefill": prefill, "decode": lowering.decode_program(runtime, rows, context, sample=False)}
 
     homes = rules.size("batch")
     rows = -(-batch // homes) * homes

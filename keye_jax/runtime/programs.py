@@ -22,7 +22,8 @@ from keye_jax.model.embedding import take_tokens
 from keye_jax.model.keye import Keye
 from keye_jax.model.projector import Projector
 from keye_jax.model.vision import VisionEncoder
-from keye_jax.runtime.sampling import SamplingState, counted, sample
+from keye_jax.runtime.decode import DecodeState
+from keye_jax.runtime.sampling import counted, sample
 from keye_jax.sharding.step import StepSharding, spec
 
 type Params = tuple[jax.Array, ...]
@@ -44,28 +45,6 @@ class ModelDef:
 
 
 model_def = functools.cache(ModelDef)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """The rows of a batch that is decoded; an idle row costs no expert and no page.
-
-    Attributes:
-      tokens: int32 `[b]`, the last token of each sequence, not yet in the pool.
-      lengths: int32 `[b]`, tokens that the pool holds of it.
-      position_delta: int32 `[b]`; a token at index i of its sequence stands at position i + delta.
-      active: bool `[b]`, False in an idle row.
-      page_table: int32 `[b, m]`, as in `BatchMetadata`.
-      sampling: how each row draws.
-    """
-
-    tokens: jax.Array
-    lengths: jax.Array
-    position_delta: jax.Array
-    active: jax.Array
-    page_table: jax.Array
-    sampling: SamplingState
 
 
 @functools.partial(jax.jit, static_argnames=("model", "step", "implementation", "project"))

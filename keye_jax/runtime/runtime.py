@@ -23,19 +23,9 @@ from keye_jax.model.keye import Keye
 from keye_jax.model.params import shard_params
 from keye_jax.progress import Progress
 from keye_jax.runtime import programs
+from keye_jax.runtime.decode import DecodeState, active_row, idle_row
 from keye_jax.runtime.encode import batch_images
-from keye_jax.runtime.prefill import (
-    Chunk,
-    ChunkShape,
-    Segment,
-    packed_shape,
-    plan_chunks,
-    round_up,
-    single_shape,
-    vision_rows,
-)
-from keye_jax.runtime.programs import DecodeState
-from keye_jax.runtime.sampling import SamplingParams, sampling_row
+from keye_jax.runtime.prefill import Chunk, Segment, plan_chunks, round_up, vision_rows
 from keye_jax.sharding.collectives import Axes
 from keye_jax.sharding.mesh_rules import MeshRules
 from keye_jax.sharding.step import StepSharding
@@ -50,6 +40,7 @@ class Runtime:
 
     Attributes:
       config: its configuration.
+      model_def, params: the model without its parameters, and they as a flat tuple.
       dtype: of its parameters and pages.
       options: how attention is computed.
       rules: where parameters and pages lie.
@@ -82,7 +73,7 @@ class Runtime:
         self.prefill_step, self.decode_step = StepSharding.prefill(self.rules), StepSharding.decode(self.rules)
         graph, state = nnx.split(shard_params(model, self.rules))
         arrays, tree = jax.tree.flatten(state)
-        self._model, self._params = programs.model_def(graph, tree), tuple(arrays)
+        self.model_def, self.params = programs.model_def(graph, tree), tuple(arrays)
 
     def put(self, array: np.ndarray, *dimensions: Axes) -> jax.Array:
         """An array on the devices, its dimensions split over these mesh axes, () for not at all.
@@ -107,8 +98,16 @@ class Runtime:
 
     def new_pool(self, pages: int) -> PagePool:
         """A pool of at least this number of pages, equally many on each shard."""
-        make, shardings = self._pool_maker(pages)
-        return make() if self.rules.sharding() is None else jax.jit(make, out_shardings=shardings)()
+        make = self.pool_maker(pages)
+        if self.rules.sharding() is None:
+            return make()
+        return jax.jit(make, out_shardings=jax.eval_shape(make).shardings(self.rules))()
+
+    def pool_maker(self, pages: int) -> Callable[[], PagePool]:
+        """Makes the arrays of `new_pool`, wherever they lie."""
+        shards = self.rules.size("batch") * self.page_multiple
+        count = -(-pages // shards) * shards
+        return lambda: PagePool.create(self.config, count, self.dtype, indexer_dtype=self.options.indexer_dtype)
 
     def new_cache(self, sequences: int, tokens: int) -> tuple[PagePool, np.ndarray]:
         """A pool with room for a number of sequences; each shard along `batch` is the home of an equal share, in order.
@@ -124,15 +123,6 @@ class Runtime:
         allocator = PageAllocator(pool.page_count, self.rules)
         per_home = -(-sequences // homes)
         return pool, np.stack([allocator.allocate(width, home=index // per_home) for index in range(sequences)])
-
-    def _pool_maker(self, pages: int) -> tuple[Callable[[], PagePool], Any]:
-        shards = self.rules.size("batch") * self.page_multiple
-        count = -(-pages // shards) * shards
-
-        def make() -> PagePool:
-            return PagePool.create(self.config, count, self.dtype, indexer_dtype=self.options.indexer_dtype)
-
-        return make, jax.eval_shape(make).shardings(self.rules)
 
     # Images.
 
@@ -172,8 +162,8 @@ class Runtime:
         for batch in batch_images(flat, grids, step.size(step.vision_patches)):
             sizes = np.tile(np.asarray([batch.height, batch.width], np.int32), (len(batch.patches), 1))
             encoded = programs.encode(
-                self._model,
-                self._params,
+                self.model_def,
+                self.params,
                 self.put(batch.patches, step.vision_patches),
                 self.put(sizes, step.vision_patches),
                 scale_of,
@@ -213,15 +203,15 @@ class Runtime:
             # Before this one is read: a loop whose end devices decide keeps this thread until they are there.
             chunk = next(chunks, None)
             found, pool = programs.prefill_chunk(
-                self._model,
-                self._params,
+                self.model_def,
+                self.params,
                 x,
                 positions,
                 batch,
                 self.put(planned.last),
                 pool,
                 step=self.prefill_step,
-                options=self._chunk_options(planned.dense),
+                options=self.chunk_options(dense=planned.dense),
             )
             for member, (segment, upto) in enumerate(zip(planned.segments, planned.done, strict=False)):
                 if upto == len(segments[segment].input_ids):
@@ -242,10 +232,10 @@ class Runtime:
           float32 `[tokens, vocab]` logits of a chunk's tokens, the pool, each layer's intermediates `[tokens, ...]`,
           and the tokens done so far.
         """
-        options = dataclasses.replace(self._chunk_options(dense=False), intermediates=True)
+        options = dataclasses.replace(self.chunk_options(dense=False), intermediates=True)
         for planned, x, positions, batch in self._chunks([segment], pool):
             logits, pool, found = programs.forward_with_intermediates(
-                self._model, self._params, x, positions, batch, pool, step=self.prefill_step, options=options
+                self.model_def, self.params, x, positions, batch, pool, step=self.prefill_step, options=options
             )
             # The tokens that there are, in their order.
             rows, columns = np.nonzero(np.arange(planned.ids.shape[1]) < planned.batch.count[:, None])
@@ -280,80 +270,38 @@ class Runtime:
                 there = slice(0, chunk.batch.count[row])
                 seen[row, there] = index[chunk.segments[member]][chunk.token[row, there]]
             ids, seen = self.put(chunk.ids, step.rows), self.put(seen, step.rows)
-            x = programs.embed(self._model, self._params, ids, vision, seen, step=step)
+            x = programs.embed(self.model_def, self.params, ids, vision, seen, step=step)
             yield chunk, x, self.put(chunk.positions, (), step.rows), jax.tree.map(self.put, chunk.batch)
 
-    def _chunk_options(self, dense: bool) -> AttentionOptions:
+    def chunk_options(self, *, dense: bool) -> AttentionOptions:
+        """The options of a step of prefill, which may be dense (`dense_below`)."""
         return dataclasses.replace(self.options, attention="dense") if dense else self.options
 
     # Decode.
 
     def new_state(self, rows: int, table_width: int) -> DecodeState:
         """A batch of idle rows, a multiple of the homes; row i is for a sequence of home `i // (rows / homes)`."""
-        homes = self.rules.size("batch")
-        assert rows % homes == 0, "each home has the same number of rows"
-        one = self._row_values(0, 0, 0, np.zeros(0, np.int32), table_width, SamplingParams(), active=False)
-        return jax.tree.map(lambda value: self.put(np.repeat(np.asarray(value)[None], rows, axis=0)), one)
+        assert rows % self.rules.size("batch") == 0, "each home has the same number of rows"
+        row = idle_row(table_width, self.config.vocab_size)
+        return jax.tree.map(lambda value: self.put(np.repeat(np.asarray(value)[None], rows, axis=0)), row)
 
-    def set_row(
-        self,
-        state: DecodeState,
-        row: int,
-        *,
-        token: int,
-        length: int,
-        position_delta: int,
-        pages: np.ndarray,
-        sampling: SamplingParams,
-        **kwargs: Any,
-    ) -> DecodeState:
+    def set_row(self, state: DecodeState, row: int, **values: Any) -> DecodeState:
         """The state with a sequence in row `row`.
 
         Args:
           state: donated.
-          token: the last token of the sequence, not yet in its pages.
-          length: tokens that its pages hold.
-          position_delta: how far a token's position is ahead of its index.
-          pages: int32 `[m]`, no more than the state's page tables have columns.
-          sampling: how its tokens are drawn.
-          kwargs: `prompt`, `answer`, `bias` and `allowed` of `sampling_row`.
+          values: arguments of `keye_jax.runtime.decode.active_row` that say what the sequence is.
         """
-        width = state.page_table.shape[1]
-        values = self._row_values(token, length, position_delta, pages, width, sampling, active=True, **kwargs)
-        return programs.set_row(state, self.put(np.asarray(row, np.int32)), jax.tree.map(self._put_value, values))
+        width, vocab = state.page_table.shape[1], self.config.vocab_size
+        return self._write_row(state, row, active_row(**values, table_width=width, vocab=vocab))
 
     def clear_row(self, state: DecodeState, row: int) -> DecodeState:
         """The state with row `row` idle. The state is donated."""
-        width = state.page_table.shape[1]
-        values = self._row_values(0, 0, 0, np.zeros(0, np.int32), width, SamplingParams(), active=False)
-        return programs.set_row(state, self.put(np.asarray(row, np.int32)), jax.tree.map(self._put_value, values))
+        return self._write_row(state, row, idle_row(state.page_table.shape[1], self.config.vocab_size))
 
-    def _put_value(self, value: Any) -> jax.Array:
-        return self.put(np.asarray(value))
-
-    def _row_values(
-        self,
-        token: int,
-        length: int,
-        position_delta: int,
-        pages: np.ndarray,
-        table_width: int,
-        sampling: SamplingParams,
-        *,
-        active: bool,
-        **kwargs: Any,
-    ) -> Any:
-        """A `DecodeState` of one row, NumPy arrays without the batch dimension."""
-        table = np.zeros(table_width, np.int32)
-        table[: len(pages)] = pages
-        values: dict[str, Any] = {
-            "tokens": np.int32(token),
-            "lengths": np.int32(length),
-            "position_delta": np.int32(position_delta),
-            "active": np.bool_(active),
-            "page_table": table,
-        }
-        return DecodeState(**values, sampling=sampling_row(sampling, self.config.vocab_size, **kwargs))
+    def _write_row(self, state: DecodeState, row: int, values: DecodeState) -> DecodeState:
+        put = jax.tree.map(lambda value: self.put(np.asarray(value)), values)
+        return programs.set_row(state, self.put(np.asarray(row, np.int32)), put)
 
     def decode(self, state: DecodeState, pool: PagePool) -> tuple[jax.Array, PagePool]:
         """Reads the last token of each row.
@@ -365,7 +313,7 @@ class Runtime:
           float32 `[b, vocab]` logits of the next tokens, and the pool. `draw` makes the next state of them.
         """
         run = programs.decode(self.rules.platform)
-        return run(self._model, self._params, state, pool, step=self.decode_step, options=self.options)
+        return run(self.model_def, self.params, state, pool, step=self.decode_step, options=self.options)
 
     def draw(self, logits: jax.Array, state: DecodeState, rows: jax.Array | None = None) -> DecodeState:
         """The state after some rows have drawn their next token from `logits` (float32 `[b, vocab]`).
@@ -381,100 +329,4 @@ class Runtime:
     def decode_and_sample(self, state: DecodeState, pool: PagePool) -> tuple[DecodeState, PagePool]:
         """`decode` and `draw` in one program, for which both are donated."""
         run = programs.decode_and_sample(self.rules.platform)
-        return run(self._model, self._params, state, pool, step=self.decode_step, options=self.options)
-
-    # Programs, traced and compiled from shapes alone.
-
-    def prefill_programs(self, tokens: int, *, pages: int | None = None) -> list[jax.stages.Traced]:
-        """The programs that `prefill` runs for one prompt of this length.
-
-        Args:
-          pages: of the pool; those of `new_cache` for one such sequence if left out.
-        """
-        width = self.table_width(tokens)
-        dense = min(self.dense_below, tokens) if self.options.attention == "sparse" else 0
-        lengths = {part: length for part, length in ((True, dense), (False, tokens - dense)) if length}
-        return [
-            self._chunk_program(
-                dataclasses.replace(single_shape(length, width, self.prefill_chunk, self.prefill_step), dense=part),
-                pages,
-            )
-            for part, length in lengths.items()
-        ]
-
-    def _chunk_program(
-        self, shape: ChunkShape, pages: int | None = None, *, intermediates: bool = False
-    ) -> jax.stages.Traced:
-        step, integers = self.prefill_step, jnp.int32
-        x = self._shape((shape.rows, shape.tokens, self.config.hidden_size), self.dtype, step.rows)
-        positions = self._shape((3, shape.rows, shape.tokens), integers, (), step.rows)
-        per_row: Any = self._shape((shape.rows,), integers)
-        table: Any = self._shape((shape.sequences, shape.table_width), integers)
-        batch = BatchMetadata(table, per_row, per_row, None if shape.rows == 1 else per_row)
-        pool = self._pool_shape(pages or shape.table_width * self.rules.size("batch"))
-        options = self._chunk_options(shape.dense)
-        arguments: Any = self._model, self._params, x, positions, batch
-        if intermediates:
-            options = dataclasses.replace(options, intermediates=True)
-            return programs.forward_with_intermediates.trace(*arguments, pool, step=step, options=options)
-        last = self._shape((shape.sequences,), integers)
-        return programs.prefill_chunk.trace(*arguments, last, pool, step=step, options=options)
-
-    def decode_program(
-        self, rows: int, tokens: int, *, sample: bool = True, pages: int | None = None
-    ) -> jax.stages.Traced:
-        """The program of `decode_and_sample`, or of `decode`, for a number of rows with room for `tokens` each.
-
-        Args:
-          pages: of the pool; just those of these rows if left out.
-        """
-        width = self.table_width(tokens)
-        one = self._row_values(0, 0, 0, np.zeros(0, np.int32), width, SamplingParams(), active=False)
-        state = jax.tree.map(lambda x: self._shape((rows, *np.shape(x)), np.asarray(x).dtype), one)
-        program = (programs.decode_and_sample if sample else programs.decode)(self.rules.platform)
-        pool = self._pool_shape(pages or rows * width)
-        return program.trace(self._model, self._params, state, pool, step=self.decode_step, options=self.options)
-
-    def compile_prefill(self, tokens: int) -> int:
-        """Compiles the programs of `prefill_programs`.
-
-        Returns:
-          the most bytes that a step needs beyond its arguments and results, on each device.
-        """
-        return max(_workspace(program) for program in self.prefill_programs(tokens))
-
-    def compile_packed_prefill(self, tokens: int) -> int:
-        """Compiles the program that packs prompts of at most this length; returns what `compile_prefill` does."""
-        shape = packed_shape(self.table_width(tokens), self.prefill_chunk, self.prefill_step)
-        return _workspace(self._chunk_program(shape))
-
-    def compile_forward_with_intermediates(self, tokens: int, cached: int) -> int:
-        """Compiles the program that reads `tokens` tokens in one chunk; returns what `compile_prefill` does.
-
-        Args:
-          cached: tokens that the pool is made for.
-        """
-        width = self.table_width(cached)
-        shape = single_shape(tokens, width, self.prefill_chunk, self.prefill_step)
-        return _workspace(self._chunk_program(shape, intermediates=True))
-
-    def compile_decode(self, rows: int, tokens: int) -> int:
-        """Compiles the program of `decode_and_sample`; returns what `compile_prefill` does."""
-        return _workspace(self.decode_program(rows, tokens))
-
-    def _shape(self, shape: tuple[int, ...], dtype: Any, *dimensions: Axes) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.rules.over(*dimensions))
-
-    def _pool_shape(self, pages: int) -> PagePool:
-        make, shardings = self._pool_maker(pages)
-        pool = jax.eval_shape(make)
-        if self.rules.sharding() is None:
-            return pool
-        return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), pool, shardings
-        )
-
-
-def _workspace(program: jax.stages.Traced) -> int:
-    analysis = program.lower().compile().memory_analysis()
-    return analysis.temp_size_in_bytes if analysis else 0
+        return run(self.model_def, self.params, state, pool, step=self.decode_step, options=self.options)

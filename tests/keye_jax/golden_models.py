@@ -139,11 +139,11 @@ def traced_decode(
     ids = runtime.put(tokens[:, None].astype(np.int32))
     no_vision = runtime.put(np.zeros((1, runtime.config.hidden_size), np.float32))
     text_only = runtime.put(np.full((count + idle, 1), -1, np.int32))
-    x = programs.embed(runtime._model, runtime._params, ids, no_vision, text_only, step=step)
+    x = programs.embed(runtime.model_def, runtime.params, ids, no_vision, text_only, step=step)
     lengths = np.maximum(lengths, 0).astype(np.int32)
     logits, pool, layers = programs.forward_with_intermediates(
-        runtime._model,
-        runtime._params,
+        runtime.model_def,
+        runtime.params,
         x,
         runtime.put(np.broadcast_to(lengths[:, None], (3, count + idle, 1))),
         BatchMetadata(runtime.put(tables.astype(np.int32)), runtime.put(lengths), runtime.put(active)),

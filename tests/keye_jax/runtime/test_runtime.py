@@ -12,8 +12,9 @@ import pytest
 
 from keye_jax.kv_cache import PagePool
 from keye_jax.model.attention import AttentionOptions
+from keye_jax.runtime import lowering
+from keye_jax.runtime.decode import DecodeState
 from keye_jax.runtime.prefill import round_up
-from keye_jax.runtime.programs import DecodeState
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.runtime.sampling import SamplingParams
 from tests.keye_jax.golden_models import Trace, float8, golden_model, random_ids, text, traced
@@ -257,8 +258,8 @@ def test_sizes_are_rounded_up_a_little(size: int):
 
 def test_compiled_steps_are_those_that_run(ids, caplog):
     runtime = runtime_of(prefill_chunk=40)
-    runtime.compile_prefill(TOKENS)
-    runtime.compile_decode(1, TOKENS)
+    prefill, decode = lowering.prefill_programs(runtime, TOKENS), lowering.decode_program(runtime, 1, TOKENS)
+    lowering.workspace_bytes([*prefill, decode])
     with jax.log_compiles():
         pool, tables = runtime.new_cache(1, TOKENS)
         _, pool = runtime.prefill([text(ids, tables[0], end=TOKENS - 1)], pool)

@@ -16,6 +16,7 @@ from keye_jax.config import KeyeConfig
 from keye_jax.kv_cache import PAGE_SIZE, PagePool, Pages
 from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.keye import Keye
+from keye_jax.runtime.lowering import decode_program, prefill_programs
 from keye_jax.runtime.prefill import plan_chunks
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.runtime.sampling import SamplingParams
@@ -162,7 +163,7 @@ def test_a_decoding_step_moves_what_it_must_and_no_weights():
     """A layer: candidates, parts of the attention, and sums of the experts. The model: embeddings and logits."""
     model, config = golden_model("a", 2)
     runtime = Runtime(model, config, rules=rules_of(config, {"x": 4}, SEQUENCE))
-    program = runtime.decode_program(1, 4096).lower().compile().as_text()
+    program = decode_program(runtime, 1, 4096).lower().compile().as_text()
     assert program is not None
     moved = re.findall(
         r"= (\S+) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", program
@@ -200,7 +201,7 @@ def test_hopper_kernels_are_lowered_on_a_mesh(step: str):
     options = AttentionOptions(implementation="mosaic_gpu")
     runtime = Runtime(Keye.abstract(config), config, rules=rules, options=options, prefill_chunk=2048)
     (program,) = (
-        runtime.prefill_programs(32_768) if step == "prefill" else [runtime.decode_program(1, 32_768, sample=False)]
+        prefill_programs(runtime, 32_768) if step == "prefill" else [decode_program(runtime, 1, 32_768, sample=False)]
     )
     lowered = program.lower(lowering_platforms=("cuda",)).as_text()
     # Prefill: scores, selection, unions, attention. Decode: scores, three selections, attention. And the experts' two.

@@ -1,0 +1,86 @@
+"""The batch that is decoded: its state on the devices, and the values of one row on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from keye_jax.runtime.sampling import SamplingParams, SamplingState, sampling_row
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """The rows of a batch that is decoded; an idle row costs no expert and no page.
+
+    Attributes:
+      tokens: int32 `[b]`, the last token of each sequence, not yet in the pool.
+      lengths: int32 `[b]`, tokens that the pool holds of it.
+      position_delta: int32 `[b]`; a token at index i of its sequence stands at position i + delta.
+      active: bool `[b]`, False in an idle row.
+      page_table: int32 `[b, m]`, as in `BatchMetadata`.
+      sampling: how each row draws.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    position_delta: jax.Array
+    active: jax.Array
+    page_table: jax.Array
+    sampling: SamplingState
+
+
+def active_row(
+    *,
+    token: int,
+    length: int,
+    position_delta: int,
+    pages: np.ndarray,
+    table_width: int,
+    vocab: int,
+    sampling: SamplingParams,
+    prompt: np.ndarray | None = None,
+    answer: np.ndarray | None = None,
+    bias: Mapping[int, float] | None = None,
+    allowed: np.ndarray | None = None,
+) -> DecodeState:
+    """The values of a row with a sequence: NumPy arrays without the batch dimension.
+
+    Args:
+      token, length, position_delta: as in `DecodeState`.
+      pages: int32 `[n]`, no more than `table_width`.
+      table_width: columns of the state's page tables.
+      vocab: size of the vocabulary.
+      sampling: how its tokens are drawn.
+      prompt, answer, bias, allowed: as for `sampling_row`.
+    """
+    table = np.zeros(table_width, np.int32)
+    table[: len(pages)] = pages
+    values: dict[str, Any] = {
+        "tokens": np.int32(token),
+        "lengths": np.int32(length),
+        "position_delta": np.int32(position_delta),
+        "active": np.bool_(True),
+        "page_table": table,
+    }
+    drawing = sampling_row(sampling, vocab, prompt=prompt, answer=answer, bias=bias, allowed=allowed)
+    return DecodeState(**values, sampling=drawing)
+
+
+def idle_row(table_width: int, vocab: int) -> DecodeState:
+    """The values of a row without a sequence, as those of `active_row`."""
+    row = active_row(
+        token=0,
+        length=0,
+        position_delta=0,
+        pages=np.zeros(0, np.int32),
+        table_width=table_width,
+        vocab=vocab,
+        sampling=SamplingParams(temperature=0.0),
+    )
+    idle: Any = np.bool_(False)
+    return dataclasses.replace(row, active=idle)

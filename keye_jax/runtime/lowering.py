@@ -1,0 +1,105 @@
+"""The programs of a runtime from shapes alone: traced, compiled and sized without an array."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from keye_jax.kv_cache import BatchMetadata, PagePool
+from keye_jax.runtime import programs
+from keye_jax.runtime.decode import idle_row
+from keye_jax.runtime.prefill import ChunkShape, packed_shape, single_shape
+from keye_jax.runtime.runtime import Runtime
+from keye_jax.sharding.collectives import Axes
+
+
+def prefill_programs(runtime: Runtime, tokens: int, *, pages: int | None = None) -> list[jax.stages.Traced]:
+    """The programs that `Runtime.prefill` runs for one prompt of this length.
+
+    Args:
+      pages: of the pool; those of `Runtime.new_cache` for one such sequence if left out.
+    """
+    width = runtime.table_width(tokens)
+    dense = min(runtime.dense_below, tokens) if runtime.options.attention == "sparse" else 0
+    lengths = {part: length for part, length in ((True, dense), (False, tokens - dense)) if length}
+    shapes = (
+        dataclasses.replace(single_shape(length, width, runtime.prefill_chunk, runtime.prefill_step), dense=part)
+        for part, length in lengths.items()
+    )
+    return [_chunk_program(runtime, shape, pages) for shape in shapes]
+
+
+def packed_program(runtime: Runtime, tokens: int) -> jax.stages.Traced:
+    """The program that packs prompts, the longest of this length, into shared chunks."""
+    shape = packed_shape(runtime.table_width(tokens), runtime.prefill_chunk, runtime.prefill_step)
+    return _chunk_program(runtime, shape)
+
+
+def intermediates_program(runtime: Runtime, tokens: int, cached: int) -> jax.stages.Traced:
+    """The program of `Runtime.forward_with_intermediates` for one chunk, in a pool for `cached` tokens."""
+    shape = single_shape(tokens, runtime.table_width(cached), runtime.prefill_chunk, runtime.prefill_step)
+    return _chunk_program(runtime, shape, intermediates=True)
+
+
+def decode_program(
+    runtime: Runtime, rows: int, tokens: int, *, sample: bool = True, pages: int | None = None
+) -> jax.stages.Traced:
+    """The program of `Runtime.decode_and_sample`, or without `sample` that of `Runtime.decode`.
+
+    Args:
+      rows: of the batch.
+      tokens: that each row has room for.
+      pages: of the pool; just those of these rows if left out.
+    """
+    width = runtime.table_width(tokens)
+    row = idle_row(width, runtime.config.vocab_size)
+    state = jax.tree.map(lambda x: _shape(runtime, (rows, *np.shape(x)), np.asarray(x).dtype), row)
+    program = (programs.decode_and_sample if sample else programs.decode)(runtime.rules.platform)
+    pool = _pool_shape(runtime, pages or rows * width)
+    arguments: Any = runtime.model_def, runtime.params, state, pool
+    return program.trace(*arguments, step=runtime.decode_step, options=runtime.options)
+
+
+def workspace_bytes(traced: Iterable[jax.stages.Traced]) -> int:
+    """Compiles programs; returns the most bytes that one needs beyond its arguments and results, on each device."""
+    found = (program.lower().compile().memory_analysis() for program in traced)
+    return max(analysis.temp_size_in_bytes if analysis else 0 for analysis in found)
+
+
+def _chunk_program(
+    runtime: Runtime, shape: ChunkShape, pages: int | None = None, *, intermediates: bool = False
+) -> jax.stages.Traced:
+    step, integers = runtime.prefill_step, jnp.int32
+    x = _shape(runtime, (shape.rows, shape.tokens, runtime.config.hidden_size), runtime.dtype, step.rows)
+    positions = _shape(runtime, (3, shape.rows, shape.tokens), integers, (), step.rows)
+    per_row: Any = _shape(runtime, (shape.rows,), integers)
+    table: Any = _shape(runtime, (shape.sequences, shape.table_width), integers)
+    batch = BatchMetadata(table, per_row, per_row, None if shape.rows == 1 else per_row)
+    pool = _pool_shape(runtime, pages or shape.table_width * runtime.rules.size("batch"))
+    options = runtime.chunk_options(dense=shape.dense)
+    arguments: Any = runtime.model_def, runtime.params, x, positions, batch
+    if intermediates:
+        options = dataclasses.replace(options, intermediates=True)
+        return programs.forward_with_intermediates.trace(*arguments, pool, step=step, options=options)
+    last = _shape(runtime, (shape.sequences,), integers)
+    return programs.prefill_chunk.trace(*arguments, last, pool, step=step, options=options)
+
+
+def _shape(runtime: Runtime, shape: tuple[int, ...], dtype: Any, *dimensions: Axes) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=runtime.rules.over(*dimensions))
+
+
+def _pool_shape(runtime: Runtime, pages: int) -> PagePool:
+    pool = jax.eval_shape(runtime.pool_maker(pages))
+    if runtime.rules.sharding() is None:
+        return pool
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        pool,
+        pool.shardings(runtime.rules),
+    )
