@@ -25,6 +25,7 @@ from keye_jax.model.vision import VisionEncoder
 from keye_jax.runtime.decode import DecodeState
 from keye_jax.runtime.sampling import counted, sample
 from keye_jax.sharding.step import StepSharding, spec
+from pallas_kernels.dispatch import resolve
 
 type Params = tuple[jax.Array, ...]
 
@@ -158,7 +159,9 @@ def _decode(
     return decoder.logits(hidden[:, 0], step), _pool(contexts, step)
 
 
-def _draw(logits: jax.Array, state: DecodeState, rows: jax.Array, *, step: StepSharding) -> DecodeState:
+def _draw(
+    logits: jax.Array, state: DecodeState, rows: jax.Array, *, step: StepSharding, implementation: str | None
+) -> DecodeState:
     """The state after the last token of some rows was read and the next one was drawn.
 
     Args:
@@ -166,7 +169,11 @@ def _draw(logits: jax.Array, state: DecodeState, rows: jax.Array, *, step: StepS
       rows: bool `[b]`, those that draw; the others stay as they are.
     """
     lengths = state.lengths + rows
-    tokens = step.constrain(sample(logits, state.sampling, lengths))
+    draw_tokens = functools.partial(sample, implementation=resolve("select_topk", implementation))
+    everywhere = spec()
+    tokens = step.shard_map(draw_tokens, (everywhere, everywhere, everywhere), everywhere)(
+        logits, state.sampling, lengths
+    )
     return dataclasses.replace(
         state,
         tokens=jnp.where(rows, tokens, state.tokens),
@@ -186,7 +193,7 @@ def _decode_and_sample(
 ) -> tuple[DecodeState, PagePool]:
     """`decode` and `draw` in one program."""
     logits, pool = _decode(model, params, state, pool, step=step, options=options)
-    return _draw(logits, state, state.active, step=step), pool
+    return _draw(logits, state, state.active, step=step, implementation=options.implementation), pool
 
 
 _COMPILER_OPTIONS = {
@@ -210,7 +217,7 @@ def decode(platform: str) -> jax.stages.Wrapped:
     )
 
 
-draw = jax.jit(_draw, static_argnames="step", donate_argnames="state")
+draw = jax.jit(_draw, static_argnames=("step", "implementation"), donate_argnames="state")
 """The program that samples from the logits of `decode`; see `_draw`. A mask may change in between."""
 
 

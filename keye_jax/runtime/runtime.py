@@ -324,7 +324,8 @@ class Runtime:
           state: donated.
           rows: bool `[b]`; all active ones if left out.
         """
-        return programs.draw(logits, state, jnp.copy(state.active) if rows is None else rows, step=self.decode_step)
+        rows = jnp.copy(state.active) if rows is None else rows
+        return programs.draw(logits, state, rows, step=self.decode_step, implementation=self.options.implementation)
 
     def decode_and_sample(self, state: DecodeState, pool: PagePool) -> tuple[DecodeState, PagePool]:
         """`decode` and `draw` in one program, for which both are donated."""

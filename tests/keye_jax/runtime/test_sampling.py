@@ -221,6 +221,41 @@ class TestMixedBatch:
         assert traced == [(4, VOCAB)]
 
 
+class TestManyTokens:
+    """A vocabulary larger than `MOST_CANDIDATES`, so that a nucleus may be too."""
+
+    VOCAB = 3 * module.MOST_CANDIDATES + 5
+    SETTINGS = (
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.3, top_p=1.0, top_k=2048),
+        SamplingParams(temperature=0.5, top_p=0.8, top_k=1000),
+        SamplingParams(temperature=0.2, top_p=0.5, top_k=0),
+        SamplingParams(temperature=1.0, top_p=0.9, top_k=0),
+        SamplingParams(temperature=2.0, top_p=0.99, top_k=0, min_p=0.2),
+        SamplingParams(temperature=1.0, top_p=1.0, top_k=0, min_p=0.3),
+        SamplingParams(temperature=1.0, top_p=0.999999, top_k=0),
+        PLAIN,
+    )
+
+    def test_those_that_stay_are_the_references(self):
+        logits = np.random.default_rng(3).normal(size=(len(self.SETTINGS), self.VOCAB)).astype(np.float32)
+        rows = [sampling_row(sampling, self.VOCAB) for sampling in self.SETTINGS]
+        temperature = np.asarray([sampling.temperature or 1.0 for sampling in self.SETTINGS], np.float32)
+        kept = np.asarray(jax.jit(module.kept_tokens)(logits / temperature[:, None], batch(rows)))
+        sizes = []
+        for row, found, x, sampling in zip(rows, kept, logits, self.SETTINGS, strict=True):
+            if not sampling.temperature:
+                continue
+            expected = Reference(x, row).kept()
+            sizes.append(int(expected.sum()))
+            assert found[expected].mean() > 0.9999  # float32 sums end a nucleus a token sooner or later
+            extra = x[found & ~expected]
+            lowest = x[expected].min()
+            # The last token of a large nucleus is found to within 2^-12 of its logit.
+            assert (extra >= lowest - abs(lowest) * 2**-11 - 1e-4).all()
+        assert min(sizes) < module.MOST_CANDIDATES < max(sizes[4:])
+
+
 class TestTies:
     def test_greedy_takes_the_lower_of_equal_tokens(self):
         state = batch([sampling_row(SamplingParams(temperature=0.0), 4)])
@@ -256,7 +291,8 @@ def test_drawn_tokens_are_counted_in_active_rows():
         ({"temperature": -1}, "temperature is -1; it must be 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0}, "top_p is 0; it must be above 0"),
-        ({"top_k": -1}, "top_k is -1; it must be 0"),
+        ({"top_k": -1}, "top_k is -1; it must be from 0"),
+        ({"top_k": 2049}, "top_k is 2049; it must be from 0 .all tokens. to 2048"),
         ({"min_p": 1.5}, "min_p is 1.5; it must be from 0 to 1"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be above 0"),
         ({"presence_penalty": 3}, "presence_penalty is 3; it must be from -2 to 2"),
