@@ -61,11 +61,18 @@ class Timing:
 def compile_steps(
     runtimes: Iterable[Runtime],
     prompts: Iterable[int],
+    packs: Iterable[tuple[int, int]],
     batches: Iterable[tuple[int, int]],
     *,
     with_intermediates: Runtime | None,
 ) -> None:
-    """Compiles side by side all that `time_prefill`, `time_decode` and `union_sizes` (of one runtime) will need."""
+    """Compiles side by side all that the functions below will need; `union_sizes` that of one runtime.
+
+    Args:
+      prompts: tokens of each.
+      packs: prompts that are read together, `(prompts, tokens)`.
+      batches: sequences that are decoded together, `(sequences, tokens)`.
+    """
     programs = [
         *(lowering.intermediates_program(with_intermediates, TAIL, tokens) for tokens in prompts if with_intermediates),
         *(
@@ -74,6 +81,7 @@ def compile_steps(
             for tokens in prompts
             for program in lowering.prefill_programs(runtime, tokens)
         ),
+        *(lowering.packed_program(runtime, *pack) for runtime in runtimes for pack in packs),
         *(
             lowering.decode_program(runtime, _rows(runtime, batch), context)
             for runtime in runtimes
@@ -110,6 +118,7 @@ def time_prefill(runtime: Runtime, prompt: Prompt, repeats: int) -> tuple[Timing
 def time_packed_prefill(runtime: Runtime, prompt: Prompt, sequences: int, repeats: int) -> Timing:
     """Reads a number of sequences, each as long as `prompt` and all packed into shared chunks, `repeats` times."""
     tokens = len(prompt.input_ids)
+    workspace = lowering.workspace_bytes([lowering.packed_program(runtime, sequences, tokens)])
     times = []
     for _ in range(repeats + 1):
         pool, tables = runtime.new_cache(sequences, tokens)
@@ -119,7 +128,6 @@ def time_packed_prefill(runtime: Runtime, prompt: Prompt, sequences: int, repeat
         jax.block_until_ready(runtime.prefill(segments, pool))
         times.append(time.perf_counter() - start)
     seconds = statistics.median(times[1:])
-    workspace = lowering.workspace_bytes([lowering.packed_program(runtime, tokens)])
     return Timing(seconds, sequences * tokens / seconds, workspace)
 
 

@@ -72,6 +72,9 @@ def bench(
     batches = [_pair("--decode", text) for text in _items(decode)]
     together = [_pair("--packed", text) for text in _items(packed)]
     chunk, below = options.prefill_chunk_size(prefill_chunk), options.dense_limit(dense_below)
+    for prompts, tokens in together:
+        if prompts < 2:
+            raise UserError(f"--packed has {prompts}x{tokens}; it must have at least 2 prompts")
     if repeats < 1:
         raise UserError(f"--repeats is {repeats}; it must be at least 1")
     if time_limit is not None and time_limit < 1:
@@ -131,7 +134,13 @@ def bench(
         for batch, context in batches[: 1 if breakdown else None]
         if not _refused(sparse, f"decode, {batch} x {_size(context)}", batch, context, 0)
     ]
-    compile_steps(runtimes.values(), lengths, batches, with_intermediates=sparse if unions and not breakdown else None)
+    compile_steps(
+        runtimes.values(),
+        lengths,
+        [] if breakdown else together,
+        batches,
+        with_intermediates=sparse if unions and not breakdown else None,
+    )
     if breakdown:
         found = _parts(runtimes, sizes, lengths, batches)
     else:
@@ -190,7 +199,7 @@ def _prefill_rows(
                 sizes = {"tokens": tokens, "attention": name, "noise": noise}
                 yield _report(f"{what}, {name}, {kind}", timing, sizes, dense)
                 dense = timing if name == _DENSE else dense
-                if name == _SPARSE and count_unions and tokens >= TAIL:
+                if name == _SPARSE and count_unions and tokens - TAIL >= runtime.dense_below:
                     unions = union_sizes(runtime, prompt, pool, pages)
                 del pool
             if unions is None:

@@ -34,10 +34,10 @@ def prefill_programs(runtime: Runtime, tokens: int, *, pages: int | None = None)
     return [_chunk_program(runtime, shape, pages) for shape in shapes]
 
 
-def packed_program(runtime: Runtime, tokens: int) -> jax.stages.Traced:
-    """The program that packs prompts, the longest of this length, into shared chunks."""
+def packed_program(runtime: Runtime, sequences: int, tokens: int) -> jax.stages.Traced:
+    """The program that packs a number of prompts, shorter than a chunk, in the pool of `Runtime.new_cache` for them."""
     shape = packed_shape(runtime.table_width(tokens), runtime.prefill_chunk, runtime.prefill_step)
-    return _chunk_program(runtime, shape)
+    return _chunk_program(runtime, shape, runtime.cache_pages(sequences, tokens))
 
 
 def intermediates_program(runtime: Runtime, tokens: int, cached: int) -> jax.stages.Traced:

@@ -118,11 +118,15 @@ class Runtime:
         Returns:
           the pool, and the pages of each sequence, int32 `[sequences, m]`.
         """
-        width, homes = self.table_width(tokens), self.rules.size("batch")
-        pool = self.new_pool(-(-sequences // homes) * homes * width)
+        pool, width = self.new_pool(self.cache_pages(sequences, tokens)), self.table_width(tokens)
         allocator = PageAllocator(pool.page_count, self.rules)
-        per_home = -(-sequences // homes)
+        per_home = -(-sequences // self.rules.size("batch"))
         return pool, np.stack([allocator.allocate(width, home=index // per_home) for index in range(sequences)])
+
+    def cache_pages(self, sequences: int, tokens: int) -> int:
+        """Pages of the pool that `new_cache` makes."""
+        homes = self.rules.size("batch")
+        return -(-sequences // homes) * homes * self.table_width(tokens)
 
     # Images.
 
@@ -232,8 +236,8 @@ class Runtime:
           float32 `[tokens, vocab]` logits of a chunk's tokens, the pool, each layer's intermediates `[tokens, ...]`,
           and the tokens done so far.
         """
-        options = dataclasses.replace(self.chunk_options(dense=False), intermediates=True)
         for planned, x, positions, batch in self._chunks([segment], pool):
+            options = dataclasses.replace(self.chunk_options(dense=planned.dense), intermediates=True)
             logits, pool, found = programs.forward_with_intermediates(
                 self.model_def, self.params, x, positions, batch, pool, step=self.prefill_step, options=options
             )

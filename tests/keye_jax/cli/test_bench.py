@@ -102,6 +102,7 @@ def test_nothing_is_dense_unless_asked_for(keye, config, monkeypatch):
         (("--repeats", 0), "--repeats is 0"),
         (("--dense-below", -1), "--dense-below is -1"),
         (("--packed", "64"), "--packed has '64'; it must be sequences x tokens"),
+        (("--packed", "1x64"), "--packed has 1x64; it must have at least 2 prompts"),
         (("--prefill", "1024K"), "1,048,576 tokens are more than this model takes"),
         (("--json", "nowhere/figures.json"), "there is no directory 'nowhere'"),
         (("--json", "."), "--json is '.'; it is a directory"),
