@@ -34,7 +34,7 @@ def test_a_question_about_a_video_and_a_picture(ask_json, inputs, golden):
     assert got["tokens"]["completion"] == 8
     assert got["finish_reason"] == "length"
     assert got["frame_times"] == [[0.0, 0.667, 1.25, 1.917]]
-    assert got["tokens"]["image"] == 3 * 2 + 2 or got["tokens"]["image"] > 0
+    assert got["tokens"]["image"] > 0
     assert got["reasoning"] and not got["answer"]  # the template opens a think block, which 8 random tokens do not end
     assert got["seconds"]["first_token"] > 0
     assert got["peak_memory_bytes"] > 0
