@@ -86,6 +86,7 @@ class TestInstalled:
         assert preset.startswith("h200:4: 4 devices (expert 4)")
         assert run(*plan, "--sharding", str(configs / "sharding" / "expert.yaml")) == preset
 
+    @pytest.mark.slow
     def test_bench(self, run, installed, monkeypatch):
         monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         config = installed.library / "keye_jax" / "configs" / "model" / "tiny.json"

@@ -43,6 +43,7 @@ def test_measures_prompts_and_steps(keye, config, tmp_path):
     assert out.count("keys that 16 neighbouring queries select") == 3
 
 
+@pytest.mark.slow
 def test_measures_a_sharded_model(keye, config, tmp_path):
     file = tmp_path / "figures.json"
     code, out, err = keye(

@@ -143,6 +143,7 @@ def small_bytes(checkpoint):
     return sum(size for size in sizes if size <= 2**20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "victim"), [(4, 2)])
 def test_processes_read_their_parts_write_the_same_and_end_when_one_is_killed(checkpoint, alone, count, victim):
     port = free_port()

@@ -56,6 +56,7 @@ def random_sharding(config, seed):
     return ShardingConfig.from_dict(values, source=f"random rules {seed}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(12))
 def test_random_meshes(number):
     name = "ab"[number % 2]
