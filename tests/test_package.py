@@ -76,6 +76,7 @@ class TestInstalled:
         assert "DIR" in run(installed.python, "-m", "keye_jax.demo", "--help")
         assert "--modelscope" in run(installed.python, "-m", "convert", "--help")
 
+    @pytest.mark.slow
     def test_plan(self, run, installed):
         plan = [installed.command, "plan", "--no-compile"]
         printed = run(*plan, "--platform", "h200:1", "--context", "128K")

@@ -14,7 +14,7 @@ def model(request, golden, tmp_path_factory):
     return golden / request.param, directory / "orbax"
 
 
-@pytest.mark.parametrize("chunk", [1024, pytest.param(32, marks=pytest.mark.slow), 13])
+@pytest.mark.parametrize("chunk", [1024, *(pytest.param(chunk, marks=pytest.mark.slow) for chunk in (32, 13))])
 @pytest.mark.parametrize("kind", ["safetensors", "orbax"])
 def test_everything_agrees_with_the_reference(keye, model, kind, chunk):
     checkpoint = model[kind == "orbax"]

@@ -194,6 +194,7 @@ def test_the_coordinator_is_named_when_it_is_killed():
             worker.kill()
 
 
+@pytest.mark.slow
 def test_two_processes_answer_as_one_and_share_the_frames(checkpoint, tmp_path):
     ask = ["generate", "--checkpoint", checkpoint, "--video", checkpoint.parent / "clip.mp4", "--prompt", "What moves?"]
     ask += ["--greedy", "--max-new-tokens", 4, "--json"]
