@@ -16,7 +16,8 @@ from PIL import Image
 
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
-from keye_jax.processor.decode import FrameList, VideoFile
+from keye_jax.processor.decode import VideoFile
+from keye_jax.processor.frame_list import FrameList
 from keye_jax.processor.image import open_image, patchify, smart_resize, to_rgb, upright_size
 from keye_jax.processor.media import DownloadedFile, fetch, shorten
 from keye_jax.processor.options import part_options, read_options, resolve_options
@@ -329,9 +330,9 @@ class Processor:
         for video in plan.videos:
             own = np.flatnonzero(here[first : first + video.frames])
             each = video.height * video.width // patch**2
-            for frame_number, (index, pixels) in zip(own, video.source.read(video.indices[own]), strict=True):
-                frame = Image.fromarray(pixels).resize((video.width, video.height), Image.Resampling.BILINEAR)
-                shown = patchify(np.asarray(frame), patch)
+            frames = video.source.read(video.indices[own], (video.height, video.width))
+            for frame_number, (index, pixels) in zip(own, frames, strict=True):
+                shown = patchify(pixels, patch)
                 at = start + frame_number * each
                 video_patches[at : at + each] = shown
                 used[first + frame_number] = index
