@@ -94,7 +94,7 @@ class VideoFile:
         container, stream = self._source.open()
         with container:
             first = _First(self._av, stream)
-            packets = read_packets(container, stream, self._av, first)
+            packets = read_packets(self._source, container, stream, self._av, first)
             first.finish()
             form, rates = container.format.name, _rates(container, stream)
             # AVI stores no presentation times. With B-frames its packets carry times in decoding order.
@@ -342,6 +342,8 @@ def _cut_short(packets: Packets, timeline: Timeline) -> str | None:
         missing = packets.stated_end - packets.end
         if missing > max(_SHORTER, _SHORTER_PART * packets.stated_end):
             return f"is cut short: it ends at {packets.end:.1f} s of {packets.stated_end:.1f} s"
+    if packets.count < (1 - _SHORTER_PART) * packets.stated_count - 1:
+        return f"is cut short: it has {packets.count} of {packets.stated_count} frames"
     if packets.torn:
         return f"is cut short or damaged: after {timeline.times[-1]:.1f} s it cannot be read"
     return None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import dataclasses
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -26,6 +27,7 @@ RAW_FORMATS = frozenset(("h264", "hevc", "m4v", "mpegvideo", "obu", "av1", "vc1"
 BROADCAST_FORMATS = frozenset(("mpegts", "mpeg", "ogg", "wtv"))
 # Containers whose header states the length of the whole file.
 _STATED_LENGTH = frozenset(("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "asf", "flv"))
+_STATED_COUNT = frozenset(("mov,mp4,m4a,3gp,3g2,mj2", "avi"))
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # Largest frame, in pixels: one of 16,384 by 8,192, the largest of the levels of AV1 and VVC.
 MAX_FRAME_AREA = 16384 * 8192
@@ -48,6 +50,10 @@ class Source:
         """For error messages."""
         return f"{len(self.content)} bytes" if isinstance(self.content, bytes) else shorten(str(self.content))
 
+    def file(self) -> BinaryIO:
+        """The file itself, for the caller to close. Raises OSError."""
+        return io.BytesIO(self.content) if isinstance(self.content, bytes) else self.content.open("rb")
+
     def open(self) -> tuple[Any, Any]:
         """The container, for the caller to close, and the stream of the film.
 
@@ -69,7 +75,9 @@ class Source:
 
     def _fault(self, error: Exception) -> str:
         """Why the file cannot be opened, for a sentence that begins with the field."""
-        head = self.content[:12] if isinstance(self.content, bytes) else _head(self.content)
+        head = b""
+        with contextlib.suppress(OSError), self.file() as file:
+            head = file.read(12)
         if head[4:8] == b"ftyp":
             return f"has no index ({self.name}); the file is cut short, or not yet written to its end"
         reason = getattr(error, "strerror", None) or error
@@ -104,12 +112,16 @@ class Packets:
       table: those of the film.
       end: seconds at which the last packet of any stream ends, on the file's own time line; None if unknown.
       stated_end: where the file's header says that it ends; None if it does not.
+      count: of the packets of the film, also of those that are not shown.
+      stated_count: how many the header states; 0 if it does not.
       torn: whether the file ends within a packet, or cannot be read to its end.
     """
 
     table: PacketTable
     end: float | None
     stated_end: float | None
+    count: int
+    stated_count: int
     torn: bool
 
 
@@ -143,7 +155,7 @@ _END = object()
 def decoder_of(av: Any, stream: Any) -> Any:
     """A decoder for a stream."""
     name, context = stream.codec_context.name, stream.codec_context
-    if name in _WITH_ALPHA and stream.metadata.get("alpha_mode") == "1":
+    if name in _WITH_ALPHA and "1" in (stream.metadata.get("alpha_mode"), stream.metadata.get("ALPHA_MODE")):
         # The default decoders of VP8 and VP9 leave transparency out.
         context = av.CodecContext.create(_WITH_ALPHA[name], "r")
         context.extradata = stream.codec_context.extradata
@@ -158,7 +170,7 @@ def decoded(av: Any, context: Any, packet: Any) -> list[Any]:
         return []
 
 
-def read_packets(container: Any, stream: Any, av: Any, visit: Callable[[Any], None]) -> Packets:
+def read_packets(source: Source, container: Any, stream: Any, av: Any, visit: Callable[[Any], None]) -> Packets:
     """Reads all packets of a file.
 
     Args:
@@ -167,7 +179,7 @@ def read_packets(container: Any, stream: Any, av: Any, visit: Callable[[Any], No
     pts, dts, duration, position, size = (array.array("q") for _ in range(5))
     key = array.array("b")
     end: float | None = None
-    torn = False
+    torn, count = False, 0
     for packet in packets_of(container, av):
         torn = packet is None or packet.is_corrupt
         if packet is None:
@@ -179,6 +191,7 @@ def read_packets(container: Any, stream: Any, av: Any, visit: Callable[[Any], No
         if packet.stream.index != stream.index:
             continue
         visit(packet)
+        count += packet.size > 0 or packet.dts is not None
         if is_shown(packet):
             pts.append(stamp(packet.pts))
             dts.append(stamp(packet.dts))
@@ -188,12 +201,42 @@ def read_packets(container: Any, stream: Any, av: Any, visit: Callable[[Any], No
             key.append(packet.is_keyframe)
     columns = (np.frombuffer(column, column.typecode).copy() for column in (pts, dts, duration, position, size))
     table = PacketTable(*columns, np.frombuffer(key, np.int8) != 0, float(stream.time_base))
-    form, length = container.format.name, container.size or 0
+    form = container.format.name
     stated = container.duration if form in _STATED_LENGTH else None
     start = (container.start_time or 0) / av.time_base
-    # A transport stream consists of packets of 188 bytes, or of 192 or 204 with what some devices add.
-    torn |= form == "mpegts" and all(length % size for size in (188, 192, 204))
-    return Packets(table, end, None if not stated else start + stated / av.time_base, torn)
+    with contextlib.suppress(OSError), source.file() as file:
+        torn |= _is_torn(file, form)
+    stated_end = None if not stated else start + stated / av.time_base
+    return Packets(table, end, stated_end, count, stream.frames if form in _STATED_COUNT else 0, torn)
+
+
+def _is_torn(file: BinaryIO, form: str) -> bool:
+    """Whether a file has fewer bytes than its structure says."""
+    length = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if form == "mpegts":  # packets of 188 bytes, or of 192 or 204 with what some devices add
+        return all(length % size for size in (188, 192, 204))
+    if form == "asf":
+        head = file.read(_ASF_HEAD)
+        place = head.find(_ASF_PROPERTIES)
+        return place >= 0 and length < int.from_bytes(head[place + 40 : place + 48], "little")
+    if form.startswith("mov,"):
+        place = 0
+        while place + 8 <= length:
+            file.seek(place)
+            box = file.read(16)
+            size = int.from_bytes(box[:4], "big")
+            size = int.from_bytes(box[8:], "big") if size == 1 else size or length - place
+            if size < 8:
+                return False
+            place += size
+        return place > length
+    return False
+
+
+# Bytes from the beginning of an ASF file in which its properties stand, and the GUID before them.
+_ASF_HEAD = 2**16
+_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 
 
 # Ticks. Stamps beyond are damage; differences of what is left fit into 64 bits.
@@ -218,11 +261,3 @@ def import_av(field: str) -> Any:
     except ImportError as error:
         raise UserError(f"{field} is a video, which needs PyAV: pip install 'keye-jax[video]'") from error
     return av
-
-
-def _head(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(12)
-    except OSError:
-        return b""

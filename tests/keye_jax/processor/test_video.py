@@ -172,7 +172,7 @@ def test_not_a_video(content, message, tmp_path):
 
 def test_truncated_index(clip, tmp_path):
     (tmp_path / "a.mp4").write_bytes(clip.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"video is not a video that can be read .*a\.mp4"):
+    with pytest.raises(UserError, match=r"video has no index .*a\.mp4"):
         VideoFile(tmp_path / "a.mp4", "video")
 
 
