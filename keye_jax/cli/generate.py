@@ -212,9 +212,7 @@ def _request(
     if file is None:
         sources = {kind: iter(values) for kind, values in given.items()}
         urls = [(kind, next(sources[kind])) for kind in order]
-        parts = [
-            {"type": f"{kind}_url", f"{kind}_url": {"url": stdin if url == "-" else url}} for kind, url in urls
-        ]
+        parts = [{"type": f"{kind}_url", f"{kind}_url": {"url": stdin if url == "-" else url}} for kind, url in urls]
         return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]}
     if order:
         raise UserError("--image and --video go with --prompt; with --messages they belong into the file")

@@ -188,7 +188,7 @@ class _Watchdog:
 
     def _run(self) -> None:
         while (left := self._due - time.monotonic()) > 0:
-            if self._finished.wait(left):
+            if self._finished.wait(min(left, 0.5)):  # the time may become shorter in the meantime
                 return
         self.reason = self._late
         # Again and again, since a redirect may still make a connection.

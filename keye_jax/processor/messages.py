@@ -277,7 +277,9 @@ def _frames(sources: Sequence[Any], field: str) -> Iterator[Any]:
         yield frame
 
 
-def _locate(kind: str, part: Mapping[str, Any], where: str) -> tuple[Any, str, list[tuple[Mapping[str, Any], str, str]]]:
+def _locate(
+    kind: str, part: Mapping[str, Any], where: str
+) -> tuple[Any, str, list[tuple[Mapping[str, Any], str, str]]]:
     """Finds the source of a part.
 
     Returns:
@@ -286,13 +288,14 @@ def _locate(kind: str, part: Mapping[str, Any], where: str) -> tuple[Any, str, l
     levels: list[tuple[Mapping[str, Any], str, str]] = []
     source, field = part, where
     while isinstance(source, Mapping):
-        given = [key for key in (*_KIND_KEYS[kind], *_SOURCE_KEYS) if source.get(key) is not None]
+        values = {key: value for key, value in source.items() if value is not None}
+        given = [key for key in (*_KIND_KEYS[kind], *_SOURCE_KEYS) if key in values]
         if not given:
             wanted = "url" if levels else _wanted_key(kind, part)
             raise UserError(f"{field}.{wanted} is missing; it must be a path, a URL or an object with url")
         if len(given) > 1:
             raise UserError(f"{field}.{given[1]} is given beside {given[0]}; a part must have one source")
-        values, key = source, given[0]
+        key = given[0]
         levels.append((values, field, key))
         source, field = values[key], f"{field}.{key}"
         if key in _BASE64_KEYS and isinstance(source, str) and not is_data_url(source):

@@ -238,7 +238,9 @@ def request_options(media_io_kwargs: Any, mm_processor_kwargs: Any) -> dict[str,
     media = _mapping(media_io_kwargs, "media_io_kwargs")
     for name in media:
         if name not in ("image", "video", "audio"):
-            raise UserError(f"media_io_kwargs.{shorten(str(name))[1:-1]} is not known; it must be image, video or audio")
+            raise UserError(
+                f"media_io_kwargs.{shorten(str(name))[1:-1]} is not known; it must be image, video or audio"
+            )
     values = _mapping(mm_processor_kwargs, "mm_processor_kwargs")
     every_nested = {name for names in _NESTED.values() for name in names}
     result = {}

@@ -282,7 +282,9 @@ class ChatTemplate:
         tools, variables = check_tools(tools), variables or {}
         pieces = self._pieces(checked, tools, variables)
         if tools and self._leaves_tools_out(pieces, checked, variables):
-            raise UserError(f"tools holds {len(tools)} function(s), but the chat template of this checkpoint takes none")
+            raise UserError(
+                f"tools holds {len(tools)} function(s), but the chat template of this checkpoint takes none"
+            )
         shown = {text for text, trusted in pieces if not trusted}
         for index, message in enumerate(checked):
             for content in _texts(message["content"]):
