@@ -12,8 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from keye_jax.errors import UserError
-from keye_jax.processor.media import shorten
+from keye_jax.errors import UserError, shorten
 from keye_jax.processor.timeline import NO_STAMP, PacketTable
 
 # Containers that hold their own frames. Playlists are left out: they make ffmpeg open other files and addresses.
