@@ -38,6 +38,8 @@ class VideoOptions:
       min_pixels, max_pixels: limits on one frame's area, in pixels.
       total_pixels: limit on the area of all frames together, in pixels.
       native_fps: frames a second of a video given as a list or array of frames; not used for files.
+      start, end: the part of the video that is shown, in seconds; None is its start or its end.
+      subtitles: a path or URL of subtitles, or True for those in the video file; None for none.
     """
 
     fps: float = DEFAULT_FPS
@@ -47,6 +49,9 @@ class VideoOptions:
     max_pixels: int = MAX_FRAME_PIXELS
     total_pixels: int = TOTAL_PIXELS
     native_fps: float = DEFAULT_FPS
+    start: float | None = None
+    end: float | None = None
+    subtitles: str | bool | None = None
 
 
 def read_options(kind: str, values: Mapping[str, Any], field: str, *, shared: bool = False) -> dict[str, Any]:

@@ -16,15 +16,31 @@ from PIL import Image
 
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
-from keye_jax.processor.decode import FrameList, VideoFile
-from keye_jax.processor.image import open_image, patchify, smart_resize, to_rgb, upright_size
+from keye_jax.processor.decode import VideoFile
+from keye_jax.processor.frame_list import AnimatedImage, FrameList, list_rates
+from keye_jax.processor.frame_text import GUESS, PRESETS, FrameEncoder
+from keye_jax.processor.image import (
+    image_notes,
+    is_animation,
+    is_image,
+    opened_image,
+    patchify,
+    smart_resize,
+    to_rgb,
+    upright_size,
+)
 from keye_jax.processor.media import DownloadedFile, fetch, shorten
-from keye_jax.processor.options import part_options, read_options, resolve_options
+from keye_jax.processor.options import VideoOptions, part_options, read_options, resolve_options
 from keye_jax.processor.positions import mrope_positions
 from keye_jax.processor.prompt import ChatTemplate, Detokenizer, MediaPart, SafeTokenizer
 from keye_jax.processor.settings import ProcessorSettings, read_template
+from keye_jax.processor.subtitles import Cue, clip_cues, container_subtitles, read_subtitles
 from keye_jax.processor.video import adaptive_factor, frame_indices, frame_size
 from keye_jax.progress import Progress
+
+MAX_DECODED_BYTES = 16 << 30
+# Bytes a pixel of a decoded picture, in which Pillow keeps RGB.
+_DECODED_PIXEL_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +59,7 @@ class ModelInputs:
       video_grids: int32 [F, 3], (1, h, w) in patches, one row a frame.
       frame_times: one array a video, float64 [frames], seconds.
       prompt_opens_thinking: whether the prompt ends inside `<think>`, so that the answer starts with thoughts.
+      warnings: sentences about what is missing, damaged or guessed.
     """
 
     input_ids: np.ndarray
@@ -54,6 +71,7 @@ class ModelInputs:
     video_grids: np.ndarray
     frame_times: tuple[np.ndarray, ...]
     prompt_opens_thinking: bool
+    warnings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,20 +91,37 @@ class FrameShare:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImagePlan:
-    """An image whose pixels are not decoded yet.
+    """An image whose pixels are not decoded yet. No file stays open.
 
     Attributes:
-      image: the opened image.
+      source: what `open_image` takes.
       field: its name in error messages.
       height, width: size in pixels at which the model sees it.
       num_tokens: number of its pad tokens.
+      source_bytes: size of the decoded picture.
+      warnings: as in `ModelInputs`.
     """
 
-    image: Image.Image
+    source: Any
     field: str
     height: int
     width: int
     num_tokens: int
+    source_bytes: int
+    warnings: tuple[str, ...] = ()
+
+    def pixels(self, warn: Callable[[str], None]) -> np.ndarray:
+        """Decodes the image as the model sees it, uint8 [height, width, 3].
+
+        Args:
+          warn: takes a sentence if the file is cut off or damaged.
+
+        Raises:
+          UserError: nothing of the image can be decoded.
+        """
+        with opened_image(self.source, self.field) as image:
+            rgb = to_rgb(image, self.field, warn)
+            return np.asarray(rgb.resize((self.width, self.height), Image.Resampling.BICUBIC))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,36 +129,57 @@ class VideoPlan:
     """A video whose frames are chosen but not decoded yet.
 
     Attributes:
-      source: the file, or the list of frames.
+      source: the file, the animation, or the list of frames.
       indices: int64 [frames], indices of the chosen frames in the video.
       times: float64 [frames], seconds.
       height, width: size in pixels at which the model sees a frame.
       tokens_per_frame: number of pad tokens of a frame, without its time stamp.
-      num_tokens: number of tokens of the video, with all time stamps.
+      num_tokens: number of tokens of the video, with all time stamps and subtitles.
+      cues: subtitles, by increasing start.
+      warnings: as in `ModelInputs`.
     """
 
-    source: VideoFile | FrameList
+    source: VideoFile | AnimatedImage | FrameList
     indices: np.ndarray
     times: np.ndarray
     height: int
     width: int
     tokens_per_frame: int
     num_tokens: int
+    cues: tuple[Cue, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def frames(self) -> int:
         return len(self.indices)
 
+    def pixels(self, which: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Decodes frames as the model sees them.
+
+        Args:
+          which: int64 [n], increasing, positions in `indices`.
+
+        Yields:
+          For each, the index in the video of the frame used, and its pixels, uint8 [height, width, 3].
+
+        Raises:
+          UserError: no frame can be decoded.
+        """
+        for index, pixels in self.source.read(self.indices[which]):
+            frame = Image.fromarray(pixels).resize((self.width, self.height), Image.Resampling.BILINEAR)
+            yield index, np.asarray(frame)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptPlan:
-    """A prompt whose media are opened but not decoded.
+    """A prompt whose media are measured but not decoded.
 
     Attributes:
       prompt_ids: token ids with one pad token for each image and each video.
       images, videos: in prompt order.
       prompt_opens_thinking: see `ModelInputs`.
       downloads: files that `close`, or the end of the plan's life, removes.
+      warnings: as in `ModelInputs`.
     """
 
     prompt_ids: tuple[int, ...]
@@ -131,6 +187,7 @@ class PromptPlan:
     videos: tuple[VideoPlan, ...]
     prompt_opens_thinking: bool
     downloads: tuple[DownloadedFile, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def text_tokens(self) -> int:
@@ -177,12 +234,16 @@ class Processor:
       allow_files: whether paths and file: URLs may be read; a server turns this off.
       defaults: options of media, such as `fps` or `max_pixels`, that apply if a request does not set them. The prefix
         `image_` or `video_` limits an option to one kind of media.
+      max_decoded_bytes: limit on a request's pixels as the model takes them, uint8, with the largest picture or frame
+        of the request as it is decoded. A larger request is refused before it is decoded.
 
     Attributes:
+      media: plans single images and videos.
       pixel_scale, pixel_shift: float32 [3], one value a channel; the vision encoder takes pixel * scale + shift.
 
     Raises:
-      UserError: `defaults` are not valid, or a token id of `config` is not an added token of the tokenizer.
+      UserError: `defaults` are not valid, a token id of `config` is not an added token of the tokenizer, or the text
+        of a frame has a pad token.
     """
 
     def __init__(
@@ -195,24 +256,25 @@ class Processor:
         allow_remote: bool = False,
         allow_files: bool = True,
         defaults: Mapping[str, Any] | None = None,
+        max_decoded_bytes: int = MAX_DECODED_BYTES,
     ):
         self._tokenizer = tokenizer
         self._template = template
         self._config = config
-        self._settings = settings
-        self._allow_remote = allow_remote
-        self._allow_files = allow_files
-        # adaptive_pixels does not reduce a total_pixels that the caller chose.
-        chosen = read_options("video", defaults or {}, "", shared=True)
-        self._total_pixels_chosen = "total_pixels" in chosen
-        self._video_options = resolve_options(settings.video, chosen, "defaults")
-        chosen = read_options("image", defaults or {}, "", shared=True)
-        self._image_options = resolve_options(settings.image, chosen, "defaults")
+        self._max_decoded_bytes = max_decoded_bytes
+        self._encoder = FrameEncoder(tokenizer, settings.frame_text)
+        self._frame_format_guessed = settings.frame_format is None
+        self.media = MediaPlanner(
+            settings, self._encoder, allow_remote=allow_remote, allow_files=allow_files, defaults=defaults
+        )
         control = set(tokenizer.control.values())
         for name in ("image_token_id", "video_token_id"):
             value = getattr(config, name)
             if value not in control:
                 raise UserError(f"config: {name} is {value}; it must be the id of an added token of tokenizer.json")
+        pads = {config.image_token_id, config.video_token_id}
+        if any(not pads.isdisjoint(before + after) for before, after in self._encoder.interleave(np.zeros(1))):
+            raise UserError(f"frame_format is {settings.frame_format!r}; it must hold no pad token, only {{pads}}")
         scale = settings.rescale_factor / np.asarray(settings.image_std, np.float64)
         self.pixel_scale = scale.astype(np.float32)
         self.pixel_shift = (-np.asarray(settings.image_mean) / np.asarray(settings.image_std)).astype(np.float32)
@@ -226,6 +288,7 @@ class Processor:
         allow_remote: bool = False,
         allow_files: bool = True,
         defaults: Mapping[str, Any] | None = None,
+        max_decoded_bytes: int = MAX_DECODED_BYTES,
     ) -> Processor:
         """Reads tokenizer.json, the chat template and preprocessor_config.json of a checkpoint.
 
@@ -244,6 +307,7 @@ class Processor:
             allow_remote=allow_remote,
             allow_files=allow_files,
             defaults=defaults,
+            max_decoded_bytes=max_decoded_bytes,
         )
 
     def token_id(self, text: str) -> int | None:
@@ -271,8 +335,8 @@ class Processor:
           messages: the conversation in the OpenAI chat shape. Content is a string or a list of parts of type `text`,
             `image_url`, `image`, `video_url` or `video`. A source is a path, a URL, `{"url": ...}`, the content of a
             file, a PIL image or an array uint8 [H, W, 3]. A video may also be an array uint8 [F, H, W, 3] or a list of
-            images; its frame rate is then the option `native_fps`, 2 by default. The url object, the part and
-            `preprocess_kwargs` in either may hold options.
+            images, all of which are shown; the option `fps` is then the rate at which they were taken, 2 by default.
+            The url object, the part and `preprocess_kwargs` in either may hold options.
           tools: function descriptions in the OpenAI shape, for templates that take them.
           template_variables: further variables of the template, such as `enable_thinking`.
 
@@ -285,15 +349,23 @@ class Processor:
         downloads: list[DownloadedFile] = []
         try:
             videos = sum(part.kind == "video" for part in rendered.media)
-            images = tuple(self._plan_image(part, downloads) for part in rendered.media if part.kind == "image")
+            images = tuple(self.media.image(part, downloads) for part in rendered.media if part.kind == "image")
             plans = tuple(
-                self._plan_video(part, downloads, single=videos == 1) for part in rendered.media if part.kind == "video"
+                self.media.video(part, downloads, single=videos == 1) for part in rendered.media if part.kind == "video"
             )
+            self._check_bytes(images, plans)
         except BaseException:
             for download in downloads:
                 download.close()
             raise
-        return PromptPlan(tuple(ids), images, plans, rendered.opens_thinking, tuple(downloads))
+        warnings = [warning for medium in (*images, *plans) for warning in medium.warnings]
+        if plans and self._frame_format_guessed:
+            example = f"{GUESS}, {''.join(self._encoder.text.at(0.0))!r}"
+            warnings.append(
+                f"the checkpoint does not say how the time of a frame is written, so it is a guess ({example}); "
+                f"frame_format in preprocessor_config.json sets it to one of {', '.join(PRESETS)}, or to a format string"
+            )
+        return PromptPlan(tuple(ids), images, plans, rendered.opens_thinking, tuple(downloads), tuple(warnings))
 
     def process(
         self, plan: PromptPlan, progress: Progress | None = None, share: FrameShare | None = None
@@ -306,8 +378,9 @@ class Processor:
           share: the frames that this process decodes; None for all of them.
 
         Raises:
-          UserError: an image or a video cannot be decoded.
+          UserError: nothing of an image or of a video can be decoded.
         """
+        warnings = list(plan.warnings)
         patch = self._config.vision_config.patch_size
         image_grids = _grids([(image.height, image.width) for image in plan.images], patch)
         video_grids = _grids([(video.height, video.width) for video in plan.videos for _ in video.indices], patch)
@@ -318,8 +391,7 @@ class Processor:
         )
         start = 0
         for image in plan.images:
-            rgb = to_rgb(image.image, image.field)
-            shown = patchify(np.asarray(rgb.resize((image.width, image.height), Image.Resampling.BICUBIC)), patch)
+            shown = patchify(image.pixels(warnings.append), patch)
             image_patches[start : start + len(shown)] = shown
             start += len(shown)
 
@@ -329,15 +401,15 @@ class Processor:
         for video in plan.videos:
             own = np.flatnonzero(here[first : first + video.frames])
             each = video.height * video.width // patch**2
-            for frame_number, (index, pixels) in zip(own, video.source.read(video.indices[own]), strict=True):
-                frame = Image.fromarray(pixels).resize((video.width, video.height), Image.Resampling.BILINEAR)
-                shown = patchify(np.asarray(frame), patch)
+            for frame_number, (index, pixels) in zip(own, video.pixels(own), strict=True):
+                shown = patchify(pixels, patch)
                 at = start + frame_number * each
                 video_patches[at : at + each] = shown
                 used[first + frame_number] = index
                 done += 1
                 if progress is not None:
                     progress(done, int(np.count_nonzero(here)))
+            warnings += video.source.warnings
             first, start = first + video.frames, start + each * video.frames
         if share:
             used = share.gather(used)
@@ -366,6 +438,7 @@ class Processor:
             video_grids,
             tuple(times),
             plan.prompt_opens_thinking,
+            tuple(dict.fromkeys(warnings)),
         )
 
     def _check_pads(self, ids: list[int], media: list[MediaPart]) -> None:
@@ -376,6 +449,92 @@ class Processor:
                     f"the messages hold {need} {kind}(s), but the chat template made {have} place(s) for them; "
                     "the numbers must be equal"
                 )
+
+    def _check_bytes(self, images: Sequence[ImagePlan], videos: Sequence[VideoPlan]) -> None:
+        """Refuses a request whose pixels would take more than `max_decoded_bytes`."""
+        model = sum(image.height * image.width * 3 for image in images)
+        model += sum(video.frames * video.height * video.width * 3 for video in videos)
+        frames = [video.source.info.height * video.source.info.width * 3 for video in videos]
+        largest = max([*(image.source_bytes for image in images), *frames], default=0)
+        if model + largest > self._max_decoded_bytes:
+            count = f"{len(images)} image(s) and {sum(video.frames for video in videos)} frame(s)"
+            raise UserError(
+                f"messages hold {count} of {model:,} bytes for the model, and a decoded picture of {largest:,} bytes; "
+                f"together they must be at most max_decoded_bytes {self._max_decoded_bytes:,}"
+            )
+
+    def _expand(self, plan: PromptPlan, times: Sequence[np.ndarray]) -> Iterator[int]:
+        """The ids of the whole prompt: all pad tokens, and the time stamps of the decoded frames (`times`, seconds)."""
+        images = iter(plan.images)
+        videos = iter(zip(plan.videos, times, strict=True))
+        for token in plan.prompt_ids:
+            if token == self._config.image_token_id:
+                yield from [token] * next(images).num_tokens
+            elif token == self._config.video_token_id:
+                video, stamps = next(videos)
+                for before, after in self._encoder.interleave(stamps, video.cues):
+                    yield from before
+                    yield from [token] * video.tokens_per_frame
+                    yield from after
+            else:
+                yield token
+
+
+class MediaPlanner:
+    """Plans single images and videos; needs no tokenizer.
+
+    Args:
+      settings: the checkpoint's settings, or the defaults.
+      encoder: counts the tokens of the text of a video; None leaves them out.
+      allow_remote, allow_files, defaults: as of `Processor`.
+
+    Attributes:
+      encoder: the same.
+
+    Raises:
+      UserError: `defaults` are not valid.
+    """
+
+    def __init__(
+        self,
+        settings: ProcessorSettings,
+        encoder: FrameEncoder | None = None,
+        *,
+        allow_remote: bool = False,
+        allow_files: bool = True,
+        defaults: Mapping[str, Any] | None = None,
+    ):
+        self._settings = settings
+        self.encoder = encoder
+        self._allow_remote = allow_remote
+        self._allow_files = allow_files
+        # adaptive_pixels does not reduce a total_pixels that the caller chose.
+        chosen = read_options("video", defaults or {}, "", shared=True)
+        self._total_pixels_chosen = "total_pixels" in chosen
+        self._video_options = resolve_options(settings.video, chosen, "defaults")
+        chosen = read_options("image", defaults or {}, "", shared=True)
+        self._image_options = resolve_options(settings.image, chosen, "defaults")
+
+    @contextlib.contextmanager
+    def file(self, value: Any, field: str) -> Iterator[ImagePlan | VideoPlan]:
+        """Plans one image or video, as the only one of a request; its content tells which it is.
+
+        Args:
+          value: a path, a URL, or the content of a file.
+          field: its name in error messages.
+
+        Raises:
+          UserError: the medium is not valid.
+        """
+        downloads: list[DownloadedFile] = []
+        try:
+            source = self._source(value, field, downloads)
+            kind = "image" if is_image(source) else "video"
+            part = MediaPart(kind, {"type": kind, kind: source}, kind, field)
+            yield self.image(part, downloads) if kind == "image" else self.video(part, downloads, single=True)
+        finally:
+            for download in downloads:
+                download.close()
 
     def _source(self, value: Any, field: str, downloads: list[DownloadedFile]) -> Any:
         """The source in a form that `open_image` or `VideoFile` takes: a path, bytes, an array or a PIL image."""
@@ -393,47 +552,71 @@ class Processor:
             return value
         raise UserError(f"{field} is {shorten(value)}; it must be a path, a URL, an array or an image")
 
-    def _plan_image(self, part: MediaPart, downloads: list[DownloadedFile]) -> ImagePlan:
+    def image(self, part: MediaPart, downloads: list[DownloadedFile]) -> ImagePlan:
+        """Plans an image.
+
+        Args:
+          part: the part of the message.
+          downloads: takes the files that the caller has to close.
+
+        Raises:
+          UserError: the image or an option is not valid.
+        """
         source = part.part[part.source_key]
         field = f"{part.field}.{part.source_key}"
         chosen = part_options("image", part.part, source, part.source_key, part.field)
         options = resolve_options(self._image_options, chosen, part.field)
-        image = open_image(self._source(source, field, downloads), field)
+        opened = self._source(source, field, downloads)
+        with opened_image(opened, field) as image:
+            size, notes = upright_size(image, field), image_notes(image, field)
         with _named(field):
             height, width = smart_resize(
-                *upright_size(image, field),
+                *size,
                 factor=self._settings.token_side,
                 min_pixels=options.min_pixels,
                 max_pixels=options.max_pixels,
             )
-        return ImagePlan(image, field, height, width, height * width // self._settings.token_side**2)
+        tokens = height * width // self._settings.token_side**2
+        return ImagePlan(opened, field, height, width, tokens, size[0] * size[1] * _DECODED_PIXEL_BYTES, notes)
 
-    def _plan_video(self, part: MediaPart, downloads: list[DownloadedFile], *, single: bool) -> VideoPlan:
+    def video(self, part: MediaPart, downloads: list[DownloadedFile], *, single: bool) -> VideoPlan:
+        """Plans a video.
+
+        Args:
+          part: the part of the message.
+          downloads: takes the files that the caller has to close.
+          single: whether it is the only video of the request.
+
+        Raises:
+          UserError: the video or an option is not valid.
+        """
         source = part.part[part.source_key]
         field = f"{part.field}.{part.source_key}"
         chosen = part_options("video", part.part, source, part.source_key, part.field)
         options = resolve_options(self._video_options, chosen, part.field)
         if isinstance(source, Mapping) and isinstance(source.get("url"), list | tuple | np.ndarray):
             source, field = source["url"], f"{field}.url"
-        video: FrameList | VideoFile
-        if isinstance(source, list | tuple):
-            opened = [self._source(frame, f"{field}[{i}]", downloads) for i, frame in enumerate(source)]
-            video = FrameList(opened, options.native_fps, field)
-        elif isinstance(source, np.ndarray):
-            video = FrameList(source, options.native_fps, field)
+        video: FrameList | AnimatedImage | VideoFile
+        opened: Any = source
+        if isinstance(source, list | tuple | np.ndarray):
+            if not isinstance(source, np.ndarray):
+                opened = [self._source(frame, f"{field}[{i}]", downloads) for i, frame in enumerate(source)]
+            rate, all_frames = list_rates(chosen, options.native_fps)
+            video = FrameList(opened, rate, field)
         else:
-            opened = self._source(source, field, downloads)
+            opened, all_frames = self._source(source, field, downloads), False
             if isinstance(opened, Image.Image):
                 raise UserError(f"{field} is an image; a video must be a file, an array or a list of images")
-            video = VideoFile(opened, field)
+            video = AnimatedImage(opened, field) if is_animation(opened) else VideoFile(opened, field)
         info, total = video.info, options.total_pixels
         if single and not self._total_pixels_chosen and "total_pixels" not in chosen:
             total = int(total * adaptive_factor(info.duration, self._settings.adaptive_pixels))
         with _named(field):
             indices = frame_indices(
                 info.num_frames,
-                info.native_fps,
-                fps=options.fps,
+                # At one frame a second of one a second, no frame is lost by rounding.
+                1.0 if all_frames else info.native_fps,
+                fps=1.0 if all_frames else options.fps,
                 min_frames=options.min_frames,
                 max_frames=options.max_frames,
                 total_pixels=total,
@@ -448,28 +631,31 @@ class Processor:
             )
         tokens = height * width // self._settings.token_side**2
         times = info.times[indices]
-        stamps = sum(len(stamp) for stamp in self._stamps(times))
-        return VideoPlan(video, indices, times, height, width, tokens, stamps + tokens * len(indices))
+        warnings: list[str] = []
+        cues = self._cues(options, opened, field, downloads, warnings.append)
+        text = self.encoder.num_tokens(times, cues) if self.encoder else 0
+        return VideoPlan(
+            video, indices, times, height, width, tokens, text + tokens * len(indices), cues, tuple(warnings)
+        )
 
-    def _stamps(self, times: np.ndarray) -> Iterator[list[int]]:
-        """The token ids of the text before each frame; `times` are in seconds."""
-        for time in times.tolist():
-            yield self._tokenizer.encode_template(self._settings.frame_format.format(time=time))
-
-    def _expand(self, plan: PromptPlan, times: Sequence[np.ndarray]) -> Iterator[int]:
-        """The ids of the whole prompt: all pad tokens, and the time stamps of the decoded frames (`times`, seconds)."""
-        images = iter(plan.images)
-        videos = iter(zip(plan.videos, times, strict=True))
-        for token in plan.prompt_ids:
-            if token == self._config.image_token_id:
-                yield from [token] * next(images).num_tokens
-            elif token == self._config.video_token_id:
-                video, stamps = next(videos)
-                for stamp in self._stamps(stamps):
-                    yield from stamp
-                    yield from [token] * video.tokens_per_frame
-            else:
-                yield token
+    def _cues(
+        self,
+        options: VideoOptions,
+        video: Any,
+        field: str,
+        downloads: list[DownloadedFile],
+        warn: Callable[[str], None],
+    ) -> tuple[Cue, ...]:
+        """The subtitles of a video, whose source is `video`, within its clip."""
+        if not options.subtitles:
+            return ()
+        if options.subtitles is True:
+            if not isinstance(video, Path | bytes):
+                raise UserError(f"{field} is a list of frames, which holds no subtitles; give them as a file")
+            cues = container_subtitles(video, field)
+        else:
+            cues = read_subtitles(self._source(options.subtitles, "subtitles", downloads), "subtitles", warn)
+        return clip_cues(cues, options.start, options.end)
 
 
 def _grids(sizes: Sequence[tuple[int, int]], patch: int) -> np.ndarray:
