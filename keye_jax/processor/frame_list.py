@@ -61,8 +61,8 @@ class FrameList:
             with opened_image(self._frames[index], field) as image:
                 pixels = np.asarray(to_rgb(image, field, self._warn))
             if pixels.shape[:2] != (self.info.height, self.info.width):
-                size = f"{self.info.width}x{self.info.height}"
-                self._warn(f"{self._field} has frames of several sizes; all are shown at the size for the first, {size}")
+                first = f"the first, {self.info.width}x{self.info.height}"
+                self._warn(f"{self._field} has frames of several sizes; all are resized as {first}")
             yield index, pixels
 
     def _warn(self, sentence: str) -> None:

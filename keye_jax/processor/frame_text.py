@@ -53,14 +53,13 @@ class FrameText:
         form = PRESETS.get(value, value)
         before, _, after = form.partition(_PADS)
         try:
-            fields = [
-                (name, spec)
+            valid = all(
+                name is None or (name == "time" and not conversion and _SPECIFICATION.fullmatch(spec or ""))
                 for text in (before, after)
                 for _, name, spec, conversion in string.Formatter().parse(text)
-                if name is not None or conversion
-            ]
-            valid = bool(fields) and all(name == "time" and _SPECIFICATION.fullmatch(spec or "") for name, spec in fields)
+            )
             result = cls(value, before, after)
+            # Without a field, or with a time cut to nothing, all frames would have the same text.
             valid = valid and result.at(1.0) != result.at(2.0)
         except (LookupError, ValueError):
             valid = False

@@ -360,10 +360,10 @@ class Processor:
             raise
         warnings = [warning for medium in (*images, *plans) for warning in medium.warnings]
         if plans and self._frame_format_guessed:
-            example = f"{GUESS}, {''.join(self._encoder.text.at(0.0))!r}"
+            example = f"{GUESS} ({''.join(self._encoder.text.at(0.0))!r})"
             warnings.append(
-                f"the checkpoint does not say how the time of a frame is written, so it is a guess ({example}); "
-                f"frame_format in preprocessor_config.json sets it to one of {', '.join(PRESETS)}, or to a format string"
+                f"the checkpoint does not say how the time of a frame is written, so {example} is a guess; "
+                f"frame_format in preprocessor_config.json sets it: {', '.join(PRESETS)}, or a format string"
             )
         return PromptPlan(tuple(ids), images, plans, rendered.opens_thinking, tuple(downloads), tuple(warnings))
 

@@ -6,6 +6,7 @@ import codecs
 import dataclasses
 import html
 import io
+import itertools
 import json
 import math
 import re
@@ -14,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from keye_jax.errors import UserError
-from keye_jax.processor.media import shorten
 
 MAX_SUBTITLE_BYTES = 64 << 20
 _TIME = r"(?:(\d{1,4}):)?(\d{1,2}):(\d{1,2})[.,](\d{1,3})"
 _TIMING = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}(?:\s.*)?")
 # Tags of SRT and WebVTT, and times within a WebVTT cue. Other text between angle brackets is text.
-_TAG = re.compile(r"</?(?:b|i|u|s|font|c|v|lang|ruby|rt|span|br|em|strong)(?:[\s.:=/][^<>]*)?>|<[\d:.]+>", re.IGNORECASE)
+_NAMES = "b|i|u|s|font|c|v|lang|ruby|rt|span|br|em|strong"
+_TAG = re.compile(rf"</?(?:{_NAMES})(?:[\s.:=/][^<>]*)?>|<[\d:.]+>", re.IGNORECASE)
 _ASS_OVERRIDE = re.compile(r"\{\\[^{}]*\}")
 _NO_CUE = ("WEBVTT", "NOTE", "STYLE", "REGION", "X-TIMESTAMP-MAP")
 # Codecs of text, with the containers that hold them. Bitmaps, such as those of DVDs, are no text.
@@ -139,12 +140,15 @@ def _blocks(text: str) -> Iterator[Cue | None]:
         starts = [number for number, line in enumerate(lines) if "-->" in line]
         if not starts and block.strip() and not block.strip().startswith(_NO_CUE):
             yield None
-        for number, after in zip(starts, [*starts[1:], len(lines) + 1], strict=True):
+        for number, after in itertools.pairwise([*starts, len(lines)] if starts else ()):
             body = lines[number + 1 : after]
             if after < len(lines) and body and body[-1].strip().isdecimal():
                 body = body[:-1]
-            timing = _TIMING.fullmatch(lines[number])
-            yield _cue(_seconds(timing.groups()[:4]), _seconds(timing.groups()[4:]), "\n".join(body)) if timing else None
+            if (timing := _TIMING.fullmatch(lines[number])) is None:
+                yield None
+            else:
+                parts = timing.groups()
+                yield _cue(_seconds(parts[:4]), _seconds(parts[4:]), "\n".join(body))
 
 
 def _seconds(parts: Sequence[str | None]) -> float:

@@ -49,8 +49,9 @@ def test_exactly_what_the_model_sees(folder, checkpoint, tmp_path, capsys, name,
     processor = Processor.from_checkpoint(checkpoint, config)
     plan = processor.plan([{"role": "user", "content": [{"type": kind, kind: str(folder / name)}]}])
     inputs = processor.process(plan)
-    written = [np.asarray(Image.open(tmp_path / "new" / "out" / row["file"])) for row in found["frames"]]
-    assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == [row["file"] for row in found["frames"]]
+    names = [row["file"] for row in found["frames"]]
+    written = [np.asarray(Image.open(tmp_path / "new" / "out" / name)) for name in names]
+    assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == names
     patches = inputs.image_patches if kind == "image" else inputs.video_patches
     np.testing.assert_array_equal(np.concatenate([patchify(pixels, 14) for pixels in written]), patches)
     assert (found["kind"], found["width"], found["height"]) == (kind, written[0].shape[1], written[0].shape[0])
@@ -108,9 +109,9 @@ def test_an_animation_and_warnings(tmp_path, capsys):
     Image.fromarray(np.random.default_rng(0).integers(1, 256, (99, 99, 3), np.uint8)).save(tmp_path / "a.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:3000])
     found = frames(capsys, tmp_path / "cut.jpg", "--out", tmp_path / "cut")
-    assert "FILE is cut off or damaged" in found["warnings"][0]
+    assert "FILE.image is cut off or damaged" in found["warnings"][0]
     assert run(app, ["frames", str(tmp_path / "cut.jpg"), "--out", str(tmp_path / "again")]) == 0
-    assert capsys.readouterr().err.startswith("warning: FILE is cut off or damaged")
+    assert capsys.readouterr().err.startswith("warning: FILE.image is cut off or damaged")
 
 
 def test_needs_no_jax(folder):

@@ -90,7 +90,7 @@ def test_frames_of_several_sizes_and_turned_ones(processor, tmp_path):
     inputs = processor.process(plan(processor, {"type": "video", "video": frames}))
     assert len({tuple(grid) for grid in inputs.video_grids.tolist()}) == 1
     (warning,) = inputs.warnings
-    assert "video has frames of several sizes; all are shown at the size for the first, 400x200" in warning
+    assert "video has frames of several sizes; all are resized as the first, 400x200" in warning
 
 
 def test_a_frame_that_is_cut_off(processor):
@@ -130,6 +130,7 @@ def test_animations_lie_over_white(form):
     for column in (0, 1):
         pixels = np.zeros((32, 64, 4), np.uint8)
         pixels[:, column * 32 : column * 32 + 32] = 255, 0, 0, 255
+        pixels[:4] = pixels[:, :4] = pixels[-4:, -4:] = 0
         frames.append(Image.fromarray(pixels))
     video = AnimatedImage(animation(frames, form, duration=100, disposal=2), "video")
     for (_, pixels), column in zip(video.read(np.arange(2)), (0, 1), strict=True):

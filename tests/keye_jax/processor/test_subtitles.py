@@ -86,7 +86,9 @@ def test_broken_cues_are_left_out_and_counted(broken):
     assert seen == ["subtitles has 1 broken of 3 subtitles; they are left out"]
 
 
-@pytest.mark.parametrize("line", ["{", '{"start": 1, "end": 2}', '{"start": "x", "end": 2, "text": "a"}', "[]", "1e999"])
+@pytest.mark.parametrize(
+    "line", ["{", '{"start": 1, "end": 2}', '{"start": "x", "end": 2, "text": "a"}', "[]", "1e999"]
+)
 def test_broken_lines_are_left_out_and_counted(line):
     seen = []
     assert read(f'{{"start": 1, "end": 2, "text": "a"}}\n{line}\n\n'.encode(), seen) == (Cue(1.0, 2.0, "a"),)
@@ -111,7 +113,7 @@ def write_with_subtitles(path, clips, codec, texts):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=10)
         stream.width, stream.height, stream.pix_fmt = clips.width, clips.height, "yuv420p"
-        subtitle = container.add_stream(codec)
+        subtitle = container.add_mux_stream(codec)
         for index in range(40):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(clips.picture(index), format="rgb24")))
         container.mux(stream.encode())
@@ -132,9 +134,7 @@ def test_streams_of_a_container(clips, tmp_path, name, codec):
         "mov_text": [len(line).to_bytes(2) + line.encode() for line in lines],
         "ass": [f"{i},0,Default,,0,0,0,,{{\\i1}}{line}".encode() for i, line in enumerate(lines)],
     }[codec]
-    path = write_with_subtitles(
-        tmp_path / name, clips, codec, [(0.5, 1.5, packets[0]), (2.0, 3.0, packets[1])]
-    )
+    path = write_with_subtitles(tmp_path / name, clips, codec, [(0.5, 1.5, packets[0]), (2.0, 3.0, packets[1])])
     expected = (Cue(0.5, 1.5, "One"), Cue(2.0, 3.0, "two, and three"))
     for source in (path, path.read_bytes()):
         assert container_subtitles(source, "video") == expected
