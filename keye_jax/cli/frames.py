@@ -107,7 +107,7 @@ def _look(plan: ImagePlan | VideoPlan, planner: MediaPlanner, folder: Path | Non
     """What is printed of a plan. Writes its frames into `folder`, if there is one."""
     from keye_jax.processor import ImagePlan
 
-    result = {"width": plan.width, "height": plan.height}
+    result: dict[str, Any] = {"width": plan.width, "height": plan.height}
     warnings = list(plan.warnings)
     if isinstance(plan, ImagePlan):
         row: dict[str, Any] = {"tokens": plan.num_tokens}
@@ -124,7 +124,7 @@ def _look(plan: ImagePlan | VideoPlan, planner: MediaPlanner, folder: Path | Non
             files.append(_write(pixels, folder / f"{number:05d}_{info.times[index]:.3f}s.png"))
     warnings += [warning for warning in plan.source.warnings if warning not in warnings]
     times = info.times[used]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"index": index, "time": round(time, 3), "tokens": plan.tokens_per_frame}
         for index, time in zip(used, times.tolist(), strict=True)
     ]

@@ -50,15 +50,14 @@ class FrameText:
         Raises:
           UserError: `value` is neither.
         """
-        form = PRESETS.get(value, value)
-        before, _, after = form.partition(_PADS)
+        before, _, after = PRESETS.get(value, value).partition(_PADS)
+        result = cls(value, before, after)
         try:
             valid = all(
                 name is None or (name == "time" and not conversion and _SPECIFICATION.fullmatch(spec or ""))
                 for text in (before, after)
                 for _, name, spec, conversion in string.Formatter().parse(text)
             )
-            result = cls(value, before, after)
             # Without a field, or with a time cut to nothing, all frames would have the same text.
             valid = valid and result.at(1.0) != result.at(2.0)
         except (LookupError, ValueError):

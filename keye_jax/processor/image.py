@@ -449,7 +449,7 @@ def _srgb_transform(image: Image.Image) -> tuple[str, Callable[[Image.Image], Im
     grey = image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;16")
     own = "L" if grey else "CMYK" if image.mode == "CMYK" else "RGB"
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        source: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
         mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}.get(space)
         if mode is None or (mode != own and not (own == "L" and mode == "RGB")):

@@ -80,13 +80,14 @@ def container_subtitles(source: Path | bytes, field: str) -> tuple[Cue, ...]:
     """
     try:
         import av
+        from av.error import FFmpegError
     except ImportError as error:
         raise UserError(f"{field} is a video, which needs PyAV: pip install 'keye-jax[video]'") from error
     opened = io.BytesIO(source) if isinstance(source, bytes) else str(source)
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
     cues = []
     try:
-        with av.open(opened, options=options) as container:
+        with av.open(opened, "r", options=options) as container:
             streams: list[Any] = [s for s in container.streams.subtitles if s.name in _TEXT_CODECS]
             if not streams:
                 raise UserError(f"{field} has no text subtitles; give them as a file, or leave subtitles out")
@@ -98,7 +99,7 @@ def container_subtitles(source: Path | bytes, field: str) -> tuple[Cue, ...]:
                 if text and packet.pts is not None:
                     start = float(packet.pts * packet.time_base) - zero
                     cues.append(Cue(start, start + float((packet.duration or 0) * packet.time_base), text))
-    except (av.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         if not cues:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{field} is not a file with subtitles that can be read: {reason}") from error
