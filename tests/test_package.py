@@ -15,7 +15,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("keye_jax", "pallas_kernels", "convert")
 
 # How the distribution is called that a module comes from, where the names differ.
-DISTRIBUTIONS = {"PIL": "pillow", "jaxlib": "jax", "orbax": "orbax-checkpoint", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "pillow_heif": "pillow-heif",
+    "jaxlib": "jax",
+    "orbax": "orbax-checkpoint",
+    "yaml": "pyyaml",
+}
 LOADED_BY_NAME = {"huggingface_hub", "modelscope"}  # in convert/hub.py
 NOT_REQUIRED = {"torch"}  # the benchmark compares with it where it is installed
 
@@ -110,10 +116,10 @@ class TestDependencies:
 
     def test_of_the_packages(self):
         imported = set().union(*(self.imported(ROOT / name) for name in PACKAGES))
-        assert (imported - NOT_REQUIRED) | LOADED_BY_NAME == self.required("video", "hub", "bench")
+        assert (imported - NOT_REQUIRED) | LOADED_BY_NAME == self.required("video", "heic", "hub", "bench")
 
     def test_of_the_tests(self):
-        assert self.imported(ROOT / "tests") <= self.required("video", "hub", "bench", "dev")
+        assert self.imported(ROOT / "tests") <= self.required("video", "heic", "hub", "bench", "dev")
 
     @staticmethod
     def required(*extras: str) -> set[str]:
