@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from keye_jax.errors import UserError, shorten
+from keye_jax.errors import UserError, shorten, shorten_name
 from keye_jax.processor.data_url import is_data_url, split_frames
 from keye_jax.processor.options import collect_options
 
@@ -133,7 +133,7 @@ def check_template_variables(variables: Any, field: str) -> dict[str, Any]:
     check_depth(variables, field)
     for name in variables:
         if not isinstance(name, str) or name.startswith("_") or name in _TEMPLATE_NAMES:
-            raise UserError(f"{field}.{shorten(str(name))[1:-1]} is not known; a request cannot set this variable")
+            raise UserError(f"{field}.{shorten_name(name)} is not known; a request cannot set this variable")
     return dict(variables)
 
 
