@@ -137,7 +137,7 @@ def _control_tokens(config: KeyeConfig) -> dict[str, int]:
     for name, key in (("<|endoftext|>", "bos_token_id"), ("<|im_end|>", "eos_token_id")):
         if isinstance(config.extra.get(key), int):
             special[name] = config.extra[key]
-    others = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    others = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_pad|>")
     free = (token for token in range(config.vocab_size - 1, 0, -1) if token not in set(special.values()))
     free = iter(list(free))
     for name in (*others, "<think>", "</think>", "<tool_call>", "</tool_call>"):

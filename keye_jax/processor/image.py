@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +15,9 @@ import numpy as np
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from keye_jax.errors import UserError
+
+# What Pillow logs of a damaged file, it also raises. Without a handler, Python prints it on stderr.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 MAX_ASPECT_RATIO = 200
 # Pillow's own limit against decompression bombs.

@@ -16,7 +16,7 @@ from typing import Any
 
 from keye_jax.errors import UserError
 
-MAX_SUBTITLE_BYTES = 64 << 20
+MAX_SUBTITLE_BYTES = 16 << 20
 _TIME = r"(?:(\d{1,4}):)?(\d{1,2}):(\d{1,2})[.,](\d{1,3})"
 _TIMING = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}(?:\s.*)?")
 # Tags of SRT and WebVTT, and times within a WebVTT cue. Other text between angle brackets is text.
