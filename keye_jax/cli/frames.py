@@ -123,6 +123,8 @@ def _look(plan: ImagePlan | VideoPlan, planner: MediaPlanner, folder: Path | Non
             used[number] = index
             files.append(_write(pixels, folder / f"{number:05d}_{info.times[index]:.3f}s.png"))
     warnings += [warning for warning in plan.source.warnings if warning not in warnings]
+    undecodable, sentence = plan.undecodable(np.array(used))
+    warnings += [sentence] if sentence else []
     times = info.times[used]
     rows: list[dict[str, Any]] = [
         {"index": index, "time": round(time, 3), "tokens": plan.tokens_per_frame}
@@ -137,7 +139,15 @@ def _look(plan: ImagePlan | VideoPlan, planner: MediaPlanner, folder: Path | Non
     for row, name in zip(rows, files, strict=False):
         row["file"] = name
     source = {"width": info.width, "height": info.height, "frames": info.num_frames, "fps": round(info.native_fps, 3)}
-    return {"kind": "video", **result, "source": source, "num_tokens": total, "frames": rows, "warnings": warnings}
+    return {
+        "kind": "video",
+        **result,
+        "source": source,
+        "num_tokens": total,
+        "frames": rows,
+        "undecodable_frame_times": [round(time, 3) for time in undecodable.tolist()],
+        "warnings": warnings,
+    }
 
 
 def _write(pixels: np.ndarray, path: Path) -> str:

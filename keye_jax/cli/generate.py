@@ -273,6 +273,9 @@ def _summary(
             "reasoning": answer.reasoning_tokens,
         },
         "frame_times": [[round(float(seconds), 3) for seconds in times] for times in inputs.frame_times],
+        "undecodable_frame_times": [
+            [round(float(seconds), 3) for seconds in times] for times in inputs.undecodable_times
+        ],
         "warnings": list(inputs.warnings),
         "sampling": dataclasses.asdict(sampling),
         "seconds": {

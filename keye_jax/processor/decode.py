@@ -7,7 +7,6 @@ looked up in the table, so a seek that ends in the wrong place is noticed.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from keye_jax.errors import UserError
+from keye_jax.processor.frame_list import AnimatedImage
+from keye_jax.processor.image import is_animation
 from keye_jax.processor.packets import (
     BROADCAST_FORMATS,
     RAW_FORMATS,
@@ -30,7 +31,7 @@ from keye_jax.processor.packets import (
     stamp,
 )
 from keye_jax.processor.pixels import Picture, deinterlaced
-from keye_jax.processor.timeline import PacketTable, Timeline, read_timeline
+from keye_jax.processor.timeline import PacketTable, Timeline, VideoInfo, read_timeline
 
 # Packets. Over a gap this small, decoding on is cheaper than a seek to a keyframe.
 _SEEK_GAP = 4
@@ -44,36 +45,10 @@ _SHORTER, _SHORTER_PART = 1.0, 0.02
 _SLOWEST, _FASTEST = 1e-3, 1e3
 
 
-@dataclasses.dataclass(frozen=True)
-class VideoInfo:
-    """The N frames of a video, in order of presentation.
-
-    Attributes:
-      height, width: size of a frame in pixels, upright and with square pixels.
-      native_fps: frames a second; the mean if the rate varies.
-      times: float64 [N], seconds from the first frame, increasing. They are index / native_fps at a constant rate, and
-        the file's own times at a variable one.
-      constant: whether the rate is constant.
-    """
-
-    height: int
-    width: int
-    native_fps: float
-    times: np.ndarray
-    constant: bool = True
-
-    @property
-    def num_frames(self) -> int:
-        return len(self.times)
-
-    @property
-    def duration(self) -> float:
-        """Seconds."""
-        return self.num_frames / self.native_fps
-
-
 class VideoFile:
-    """A video file, closed between calls. The constructor reads its packets and sets `info`; `read` decodes frames.
+    """A video file or an animated picture, closed between calls.
+
+    The constructor reads the packets and sets `info`; `read` decodes frames.
 
     Args:
       source: a path, or the content of a file.
@@ -84,11 +59,15 @@ class VideoFile:
       warnings: what is missing, sentences.
 
     Raises:
-      UserError: PyAV is missing, or the file holds no readable video.
+      UserError: PyAV is missing, the file holds no readable video, or it is a picture.
     """
 
     def __init__(self, source: Path | bytes, field: str):
         self.field = field
+        self._animation = AnimatedImage(source, field) if is_animation(source) else None
+        if self._animation is not None:
+            self.info, self.warnings = self._animation.info, self._animation.warnings
+            return
         self._av = import_av(field)
         self._source = Source(source, field)
         container, stream = self._source.open()
@@ -134,6 +113,9 @@ class VideoFile:
         Raises:
           UserError: no frame can be decoded.
         """
+        if self._animation is not None:
+            yield from self._animation.read(indices, size)
+            return
         wanted = [int(index) for index in indices]
         whole = self._picture.interlaced
         with _Decoder(self._source, self._packets, self._timeline, self._seek_stamps, threads) as decoder:

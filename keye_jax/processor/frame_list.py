@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from keye_jax.errors import UserError
-from keye_jax.processor.decode import VideoInfo
 from keye_jax.processor.image import opened_image, to_rgb, upright_size
 from keye_jax.processor.pixels import resized_pixels
+from keye_jax.processor.timeline import VideoInfo
 
 # Milliseconds. Browsers show a frame of at most 10 ms for 100 ms.
 _SHORTEST_MS, _INSTEAD_MS = 10, 100

@@ -6,6 +6,7 @@ import array
 import contextlib
 import dataclasses
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from keye_jax.errors import UserError, shorten
+from keye_jax.processor.image import is_image
 from keye_jax.processor.timeline import NO_STAMP, PacketTable
 
 # Containers that hold their own frames. Playlists are left out: they make ffmpeg open other files and addresses.
@@ -20,6 +22,8 @@ _FORMATS = (
     "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,gif,apng,ivf,obu,h264,hevc,m4v,mxf,nut,"
     "yuv4mpegpipe,rm,dv,3gp,wtv,vc1,av1,mp3,wav,aac,flac,mjpeg,h263"
 )
+_IS_PICTURE = "is a picture; use --image, or a part of type image"
+_PICTURE_BRANDS = frozenset(("avif", "heic", "heix", "heim", "heis", "mif1"))
 # Streams without a time line of their own. Their rate is that of the codec, or the demuxer's guess.
 RAW_FORMATS = frozenset(("h264", "hevc", "m4v", "mpegvideo", "obu", "av1", "vc1", "mjpeg", "h263"))
 # Containers in which recordings and broadcasts may begin a new time line anywhere.
@@ -60,17 +64,36 @@ class Source:
           UserError: PyAV is missing, or the file is not a video.
         """
         av = import_av(self.field)
-        content = io.BytesIO(self.content) if isinstance(self.content, bytes) else str(self.content)
-        options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
-        try:
-            container = av.open(content, options=options)
-        except (av.FFmpegError, OSError, ValueError) as error:
-            raise UserError(f"{self.field} {self._fault(error)}") from error
+        container = self._container(av)
         try:
             return container, self._film(container)
         except BaseException:
             container.close()
             raise
+
+    def _container(self, av: Any) -> Any:
+        content = io.BytesIO(self.content) if isinstance(self.content, bytes) else str(self.content)
+        options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+        form = "mjpeg" if self._is_motion_jpeg(av) else None
+        try:
+            container = av.open(content, format=form, options=options)
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise UserError(f"{self.field} {self._fault(error)}") from error
+        if container.metadata.get("major_brand") in _PICTURE_BRANDS:
+            container.close()
+            raise UserError(f"{self.field} {_IS_PICTURE} ({self.name})")
+        return container
+
+    def _is_motion_jpeg(self, av: Any) -> bool:
+        """Whether the file is several JPEG pictures of one size, one behind the other."""
+        with contextlib.suppress(OSError), self.file() as file:
+            if file.read(3) != b"\xff\xd8\xff":
+                return False
+            file.seek(0)
+            with contextlib.suppress(av.FFmpegError), av.open(file, format="mjpeg") as container:
+                frames = [(frame.height, frame.width) for frame in itertools.islice(container.decode(video=0), 2)]
+                return len(frames) == 2 and frames[0] == frames[1]
+        return False
 
     def _fault(self, error: Exception) -> str:
         """Why the file cannot be opened, for a sentence that begins with the field."""
@@ -79,6 +102,8 @@ class Source:
             head = file.read(12)
         if head[4:8] == b"ftyp":
             return f"has no index ({self.name}); the file is cut short, or not yet written to its end"
+        if is_image(self.content):
+            return f"{_IS_PICTURE} ({self.name})"
         reason = getattr(error, "strerror", None) or error
         return f"is not a video that can be read ({self.name}): {reason}"
 

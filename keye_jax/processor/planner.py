@@ -13,11 +13,10 @@ from PIL import Image
 
 from keye_jax.errors import UserError, shorten
 from keye_jax.processor.decode import VideoFile
-from keye_jax.processor.frame_list import AnimatedImage, FrameList
+from keye_jax.processor.frame_list import FrameList
 from keye_jax.processor.frame_text import FrameEncoder
 from keye_jax.processor.image import (
     image_notes,
-    is_animation,
     is_image,
     opened_image,
     smart_resize,
@@ -76,7 +75,7 @@ class VideoPlan:
     """A video whose frames are chosen but not decoded yet.
 
     Attributes:
-      source: the file, the animation, or the list of frames.
+      source: the file, or the list of frames.
       field: its name in error messages.
       indices: int64 [frames], indices of the chosen frames in the video.
       times: float64 [frames], seconds.
@@ -87,7 +86,7 @@ class VideoPlan:
       warnings: as in `ModelInputs`.
     """
 
-    source: VideoFile | AnimatedImage | FrameList
+    source: VideoFile | FrameList
     field: str
     indices: np.ndarray
     times: np.ndarray
@@ -239,7 +238,7 @@ class MediaPlanner:
         field, chosen = part.field, part.options
         options = resolve_options(self._video_options, chosen, part.part_field)
         every = False
-        video: FrameList | AnimatedImage | VideoFile
+        video: FrameList | VideoFile
         if isinstance(part.source, list | tuple | np.ndarray):
             source: Any = part.source
             if not isinstance(source, np.ndarray):
@@ -252,7 +251,7 @@ class MediaPlanner:
             source = self._source(part.source, field, downloads)
             if isinstance(source, Image.Image):
                 raise UserError(f"{field} is an image; a video must be a file, an array or a list of images")
-            video = AnimatedImage(source, field) if is_animation(source) else VideoFile(source, field)
+            video = VideoFile(source, field)
         info, total = video.info, options.total_pixels
         if single and not self._total_pixels_chosen and "total_pixels" not in chosen:
             total = int(total * adaptive_factor(info.duration, self._settings.adaptive_pixels))

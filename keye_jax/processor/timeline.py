@@ -15,6 +15,34 @@ _LONGEST_PAUSE = 10.0
 _SMALLEST_RESTART = 0.1
 
 
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """The N frames of a video, in order of presentation.
+
+    Attributes:
+      height, width: size of a frame in pixels, upright and with square pixels.
+      native_fps: frames a second; the mean if the rate varies.
+      times: float64 [N], seconds from the first frame, increasing. They are index / native_fps at a constant rate, and
+        the file's own times at a variable one.
+      constant: whether the rate is constant.
+    """
+
+    height: int
+    width: int
+    native_fps: float
+    times: np.ndarray
+    constant: bool = True
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.times)
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return self.num_frames / self.native_fps
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PacketTable:
     """The packets of a video stream in the order of the file, P of them.

@@ -5,6 +5,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from keye_jax.errors import UserError
 from keye_jax.processor import hdr
@@ -296,3 +297,34 @@ def test_the_curve_of_hdr_rises_and_keeps_dark_tones():
     dark = light < 0.6
     expected = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055) * 255
     np.testing.assert_allclose(shown[dark], expected[dark], atol=1.5)
+
+
+def test_animated_webp_is_a_video(clips, tmp_path):
+    first, *others = [Image.fromarray(clips.picture(number)) for number in range(10)]
+    first.save(tmp_path / "a.webp", save_all=True, append_images=others, duration=100, lossless=True)
+    for source in (tmp_path / "a.webp", (tmp_path / "a.webp").read_bytes()):
+        video = VideoFile(source, "video")
+        assert (video.info.num_frames, video.info.native_fps) == (10, 10.0)
+        assert numbers(clips, video, [0, 4, 9]) == pairs([0, 4, 9])
+
+
+def test_motion_jpeg_without_a_container(clips, tmp_path):
+    video = VideoFile(clips.write(tmp_path / "a.mjpeg", 30, codec="mjpeg", rate=25, options={"huffman": "default"}), "video")
+    assert (video.info.num_frames, video.info.native_fps) == (30, 25.0)
+    assert numbers(clips, video, [0, 11, 29]) == pairs([0, 11, 29])
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF"])
+def test_a_picture_is_no_video(tmp_path, form):
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "a", form)
+    with pytest.raises(UserError, match="video is a picture; use --image, or a part of type image"):
+        VideoFile(tmp_path / "a", "video")
+
+
+def test_frames_that_cannot_be_decoded_are_counted(clips, processor, tmp_path):
+    path = clips.write_damaged(tmp_path / "a.mp4", 1, 2)
+    inputs = processor.process(processor.plan([{"role": "user", "content": [{"type": "video", "video": str(path)}]}]))
+    (times,) = inputs.undecodable_times
+    assert ((times >= 1) & (times < 2)).all() and len(times) == 2
+    (warning,) = [warning for warning in inputs.warnings if "decoded" in warning]
+    assert "2 of 8 frames cannot be decoded, from 1.1 to 1.7 s" in warning
