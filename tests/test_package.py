@@ -15,7 +15,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("keye_jax", "pallas_kernels", "convert")
 
 # How the distribution is called that a module comes from, where the names differ.
-DISTRIBUTIONS = {"PIL": "pillow", "jaxlib": "jax", "orbax": "orbax-checkpoint", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "imageio_ffmpeg": "imageio-ffmpeg",
+    "jaxlib": "jax",
+    "orbax": "orbax-checkpoint",
+    "yaml": "pyyaml",
+}
 LOADED_BY_NAME = {"huggingface_hub", "modelscope"}  # in convert/hub.py
 NOT_REQUIRED = {"torch"}  # the benchmark compares with it where it is installed
 
