@@ -56,7 +56,7 @@ def make(task: Task, folder: Path) -> Case:
     if task.kind == "messages":
         data, group, damage = messages.request(rng, folder)
         return Case(group, damage, "messages.json", data)
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in folder.iterdir() if path.name != seeds.SUBTITLES)
     name = rng.choice(names)
     data, damage = mutate(rng, (folder / name).read_bytes(), (folder / rng.choice(names)).read_bytes())
     suffix = (

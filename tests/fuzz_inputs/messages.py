@@ -14,28 +14,30 @@ from typing import Any
 # Files of `seeds` that requests name.
 PICTURES = ("plain.png", "exif.jpg", "alpha.webp", "deep.tif", "pictures.gif")
 VIDEOS = ("plain.mp4", "uneven.mkv", "alpha.webm", "rotated.mov", "animation.gif")
-_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "fps": (2, 0.5, 30, "2"),
-    "sample_fps": (2, 4.0),
-    "native_fps": (10, 29.97),
-    "nframes": (4, 5),
-    "num_frames": (4, 1),
-    "min_frames": (2, 4),
-    "max_frames": (4, 768),
-    "min_pixels": (3136, 50176),
-    "max_pixels": (50176, 200704),
-    "total_pixels": (1003520, 144506880),
-    "resized_height": (56, 280),
-    "resized_width": (84, 280),
-    "start": (0, 0.25, "00:00.5"),
-    "end": (0.5, 2, "0:01"),
-    "video_start": (0.1, "0:00"),
-    "video_end": (1, "00:00:01"),
-    "frame_times": ([0, 0.5], [0.1]),
-    "frame_indices": ([0, 3], [2]),
-    "detail": ("low", "high", "auto"),
-    "cache_control": ({"type": "ephemeral"},),
-}
+# Values of options that go together. A request takes some of the groups of a kind.
+_IMAGE_OPTIONS: tuple[dict[str, Any], ...] = (
+    *({"min_pixels": 3136}, {"max_pixels": 50176}, {"resized_height": 56, "resized_width": 84}),
+    *({"detail": "low"}, {"detail": "high"}, {"detail": "auto"}, {"cache_control": {"type": "ephemeral"}}),
+)
+_VIDEO_OPTIONS: tuple[dict[str, Any], ...] = (
+    *({"min_pixels": 50176}, {"max_pixels": 200704}, {"total_pixels": 1003520}, {"min_frames": 2}, {"max_frames": 4}),
+    *(
+        {"fps": 2},
+        {"fps": 0.5},
+        {"nframes": 4},
+        {"num_frames": 5},
+        {"frame_times": [0, 0.5]},
+        {"frame_indices": [0, 3]},
+    ),
+    *(
+        {"start": 0, "end": 0.5},
+        {"video_start": "00:00.1"},
+        {"end": "0:01"},
+        {"resized_height": 280, "resized_width": 84},
+    ),
+    *({"sample_fps": 4.0}, {"native_fps": 29.97}, {"subtitles": "words.srt"}, {"detail": "low"}),
+)
+_OPTION_VALUES = {name: value for group in (*_IMAGE_OPTIONS, *_VIDEO_OPTIONS) for name, value in group.items()}
 _NAMES = (
     *(
         "type",
@@ -52,11 +54,41 @@ _NAMES = (
     ),
     *("path", "source", "messages", "tools", "tool_calls", "tool_call_id", "function", "name", "arguments", "data"),
     *("preprocess_kwargs", "media_io_kwargs", "mm_processor_kwargs", "chat_template_kwargs", "enable_thinking"),
-    *("reasoning_content", "system", "developer", "user", "assistant", "tool", *_OPTIONS),
+    *("images_kwargs", "videos_kwargs", "extra_body", "base64", "value", "file", "file_data", "filename"),
+    *("reasoning_content", "system", "developer", "user", "assistant", "tool", *_OPTION_VALUES),
 )
 _DIGITS = (20, 39, 309, 401, 4301, 5001)
 _DEPTHS = (10, 200, 1500, 100_000)
 _MARK = "\ue010"
+_ODD_SOURCES = (
+    *(
+        "",
+        " ",
+        ".",
+        "/",
+        "~",
+        "~nobody",
+        "-",
+        "file:",
+        "file://a/b",
+        "file:///%00",
+        "no\x00name",
+        "a" * 5000,
+        "a/" * 3000,
+    ),
+    *(
+        "http://",
+        "https://[",
+        "ftp://a/b",
+        "data:",
+        "data:,",
+        "data:;base64,",
+        "data:image/png;base64,AAAA",
+        "%",
+        "?a#b",
+    ),
+    *("data:video/jpeg;base64,,,", "data:;base64,%", "plain.png/", "words.srt", "C:\\clip.mp4", "plain.mp4\ud800"),
+)
 
 
 class _Raw(str):
@@ -116,15 +148,20 @@ def _escape(character: str) -> str:
 # Shapes of requests.
 
 
+def _base64(folder: Path, name: str) -> str:
+    return base64.b64encode((folder / name).read_bytes()).decode()
+
+
 def _source(rng: random.Random, folder: Path, names: tuple[str, ...], mime: str) -> str:
     name = rng.choice(names)
-    content = base64.b64encode((folder / name).read_bytes()).decode()
+    content = _base64(folder, name)
     return rng.choice((name, name, f"file:{name}", f"data:{mime};base64,{content}", content))
 
 
-def _options(rng: random.Random, most: int = 3) -> dict[str, Any]:
-    names = rng.sample(sorted(_OPTIONS), rng.randrange(most + 1))
-    return {name: copy.deepcopy(rng.choice(_OPTIONS[name])) for name in names}
+def _options(rng: random.Random, kind: str, most: int = 2) -> dict[str, Any]:
+    groups = _IMAGE_OPTIONS if kind == "image" else _VIDEO_OPTIONS
+    chosen = rng.sample(groups, rng.choice((0, *range(most + 1))))
+    return {name: copy.deepcopy(value) for group in chosen for name, value in group.items()}
 
 
 def _text(rng: random.Random) -> str:
@@ -142,26 +179,29 @@ def _text(rng: random.Random) -> str:
 
 def _media_part(rng: random.Random, folder: Path) -> dict[str, Any]:
     kind, names, mime = rng.choice((("image", PICTURES, "image/png"), ("video", VIDEOS, "video/mp4")))
-    source = _source(rng, folder, names, mime)
+    source, content = _source(rng, folder, names, mime), _base64(folder, rng.choice(names))
     name = f"{kind}_url"
     forms = (
-        {"type": name, name: {"url": source, **_options(rng)}},
-        {"type": name, name: {"url": source}, **_options(rng)},
+        {"type": name, name: {"url": source, **_options(rng, kind)}},
+        {"type": name, name: {"url": source}, **_options(rng, kind)},
         {"type": name, name: source},
-        {"type": kind, kind: source, **_options(rng)},
-        {"type": kind, kind: source, "preprocess_kwargs": _options(rng)},
-        {"type": kind, rng.choice(("path", "url", "source")): source},
+        {"type": kind, kind: source, **_options(rng, kind)},
+        {"type": kind, kind: source, "preprocess_kwargs": _options(rng, kind)},
+        {"type": kind, rng.choice(("path", "url")): source},
+        {"type": kind, "base64": content},
         {name: {"url": source}},
         {kind: source},
-        {"type": f"input_{kind}", name: source, **_options(rng, 1)},
-        {"type": "image", "source": {"type": "base64", "media_type": mime, "data": source.partition(",")[2]}},
+        {"type": f"input_{kind}", name: source, **_options(rng, kind, 1)},
+        {"type": kind, "source": {"type": "base64", "media_type": mime, "data": content}},
+        {"type": "file", "file": {"file_data": f"data:{mime};base64,{content}", "filename": names[0]}},
     )
     return rng.choice(forms)
 
 
-def _text_part(rng: random.Random) -> dict[str, Any]:
+def _text_part(rng: random.Random) -> dict[str, Any] | str:
     text = _text(rng)
-    return rng.choice(({"type": "text", "text": text}, {"type": "input_text", "text": text}, {"text": text}))
+    parts = ({"type": "text", "text": text}, {"type": "input_text", "text": text}, {"type": "text", "value": text})
+    return rng.choice((*parts, {"text": text}, text))
 
 
 def _plain_text(rng: random.Random, folder: Path) -> Any:
@@ -179,10 +219,11 @@ def _several_media(rng: random.Random, folder: Path) -> Any:
 
 
 def _list_of_frames(rng: random.Random, folder: Path) -> Any:
-    frames = [_source(rng, folder, PICTURES, "image/png") for _ in range(rng.randrange(1, 5))]
-    video = rng.choice((frames, "data:video/jpeg;base64," + ",".join(frames)))
+    names = rng.choices(PICTURES, k=rng.randrange(1, 5))
+    url = "data:video/jpeg;base64," + ",".join(_base64(folder, name) for name in names)
+    video = rng.choice((names, [_source(rng, folder, PICTURES, "image/png") for _ in names], url))
     part = rng.choice(({"type": "video", "video": video}, {"type": "video_url", "video_url": {"url": video}}))
-    return [{"role": "user", "content": [part | _options(rng), _text_part(rng)]}]
+    return [{"role": "user", "content": [part | _options(rng, "video"), _text_part(rng)]}]
 
 
 def _conversation(rng: random.Random, folder: Path) -> Any:
@@ -202,8 +243,9 @@ def _request_options(rng: random.Random) -> dict[str, Any]:
     function = {"name": "look", "description": "looks", "parameters": {"type": "object", "properties": {}}}
     given = {
         "tools": [{"type": "function", "function": function}],
-        "media_io_kwargs": {"video": _options(rng, 2), "image": {}},
-        "mm_processor_kwargs": _options(rng, 2),
+        "media_io_kwargs": {"video": _options(rng, "video"), "image": {}},
+        "mm_processor_kwargs": rng.choice((_options(rng, "image"), {"videos_kwargs": _options(rng, "video")})),
+        "extra_body": {"chat_template_kwargs": {"enable_thinking": True}},
         "chat_template_kwargs": {"enable_thinking": rng.random() < 0.5},
         "model": "keye",
         "temperature": 0.5,
@@ -224,15 +266,33 @@ def _odd_value(rng: random.Random) -> Any:
     )
     digits = "9" * rng.choice(_DIGITS)
     depth = rng.choice(_DEPTHS)
-    number = rng.choice((0, -1, 1, 0.5, 5e-324, 1e-308, 1e308, -1e300, 1 << 31, 1 << 63, -(1 << 63), 1 << 64, 1e9))
-    place = rng.choice(("", " ", ".", "/", "~", "~nobody", "-", "file:", "file://a/b", "http://", "https://[", "data:"))
-    more = ("data:;base64,", "data:image/png;base64,AAAA", "ftp://a/b", "a" * 5000, "%", "file:///%00", "no\x00name")
+    number = rng.choice(
+        (
+            0,
+            -1,
+            1,
+            0.5,
+            5e-324,
+            1e-308,
+            1e308,
+            -1e300,
+            1 << 31,
+            1 << 63,
+            -(1 << 63),
+            1 << 64,
+            1e9,
+            1000,
+            13_000,
+            178_956_970,
+            10**12,
+        )
+    )
     clock = rng.choice(("0:00:00:00", "99:99", "-1:00", "1e400", "nan", "٣", "1:2:3.4.5", "00:00:", "inf"))
     raws = ("NaN", "Infinity", "-Infinity", digits, f"-{digits}.5", f"1e{digits}", "1e400", "[" * depth + "]" * depth)
     raw = _Raw(rng.choice((*raws, '{"a":' * depth + "1" + "}" * depth)))
     empty = rng.choice((None, True, False, [], {}, "", [[]], [None], {"": ""}, [{}], {"type": "text"}))
     return rng.choice(
-        (text, number, number, raw, raw, empty, empty, place, rng.choice(more), clock, rng.choice(_NAMES))
+        (text, number, number, raw, raw, empty, empty, rng.choice(_ODD_SOURCES), clock, rng.choice(_NAMES))
     )
 
 
@@ -284,7 +344,7 @@ def _missing_key(rng: random.Random, tree: Any) -> Any:
 
 def _extra_key(rng: random.Random, tree: Any) -> Any:
     if objects := _holders(tree, dict):
-        value = rng.choice(_OPTIONS[rng.choice(sorted(_OPTIONS))])
+        value = _OPTION_VALUES[rng.choice(sorted(_OPTION_VALUES))]
         rng.choice(objects)[rng.choice(_NAMES)] = copy.deepcopy(rng.choice((value, _odd_value(rng), [value] * 3)))
     return tree
 
@@ -299,7 +359,19 @@ def _other_key(rng: random.Random, tree: Any) -> Any:
 
 def _odd_option(rng: random.Random, tree: Any) -> Any:
     if objects := _holders(tree, dict):
-        rng.choice(objects)[rng.choice(sorted(_OPTIONS))] = _odd_value(rng)
+        rng.choice(objects)[rng.choice(sorted(_OPTION_VALUES))] = _odd_value(rng)
+    return tree
+
+
+def _odd_source(rng: random.Random, tree: Any) -> Any:
+    names = ("url", "path", "image", "video", "image_url", "video_url", "base64", "data", "file_data")
+    if places := [path for path in _places(tree) if path[-1] in names]:
+        path = rng.choice(places)
+        value = _holder(tree, path)[path[-1]]
+        changed = (
+            [f" {value}", f"{value}\n", [value, value], value[: len(value) // 2]] if isinstance(value, str) else []
+        )
+        _holder(tree, path)[path[-1]] = rng.choice((*changed, *_ODD_SOURCES))
     return tree
 
 
@@ -320,7 +392,17 @@ def _wrapped_value(rng: random.Random, tree: Any) -> Any:
 
 
 _VALUE_DAMAGE = (
-    *(_other_value, _other_value, _odd_option, _odd_option, _swapped_values, _missing_key, _extra_key, _other_key),
+    *(
+        _other_value,
+        _other_value,
+        _odd_option,
+        _odd_option,
+        _odd_source,
+        _swapped_values,
+        _missing_key,
+        _extra_key,
+        _other_key,
+    ),
     *(_repeated_item, _wrapped_value),
 )
 

@@ -8,8 +8,24 @@ import zlib
 
 # Bytes. No mutation makes a file longer than this.
 LIMIT = 1 << 20
-# What sizes, counts and times overflow at.
-_EXTREMES = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
+# What sizes, counts and times overflow at, and sides of pictures that are large but allowed.
+_EXTREMES = (
+    0,
+    1,
+    2,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFF,
+    0x8000,
+    0xFFFF,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFE,
+    0xFFFFFFFF,
+    2000,
+    13_000,
+)
 _PNG = b"\x89PNG\r\n\x1a\n"
 _NAMES = re.compile(rb"[A-Za-z0-9 ]{4}")
 
@@ -61,8 +77,8 @@ def swapped_blocks(rng: random.Random, data: bytearray, other: bytes) -> None:
     length = min(rng.choice((1, 2, 4, 8, 64, 512)), len(data) // 2)
     first, second = sorted(rng.randrange(len(data) - length + 1) for _ in range(2))
     if first + length <= second:
-        one, other = data[first : first + length], data[second : second + length]
-        data[first : first + length], data[second : second + length] = other, one
+        left, right = data[first : first + length], data[second : second + length]
+        data[first : first + length], data[second : second + length] = right, left
 
 
 def huge_numbers(rng: random.Random, data: bytearray, other: bytes) -> None:

@@ -41,6 +41,7 @@ class Clip:
     size: tuple[int, int] = (WIDTH, HEIGHT)
 
 
+SUBTITLES = "words.srt"
 _UNEVEN = (0, 17, 33, 50, 1000, 1500, 1900, 4000)
 _PQ = {"color_primaries": "bt2020", "color_trc": "smpte2084", "colorspace": "bt2020nc"}
 CLIPS = {
@@ -158,13 +159,14 @@ def _pictures() -> dict[str, tuple[Image.Image, dict[str, object]]]:
 
 
 def make(folder: Path) -> None:
-    """Writes all clips and pictures into `folder`."""
+    """Writes all clips and pictures, and the subtitles of a clip, into `folder`."""
     for name, clip in CLIPS.items():
         _write_clip(folder / name, clip)
     for name, (image, options) in _pictures().items():
         file = io.BytesIO()
         image.save(file, Image.registered_extensions()[Path(name).suffix], **options)
         (folder / name).write_bytes(file.getvalue())
+    (folder / SUBTITLES).write_text("1\n00:00:00,100 --> 00:00:00,500\n<i>Hello</i>\n", encoding="utf-8")
 
 
 def is_clip(name: str) -> bool:

@@ -104,9 +104,7 @@ class _Worker:
         try:
             outcome = self._connection.recv()
         except EOFError:
-            self._process.join()
-            code = self._process.exitcode
-            self.stop()
+            code = self.stop()
             name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             return Outcome("finding", f"the process died: {name}", seconds=time.monotonic() - start)
         if outcome.peak_bytes > MOST_BYTES:
@@ -127,12 +125,17 @@ class _Worker:
         self.stop()
         raise RuntimeError("a process that runs cases does not start; --only shows what it prints")
 
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._connection.close()
-            self._process = None
+    def stop(self) -> int:
+        """Ends the process, and returns its exit code; minus the number of a signal if it died from one."""
+        if self._process is None:
+            return 0
+        # Without its connection an idle process ends by itself, and one that crashed tells its exit code.
+        self._connection.close()
+        self._process.join(1)
+        self._process.kill()
+        self._process.join()
+        code, self._process = self._process.exitcode, None
+        return code
 
 
 def _serve(connection: Connection, folder: Path, verbose: bool) -> None:

