@@ -104,15 +104,15 @@ def make_clip(ffmpeg: str, path: Path, source: str, seconds: float, quality: int
 
     Args:
       source: a filter graph of ffmpeg that draws it. Its first 20 s are repeated.
-      seconds: length of the clip.
+      seconds: length of the clip, rounded to a multiple of 20 if it is longer than that.
       quality: x264's constant rate factor.
     """
     part = path.with_name(f"part-{path.name}")
     quiet = [ffmpeg, "-nostdin", "-y", "-v", "error"]
-    encode = ["-t", str(min(seconds, _PART)), "-c:v", "libx264", "-crf", str(quality), str(part)]
+    length = min(seconds, _PART)
+    encode = ["-t", str(length), "-c:v", "libx264", "-crf", str(quality), str(part)]
     measure([*quiet, "-f", "lavfi", "-i", source, *encode])
-    repeats = str(int(seconds // _PART))
-    measure([*quiet, "-stream_loop", repeats, "-i", str(part), "-c", "copy", "-t", str(seconds), str(path)])
+    measure([*quiet, "-stream_loop", str(round(seconds / length) - 1), "-i", str(part), "-c", "copy", str(path)])
     part.unlink()
 
 

@@ -314,6 +314,10 @@ def _holders(tree: Any, kind: type) -> list[Any]:
     return [value for value in found if isinstance(value, kind) and value]
 
 
+def _copies(value: Any, count: int) -> list[Any]:
+    return [copy.deepcopy(value) for _ in range(count)]
+
+
 def _other_value(rng: random.Random, tree: Any) -> Any:
     places = _places(tree)
     if not places or rng.random() < 0.02:
@@ -345,7 +349,7 @@ def _missing_key(rng: random.Random, tree: Any) -> Any:
 def _extra_key(rng: random.Random, tree: Any) -> Any:
     if objects := _holders(tree, dict):
         value = _OPTION_VALUES[rng.choice(sorted(_OPTION_VALUES))]
-        rng.choice(objects)[rng.choice(_NAMES)] = copy.deepcopy(rng.choice((value, _odd_value(rng), [value] * 3)))
+        rng.choice(objects)[rng.choice(_NAMES)] = copy.deepcopy(rng.choice((value, _odd_value(rng), _copies(value, 3))))
     return tree
 
 
@@ -378,7 +382,7 @@ def _odd_source(rng: random.Random, tree: Any) -> Any:
 def _repeated_item(rng: random.Random, tree: Any) -> Any:
     if lists := _holders(tree, list):
         chosen = rng.choice(lists)
-        chosen += [copy.deepcopy(rng.choice(chosen))] * rng.choice((1, 2, 20))
+        chosen += _copies(rng.choice(chosen), rng.choice((1, 2, 20)))
     return tree
 
 
@@ -387,7 +391,9 @@ def _wrapped_value(rng: random.Random, tree: Any) -> Any:
         path = rng.choice(places)
         holder = _holder(tree, path)
         value = holder[path[-1]]
-        holder[path[-1]] = rng.choice(([value], {"url": value}, {rng.choice(_NAMES): value}, str(value), [value] * 2))
+        holder[path[-1]] = rng.choice(
+            ([value], {"url": value}, {rng.choice(_NAMES): value}, str(value), _copies(value, 2))
+        )
     return tree
 
 
