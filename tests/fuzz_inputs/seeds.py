@@ -121,6 +121,7 @@ def _pictures() -> dict[str, tuple[Image.Image, dict[str, object]]]:
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a description"
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = profile[:24] + bytes(12) + profile[36:]  # without the time of its making
     more = {"save_all": True, "append_images": [Image.fromarray(picture(index)) for index in range(1, 4)]}
     return {
         "plain.png": (rgb, {}),
