@@ -6,3 +6,14 @@ class UserError(ValueError):
 
     The command line prints only the message and exits with 2. Any other exception is a defect and keeps its traceback.
     """
+
+
+def shorten(value: object, limit: int = 80) -> str:
+    """`value` for an error message: one line of at most `limit` characters, whatever it is."""
+    if isinstance(value, str | bytes):
+        value = value[: limit + 1]
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # too deep, an integer of too many digits, or a class of the caller that fails
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,12 +14,12 @@ import typer
 from typer.core import TyperCommand
 
 from keye_jax.cli import options
-from keye_jax.errors import UserError
+from keye_jax.errors import UserError, shorten
 from keye_jax.runtime import distributed
 
 if TYPE_CHECKING:
     from keye_jax.engine.generate import Answer
-    from keye_jax.processor import FrameShare, PromptPlan
+    from keye_jax.processor import FrameShare, ModelInputs, PromptPlan
     from keye_jax.runtime.sampling import SamplingParams
     from keye_jax.sharding import MeshRules
 
@@ -28,8 +28,8 @@ class InOrder(TyperCommand):
     """Remembers the order in which `--image` and `--video` were given, which the parsed lists lose."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        flags = (argument.split("=", 1)[0] for argument in args)
-        ctx.meta["media"] = [flag[2:] for flag in flags if flag in ("--image", "--video")]
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        ctx.meta["media"] = [parameter.name for parameter in given if parameter.name in ("image", "video")]
         return super().parse_args(ctx, args)
 
 
@@ -37,10 +37,10 @@ def generate(
     ctx: typer.Context,
     checkpoint: options.Checkpoint,
     prompt: Annotated[str | None, typer.Option(help="What to ask.")] = None,
-    image: Annotated[list[str] | None, typer.Option(help="Image file or URL; may be repeated.")] = None,
-    video: Annotated[list[str] | None, typer.Option(help="Video file or URL; may be repeated.")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="Image file, URL, or - for stdin; may be repeated.")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="Video file, URL, or - for stdin; may be repeated.")] = None,
     messages: Annotated[
-        Path | None, typer.Option(help="JSON file of a whole conversation, in place of a prompt.")
+        Path | None, typer.Option(help="JSON file of a whole conversation, or - for stdin, in place of a prompt.")
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Most tokens to write; 4096 or what the model's positions allow if left out.")
@@ -56,6 +56,12 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
     fps: Annotated[float | None, typer.Option(help="Frames to look at a second of video.")] = None,
     max_frames: Annotated[int | None, typer.Option(help="Most frames of a video.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames of a video, in place of --fps.")] = None,
+    start: Annotated[str | None, typer.Option(help="Where a video begins: seconds, mm:ss or hh:mm:ss.")] = None,
+    end: Annotated[str | None, typer.Option(help="Where a video ends: seconds, mm:ss or hh:mm:ss.")] = None,
+    subtitles: Annotated[
+        str | None, typer.Option(help="Subtitles of the videos: a file, or 'container' for those in the video.")
+    ] = None,
     min_pixels: Annotated[int | None, typer.Option(help="Fewest pixels of an image or frame.")] = None,
     max_pixels: Annotated[int | None, typer.Option(help="Most pixels of an image or frame.")] = None,
     total_pixels: Annotated[int | None, typer.Option(help="Most pixels of all frames of a video.")] = None,
@@ -81,7 +87,9 @@ def generate(
     dense = options.dense_limit(dense_below)
     chunk = options.prefill_chunk_size(prefill_chunk)
     cast = options.parameter_dtype(dtype)
-    conversation = _conversation(prompt, image or [], video or [], ctx.meta["media"], messages)
+    given = {"image": image or [], "video": video or []}
+    stdin = _standard_input({**given, "messages": [messages], "subtitles": [subtitles]})
+    request = _request(prompt, given, ctx.meta["media"], messages, stdin)
     distributed.start(coordinator, processes, process_id)
 
     import jax
@@ -106,6 +114,10 @@ def generate(
     media = {
         "fps": fps,
         "max_frames": max_frames,
+        "num_frames": num_frames,
+        "video_start": start,
+        "video_end": end,
+        "video_subtitles": stdin if subtitles == "-" else subtitles,
         "min_pixels": min_pixels,
         "max_pixels": max_pixels,
         "total_pixels": total_pixels,
@@ -116,7 +128,7 @@ def generate(
         allow_remote=allow_remote,
         defaults={name: x for name, x in media.items() if x is not None},
     )
-    plan = processor.plan(conversation)
+    plan = processor.plan(**request)
     limit = new_token_limit(
         config,
         plan.num_tokens,
@@ -140,6 +152,8 @@ def generate(
         model = Keye.from_params(config, load_params(checkpoint, config, dtype=cast, shardings=shardings))
         report("loading weights", 1, 1)
     loaded = time.perf_counter()
+    for warning in inputs.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     runtime = Runtime(model, config, options=chosen, prefill_chunk=chunk, dense_below=dense, rules=rules)
     generator = Generator(runtime, processor, defaults.end_tokens)
     with options.ProgressBars() as report:
@@ -151,7 +165,7 @@ def generate(
             hooks=Hooks(text=printer, progress=report),
         )
     printer.finish(answer, plain=not stream and not as_json)
-    summary = _summary(plan, inputs.frame_times, answer, sampling, decoded - start, loaded - decoded)
+    summary = _summary(plan, inputs, answer, sampling, decoded - start, loaded - decoded)
     summary["peak_memory_bytes"] = peak_memory_bytes()
     if as_json:
         print(json.dumps(summary, ensure_ascii=False, indent=2))
@@ -174,27 +188,41 @@ def _frame_share(rules: MeshRules) -> FrameShare:
     )
 
 
-def _conversation(
-    prompt: str | None, images: list[str], videos: list[str], order: list[str], file: Path | None
-) -> list[dict[str, Any]]:
-    """Messages in the OpenAI chat shape, of the command line's options or of a file."""
+def _standard_input(given: Mapping[str, Sequence[object]]) -> bytes:
+    """What stdin holds, if the value of an option is `-`. `given` has the options' values by their names."""
+    readers = [f"--{name}" for name, values in given.items() for value in values if str(value) == "-"]
+    if not readers:
+        return b""
+    if len(readers) > 1:
+        raise UserError(f"{' and '.join(readers)} are '-'; only one option can read standard input")
+    content = sys.stdin.buffer.read()
+    if not content:
+        raise UserError(f"{readers[0]} is '-'; standard input must not be empty")
+    return content
+
+
+def _request(
+    prompt: str | None, given: Mapping[str, list[str]], order: list[str], file: Path | None, stdin: bytes
+) -> dict[str, Any]:
+    """The arguments of `Processor.plan` from the command line's options, or from a file."""
+    from keye_jax.processor.messages import read_request
+
     if (prompt is None) == (file is None):
         raise UserError("give either --prompt or --messages")
     if file is None:
-        given = {"image": iter(images), "video": iter(videos)}
-        parts = [{"type": f"{kind}_url", f"{kind}_url": {"url": next(given[kind])}} for kind in order]
-        return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
-    if images or videos:
+        sources = {kind: iter(values) for kind, values in given.items()}
+        urls = [(kind, next(sources[kind])) for kind in order]
+        parts = [{"type": f"{kind}_url", f"{kind}_url": {"url": stdin if url == "-" else url}} for kind, url in urls]
+        return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]}
+    if order:
         raise UserError("--image and --video go with --prompt; with --messages they belong into the file")
+    name = f"--messages is {shorten(str(file))}"
     try:
-        conversation = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--messages is {str(file)!r}; it must be a JSON file ({error})") from error
-    if isinstance(conversation, dict):
-        conversation = conversation.get("messages")
-    if not isinstance(conversation, list) or not conversation:
-        raise UserError(f"--messages is {str(file)!r}; it must hold a list of messages, or an object with one")
-    return conversation
+        content = stdin if str(file) == "-" else file.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{name}; it must be a file that can be read ({reason})") from error
+    return read_request(content, name)
 
 
 class _Printer:
@@ -227,7 +255,7 @@ class _Printer:
 
 def _summary(
     plan: PromptPlan,
-    frame_times: tuple,
+    inputs: ModelInputs,
     answer: Answer,
     sampling: SamplingParams,
     decode_seconds: float,
@@ -244,7 +272,8 @@ def _summary(
             "completion": len(answer.token_ids),
             "reasoning": answer.reasoning_tokens,
         },
-        "frame_times": [[round(float(seconds), 3) for seconds in times] for times in frame_times],
+        "frame_times": [[round(float(seconds), 3) for seconds in times] for times in inputs.frame_times],
+        "warnings": list(inputs.warnings),
         "sampling": dataclasses.asdict(sampling),
         "seconds": {
             "decode_media": decode_seconds,

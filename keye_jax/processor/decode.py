@@ -1,27 +1,47 @@
-"""The frames of a video. The packets tell which frames there are; only the wanted frames are decoded."""
+"""The frames of a video. The packets tell which frames there are; only the wanted frames are decoded.
+
+Every packet of a file has a number, its place in the table that the constructor makes. A decoded frame knows the number
+of its packet. That gives its place on the time line, whatever the file's stamps are. After a seek the next packets are
+looked up in the table, so a seek that ends in the wrong place is noticed.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import io
-from collections.abc import Iterator, Sequence
-from fractions import Fraction
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from keye_jax.errors import UserError
-from keye_jax.processor.image import open_image, to_rgb, upright_size
-from keye_jax.processor.media import shorten
-
-# Containers that hold their own frames. Playlists are left out: they make ffmpeg open other files and addresses.
-_FORMATS = (
-    "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,gif,apng,ivf,obu,h264,hevc,m4v,mxf,nut,"
-    "yuv4mpegpipe,rm,dv,3gp,wtv,vc1,av1,mp3,wav,aac,flac"
+from keye_jax.processor.packets import (
+    BROADCAST_FORMATS,
+    RAW_FORMATS,
+    Packets,
+    Source,
+    decoded,
+    decoder_of,
+    import_av,
+    is_shown,
+    packets_of,
+    read_packets,
+    stamp,
 )
-# Frames. Over a gap this small, decoding on is cheaper than a seek to a keyframe.
+from keye_jax.processor.pixels import Picture, deinterlaced
+from keye_jax.processor.timeline import PacketTable, Timeline, read_timeline
+
+# Packets. Over a gap this small, decoding on is cheaper than a seek to a keyframe.
 _SEEK_GAP = 4
+# Keyframes. How much further back a seek tries that ended behind the frame it was for.
+_SEEKS = (0, 1, 2, 4, 8)
+# Packets after a seek that need not be in the table, before the seek counts as failed.
+_STRANGERS = 100
+# Seconds, and part of its length, by which a file may be shorter than its header says.
+_SHORTER, _SHORTER_PART = 1.0, 0.02
+# Frames a second that a file may state. Others are damage, or clocks in place of rates.
+_SLOWEST, _FASTEST = 1e-3, 1e3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,24 +49,18 @@ class VideoInfo:
     """The N frames of a video, in order of presentation.
 
     Attributes:
-      height, width: size of a frame in pixels, after rotation.
+      height, width: size of a frame in pixels, upright and with square pixels.
       native_fps: frames a second; the mean if the rate varies.
-      times: float64 [N], seconds from the first frame. They are index / native_fps at a constant rate, and the file's
-        own times at a variable one.
-      pts: int64 [N], the file's time stamps in ticks, increasing; None if the file has no usable time stamps.
-      keyframes: int64 [K], indices of the frames at which decoding may start.
-      seek_to: int64 [K], for each keyframe the time stamp, in ticks, to seek to.
-      orientation: (a, b, c, d) of the display matrix, each -1, 0 or 1; see `_orientation`.
+      times: float64 [N], seconds from the first frame, increasing. They are index / native_fps at a constant rate, and
+        the file's own times at a variable one.
+      constant: whether the rate is constant.
     """
 
     height: int
     width: int
     native_fps: float
     times: np.ndarray
-    pts: np.ndarray | None = None
-    keyframes: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
-    seek_to: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
-    orientation: tuple[int, int, int, int] = (1, 0, 0, 1)
+    constant: bool = True
 
     @property
     def num_frames(self) -> int:
@@ -58,268 +72,278 @@ class VideoInfo:
         return self.num_frames / self.native_fps
 
 
-class FrameList:
-    """A video given as its frames.
-
-    Args:
-      frames: an array uint8 [F, H, W, 3], or F sources that `open_image` takes.
-      native_fps: frames a second.
-      field: the name of the video in error messages.
-
-    Raises:
-      UserError: there are no frames, or the array or the first frame is not valid.
-    """
-
-    def __init__(self, frames: Sequence[Any] | np.ndarray[Any, Any], native_fps: float, field: str):
-        if isinstance(frames, np.ndarray):
-            kind, shape = frames.dtype, list(frames.shape)
-            if kind != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-                raise UserError(f"{field} is an array {kind}{shape}; it must be uint8 [F, H, W, 3]")
-        if not len(frames):
-            raise UserError(f"{field} is an empty list; a video must have at least one frame")
-        self._frames = frames
-        self._field = field
-        height, width = upright_size(self._image(0), f"{field}[0]")
-        self.info = VideoInfo(height, width, native_fps, np.arange(len(frames)) / native_fps)
-
-    def _image(self, index: int):
-        return open_image(self._frames[index], f"{self._field}[{index}]")
-
-    def read(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields (index, pixels) for each of `indices`, int64 [n]; pixels are uint8 [H, W, 3].
-
-        Raises:
-          UserError: a frame is not an image, or is damaged.
-        """
-        for index in indices.tolist():
-            yield index, np.asarray(to_rgb(self._image(index), f"{self._field}[{index}]"))
-
-
 class VideoFile:
-    """A video file. The constructor reads its packets and sets `info`; `read` decodes frames.
+    """A video file, closed between calls. The constructor reads its packets and sets `info`; `read` decodes frames.
 
     Args:
       source: a path, or the content of a file.
       field: the name of the video in error messages.
+
+    Attributes:
+      info: its frames.
+      warnings: what is missing, sentences.
 
     Raises:
       UserError: PyAV is missing, or the file holds no readable video.
     """
 
     def __init__(self, source: Path | bytes, field: str):
-        self._source = source
         self.field = field
-        self._name = f"{len(source)} bytes" if isinstance(source, bytes) else shorten(str(source))
-        self.av = _import_av(field)
-        self.info = self._probe()
-
-    def _open(self):
-        source = io.BytesIO(self._source) if isinstance(self._source, bytes) else str(self._source)
-        options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
-        try:
-            container = self.av.open(source, options=options)
-        except (self.av.FFmpegError, OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{self.field} is not a video that can be read ({self._name}): {reason}") from error
-        streams = [s for s in container.streams.video if not s.disposition & type(s.disposition).attached_pic]
-        if not streams:
-            container.close()
-            raise UserError(f"{self.field} holds no video stream ({self._name}); it must be a video, not only sound")
-        return container, streams[0]
-
-    def _probe(self) -> VideoInfo:
-        """Reads the times of all packets and decodes one frame, which tells the size and the rotation."""
-        container, stream = self._open()
-        stamps: list[tuple[int | None, int | None, int, bool]] = []
-        frame = None
+        self._av = import_av(field)
+        self._source = Source(source, field)
+        container, stream = self._source.open()
         with container:
-            packets = container.demux(stream)
-            while (packet := self._next(packets)) is not None:
-                if frame is None:
-                    frame = next(iter(self._decode(packet)), None)
-                if packet.size and not packet.is_discard:
-                    stamps.append((packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe))
-            rates = [Fraction(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate]
-            tick = float(stream.time_base)
-            # MP4 and Matroska seek by presentation time. Other containers seek by decoding time, and a seek to a
-            # presentation time would end behind the keyframe.
-            by_pts = container.format.name.startswith(("mov,", "matroska,"))
+            first = _First(self._av, stream)
+            packets = read_packets(self._source, container, stream, self._av, first)
+            first.finish()
+            form, rates = container.format.name, _rates(container, stream)
             # AVI stores no presentation times. With B-frames its packets carry times in decoding order.
-            ordered = container.format.name != "avi" or not stream.codec_context.has_b_frames
-        if frame is None or not stamps:
-            raise UserError(f"{self.field} has no frame that can be decoded ({self._name})")
-        orientation = _orientation(frame)
-        height, width = frame.height, frame.width
-        if not orientation[0]:
-            height, width = width, height
-        stored = [stamp[1] if stamp[0] is None else stamp[0] for stamp in stamps]
-        pts = np.array([value for value in stored if value is not None], np.int64)
-        if len(pts) < len(stamps):
-            fps = float(rates[0]) if rates else 25.0
-            return VideoInfo(height, width, fps, np.arange(len(stamps)) / fps, orientation=orientation)
-        shown = np.unique(pts)
-        last = stamps[int(np.argmax(pts))][2] * tick
-        fps, times = _timing((shown - shown[0]) * tick, last, tick, [float(rate) for rate in rates if rate > 0])
-        info = VideoInfo(height, width, fps, times, orientation=orientation)
-        if not ordered or any(stamp[0] is None for stamp in stamps):
-            return info
-        keys = {pts[i]: pts[i] if by_pts or dts is None else dts for i, (_, dts, _, key) in enumerate(stamps) if key}
-        keyframes = np.searchsorted(shown, np.array(sorted(keys), np.int64))
-        seek_to = np.array([keys[stamp] for stamp in sorted(keys)], np.int64)
-        return dataclasses.replace(info, pts=shown, keyframes=keyframes, seek_to=seek_to)
+            ordered = form != "avi" or not stream.codec_context.has_b_frames
+            if first.frame is None or not len(packets.table):
+                raise UserError(f"{field} has no frame that can be decoded ({self._source.name})")
+            self._picture = Picture.of(first.frame, stream)
+        self._packets = packets.table
+        self._timeline = read_timeline(packets.table, rates, broadcast=form in BROADCAST_FORMATS, ordered=ordered)
+        # MP4 and Matroska seek by presentation time. Other containers seek by decoding time, and a seek to a
+        # presentation time would end behind the keyframe.
+        self._seek_stamps = packets.table.pts if form.startswith(("mov,", "matroska,")) else packets.table.dts
+        self.info = VideoInfo(
+            *self._picture.size,
+            self._timeline.fps,
+            self._timeline.times,
+            self._timeline.constant,
+        )
+        missing = _cut_short(packets, self._timeline)
+        self.warnings = [f"{field} {missing}"] if missing else []
 
-    def read(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    def read(
+        self, indices: np.ndarray, size: tuple[int, int] | None = None, *, threads: int = 0
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """Decodes frames, in order.
 
         Args:
           indices: int64 [n], increasing, indices into `info.times`.
+          size: (height, width) of the frames in pixels; `info`'s if left out.
+          threads: of the decoder; 0 for one a core.
 
         Yields:
-          For each index, the index of the frame used and its pixels, uint8 [H, W, 3], upright. The two indices differ
-          only in a damaged file: then the frame used is the nearest one in time that can be decoded.
+          For each index, the index of the frame used and its pixels, uint8 [H, W, 3], upright, with square pixels, in
+          SDR, over white where they are transparent, and without the combs of interlaced material. The two indices
+          differ only in a damaged file: then the frame used is one near in time that can be decoded.
 
         Raises:
           UserError: no frame can be decoded.
         """
-        container, stream = self._open()
-        with container:
-            stream.thread_type = "AUTO"
-            cursor = _Cursor(self, container, stream)
-            for wanted in indices.tolist():
-                index, frame = cursor.at(wanted)
-                pixels = _turn(frame.to_ndarray(format="rgb24"), self.info.orientation)
+        wanted = [int(index) for index in indices]
+        whole = self._picture.interlaced
+        with _Decoder(self._source, self._packets, self._timeline, self._seek_stamps, threads) as decoder:
+            decoder.needs(wanted if not whole else None)
+            for index in wanted:
+                used, frame = decoder.at(index)
+                if frame.interlaced_frame:
+                    frame = deinterlaced(self._av, decoder.neighbours())
+                pixels = self._picture.pixels(frame, size or self._picture.size)
                 del frame
-                yield index, pixels
-
-    def _next(self, packets: Iterator[Any]) -> Any:
-        """The next packet; None at the end of the file or where it is cut off."""
-        try:
-            return next(packets, None)
-        except self.av.FFmpegError:
-            return None
-
-    def _decode(self, packet: Any) -> list[Any]:
-        try:
-            return packet.decode()
-        except self.av.FFmpegError:
-            return []
-
-    def frames(self, container: Any, stream: Any, *, from_keyframe: bool) -> Iterator[Any]:
-        """Decodes from the container's position, or from the next keyframe; leaves out undecodable frames."""
-        packets = container.demux(stream)
-        while (packet := self._next(packets)) is not None:
-            if from_keyframe and packet.size and not packet.is_keyframe:
-                continue
-            from_keyframe = False
-            for frame in self._decode(packet):
-                if not frame.is_corrupt:
-                    yield frame
+                yield used, pixels
 
 
-class _Cursor:
-    """A position in a file being decoded: the newest frame, and the one before it in case a wanted frame is missing."""
+class _First:
+    """Decodes packets until the first frame comes, which tells the size, the orientation and the colours."""
 
-    def __init__(self, file: VideoFile, container: Any, stream: Any):
-        self._file, self._container, self._stream = file, container, stream
-        self._info = file.info
-        self._restart(from_keyframe=False)
+    def __init__(self, av: Any, stream: Any):
+        self._av, self._context = av, decoder_of(av, stream)
+        self.frame: Any = None
 
-    def _restart(self, *, from_keyframe: bool) -> None:
-        self._frames = self._file.frames(self._container, self._stream, from_keyframe=from_keyframe)
-        self._before: tuple[int, Any] | None = None
-        self._here: tuple[int, Any] | None = None
-        self._count = 0
+    def __call__(self, packet: Any) -> None:
+        if self.frame is None:
+            self.frame = next(iter(decoded(self._av, self._context, packet)), None)
+
+    def finish(self) -> None:
+        """Takes the frame that a decoder gives only at the end of the file."""
+        if self.frame is None:
+            self.frame = next(iter(decoded(self._av, self._context, None)), None)
+
+
+class _Decoder:
+    """A file that is being decoded: the newest frame, the one before it, and the one after it if it was asked for."""
+
+    def __init__(self, source: Source, packets: PacketTable, timeline: Timeline, seek_stamps: np.ndarray, threads: int):
+        self._av, self._source, self._threads = import_av(source.field), source, threads
+        self._packets, self._timeline, self._seek_stamps = packets, timeline, seek_stamps
+        self._needed: np.ndarray | None = None
+        # Where stamps begin again, a seek may lead into any part, and may not lead out of it.
+        seekable = timeline.frame_of_packet is not None and not timeline.restarts
+        self._keys = np.flatnonzero(packets.key) if seekable else np.zeros(0, np.int64)
+        self._container: Any = None
+        self._open()
+
+    def __enter__(self) -> _Decoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._container.close()
+
+    def needs(self, indices: list[int] | None) -> None:
+        """Says which frames will be read. No others are decoded, but for those that these refer to; None for all."""
+        if self._timeline.frame_of_packet is not None and indices is not None:
+            self._needed = np.isin(self._timeline.frame_of_packet, indices)
 
     def at(self, wanted: int) -> tuple[int, Any]:
-        """(index, frame) of the decodable frame nearest in time to the frame `wanted`; UserError if there is none."""
-        keys = self._info.keyframes
-        key = int(np.searchsorted(keys, wanted, "right")) - 1
-        index = self._here[0] if self._here else self._before[0] if self._before else 0
-        sought = key >= 0 and int(keys[key]) > index + _SEEK_GAP and self._seek(key)
-        self._advance(wanted)
-        step = 1
-        # The seek ended behind `wanted`, or the keyframe is damaged: start at an earlier keyframe.
-        while sought and self._before is None and (self._here is None or self._here[0] > wanted) and key > 0:
-            key, step = max(0, key - step), step * 2
-            sought = self._seek(key)
-            self._advance(wanted)
-        found = [item for item in (self._before, self._here) if item is not None]
-        if not found:
-            raise UserError(f"{self._file.field} has no frame that can be decoded at {self._info.times[wanted]:.1f} s")
-        return min(found, key=lambda item: abs(self._info.times[item[0]] - self._info.times[wanted]))
+        """(index, frame) of a frame that can be decoded, near in time to the frame `wanted`.
 
-    def _seek(self, key: int) -> bool:
-        try:
-            self._container.seek(int(self._info.seek_to[key]), stream=self._stream)
-        except self._file.av.FFmpegError:
-            return False
-        self._restart(from_keyframe=True)
-        return True
+        Raises:
+          UserError: no frame can be decoded.
+        """
+        place, step = self._key_of(wanted), 1
+        if place > 0 and self._keys[place] > self._number + _SEEK_GAP:
+            self._seek(place)
+        self._advance(wanted)
+        # The keyframe is damaged: start at an earlier one.
+        while self._before is None and (self._here is None or self._here[0] > wanted) and self._sought > 0:
+            place, step = max(0, self._sought - step), step * 2
+            self._seek(place)
+            self._advance(wanted)
+        if self._here is None and self._sought > 0 and self._number < len(self._packets):
+            self._open()  # the packets ended too early
+            self._advance(wanted)
+        times, found = self._timeline.times, [item for item in (self._before, self._here) if item is not None]
+        if not found:
+            raise UserError(f"{self._source.field} has no frame that can be decoded at {times[wanted]:.1f} s")
+        return min(found, key=lambda item: abs(times[item[0]] - times[wanted]))
+
+    def neighbours(self) -> list[Any]:
+        """The newest frame between the ones before and after it, None where there is none."""
+        if self._here is None:
+            return [None, self._before and self._before[1], None]
+        if self._after is None:
+            self._after = next(self._frames, None)
+        return [item and item[1] for item in (self._before, self._here, self._after)]
+
+    def _open(self) -> None:
+        """Begins at the beginning of the file."""
+        if self._container is not None:
+            self._container.close()
+        self._container, self._stream = self._source.open()
+        self._context = decoder_of(self._av, self._stream)
+        self._context.thread_count = self._threads
+        self._context.thread_type = "AUTO"
+        self._context.copy_opaque = True
+        self._begin(self._numbered(0), sought=0)
+
+    def _begin(self, packets: Iterator[tuple[int, Any]], *, sought: int) -> None:
+        self._frames = self._decoded(packets)
+        self._sought = sought  # the place in `_keys` where decoding began
+        self._number = 0 if not sought else int(self._keys[sought])  # of the packet that comes next
+        self._count = 0
+        self._before: tuple[int, Any] | None = None
+        self._here: tuple[int, Any] | None = None
+        self._after: tuple[int, Any] | None = None
+
+    def _key_of(self, wanted: int) -> int:
+        """The place in `_keys` of the keyframe from which a frame can be decoded; -1 if there is none."""
+        if not len(self._keys):
+            return -1
+        frames = self._timeline.frame_of_packet[self._keys]
+        return int(np.searchsorted(frames, wanted, "right")) - 1
+
+    def _seek(self, place: int) -> None:
+        """Goes on from a keyframe, an earlier one, or the beginning of the file."""
+        for back in _SEEKS:
+            if place - back <= 0:
+                break
+            try:
+                self._container.seek(int(self._seek_stamps[self._keys[place - back]]), stream=self._stream)
+            except self._av.FFmpegError:
+                continue
+            self._context.flush_buffers()
+            packets = self._numbered(None)
+            first = next((item for item in packets if item[0] >= 0 and item[1].is_keyframe), None)
+            if first is not None and first[0] <= self._keys[place]:
+                self._begin(itertools.chain([first], packets), sought=place - back)
+                return
+        self._open()
+
+    def _numbered(self, number: int | None) -> Iterator[tuple[int, Any]]:
+        """The packets that come, with their numbers; -1 for one that holds no frame to show.
+
+        Args:
+          number: of the next packet; None if it has to be looked up.
+        """
+        strangers = 0
+        for packet in packets_of(self._container, self._av, self._stream):
+            if packet is None:
+                return
+            if not is_shown(packet):
+                if number is not None:
+                    yield -1, packet
+                continue
+            if number is None or number >= len(self._packets) or self._packets.size[number] != packet.size:
+                number = self._look_up(packet)
+            if number is not None:
+                yield number, packet
+                number, strangers = number + 1, 0
+                continue
+            strangers += 1
+            if strangers > _STRANGERS:
+                return
+
+    def _look_up(self, packet: Any) -> int | None:
+        """The number of a packet; None if the table does not have it, or has it more than once."""
+        table = self._packets
+        alike = table.size == packet.size
+        if packet.pos is not None and packet.pos >= 0:
+            alike &= table.position == packet.pos
+        else:
+            alike &= (table.pts == stamp(packet.pts)) & (table.dts == stamp(packet.dts))
+        numbers = np.flatnonzero(alike)
+        return int(numbers[0]) if len(numbers) == 1 else None
+
+    def _decoded(self, packets: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+        """(index, frame) of the frames that can be decoded."""
+        for number, packet in packets:
+            if number >= 0:
+                self._number = number + 1
+                packet.opaque = number
+                if self._needed is not None:
+                    self._context.skip_frame = "DEFAULT" if self._needed[number] else "NONREF"
+            for frame in decoded(self._av, self._context, packet):
+                if not frame.is_corrupt:
+                    yield self._index(frame), frame
 
     def _advance(self, wanted: int) -> None:
         """Decodes until `_here` is `wanted` or later. After the last frame `_here` is None."""
         while self._here is None or self._here[0] < wanted:
-            frame = next(self._frames, None)
-            if frame is None:
-                self._before, self._here = self._here or self._before, None
+            item, self._after = self._after or next(self._frames, None), None
+            self._before, self._here = self._here or self._before, item
+            if item is None:
                 return
-            self._before, self._here = self._here or self._before, (self._index(frame), frame)
 
     def _index(self, frame: Any) -> int:
-        """The index of `frame`, found by its time, or by counting if there are no times."""
-        pts, last = self._info.pts, self._info.num_frames - 1
-        if pts is None or frame.pts is None:
-            self._count += 1
-            return min(self._count - 1, last)
-        right = min(int(np.searchsorted(pts, frame.pts)), last)
-        left = max(right - 1, 0)
-        return left if abs(pts[left] - frame.pts) < abs(pts[right] - frame.pts) else right
+        """The index of `frame`, by its packet, or by counting if packets do not tell the order."""
+        in_order = self._timeline.frame_of_packet
+        if in_order is not None and frame.opaque is not None:
+            return int(in_order[frame.opaque])
+        self._count += 1
+        return min(self._count, len(self._timeline.times)) - 1
 
 
-def _import_av(field: str) -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise UserError(f"{field} is a video, which needs PyAV: pip install 'keye-jax[video]'") from error
-    return av
+def _rates(container: Any, stream: Any) -> list[float]:
+    """Frames a second that a file states, in the order to try them."""
+    stated = (stream.average_rate, stream.guessed_rate)
+    if container.format.name in RAW_FORMATS:
+        # The demuxer of a raw stream states 25 whatever is in it. The codec knows better, if it knows.
+        stated = (stream.codec_context.framerate, stream.guessed_rate, stream.average_rate)
+    return [float(rate) for rate in stated if rate and _SLOWEST <= rate <= _FASTEST]
 
 
-def _timing(times: np.ndarray, last: float, tick: float, rates: list[float]) -> tuple[float, np.ndarray]:
-    """Frames a second, and the times of the frames in seconds, float64 [N], from the file's own times.
-
-    Args:
-      times: float64 [N], seconds from the first frame.
-      last: duration of the last frame in seconds; 0 if unknown.
-      tick: resolution of the file's times, in seconds.
-      rates: frames a second that the file states, in the order to try them.
-    """
-    count = len(times)
-    if count == 1:
-        return (rates[0] if rates else 1 / last if last > 0 else 1.0), times
-    span = float(times[-1])
-    # Matroska rounds times to milliseconds, an error of up to one tick. A dropped frame is a larger error.
-    for rate in [*rates, (count - 1) / span]:
-        tolerance = min(max(tick, 1e-3), 0.25 / rate) + 1e-6
-        even = np.arange(count) / rate
-        if np.abs(even - times).max() <= tolerance:
-            return rate, even
-    return count / (span + (last if last > 0 else span / (count - 1))), times
-
-
-def _orientation(frame: Any) -> tuple[int, int, int, int]:
-    """(a, b, c, d) of the frame's display matrix, rounded to quarter turns; it maps (x, y) to (ax + cy, bx + dy)."""
-    data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return (1, 0, 0, 1)
-    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
-    if max(abs(a), abs(d)) >= max(abs(b), abs(c)):
-        return (-1 if a < 0 else 1, 0, 0, -1 if d < 0 else 1)
-    return (0, -1 if b < 0 else 1, -1 if c < 0 else 1, 0)
-
-
-def _turn(pixels: np.ndarray, orientation: tuple[int, int, int, int]) -> np.ndarray:
-    """Rotates and mirrors pixels [H, W, 3] as the display matrix says."""
-    a, b, c, d = orientation
-    if not a:
-        pixels = pixels.swapaxes(0, 1)
-    return np.ascontiguousarray(pixels[:: b + d, :: a + c])
+def _cut_short(packets: Packets, timeline: Timeline) -> str | None:
+    """What is missing at the end of a file, for a sentence that begins with its name; None if nothing is."""
+    if packets.end is not None and packets.stated_end is not None and not timeline.restarts:
+        missing = packets.stated_end - packets.end
+        if missing > max(_SHORTER, _SHORTER_PART * packets.stated_end):
+            return f"is cut short: it ends at {packets.end:.1f} s of {packets.stated_end:.1f} s"
+    if packets.count < (1 - _SHORTER_PART) * packets.stated_count - 1:
+        return f"is cut short: it has {packets.count} of {packets.stated_count} frames"
+    if packets.torn:
+        return f"is cut short or damaged: after {timeline.times[-1]:.1f} s it cannot be read"
+    return None

@@ -15,15 +15,17 @@ import numpy as np
 from PIL import Image
 
 from keye_jax.config import KeyeConfig
-from keye_jax.errors import UserError
-from keye_jax.processor.decode import FrameList, VideoFile
+from keye_jax.errors import UserError, shorten
+from keye_jax.processor.decode import VideoFile
+from keye_jax.processor.frame_list import FrameList
 from keye_jax.processor.image import open_image, patchify, smart_resize, to_rgb, upright_size
-from keye_jax.processor.media import DownloadedFile, fetch, shorten
-from keye_jax.processor.options import part_options, read_options, resolve_options
+from keye_jax.processor.media import DownloadedFile, fetch
+from keye_jax.processor.messages import MediaPart, check_template_variables
+from keye_jax.processor.options import merge_options, read_options, request_options, resized, resolve_options
 from keye_jax.processor.positions import mrope_positions
-from keye_jax.processor.prompt import ChatTemplate, Detokenizer, MediaPart, SafeTokenizer
+from keye_jax.processor.prompt import ChatTemplate, Detokenizer, SafeTokenizer
 from keye_jax.processor.settings import ProcessorSettings, read_template
-from keye_jax.processor.video import adaptive_factor, frame_indices, frame_size
+from keye_jax.processor.video import DEFAULT_FPS, adaptive_factor, frame_indices, frame_size
 from keye_jax.progress import Progress
 
 
@@ -43,6 +45,7 @@ class ModelInputs:
       video_grids: int32 [F, 3], (1, h, w) in patches, one row a frame.
       frame_times: one array a video, float64 [frames], seconds.
       prompt_opens_thinking: whether the prompt ends inside `<think>`, so that the answer starts with thoughts.
+      warnings: what the user should know about the media, one sentence each.
     """
 
     input_ids: np.ndarray
@@ -54,6 +57,7 @@ class ModelInputs:
     video_grids: np.ndarray
     frame_times: tuple[np.ndarray, ...]
     prompt_opens_thinking: bool
+    warnings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -264,30 +268,42 @@ class Processor:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_variables: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        media_io_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> PromptPlan:
         """Renders the prompt, opens its media, and chooses frames and sizes. It decodes no pixels.
 
         Args:
-          messages: the conversation in the OpenAI chat shape. Content is a string or a list of parts of type `text`,
-            `image_url`, `image`, `video_url` or `video`. A source is a path, a URL, `{"url": ...}`, the content of a
-            file, a PIL image or an array uint8 [H, W, 3]. A video may also be an array uint8 [F, H, W, 3] or a list of
-            images; its frame rate is then the option `native_fps`, 2 by default. The url object, the part and
-            `preprocess_kwargs` in either may hold options.
+          messages: the conversation in the OpenAI chat shape, or in one of the other shapes of docs/inputs.md. Content
+            is a string or a list of parts of type `text`, `image_url`, `image`, `video_url` or `video`. A source is a
+            path, a URL, `{"url": ...}`, the content of a file, a PIL image or an array uint8 [H, W, 3]. A video may
+            also be an array uint8 [F, H, W, 3] or a list of images; `sample_fps` is the rate at which they were taken.
+            The url object, the part and `preprocess_kwargs` in either may hold options.
           tools: function descriptions in the OpenAI shape, for templates that take them.
           template_variables: further variables of the template, such as `enable_thinking`.
+          chat_template_kwargs: the same, by the name that it has in request bodies; it wins.
+          media_io_kwargs, mm_processor_kwargs: options of all media of this request, by kind and for both kinds. Those
+            of a part win.
 
         Raises:
-          UserError: a message or a medium is not valid; the text is one sentence.
+          UserError: a message, a medium or an option is not valid; the text is one sentence.
         """
-        rendered = self._template.render(messages, tools=tools, variables=template_variables)
+        asked = request_options(media_io_kwargs, mm_processor_kwargs)
+        variables = check_template_variables(template_variables, "template_variables")
+        variables |= check_template_variables(chat_template_kwargs, "chat_template_kwargs")
+        rendered = self._template.render(messages, tools=tools, variables=variables)
+        media = [
+            dataclasses.replace(part, options=merge_options(asked[part.kind], part.options)) for part in rendered.media
+        ]
         ids = self._tokenizer.encode_pieces(rendered.pieces)
-        self._check_pads(ids, rendered.media)
+        self._check_pads(ids, media)
         downloads: list[DownloadedFile] = []
         try:
-            videos = sum(part.kind == "video" for part in rendered.media)
-            images = tuple(self._plan_image(part, downloads) for part in rendered.media if part.kind == "image")
+            videos = sum(part.kind == "video" for part in media)
+            images = tuple(self._plan_image(part, downloads) for part in media if part.kind == "image")
             plans = tuple(
-                self._plan_video(part, downloads, single=videos == 1) for part in rendered.media if part.kind == "video"
+                self._plan_video(part, downloads, single=videos == 1) for part in media if part.kind == "video"
             )
         except BaseException:
             for download in downloads:
@@ -329,9 +345,9 @@ class Processor:
         for video in plan.videos:
             own = np.flatnonzero(here[first : first + video.frames])
             each = video.height * video.width // patch**2
-            for frame_number, (index, pixels) in zip(own, video.source.read(video.indices[own]), strict=True):
-                frame = Image.fromarray(pixels).resize((video.width, video.height), Image.Resampling.BILINEAR)
-                shown = patchify(np.asarray(frame), patch)
+            frames = video.source.read(video.indices[own], (video.height, video.width))
+            for frame_number, (index, pixels) in zip(own, frames, strict=True):
+                shown = patchify(pixels, patch)
                 at = start + frame_number * each
                 video_patches[at : at + each] = shown
                 used[first + frame_number] = index
@@ -379,10 +395,6 @@ class Processor:
 
     def _source(self, value: Any, field: str, downloads: list[DownloadedFile]) -> Any:
         """The source in a form that `open_image` or `VideoFile` takes: a path, bytes, an array or a PIL image."""
-        if isinstance(value, Mapping):
-            if value.get("url") is None:
-                raise UserError(f"{field}.url is missing; it must be a path or a URL")
-            value, field = value["url"], f"{field}.url"
         if isinstance(value, str | Path):
             file = fetch(str(value), field, allow_remote=self._allow_remote, allow_files=self._allow_files)
             if not isinstance(file, DownloadedFile):
@@ -394,13 +406,11 @@ class Processor:
         raise UserError(f"{field} is {shorten(value)}; it must be a path, a URL, an array or an image")
 
     def _plan_image(self, part: MediaPart, downloads: list[DownloadedFile]) -> ImagePlan:
-        source = part.part[part.source_key]
-        field = f"{part.field}.{part.source_key}"
-        chosen = part_options("image", part.part, source, part.source_key, part.field)
-        options = resolve_options(self._image_options, chosen, part.field)
-        image = open_image(self._source(source, field, downloads), field)
+        field = part.field
+        options = resolve_options(self._image_options, part.options, part.part_field)
+        image = open_image(self._source(part.source, field, downloads), field)
         with _named(field):
-            height, width = smart_resize(
+            height, width = resized(options) or smart_resize(
                 *upright_size(image, field),
                 factor=self._settings.token_side,
                 min_pixels=options.min_pixels,
@@ -409,18 +419,14 @@ class Processor:
         return ImagePlan(image, field, height, width, height * width // self._settings.token_side**2)
 
     def _plan_video(self, part: MediaPart, downloads: list[DownloadedFile], *, single: bool) -> VideoPlan:
-        source = part.part[part.source_key]
-        field = f"{part.field}.{part.source_key}"
-        chosen = part_options("video", part.part, source, part.source_key, part.field)
-        options = resolve_options(self._video_options, chosen, part.field)
-        if isinstance(source, Mapping) and isinstance(source.get("url"), list | tuple | np.ndarray):
-            source, field = source["url"], f"{field}.url"
+        source, field, chosen = part.source, part.field, part.options
+        options = resolve_options(self._video_options, chosen, part.part_field)
         video: FrameList | VideoFile
         if isinstance(source, list | tuple):
             opened = [self._source(frame, f"{field}[{i}]", downloads) for i, frame in enumerate(source)]
-            video = FrameList(opened, options.native_fps, field)
+            video = FrameList(opened, options.sample_fps or DEFAULT_FPS, field)
         elif isinstance(source, np.ndarray):
-            video = FrameList(source, options.native_fps, field)
+            video = FrameList(source, options.sample_fps or DEFAULT_FPS, field)
         else:
             opened = self._source(source, field, downloads)
             if isinstance(opened, Image.Image):
@@ -438,7 +444,7 @@ class Processor:
                 max_frames=options.max_frames,
                 total_pixels=total,
             )
-            height, width = frame_size(
+            height, width = resized(options) or frame_size(
                 len(indices),
                 info.height,
                 info.width,

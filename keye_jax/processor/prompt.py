@@ -13,7 +13,7 @@ import datetime
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,9 @@ import jinja2.runtime
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
-from keye_jax.errors import UserError
-from keye_jax.processor.media import shorten
+from keye_jax.errors import UserError, shorten
+from keye_jax.processor.messages import MediaPart, check_messages, check_tools
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 # Keys and types that templates compare with, in messages and in descriptions of tools. They are not replaced.
 _SHAPE = frozenset(
     (
@@ -35,7 +34,6 @@ _SHAPE = frozenset(
     )
 )
 _TYPES = ("text", "image", "video", "function")
-_MEDIA = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
 
 
 class SafeTokenizer:
@@ -173,23 +171,6 @@ class Detokenizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class MediaPart:
-    """One image or video of a request.
-
-    Attributes:
-      kind: "image" or "video".
-      part: the message part.
-      source_key: the key of its source in `part`.
-      field: the name of the part in error messages.
-    """
-
-    kind: str
-    part: Mapping[str, Any]
-    source_key: str
-    field: str
-
-
-@dataclasses.dataclass(frozen=True)
 class RenderedPrompt:
     """A rendered prompt.
 
@@ -210,11 +191,11 @@ _PLACEHOLDERS = "_placeholders"
 class _Placeholders:
     """Random placeholders for the strings of one request."""
 
-    def __init__(self, request: str):
-        nonce = secrets.randbits(96)
-        while f"\ue000{nonce}:" in request:
-            nonce = secrets.randbits(96)
-        self._start = f"\ue000{nonce}:"
+    def __init__(self, request: Any):
+        given = list(_strings(request))
+        self._start = f"\ue000{secrets.randbits(96)}:"
+        while any(self._start in text for text in given):
+            self._start = f"\ue000{secrets.randbits(96)}:"
         self._texts: list[str] = []
         self._pattern = re.compile(re.escape(self._start) + r"(\d+)\ue001")
 
@@ -230,7 +211,7 @@ class _Placeholders:
             return f"{self._start}{len(self._texts) - 1}\ue001"
         if isinstance(value, Mapping):
             return {
-                key if key in _SHAPE else self.hide(key): item if item in _TYPES and key == "type" else self.hide(item)
+                key if key in _SHAPE else self.hide(key): item if key == "type" and item in _TYPES else self.hide(item)
                 for key, item in value.items()
             }
         if isinstance(value, list | tuple):
@@ -276,8 +257,9 @@ class ChatTemplate:
         self._variables = dict(variables)
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise UserError(f"the chat template is not valid: {error}") from error
+        except (jinja2.TemplateError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"the chat template is not valid: {reason}") from error
 
     def render(
         self,
@@ -294,26 +276,15 @@ class ChatTemplate:
           variables: further template variables, such as `enable_thinking`. Strings in them are text of a user.
 
         Raises:
-          UserError: a message does not have that shape, or the template refuses it or leaves it out.
+          UserError: a message or a tool does not have that shape, or the template refuses it or leaves it out.
         """
-        media: list[MediaPart] = []
-        checked = _check_messages(messages, media)
-        request = [checked, tools, dict(variables or {})]
-        placeholders = _Placeholders(json.dumps(request, ensure_ascii=False, default=str))
-        given = self._variables | {str(name): placeholders.hide(value) for name, value in (variables or {}).items()}
-        given |= {
-            _PLACEHOLDERS: placeholders,
-            "messages": [{**placeholders.hide(message), "role": message["role"]} for message in checked],
-            "tools": placeholders.hide(tools) if tools else None,
-            "documents": None,
-            "add_generation_prompt": True,
-        }
-        try:
-            text = self._template.render(given)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            reason = " ".join(placeholders.reveal(str(error)).split())
-            raise UserError(f"the chat template does not take these messages: {reason}") from error
-        pieces = placeholders.split(text)
+        checked, media = check_messages(messages)
+        tools, variables = check_tools(tools), variables or {}
+        pieces = self._pieces(checked, tools, variables)
+        if tools and self._leaves_tools_out(pieces, checked, variables):
+            raise UserError(
+                f"tools holds {len(tools)} function(s), but the chat template of this checkpoint takes none"
+            )
         shown = {text for text, trusted in pieces if not trusted}
         for index, message in enumerate(checked):
             for content in _texts(message["content"]):
@@ -324,6 +295,45 @@ class ChatTemplate:
                     )
         tail = pieces[-1][0]
         return RenderedPrompt(pieces, media, tail.rfind("<think>") > tail.rfind("</think>"))
+
+    def _leaves_tools_out(
+        self, pieces: list[tuple[str, bool]], messages: list[dict[str, Any]], variables: Mapping[str, Any]
+    ) -> bool:
+        try:
+            return pieces == self._pieces(messages, [], variables)
+        except UserError:  # these messages need tools
+            return False
+
+    def _pieces(
+        self, messages: list[dict[str, Any]], tools: list[Mapping[str, Any]], variables: Mapping[str, Any]
+    ) -> list[tuple[str, bool]]:
+        placeholders = _Placeholders([messages, tools, variables])
+        given = self._variables | {name: placeholders.hide(value) for name, value in variables.items()}
+        given |= {
+            _PLACEHOLDERS: placeholders,
+            "messages": [{**placeholders.hide(message), "role": message["role"]} for message in messages],
+            "tools": placeholders.hide(tools) if tools else None,
+            "documents": None,
+            "add_generation_prompt": True,
+        }
+        try:
+            return placeholders.split(self._template.render(given))
+        except Exception as error:  # a template can raise anything, such as ZeroDivisionError or RecursionError
+            reason = " ".join(placeholders.reveal(str(error)).split())[:200] or type(error).__name__
+            raise UserError(f"the chat template does not take these messages: {reason}") from error
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in `value`, names included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
 
 
 def _raise_exception(message: str) -> None:
@@ -343,68 +353,3 @@ def _tojson(context: jinja2.runtime.Context, value: Any, indent: int | None = No
 
 def _texts(content: str | list[dict[str, Any]]) -> list[str]:
     return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
-
-
-def _check_messages(messages: Any, media: list[MediaPart]) -> list[dict[str, Any]]:
-    """Checks the shape of messages; returns them as templates expect them, and collects images and videos."""
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise UserError(f"messages is {shorten(messages)}; it must be a list of at least one message")
-    checked = []
-    for index, message in enumerate(messages):
-        field = f"messages[{index}]"
-        if not isinstance(message, Mapping):
-            raise UserError(f"{field} is {shorten(message)}; it must be an object with role and content")
-        role = message.get("role")
-        if role not in ROLES:
-            raise UserError(f"{field}.role is {shorten(role)}; it must be one of {', '.join(ROLES)}")
-        result: dict[str, Any] = {"role": "system" if role == "developer" else role}
-        content = message.get("content")
-        if content is None and role == "assistant":
-            content = ""
-        result["content"] = _check_content(content, f"{field}.content", media)
-        for name in ("reasoning_content", "name", "tool_call_id"):
-            value = message.get(name)
-            if value is not None:
-                if not isinstance(value, str):
-                    raise UserError(f"{field}.{name} is {shorten(value)}; it must be a string")
-                result[name] = value
-        if message.get("tool_calls"):
-            result["tool_calls"] = _check_tool_calls(message["tool_calls"], f"{field}.tool_calls")
-        checked.append(result)
-    return checked
-
-
-def _check_content(content: Any, field: str, media: list[MediaPart]) -> str | list[dict[str, Any]]:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list | tuple):
-        raise UserError(f"{field} is {shorten(content)}; it must be a string or a list of parts")
-    parts: list[dict[str, Any]] = []
-    for index, part in enumerate(content):
-        where = f"{field}[{index}]"
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text":
-            if not isinstance(part.get("text"), str):
-                raise UserError(f"{where}.text is {shorten(part.get('text'))}; it must be a string")
-            parts.append({"type": "text", "text": part["text"]})
-        elif isinstance(kind, str) and kind in _MEDIA:
-            keys = [key for key in (kind, *_MEDIA) if _MEDIA[key] == _MEDIA[kind] and part.get(key) is not None]
-            if not keys:
-                raise UserError(f"{where}.{kind} is missing; it must be a path, a URL or an object with url")
-            media.append(MediaPart(_MEDIA[kind], part, keys[0], where))
-            parts.append({"type": _MEDIA[kind]})
-        else:
-            raise UserError(f"{where}.type is {shorten(kind)}; it must be one of text, {', '.join(_MEDIA)}")
-    if all(part["type"] == "text" for part in parts):
-        return "".join(part["text"] for part in parts)
-    return parts
-
-
-def _check_tool_calls(calls: Any, field: str) -> list[dict[str, Any]]:
-    if not isinstance(calls, list | tuple):
-        raise UserError(f"{field} is {shorten(calls)}; it must be a list")
-    for index, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise UserError(f"{field}[{index}] is {shorten(call)}; it must be an object with function.name")
-    return [dict(call) for call in calls]

@@ -48,18 +48,36 @@ def frame_indices(
     Raises:
       UserError: a value is not positive, or `total_pixels` is too small for one frame of 64 tokens.
     """
-    limits = {"total_frames": total_frames, "native_fps": native_fps, "fps": fps, "min_frames": min_frames}
-    for name, value in (limits | ({} if max_frames is None else {"max_frames": max_frames})).items():
-        if not (math.isfinite(value) and value > 0):
-            raise UserError(f"{name} is {value}; it must be positive")
+    for name, value in (("total_frames", total_frames), ("native_fps", native_fps)):
+        _check_positive(name, value)
+    limits = {"min_frames": min_frames, "max_frames": max_frames, "total_pixels": total_pixels}
+    count = min(frame_count(total_frames / native_fps, min(fps, native_fps), **limits), total_frames)
+    return np.round(np.linspace(0, total_frames - 1, count)).astype(np.int64)
+
+
+def frame_count(
+    seconds: float,
+    fps: float,
+    *,
+    min_frames: int = MIN_FRAMES,
+    max_frames: int | None = None,
+    total_pixels: int = TOTAL_PIXELS,
+) -> int:
+    """How many frames the model sees of a video that has enough of them; arguments as for `frame_indices`."""
+    values = {"seconds": seconds, "fps": fps, "min_frames": min_frames, "max_frames": max_frames}
+    for name, value in values.items():
+        if value is not None:
+            _check_positive(name, value)
     if total_pixels < MIN_FRAME_PIXELS:
         allowed = f"at least {MIN_FRAME_PIXELS} (one frame of 64 tokens of 28x28 pixels)"
         raise UserError(f"total_pixels is {total_pixels}; it must be {allowed}")
-    count = max(int(total_frames / native_fps * min(fps, native_fps)), min_frames)
-    count = min(count, total_frames, total_pixels // MIN_FRAME_PIXELS)
-    if max_frames is not None:
-        count = min(count, max_frames)
-    return np.round(np.linspace(0, total_frames - 1, count)).astype(np.int64)
+    count = min(max(int(seconds * fps), min_frames), total_pixels // MIN_FRAME_PIXELS)
+    return count if max_frames is None else min(count, max_frames)
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise UserError(f"{name} is {value}; it must be positive")
 
 
 def frame_size(

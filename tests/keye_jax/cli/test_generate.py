@@ -1,11 +1,15 @@
 import dataclasses
+import io
 import json
 from typing import Any, cast
 
 import numpy as np
 import pytest
+import typer
 
+from keye_jax.cli import app
 from keye_jax.config import KeyeConfig
+from keye_jax.processor import Processor
 from tests.keye_jax.golden_models import text, traced
 from tests.near_ties import assert_leads, selection_leads, token_leads
 
@@ -97,6 +101,68 @@ def test_a_conversation_from_a_file(ask_json, inputs, tmp_path):
     assert ask_json("--messages", file)["tokens"]["image"] > 0
 
 
+@pytest.fixture
+def give(monkeypatch):
+    """Puts bytes into stdin."""
+    return lambda content: monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def test_standard_input(ask, ask_json, inputs, give):
+    picture, clip = (inputs / name for name in ("picture.png", "clip.mp4"))
+    for option, file in (("--image", picture), ("--video", clip)):
+        give(file.read_bytes())
+        got = ask_json(option, "-", "--prompt", "What?", "--greedy", tokens=1)
+        assert got["tokens"] == ask_json(option, file, "--prompt", "What?", "--greedy", tokens=1)["tokens"]
+    give(json.dumps([{"role": "user", "content": [{"image": str(picture)}, "What?"]}]).encode("utf-16"))
+    assert ask_json("--messages", "-", tokens=1)["tokens"]["image"] > 0
+    give(b"")
+    assert refused(ask("--image", "-", "--prompt", "What?"), "--image is '-'; standard input must not be empty")
+
+
+@pytest.mark.parametrize("prompt", ["--image=foo what is this?", "--video", "-", "--image=a.png"])
+def test_a_prompt_that_looks_like_an_option(ask_json, inputs, prompt):
+    arguments = ("--image", inputs / "picture.png", "--prompt", prompt, "--greedy")
+    assert ask_json(*arguments, tokens=1)["tokens"]["image"] > 0
+
+
+def test_values_behind_an_equals_sign_keep_their_order(inputs):
+    command = typer.main.get_command(app).commands["generate"]
+    arguments = ["--checkpoint=x", "--video=a", "--prompt=--image=b", "--image", "--video", "--video", "c"]
+    context = command.make_context("generate", arguments)
+    assert context.meta["media"] == ["video", "image", "video"]
+    assert (context.params["image"], context.params["video"]) == (["--video"], ["a", "c"])
+    assert context.params["prompt"] == "--image=b"
+
+
+def test_a_request_body_from_a_file(ask_json, inputs, tmp_path):
+    file = tmp_path / "body.json"
+    body = {
+        "model": "any",
+        "messages": [{"role": "user", "content": [{"type": "video", "path": str(inputs / "clip.mp4")}, "What?"]}],
+        "media_io_kwargs": {"video": {"fps": 1}},
+    }
+    file.write_text(json.dumps(body))
+    assert len(ask_json("--messages", file, tokens=1)["frame_times"][0]) == 2
+
+
+def test_files_that_hold_no_messages(keye, inputs, tmp_path):
+    file = tmp_path / "messages.json"
+    for content in (b"", b"[" * 100_000, b"[" * 100_000 + b"]" * 100_000, b"[" + b"1" * 5001 + b"]", b"\xff", b"{}"):
+        file.write_bytes(content)
+        assert refused(keye("generate", "--checkpoint", inputs / "hf", "--messages", file), "--messages is")
+
+
+def test_warnings_are_told(ask, ask_json, monkeypatch):
+    process = Processor.process
+    monkeypatch.setattr(
+        Processor, "process", lambda *args, **kwargs: dataclasses.replace(process(*args, **kwargs), warnings=("late",))
+    )
+    assert ask_json("--prompt", "What?", tokens=1)["warnings"] == ["late"]
+    code, _, err = ask("--prompt", "What?", tokens=1)
+    assert code == 0
+    assert "\nwarning: late\n" in f"\n{err}"
+
+
 def test_text_is_streamed_and_summed_up(ask, inputs):
     code, out, err = ask("--prompt", "What?", "--greedy")
     assert code == 0
@@ -182,6 +248,20 @@ def refused(result, *words):
         (["--prompt", "x", "--fps", "0"], ["fps"]),
         (["--messages", "missing.json"], ["missing.json"]),
         (["--prompt", "x", "--bogus"], ["--bogus"]),
+        (["--prompt", "x", "--video", "v", "--start", "1:75"], ["start is '1:75'", "1:30"]),
+        (["--prompt", "x", "--start", "0:09", "--end", "5"], ["end is 5 s", "after start 9 s"]),
+        (["--prompt", "x", "--num-frames", "0"], ["num_frames is 0"]),
+        (["--prompt", "x", "--num-frames", "3", "--fps", "1"], ["num_frames", "fps"]),
+        (["--prompt", "x", "--max-frames", "9" * 401], ["max_frames is 999", "at most 1000000000"]),
+        (["--prompt", "x", "--max-frames", "9" * 5001], ["--max-frames"]),
+        (["--prompt", "x", "--fps", "1e-308"], ["fps is 1e-308", "at least 0.000001"]),
+        (["--prompt", "x", "--fps", "nan"], ["fps is nan"]),
+        (["--prompt", "x", "--image", "-", "--video", "-"], ["--image and --video are '-'", "only one"]),
+        (["--messages", "-", "--subtitles", "-"], ["--messages and --subtitles are '-'"]),
+        (["--prompt", "x", "--image", "a" * 5000], ["must be the path of a file"]),
+        (["--messages", "a" * 5000], ["--messages is", "must be a file that can be read"]),
+        (["--messages", "."], ["--messages is '.'", "must be a file that can be read"]),
+        (["--messages", "x", "--image", "y"], ["--image and --video go with --prompt"]),
     ],
 )
 def test_mistakes_are_told_in_one_line(keye, inputs, arguments, words):

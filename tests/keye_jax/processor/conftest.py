@@ -52,21 +52,42 @@ class Clips:
         return int((middle << np.arange(BITS)[::-1]).sum())
 
     def write(
-        self, path, frames=40, *, codec="libx264", rate=10, options=None, milliseconds=None, rotation=None, audio=False
+        self,
+        path,
+        frames=40,
+        *,
+        first=0,
+        codec="libx264",
+        rate=10,
+        options=None,
+        milliseconds=None,
+        rotation=None,
+        audio=False,
+        ratio=None,
+        form=None,
+        muxer=None,
     ):
-        """Writes a clip. `milliseconds` are the times of the frames in a clip with a variable rate."""
-        with av.open(str(path), "w") as container:
+        """Writes a clip of the frames from number `first` on.
+
+        Args:
+          milliseconds: the times of the frames in a clip with a variable rate.
+          ratio: of a pixel's width to its height.
+          form, muxer: the container's name, and its options.
+        """
+        with av.open(str(path), "w", format=form, options=muxer or {}) as container:
             stream = container.add_stream(codec, rate=rate)
             assert isinstance(stream, av.VideoStream)
             stream.width, stream.height, stream.pix_fmt = self.width, self.height, "yuv420p"
             stream.options = options or {"preset": "veryfast"}
             if rotation is not None:
                 stream.set_display_rotation(rotation)
+            if ratio is not None:
+                stream.codec_context.sample_aspect_ratio = ratio
             if milliseconds is not None:
                 stream.codec_context.time_base = Fraction(1, 1000)
             sound = container.add_stream("aac", rate=16000) if audio else None
             for index in range(frames):
-                frame = av.VideoFrame.from_ndarray(self.picture(index), format="rgb24")
+                frame = av.VideoFrame.from_ndarray(self.picture(first + index), format="rgb24")
                 if milliseconds is not None:
                     frame.pts, frame.time_base = int(milliseconds[index]), Fraction(1, 1000)
                 container.mux(stream.encode(frame))
