@@ -194,12 +194,12 @@ def _run(processor: Any, case: Case, folder: Path, printed: list[BaseException])
 
 
 def _read(case: Case, folder: Path) -> dict[str, Any]:
-    """The arguments of `Processor.plan`. A message file is read as `keye-jax generate --messages` reads it."""
+    """The arguments of `Processor.plan`, of a message file as `keye-jax generate --messages` reads them."""
     if case.messages is not None:
         return {"messages": case.messages}
-    from keye_jax.cli.generate import _conversation
+    from keye_jax.processor.messages import read_request
 
-    return {"messages": _conversation(None, [], [], [], folder / case.file)}
+    return read_request((folder / case.file).read_bytes(), f"--messages is {case.file!r}")
 
 
 def _fault(message: str) -> str:
