@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
+from typing import Any
 
 from convert import checks, detect, mapping
 from convert.orbax_io import OrbaxSource
@@ -56,8 +56,9 @@ class Inspection:
     files: int
     problems: list[str]
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self) | {"path": str(self.path)}, indent=2)
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON has them."""
+        return dataclasses.asdict(self) | {"path": str(self.path)}
 
 
 def inspect(path: str | Path) -> Inspection:

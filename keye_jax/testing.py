@@ -119,6 +119,7 @@ def write_processor_files(directory: str | Path, config: KeyeConfig) -> None:
             "rescale_factor": 1 / 255,
             "image_mean": [0.5, 0.5, 0.5],
             "image_std": [0.5, 0.5, 0.5],
+            "frame_format": "keye-1.5",
         },
     }
     for name, content in files.items():
@@ -136,7 +137,7 @@ def _control_tokens(config: KeyeConfig) -> dict[str, int]:
     for name, key in (("<|endoftext|>", "bos_token_id"), ("<|im_end|>", "eos_token_id")):
         if isinstance(config.extra.get(key), int):
             special[name] = config.extra[key]
-    others = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|frame|>")
+    others = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
     free = (token for token in range(config.vocab_size - 1, 0, -1) if token not in set(special.values()))
     free = iter(list(free))
     for name in (*others, "<think>", "</think>", "<tool_call>", "</tool_call>"):

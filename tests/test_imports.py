@@ -30,11 +30,12 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "keye_jax.model": ("keye_jax.kv_cache", "pallas_kernels"),
     "keye_jax.kv_cache": ("keye_jax.sharding", "pallas_kernels"),
     "keye_jax.sharding": ("keye_jax.config",),
-    "keye_jax.processor": ("keye_jax.config", "keye_jax.progress"),
+    "keye_jax.processor": ("keye_jax.config", "keye_jax.progress", "keye_jax"),
     "keye_jax.testing": ("keye_jax.config",),
     "keye_jax.presets": ("keye_jax.errors",),
     "keye_jax.config": ("keye_jax.errors",),
     "keye_jax.errors": (),
+    "keye_jax": (),  # __init__.py: the version
     "keye_jax.progress": (),
     "convert": ("keye_jax.config", "keye_jax.sharding", "keye_jax.progress"),
     "pallas_kernels": (),

@@ -20,6 +20,7 @@ DISTRIBUTIONS = {
     "imageio_ffmpeg": "imageio-ffmpeg",
     "jaxlib": "jax",
     "orbax": "orbax-checkpoint",
+    "pillow_heif": "pillow-heif",
     "yaml": "pyyaml",
 }
 LOADED_BY_NAME = {"huggingface_hub", "modelscope"}  # in convert/hub.py
@@ -116,10 +117,10 @@ class TestDependencies:
 
     def test_of_the_packages(self):
         imported = set().union(*(self.imported(ROOT / name) for name in PACKAGES))
-        assert (imported - NOT_REQUIRED) | LOADED_BY_NAME == self.required("video", "hub", "bench")
+        assert (imported - NOT_REQUIRED) | LOADED_BY_NAME == self.required("video", "heic", "hub", "bench")
 
     def test_of_the_tests(self):
-        assert self.imported(ROOT / "tests") <= self.required("video", "hub", "bench", "dev")
+        assert self.imported(ROOT / "tests") <= self.required("video", "heic", "hub", "bench", "dev")
 
     @staticmethod
     def required(*extras: str) -> set[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,15 +30,37 @@ def inspect(
     from convert.inspection import inspect as look
 
     found = look(path)
+    text = _frame_text(path if path.is_dir() else path.parent)
     if as_json:
-        print(found.to_json())
+        print(json.dumps(found.to_dict() | {"frame_text": text}, indent=2))
     else:
         _print_table(found)
+        if text is not None:
+            guess = ", a guess: no file says it" if text["guessed"] else ""
+            print(f"text of a video frame: {text['tokens_per_frame']:.1f} tokens ({text['format']}{guess})")
         for problem in found.problems[:_PROBLEMS_SHOWN]:
             print(f"  {problem}", file=sys.stderr)
         if len(found.problems) > _PROBLEMS_SHOWN:
             print(f"  ... and {len(found.problems) - _PROBLEMS_SHOWN} more; --json lists all", file=sys.stderr)
     return 2 if found.problems else 0
+
+
+def _frame_text(directory: Path) -> dict[str, Any] | None:
+    """The text around each frame of a video: its format, and its mean number of tokens; None without a tokenizer."""
+    from keye_jax.processor.frame_text import GUESS, FrameEncoder, FrameText
+    from keye_jax.processor.prompt import SafeTokenizer
+    from keye_jax.processor.settings import read_frame_format
+
+    tokenizer = directory / "tokenizer.json"
+    if not tokenizer.is_file():
+        return None
+    stated = read_frame_format(directory)
+    encoder = FrameEncoder(SafeTokenizer(tokenizer), FrameText.parse(stated or GUESS))
+    return {
+        "format": encoder.text.name,
+        "guessed": stated is None,
+        "tokens_per_frame": round(encoder.tokens_per_frame(), 2),
+    }
 
 
 def _print_table(found: Inspection) -> None:

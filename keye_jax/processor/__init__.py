@@ -1,6 +1,23 @@
 """Turns messages and media files into arrays: token ids, patches, grids and positions. Needs no JAX."""
 
-from keye_jax.processor.processor import FrameShare, ModelInputs, Processor, PromptPlan, VideoPlan
+from keye_jax.processor.processor import (
+    FrameShare,
+    ImagePlan,
+    MediaPlanner,
+    ModelInputs,
+    Processor,
+    PromptPlan,
+    VideoPlan,
+)
 from keye_jax.processor.prompt import Detokenizer
 
-__all__ = ["Detokenizer", "FrameShare", "ModelInputs", "Processor", "PromptPlan", "VideoPlan"]
+__all__ = [
+    "Detokenizer",
+    "FrameShare",
+    "ImagePlan",
+    "MediaPlanner",
+    "ModelInputs",
+    "Processor",
+    "PromptPlan",
+    "VideoPlan",
+]

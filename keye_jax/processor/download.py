@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from keye_jax import __version__
-from keye_jax.errors import UserError
-from keye_jax.processor.text import shorten
+from keye_jax.errors import UserError, shorten
 
 MAX_REMOTE_BYTES = 8 << 30
 # Seconds of silence, seconds until the content begins (redirects included), and seconds in all.

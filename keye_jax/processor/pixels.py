@@ -47,7 +47,7 @@ class Picture:
         """A frame, uint8 [H, W, 3], at `size` (H, W)."""
         stored = size if self.orientation[0] else size[::-1]
         if any(self.crop) or _has_alpha(frame):
-            pixels = _resized(_cropped(_opaque(frame), self.crop), stored)
+            pixels = resized_pixels(_cropped(_opaque(frame), self.crop), stored)
         elif is_hdr(frame.color_trc):
             pixels = to_sdr(_scaled(frame, stored, "rgb48le"), frame.color_trc, frame.color_primaries)
         else:
@@ -83,7 +83,7 @@ def _scaled(frame: Any, size: tuple[int, int], form: str) -> np.ndarray:
     return frame.to_ndarray(format=form, width=width, height=height, interpolation="BILINEAR")
 
 
-def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resized_pixels(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 [H, W, 3] at `size` (height, width)."""
     if pixels.shape[:2] == size:
         return pixels

@@ -5,28 +5,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from keye_jax.config import KeyeConfig
-from keye_jax.errors import UserError, shorten
-from keye_jax.processor.decode import VideoFile
-from keye_jax.processor.frame_list import FrameList
-from keye_jax.processor.image import open_image, patchify, smart_resize, to_rgb, upright_size
-from keye_jax.processor.media import DownloadedFile, fetch
+from keye_jax.errors import UserError
+from keye_jax.processor.frame_text import GUESS, PRESETS, FrameEncoder
+from keye_jax.processor.image import patchify
+from keye_jax.processor.media import DownloadedFile
 from keye_jax.processor.messages import MediaPart, check_template_variables
-from keye_jax.processor.options import merge_options, read_options, request_options, resized, resolve_options
+from keye_jax.processor.options import merge_options, request_options
+from keye_jax.processor.planner import ImagePlan, MediaPlanner, VideoPlan
 from keye_jax.processor.positions import mrope_positions
 from keye_jax.processor.prompt import ChatTemplate, Detokenizer, SafeTokenizer
 from keye_jax.processor.settings import ProcessorSettings, read_template
-from keye_jax.processor.video import DEFAULT_FPS, adaptive_factor, frame_indices, frame_size
 from keye_jax.progress import Progress
+
+MAX_DECODED_BYTES = 16 << 30
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +44,9 @@ class ModelInputs:
       video_grids: int32 [F, 3], (1, h, w) in patches, one row a frame.
       frame_times: one array a video, float64 [frames], seconds.
       prompt_opens_thinking: whether the prompt ends inside `<think>`, so that the answer starts with thoughts.
-      warnings: what the user should know about the media, one sentence each.
+      undecodable_times: one array a video, float64 [n], seconds of the frames that cannot be decoded. Frames near them
+        are shown in their place.
+      warnings: sentences about what is missing, damaged or guessed.
     """
 
     input_ids: np.ndarray
@@ -57,6 +58,7 @@ class ModelInputs:
     video_grids: np.ndarray
     frame_times: tuple[np.ndarray, ...]
     prompt_opens_thinking: bool
+    undecodable_times: tuple[np.ndarray, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -76,58 +78,15 @@ class FrameShare:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ImagePlan:
-    """An image whose pixels are not decoded yet.
-
-    Attributes:
-      image: the opened image.
-      field: its name in error messages.
-      height, width: size in pixels at which the model sees it.
-      num_tokens: number of its pad tokens.
-    """
-
-    image: Image.Image
-    field: str
-    height: int
-    width: int
-    num_tokens: int
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class VideoPlan:
-    """A video whose frames are chosen but not decoded yet.
-
-    Attributes:
-      source: the file, or the list of frames.
-      indices: int64 [frames], indices of the chosen frames in the video.
-      times: float64 [frames], seconds.
-      height, width: size in pixels at which the model sees a frame.
-      tokens_per_frame: number of pad tokens of a frame, without its time stamp.
-      num_tokens: number of tokens of the video, with all time stamps.
-    """
-
-    source: VideoFile | FrameList
-    indices: np.ndarray
-    times: np.ndarray
-    height: int
-    width: int
-    tokens_per_frame: int
-    num_tokens: int
-
-    @property
-    def frames(self) -> int:
-        return len(self.indices)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class PromptPlan:
-    """A prompt whose media are opened but not decoded.
+    """A prompt whose media are measured but not decoded.
 
     Attributes:
       prompt_ids: token ids with one pad token for each image and each video.
       images, videos: in prompt order.
       prompt_opens_thinking: see `ModelInputs`.
       downloads: files that `close`, or the end of the plan's life, removes.
+      warnings: as in `ModelInputs`.
     """
 
     prompt_ids: tuple[int, ...]
@@ -135,6 +94,7 @@ class PromptPlan:
     videos: tuple[VideoPlan, ...]
     prompt_opens_thinking: bool
     downloads: tuple[DownloadedFile, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def text_tokens(self) -> int:
@@ -181,12 +141,16 @@ class Processor:
       allow_files: whether paths and file: URLs may be read; a server turns this off.
       defaults: options of media, such as `fps` or `max_pixels`, that apply if a request does not set them. The prefix
         `image_` or `video_` limits an option to one kind of media.
+      max_decoded_bytes: limit on a request's pixels as the model takes them, uint8, with the largest picture or frame
+        of the request as it is decoded. A larger request is refused before it is decoded.
 
     Attributes:
+      media: plans single images and videos.
       pixel_scale, pixel_shift: float32 [3], one value a channel; the vision encoder takes pixel * scale + shift.
 
     Raises:
-      UserError: `defaults` are not valid, or a token id of `config` is not an added token of the tokenizer.
+      UserError: `defaults` are not valid, a token id of `config` is not an added token of the tokenizer, or the text
+        of a frame has a pad token.
     """
 
     def __init__(
@@ -199,24 +163,25 @@ class Processor:
         allow_remote: bool = False,
         allow_files: bool = True,
         defaults: Mapping[str, Any] | None = None,
+        max_decoded_bytes: int = MAX_DECODED_BYTES,
     ):
         self._tokenizer = tokenizer
         self._template = template
         self._config = config
-        self._settings = settings
-        self._allow_remote = allow_remote
-        self._allow_files = allow_files
-        # adaptive_pixels does not reduce a total_pixels that the caller chose.
-        chosen = read_options("video", defaults or {}, "", shared=True)
-        self._total_pixels_chosen = "total_pixels" in chosen
-        self._video_options = resolve_options(settings.video, chosen, "defaults")
-        chosen = read_options("image", defaults or {}, "", shared=True)
-        self._image_options = resolve_options(settings.image, chosen, "defaults")
+        self._max_decoded_bytes = max_decoded_bytes
+        self._encoder = FrameEncoder(tokenizer, settings.frame_text)
+        self._frame_format_guessed = settings.frame_format is None
+        self.media = MediaPlanner(
+            settings, self._encoder, allow_remote=allow_remote, allow_files=allow_files, defaults=defaults
+        )
         control = set(tokenizer.control.values())
         for name in ("image_token_id", "video_token_id"):
             value = getattr(config, name)
             if value not in control:
                 raise UserError(f"config: {name} is {value}; it must be the id of an added token of tokenizer.json")
+        pads = {config.image_token_id, config.video_token_id}
+        if any(not pads.isdisjoint(before + after) for before, after in self._encoder.interleave(np.zeros(1))):
+            raise UserError(f"frame_format is {settings.frame_format!r}; it must hold no pad token, only {{pads}}")
         scale = settings.rescale_factor / np.asarray(settings.image_std, np.float64)
         self.pixel_scale = scale.astype(np.float32)
         self.pixel_shift = (-np.asarray(settings.image_mean) / np.asarray(settings.image_std)).astype(np.float32)
@@ -230,6 +195,7 @@ class Processor:
         allow_remote: bool = False,
         allow_files: bool = True,
         defaults: Mapping[str, Any] | None = None,
+        max_decoded_bytes: int = MAX_DECODED_BYTES,
     ) -> Processor:
         """Reads tokenizer.json, the chat template and preprocessor_config.json of a checkpoint.
 
@@ -248,6 +214,7 @@ class Processor:
             allow_remote=allow_remote,
             allow_files=allow_files,
             defaults=defaults,
+            max_decoded_bytes=max_decoded_bytes,
         )
 
     def token_id(self, text: str) -> int | None:
@@ -301,15 +268,23 @@ class Processor:
         downloads: list[DownloadedFile] = []
         try:
             videos = sum(part.kind == "video" for part in media)
-            images = tuple(self._plan_image(part, downloads) for part in media if part.kind == "image")
+            images = tuple(self.media.image(part, downloads) for part in media if part.kind == "image")
             plans = tuple(
-                self._plan_video(part, downloads, single=videos == 1) for part in media if part.kind == "video"
+                self.media.video(part, downloads, single=videos == 1) for part in media if part.kind == "video"
             )
+            self._check_bytes(images, plans)
         except BaseException:
             for download in downloads:
                 download.close()
             raise
-        return PromptPlan(tuple(ids), images, plans, rendered.opens_thinking, tuple(downloads))
+        warnings = [warning for medium in (*images, *plans) for warning in medium.warnings]
+        if plans and self._frame_format_guessed:
+            example = f"{GUESS} ({''.join(self._encoder.text.at(0.0))!r})"
+            warnings.append(
+                f"the checkpoint does not say how the time of a frame is written, so {example} is a guess; "
+                f"frame_format in preprocessor_config.json sets it: {', '.join(PRESETS)}, or a format string"
+            )
+        return PromptPlan(tuple(ids), images, plans, rendered.opens_thinking, tuple(downloads), tuple(warnings))
 
     def process(
         self, plan: PromptPlan, progress: Progress | None = None, share: FrameShare | None = None
@@ -322,8 +297,9 @@ class Processor:
           share: the frames that this process decodes; None for all of them.
 
         Raises:
-          UserError: an image or a video cannot be decoded.
+          UserError: nothing of an image or of a video can be decoded.
         """
+        warnings = list(plan.warnings)
         patch = self._config.vision_config.patch_size
         image_grids = _grids([(image.height, image.width) for image in plan.images], patch)
         video_grids = _grids([(video.height, video.width) for video in plan.videos for _ in video.indices], patch)
@@ -334,8 +310,7 @@ class Processor:
         )
         start = 0
         for image in plan.images:
-            rgb = to_rgb(image.image, image.field)
-            shown = patchify(np.asarray(rgb.resize((image.width, image.height), Image.Resampling.BICUBIC)), patch)
+            shown = patchify(image.pixels(warnings.append), patch)
             image_patches[start : start + len(shown)] = shown
             start += len(shown)
 
@@ -345,8 +320,7 @@ class Processor:
         for video in plan.videos:
             own = np.flatnonzero(here[first : first + video.frames])
             each = video.height * video.width // patch**2
-            frames = video.source.read(video.indices[own], (video.height, video.width))
-            for frame_number, (index, pixels) in zip(own, frames, strict=True):
+            for frame_number, (index, pixels) in zip(own, video.pixels(own), strict=True):
                 shown = patchify(pixels, patch)
                 at = start + frame_number * each
                 video_patches[at : at + each] = shown
@@ -354,14 +328,20 @@ class Processor:
                 done += 1
                 if progress is not None:
                     progress(done, int(np.count_nonzero(here)))
+            warnings += video.source.warnings
             first, start = first + video.frames, start + each * video.frames
         if share:
             used = share.gather(used)
-        ends = np.cumsum([video.frames for video in plan.videos])
-        times = [
-            video.source.info.times[used[end - video.frames : end]]
-            for video, end in zip(plan.videos, ends, strict=True)
-        ]
+        times, undecodable = [], []
+        first = 0
+        for video in plan.videos:
+            shown = used[first : first + video.frames]
+            missing, sentence = video.undecodable(shown)
+            times.append(video.source.info.times[shown])
+            undecodable.append(missing)
+            if sentence:
+                warnings.append(sentence)
+            first += video.frames
 
         input_ids = np.fromiter(self._expand(plan, times), np.int32)
         positions, delta = mrope_positions(
@@ -382,6 +362,8 @@ class Processor:
             video_grids,
             tuple(times),
             plan.prompt_opens_thinking,
+            tuple(undecodable),
+            tuple(dict.fromkeys(warnings)),
         )
 
     def _check_pads(self, ids: list[int], media: list[MediaPart]) -> None:
@@ -393,74 +375,18 @@ class Processor:
                     "the numbers must be equal"
                 )
 
-    def _source(self, value: Any, field: str, downloads: list[DownloadedFile]) -> Any:
-        """The source in a form that `open_image` or `VideoFile` takes: a path, bytes, an array or a PIL image."""
-        if isinstance(value, str | Path):
-            file = fetch(str(value), field, allow_remote=self._allow_remote, allow_files=self._allow_files)
-            if not isinstance(file, DownloadedFile):
-                return file
-            downloads.append(file)
-            return file.path
-        if isinstance(value, bytes | np.ndarray | Image.Image):
-            return value
-        raise UserError(f"{field} is {shorten(value)}; it must be a path, a URL, an array or an image")
-
-    def _plan_image(self, part: MediaPart, downloads: list[DownloadedFile]) -> ImagePlan:
-        field = part.field
-        options = resolve_options(self._image_options, part.options, part.part_field)
-        image = open_image(self._source(part.source, field, downloads), field)
-        with _named(field):
-            height, width = resized(options) or smart_resize(
-                *upright_size(image, field),
-                factor=self._settings.token_side,
-                min_pixels=options.min_pixels,
-                max_pixels=options.max_pixels,
+    def _check_bytes(self, images: Sequence[ImagePlan], videos: Sequence[VideoPlan]) -> None:
+        """Refuses a request whose pixels would take more than `max_decoded_bytes`."""
+        model = sum(image.height * image.width * 3 for image in images)
+        model += sum(video.frames * video.height * video.width * 3 for video in videos)
+        frames = [video.source.info.height * video.source.info.width * 3 for video in videos]
+        largest = max([*(image.source_bytes for image in images), *frames], default=0)
+        if model + largest > self._max_decoded_bytes:
+            count = f"{len(images)} image(s) and {sum(video.frames for video in videos)} frame(s)"
+            raise UserError(
+                f"messages hold {count} of {model:,} bytes for the model, and a decoded picture of {largest:,} bytes; "
+                f"together they must be at most max_decoded_bytes {self._max_decoded_bytes:,}"
             )
-        return ImagePlan(image, field, height, width, height * width // self._settings.token_side**2)
-
-    def _plan_video(self, part: MediaPart, downloads: list[DownloadedFile], *, single: bool) -> VideoPlan:
-        source, field, chosen = part.source, part.field, part.options
-        options = resolve_options(self._video_options, chosen, part.part_field)
-        video: FrameList | VideoFile
-        if isinstance(source, list | tuple):
-            opened = [self._source(frame, f"{field}[{i}]", downloads) for i, frame in enumerate(source)]
-            video = FrameList(opened, options.sample_fps or DEFAULT_FPS, field)
-        elif isinstance(source, np.ndarray):
-            video = FrameList(source, options.sample_fps or DEFAULT_FPS, field)
-        else:
-            opened = self._source(source, field, downloads)
-            if isinstance(opened, Image.Image):
-                raise UserError(f"{field} is an image; a video must be a file, an array or a list of images")
-            video = VideoFile(opened, field)
-        info, total = video.info, options.total_pixels
-        if single and not self._total_pixels_chosen and "total_pixels" not in chosen:
-            total = int(total * adaptive_factor(info.duration, self._settings.adaptive_pixels))
-        with _named(field):
-            indices = frame_indices(
-                info.num_frames,
-                info.native_fps,
-                fps=options.fps,
-                min_frames=options.min_frames,
-                max_frames=options.max_frames,
-                total_pixels=total,
-            )
-            height, width = resized(options) or frame_size(
-                len(indices),
-                info.height,
-                info.width,
-                min_pixels=options.min_pixels,
-                max_pixels=options.max_pixels,
-                total_pixels=total,
-            )
-        tokens = height * width // self._settings.token_side**2
-        times = info.times[indices]
-        stamps = sum(len(stamp) for stamp in self._stamps(times))
-        return VideoPlan(video, indices, times, height, width, tokens, stamps + tokens * len(indices))
-
-    def _stamps(self, times: np.ndarray) -> Iterator[list[int]]:
-        """The token ids of the text before each frame; `times` are in seconds."""
-        for time in times.tolist():
-            yield self._tokenizer.encode_template(self._settings.frame_format.format(time=time))
 
     def _expand(self, plan: PromptPlan, times: Sequence[np.ndarray]) -> Iterator[int]:
         """The ids of the whole prompt: all pad tokens, and the time stamps of the decoded frames (`times`, seconds)."""
@@ -471,9 +397,10 @@ class Processor:
                 yield from [token] * next(images).num_tokens
             elif token == self._config.video_token_id:
                 video, stamps = next(videos)
-                for stamp in self._stamps(stamps):
-                    yield from stamp
+                for before, after in self._encoder.interleave(stamps, video.cues):
+                    yield from before
                     yield from [token] * video.tokens_per_frame
+                    yield from after
             else:
                 yield token
 
@@ -481,12 +408,3 @@ class Processor:
 def _grids(sizes: Sequence[tuple[int, int]], patch: int) -> np.ndarray:
     rows = [(1, height // patch, width // patch) for height, width in sizes]
     return np.array(rows, np.int32).reshape(-1, 3)
-
-
-@contextlib.contextmanager
-def _named(field: str) -> Iterator[None]:
-    """Puts the name of a medium before the text of a UserError."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{field}: {error}") from error

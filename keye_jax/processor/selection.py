@@ -7,13 +7,13 @@ import numpy as np
 from keye_jax.errors import UserError
 from keye_jax.processor.decode import VideoInfo
 from keye_jax.processor.options import VideoOptions
-from keye_jax.processor.video import MIN_FRAME_PIXELS, frame_count, frame_indices
+from keye_jax.processor.video import MIN_FRAME_PIXELS, check_total_pixels, frame_count, frame_indices
 
 # Seconds. Stamps are rounded to their ticks, and times that a user writes to what was shown to him.
 _TOLERANCE = 2e-3
 
 
-def select_frames(info: VideoInfo, options: VideoOptions, total_pixels: int) -> np.ndarray:
+def select_frames(info: VideoInfo, options: VideoOptions, total_pixels: int, *, every: bool = False) -> np.ndarray:
     """Indices of the frames that the model sees, int64 [n], increasing.
 
     At a constant rate they are the publisher's, `frame_indices`. At a variable rate as many moments are spread evenly
@@ -24,10 +24,12 @@ def select_frames(info: VideoInfo, options: VideoOptions, total_pixels: int) -> 
       info: of the video.
       options: `fps` and its limits, `start` and `end`, or the frames asked for.
       total_pixels: limit on the area of all frames together, in pixels.
+      every: whether all frames are wanted, as far as the limits allow, in place of `fps`.
 
     Raises:
       UserError: an option asks for what the video does not have, or for more frames than `total_pixels` allows.
     """
+    check_total_pixels(total_pixels)
     times = info.times
     if options.frame_indices is not None:
         chosen = np.array(options.frame_indices, np.int64)
@@ -51,6 +53,9 @@ def select_frames(info: VideoInfo, options: VideoOptions, total_pixels: int) -> 
             return first + np.round(np.linspace(0, count - 1, wanted)).astype(np.int64)
         return _evenly_in_time(times, first, last, wanted, fewest=wanted)
     limits = {"min_frames": options.min_frames, "max_frames": options.max_frames, "total_pixels": total_pixels}
+    if every:
+        wanted = min(count, options.max_frames or count, total_pixels // MIN_FRAME_PIXELS)
+        return first + np.round(np.linspace(0, count - 1, wanted)).astype(np.int64)
     if info.constant:
         return first + frame_indices(count, info.native_fps, fps=options.fps, **limits)
     seconds = times[last] - times[first] + info.duration - times[-1]

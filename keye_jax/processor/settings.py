@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from keye_jax.config import VisionConfig
-from keye_jax.errors import UserError
-from keye_jax.processor.media import shorten
+from keye_jax.errors import UserError, shorten
+from keye_jax.processor.frame_text import GUESS, FrameText
 from keye_jax.processor.options import ImageOptions, VideoOptions, read_options, resolve_options
 
 # Pixels. frame_size and total_pixels count tokens of 28x28 pixels.
 _TOKEN_SIDE = 28
 _FILE = "preprocessor_config.json"
+# The files that may say how a frame's time is written; the first that does is believed.
+_FRAME_FORMAT_FILES = ("video_preprocessor_config.json", "processor_config.json", _FILE)
 _IMAGE, _VIDEO = ImageOptions(), VideoOptions()
 _VIDEO_NAMES = ("fps", "min_frames", "max_frames", "total_pixels")
 _VIDEO_ONLY_NAMES = tuple(f"video_{name}" for name in (*_VIDEO_NAMES, "min_pixels", "max_pixels"))
@@ -29,7 +31,8 @@ class ProcessorSettings:
       image, video: options that apply if a request sets none. In the file, `min_pixels` and `max_pixels` are those of
         images, and `video_min_pixels` and `video_max_pixels` those of video frames.
       rescale_factor, image_mean, image_std: normalised = (pixel * rescale_factor - mean) / std.
-      frame_format: text before each frame's pad tokens; `time` is in seconds.
+      frame_format: the text around each frame's pad tokens, a preset's name or a format string; see
+        `keye_jax.processor.frame_text`. None: the files do not say, and keye-1.5 is a guess.
       adaptive_pixels: rows (seconds, factor). A video of at most `seconds` gets total_pixels * factor. Empty: off.
       token_side: side of one token in pixels.
 
@@ -42,17 +45,13 @@ class ProcessorSettings:
     rescale_factor: float = 1 / 255
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    frame_format: str = "<|frame|>{time:.1f}"
+    frame_format: str | None = None
     adaptive_pixels: tuple[tuple[float, float], ...] = ()
     token_side: int = _TOKEN_SIDE
 
     def __post_init__(self) -> None:
-        try:
-            valid = self.frame_format.format(time=1.0) != self.frame_format.format(time=2.0)
-        except (LookupError, ValueError, AttributeError):
-            valid = False
-        if not valid:
-            raise _wrong("frame_format", self.frame_format, "a format string such as '<|frame|>{time:.1f}'")
+        if self.frame_format is not None:
+            FrameText.parse(self.frame_format)
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != 3:
                 raise _wrong(name, getattr(self, name), "three numbers")
@@ -63,12 +62,20 @@ class ProcessorSettings:
             allowed = "rows [seconds, factor] by increasing seconds, with factors above 0 and at most 1"
             raise _wrong("adaptive_pixels", self.adaptive_pixels, allowed)
 
+    @property
+    def frame_text(self) -> FrameText:
+        """The text around each frame's pad tokens."""
+        return FrameText.parse(self.frame_format or GUESS)
+
     @classmethod
     def from_checkpoint(cls, directory: Path, vision: VisionConfig) -> ProcessorSettings:
         """Reads preprocessor_config.json in `directory`, if there is one.
 
+        `frame_format` may also stand in video_preprocessor_config.json or processor_config.json, which are believed
+        before preprocessor_config.json, in that order. In each file it may stand inside `video_processor`.
+
         Raises:
-          UserError: the file is not JSON, a value is not allowed, or the patches are not the model's.
+          UserError: a file is not JSON, a value is not allowed, or the patches are not the model's.
         """
         path = directory / _FILE
         values = _read_json(path) if path.exists() else {}
@@ -85,18 +92,36 @@ class ProcessorSettings:
             "image": resolve_options(_IMAGE, read_options("image", image, _FILE), _FILE),
             "video": resolve_options(_VIDEO, read_options("video", video, _FILE), _FILE),
         }
-        for name in ("rescale_factor", "image_mean", "image_std", "frame_format", "adaptive_pixels"):
+        for name in ("rescale_factor", "image_mean", "image_std", "adaptive_pixels"):
             if values.get(name) is not None:
                 read[name] = _typed(name, values[name])
-        return cls(**read)
+        return cls(**read, frame_format=read_frame_format(directory))
+
+
+def read_frame_format(directory: Path) -> str | None:
+    """The `frame_format` that the files of a checkpoint state; None if they state none.
+
+    Raises:
+      UserError: a file is not JSON, or the format is not valid.
+    """
+    for path in (directory / name for name in _FRAME_FORMAT_FILES):
+        values = _read_json(path) if path.exists() else {}
+        nested = values.get("video_processor")
+        for place in (values, nested if isinstance(nested, Mapping) else {}):
+            value = place.get("frame_format")
+            if value is None:
+                continue
+            try:
+                FrameText.parse(str(value))
+            except UserError as error:
+                raise UserError(f"{path.name}: {error}") from error
+            return str(value)
+    return None
 
 
 def _typed(name: str, value: Any) -> Any:
     try:
         match name:
-            case "frame_format":
-                if isinstance(value, str):
-                    return value
             case "rescale_factor":
                 return float(value)
             case "adaptive_pixels":
@@ -105,7 +130,7 @@ def _typed(name: str, value: Any) -> Any:
                 return tuple(float(item) for item in value)
     except (TypeError, ValueError):
         pass
-    kinds = {"frame_format": "a string", "rescale_factor": "a number", "adaptive_pixels": "rows [seconds, factor]"}
+    kinds = {"rescale_factor": "a number", "adaptive_pixels": "rows [seconds, factor]"}
     raise _wrong(name, value, kinds.get(name, "a list of numbers"))
 
 

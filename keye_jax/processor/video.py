@@ -68,11 +68,16 @@ def frame_count(
     for name, value in values.items():
         if value is not None:
             _check_positive(name, value)
+    check_total_pixels(total_pixels)
+    count = min(max(int(seconds * fps), min_frames), total_pixels // MIN_FRAME_PIXELS)
+    return count if max_frames is None else min(count, max_frames)
+
+
+def check_total_pixels(total_pixels: int) -> None:
+    """Raises UserError if `total_pixels` is too small for one frame of 64 tokens."""
     if total_pixels < MIN_FRAME_PIXELS:
         allowed = f"at least {MIN_FRAME_PIXELS} (one frame of 64 tokens of 28x28 pixels)"
         raise UserError(f"total_pixels is {total_pixels}; it must be {allowed}")
-    count = min(max(int(seconds * fps), min_frames), total_pixels // MIN_FRAME_PIXELS)
-    return count if max_frames is None else min(count, max_frames)
 
 
 def _check_positive(name: str, value: float) -> None:
