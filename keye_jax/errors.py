@@ -1,4 +1,4 @@
-"""The exception for mistakes of a user."""
+"""The exception for mistakes of a user, and how its messages show values."""
 
 
 class UserError(ValueError):
@@ -17,3 +17,8 @@ def shorten(value: object, limit: int = 80) -> str:
     except Exception:  # too deep, an integer of too many digits, or a class of the caller that fails
         text = f"<{type(value).__name__}>"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def shorten_name(name: object) -> str:
+    """The name of a field for an error message: `name` without quotes, in one line, whatever it is."""
+    return shorten(name)[1:-1] if isinstance(name, str) else shorten(name)

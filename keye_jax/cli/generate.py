@@ -115,9 +115,9 @@ def generate(
         "fps": fps,
         "max_frames": max_frames,
         "num_frames": num_frames,
-        "video_start": start,
-        "video_end": end,
-        "video_subtitles": stdin if subtitles == "-" else subtitles,
+        "start": start,
+        "end": end,
+        "subtitles": stdin if subtitles == "-" else subtitles,
         "min_pixels": min_pixels,
         "max_pixels": max_pixels,
         "total_pixels": total_pixels,
@@ -139,7 +139,7 @@ def generate(
         rules=rules,
     )
 
-    start = time.perf_counter()
+    began = time.perf_counter()
     with options.ProgressBars() as report:
         inputs = processor.process(
             plan,
@@ -165,7 +165,7 @@ def generate(
             hooks=Hooks(text=printer, progress=report),
         )
     printer.finish(answer, plain=not stream and not as_json)
-    summary = _summary(plan, inputs, answer, sampling, decoded - start, loaded - decoded)
+    summary = _summary(plan, inputs, answer, sampling, decoded - began, loaded - decoded)
     summary["peak_memory_bytes"] = peak_memory_bytes()
     if as_json:
         print(json.dumps(summary, ensure_ascii=False, indent=2))

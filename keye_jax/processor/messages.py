@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from keye_jax.errors import UserError, shorten
+from keye_jax.errors import UserError, shorten, shorten_name
 from keye_jax.processor.data_url import is_data_url, split_frames
 from keye_jax.processor.options import collect_options
 
@@ -133,7 +133,7 @@ def check_template_variables(variables: Any, field: str) -> dict[str, Any]:
     check_depth(variables, field)
     for name in variables:
         if not isinstance(name, str) or name.startswith("_") or name in _TEMPLATE_NAMES:
-            raise UserError(f"{field}.{shorten(str(name))[1:-1]} is not known; a request cannot set this variable")
+            raise UserError(f"{field}.{shorten_name(name)} is not known; a request cannot set this variable")
     return dict(variables)
 
 
@@ -159,7 +159,7 @@ def check_messages(messages: Any) -> tuple[list[dict[str, Any]], list[MediaPart]
         if not isinstance(message, Mapping):
             raise UserError(f"{field} is {shorten(message)}; it must be an object with role and content")
         role = message.get("role")
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise UserError(f"{field}.role is {shorten(role)}; it must be one of {', '.join(ROLES)}")
         for name in _MEDIA_FIELDS:
             if message.get(name) is not None:
@@ -167,7 +167,7 @@ def check_messages(messages: Any) -> tuple[list[dict[str, Any]], list[MediaPart]
         result: dict[str, Any] = {"role": "system" if role == "developer" else role}
         content = message.get("content")
         if content is None and role == "assistant":
-            content = message.get("refusal") or ""
+            content = "" if message.get("refusal") is None else message["refusal"]
         result["content"] = _check_content(content, f"{field}.content", media)
         for name in ("reasoning_content", "name", "tool_call_id"):
             value = message.get(name)
@@ -175,13 +175,15 @@ def check_messages(messages: Any) -> tuple[list[dict[str, Any]], list[MediaPart]
                 if not isinstance(value, str):
                     raise UserError(f"{field}.{name} is {shorten(value)}; it must be a string")
                 result[name] = value
-        if message.get("tool_calls"):
-            result["tool_calls"] = _check_tool_calls(message["tool_calls"], f"{field}.tool_calls")
+        if calls := _check_tool_calls(message.get("tool_calls"), f"{field}.tool_calls"):
+            result["tool_calls"] = calls
         checked.append(result)
     return checked, media
 
 
 def _check_tool_calls(calls: Any, field: str) -> list[dict[str, Any]]:
+    if calls is None:
+        return []
     if not isinstance(calls, list | tuple):
         raise UserError(f"{field} is {shorten(calls)}; it must be a list")
     for index, call in enumerate(calls):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import numbers
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from keye_jax.errors import UserError, shorten
+from keye_jax.errors import UserError, shorten, shorten_name
 from keye_jax.processor.video import DEFAULT_FPS, MAX_FRAME_PIXELS, MIN_FRAME_PIXELS, MIN_FRAMES, TOTAL_PIXELS
 
 LOW_DETAIL_PIXELS = 512 * 512
@@ -140,27 +140,30 @@ def _read(kind: str, values: Mapping[str, Any], field: str, shared: bool) -> dic
     result: dict[str, Any] = {}
     given: dict[str, str] = {}
     where = f"{field}." if field else ""
-    for name, value in sorted(values.items(), key=lambda item: str(item[0]).startswith(f"{kind}_")):
+    named = {name if isinstance(name, str) else shorten(name): value for name, value in values.items()}
+    for name, value in sorted(named.items(), key=lambda item: item[0].startswith(f"{kind}_")):
         option = _option(kind, name)
         if option is None:
             if not (shared and any(_option(other, name) for other in _FIELDS)):
-                unknown, allowed = shorten(str(name))[1:-1], ", ".join(_FIELDS[kind])
-                raise UserError(f"{where}{unknown} is not known; an option of {kind} must be one of {allowed}")
+                allowed = ", ".join(_FIELDS[kind])
+                raise UserError(
+                    f"{where}{shorten_name(name)} is not known; an option of {kind} must be one of {allowed}"
+                )
         elif value is not None:
             value = _READERS[option](f"{where}{name}", value)
-            same = option not in given or given[option].startswith(f"{kind}_") != str(name).startswith(f"{kind}_")
+            same = option not in given or given[option].startswith(f"{kind}_") != name.startswith(f"{kind}_")
             if not same and result[option] != value:
                 raise UserError(f"{where}{name} is {shorten(value)}; {given[option]} says {shorten(result[option])}")
-            result[option], given[option] = value, str(name)
+            result[option], given[option] = value, name
     for low, high in _PAIRS:
         if low in result and high in result and result[low] > result[high]:
             raise UserError(f"{where}{low} is {result[low]}; it must be at most {high} {result[high]}")
     return result
 
 
-def _option(kind: str, name: Any) -> str | None:
+def _option(kind: str, name: str) -> str | None:
     """The option of `kind` that a caller calls `name`."""
-    plain = str(name).removeprefix(f"{kind}_")
+    plain = name.removeprefix(f"{kind}_")
     plain = _ALIASES.get(plain, plain)
     return plain if plain in _FIELDS[kind] else None
 
@@ -189,7 +192,7 @@ def _compatible(base: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str,
 
 
 def collect_options(
-    kind: str, levels: Iterable[tuple[Mapping[str, Any], str, str]], *, is_frames: bool
+    kind: str, levels: Sequence[tuple[Mapping[str, Any], str, str]], *, is_frames: bool
 ) -> dict[str, Any]:
     """The options of one message part, collected from all places in which a client may write them.
 
@@ -215,8 +218,7 @@ def collect_options(
             result |= _read(kind, _mapping(values.get(nested), f"{where}.{nested}"), f"{where}.{nested}", False)
         skipped = _IGNORED | {"type", "detail", key, *_NESTED[kind]}
         result |= _read(kind, {name: value for name, value in values.items() if name not in skipped}, where, False)
-        field = where
-    _check_conflicts({name: value for name, value in result.items() if not (is_frames and name == "fps")}, field)
+    _check_conflicts({name: value for name, value in result.items() if not (is_frames and name == "fps")}, levels[0][1])
     return result
 
 
@@ -238,9 +240,7 @@ def request_options(media_io_kwargs: Any, mm_processor_kwargs: Any) -> dict[str,
     media = _mapping(media_io_kwargs, "media_io_kwargs")
     for name in media:
         if name not in ("image", "video", "audio"):
-            raise UserError(
-                f"media_io_kwargs.{shorten(str(name))[1:-1]} is not known; it must be image, video or audio"
-            )
+            raise UserError(f"media_io_kwargs.{shorten_name(name)} is not known; it must be image, video or audio")
     values = _mapping(mm_processor_kwargs, "mm_processor_kwargs")
     every_nested = {name for names in _NESTED.values() for name in names}
     result = {}

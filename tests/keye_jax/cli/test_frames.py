@@ -109,9 +109,9 @@ def test_an_animation_and_warnings(tmp_path, capsys):
     Image.fromarray(np.random.default_rng(0).integers(1, 256, (99, 99, 3), np.uint8)).save(tmp_path / "a.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:3000])
     found = frames(capsys, tmp_path / "cut.jpg", "--out", tmp_path / "cut")
-    assert "FILE.image is cut off or damaged" in found["warnings"][0]
+    assert "FILE is cut off or damaged" in found["warnings"][0]
     assert run(app, ["frames", str(tmp_path / "cut.jpg"), "--out", str(tmp_path / "again")]) == 0
-    assert capsys.readouterr().err.startswith("warning: FILE.image is cut off or damaged")
+    assert capsys.readouterr().err.startswith("warning: FILE is cut off or damaged")
 
 
 def test_needs_no_jax(folder):

@@ -126,7 +126,7 @@ def test_a_prompt_that_looks_like_an_option(ask_json, inputs, prompt):
 
 
 def test_values_behind_an_equals_sign_keep_their_order(inputs):
-    command = typer.main.get_command(app).commands["generate"]
+    command = cast(Any, typer.main.get_command(app)).commands["generate"]
     arguments = ["--checkpoint=x", "--video=a", "--prompt=--image=b", "--image", "--video", "--video", "c"]
     context = command.make_context("generate", arguments)
     assert context.meta["media"] == ["video", "image", "video"]

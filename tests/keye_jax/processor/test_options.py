@@ -1,6 +1,7 @@
 """Options by all their names, in all places, and with all kinds of values."""
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,12 +22,12 @@ from keye_jax.processor.options import (
 FRAMES = np.zeros((4, 28, 56, 3), np.uint8)
 
 
-def video(source="x", **options):
+def video(source: Any = "x", **options: Any):
     _, [part] = check_messages([{"role": "user", "content": [{"type": "video", "video": source, **options}]}])
     return part.options
 
 
-def image(**options):
+def image(**options: Any):
     _, [part] = check_messages([{"role": "user", "content": [{"type": "image", "image": "x", **options}]}])
     return part.options
 
@@ -95,6 +96,12 @@ def test_fps_of_a_list_of_frames_is_not_a_choice_of_frames():
 )
 def test_contradictions_and_unknown_names(options, message):
     refused(lambda: video(**options), message)
+
+
+def test_names_that_are_no_text():
+    for name in (10**5000, 3, None, ("a", 1)):
+        refused(lambda name=name: request_options(None, {name: 1}), "mm_processor_kwargs.* is not known")
+        refused(lambda name=name: request_options({name: 1}, None), "media_io_kwargs.* is not known")
 
 
 @pytest.mark.parametrize(
