@@ -17,9 +17,10 @@ PACKAGES = ("keye_jax", "pallas_kernels", "convert")
 # How the distribution is called that a module comes from, where the names differ.
 DISTRIBUTIONS = {
     "PIL": "pillow",
-    "pillow_heif": "pillow-heif",
+    "imageio_ffmpeg": "imageio-ffmpeg",
     "jaxlib": "jax",
     "orbax": "orbax-checkpoint",
+    "pillow_heif": "pillow-heif",
     "yaml": "pyyaml",
 }
 LOADED_BY_NAME = {"huggingface_hub", "modelscope"}  # in convert/hub.py
