@@ -28,10 +28,10 @@ def pairs(indices):
     [("a.ts", "libx264"), ("a.mpg", "mpeg2video"), ("a.ts", "mpeg2video"), ("a.m2v", "mpeg2video")],
 )
 def test_time_lines_that_begin_again_go_on(clips, tmp_path, name, codec):
-    content = b""
+    path, content = tmp_path / name, b""
     for part in range(3):
         options = {"libx264": SMALL, "mpeg2video": {"bf": "2", "b": "2000000"}}.get(codec, {"deadline": "realtime"})
-        path = clips.write(tmp_path / name, 50, first=50 * part, codec=codec, rate=25, options=options)
+        clips.write(path, 50, first=50 * part, codec=codec, rate=25, options=options)
         content += path.read_bytes()
     path.write_bytes(content)
     video = VideoFile(path, "video")
@@ -45,9 +45,9 @@ def test_time_lines_that_begin_again_go_on(clips, tmp_path, name, codec):
 @pytest.mark.parametrize("later", [90_000, -90_000])
 def test_a_time_line_may_begin_again_anywhere(clips, tmp_path, later):
     offsets = (max(0, -later), max(0, later))
-    content = b""
+    path, content = tmp_path / "a.ts", b""
     for part, offset in enumerate(offsets):
-        path = clips.write(tmp_path / "a.ts", 50, first=50 * part, rate=25, muxer={"output_ts_offset": str(offset)})
+        clips.write(path, 50, first=50 * part, rate=25, muxer={"output_ts_offset": str(offset)})
         content += path.read_bytes()
     path.write_bytes(content)
     video = VideoFile(path, "video")
