@@ -156,6 +156,8 @@ class _Decoder:
         # Where stamps begin again, a seek may lead into any part, and may not lead out of it.
         seekable = timeline.frame_of_packet is not None and not timeline.restarts
         self._keys = np.flatnonzero(packets.key) if seekable else np.zeros(0, np.int64)
+        in_order = timeline.frame_of_packet
+        self._frames_of_keys = self._keys if in_order is None else in_order[self._keys]
         self._container: Any = None
         self._open()
 
@@ -223,10 +225,7 @@ class _Decoder:
 
     def _key_of(self, wanted: int) -> int:
         """The place in `_keys` of the keyframe from which a frame can be decoded; -1 if there is none."""
-        if not len(self._keys):
-            return -1
-        frames = self._timeline.frame_of_packet[self._keys]
-        return int(np.searchsorted(frames, wanted, "right")) - 1
+        return int(np.searchsorted(self._frames_of_keys, wanted, "right")) - 1
 
     def _seek(self, place: int) -> None:
         """Goes on from a keyframe, an earlier one, or the beginning of the file."""

@@ -200,7 +200,7 @@ def read_packets(source: Source, container: Any, stream: Any, av: Any, visit: Ca
     Args:
       visit: is called with each packet of the film, in order.
     """
-    pts, dts, duration, position, size = (array.array("q") for _ in range(5))
+    columns = {name: array.array("q") for name in ("pts", "dts", "duration", "position", "size")}
     key = array.array("b")
     end: float | None = None
     torn, count = False, 0
@@ -217,14 +217,17 @@ def read_packets(source: Source, container: Any, stream: Any, av: Any, visit: Ca
         visit(packet)
         count += packet.size > 0 or packet.dts is not None
         if is_shown(packet):
-            pts.append(stamp(packet.pts))
-            dts.append(stamp(packet.dts))
-            duration.append(min(packet.duration or 0, _LATEST))
-            position.append(-1 if packet.pos is None else packet.pos)
-            size.append(packet.size)
+            columns["pts"].append(stamp(packet.pts))
+            columns["dts"].append(stamp(packet.dts))
+            columns["duration"].append(min(packet.duration or 0, _LATEST))
+            columns["position"].append(-1 if packet.pos is None else packet.pos)
+            columns["size"].append(packet.size)
             key.append(packet.is_keyframe)
-    columns = (np.frombuffer(column, column.typecode).copy() for column in (pts, dts, duration, position, size))
-    table = PacketTable(*columns, np.frombuffer(key, np.int8) != 0, float(stream.time_base))
+    table = PacketTable(
+        **{name: np.frombuffer(column, np.int64).copy() for name, column in columns.items()},
+        key=np.frombuffer(key, np.int8) != 0,
+        tick=float(stream.time_base),
+    )
     form = container.format.name
     stated = container.duration if form in _STATED_LENGTH else None
     start = (container.start_time or 0) / av.time_base

@@ -45,7 +45,7 @@ class Picture:
 
     def pixels(self, frame: Any, size: tuple[int, int]) -> np.ndarray:
         """A frame, uint8 [H, W, 3], at `size` (H, W)."""
-        stored = size if self.orientation[0] else size[::-1]
+        stored = size if self.orientation[0] else (size[1], size[0])
         if any(self.crop) or _has_alpha(frame):
             pixels = resized_pixels(_cropped(_opaque(frame), self.crop), stored)
         elif is_hdr(frame.color_trc):
@@ -85,9 +85,10 @@ def _scaled(frame: Any, size: tuple[int, int], form: str) -> np.ndarray:
 
 def resized_pixels(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 [H, W, 3] at `size` (height, width)."""
+    height, width = size
     if pixels.shape[:2] == size:
         return pixels
-    return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def _opaque(frame: Any) -> np.ndarray:

@@ -28,10 +28,10 @@ def pairs(indices):
     [("a.ts", "libx264"), ("a.mpg", "mpeg2video"), ("a.ts", "mpeg2video"), ("a.m2v", "mpeg2video")],
 )
 def test_time_lines_that_begin_again_go_on(clips, tmp_path, name, codec):
-    content = b""
+    path, content = tmp_path / name, b""
     for part in range(3):
         options = {"libx264": SMALL, "mpeg2video": {"bf": "2", "b": "2000000"}}.get(codec, {"deadline": "realtime"})
-        path = clips.write(tmp_path / name, 50, first=50 * part, codec=codec, rate=25, options=options)
+        clips.write(path, 50, first=50 * part, codec=codec, rate=25, options=options)
         content += path.read_bytes()
     path.write_bytes(content)
     video = VideoFile(path, "video")
@@ -45,9 +45,9 @@ def test_time_lines_that_begin_again_go_on(clips, tmp_path, name, codec):
 @pytest.mark.parametrize("later", [90_000, -90_000])
 def test_a_time_line_may_begin_again_anywhere(clips, tmp_path, later):
     offsets = (max(0, -later), max(0, later))
-    content = b""
+    path, content = tmp_path / "a.ts", b""
     for part, offset in enumerate(offsets):
-        path = clips.write(tmp_path / "a.ts", 50, first=50 * part, rate=25, muxer={"output_ts_offset": str(offset)})
+        clips.write(path, 50, first=50 * part, rate=25, muxer={"output_ts_offset": str(offset)})
         content += path.read_bytes()
     path.write_bytes(content)
     video = VideoFile(path, "video")
@@ -309,7 +309,10 @@ def test_animated_webp_is_a_video(clips, tmp_path):
 
 
 def test_motion_jpeg_without_a_container(clips, tmp_path):
-    video = VideoFile(clips.write(tmp_path / "a.mjpeg", 30, codec="mjpeg", rate=25, options={"huffman": "default"}), "video")
+    with (tmp_path / "a.mjpeg").open("wb") as file:
+        for number in range(30):
+            Image.fromarray(clips.picture(number)).save(file, "JPEG")
+    video = VideoFile(tmp_path / "a.mjpeg", "video")
     assert (video.info.num_frames, video.info.native_fps) == (30, 25.0)
     assert numbers(clips, video, [0, 11, 29]) == pairs([0, 11, 29])
 
