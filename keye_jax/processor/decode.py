@@ -208,6 +208,7 @@ class _Decoder:
         if self._container is not None:
             self._container.close()
         self._container, self._stream = self._source.open()
+        self._codec = self._stream.codec_context.name
         self._context = decoder_of(self._av, self._stream)
         self._context.thread_count = self._threads
         self._context.thread_type = "AUTO"
@@ -254,7 +255,7 @@ class _Decoder:
         for packet in packets_of(self._container, self._av, self._stream):
             if packet is None:
                 return
-            if not is_shown(packet):
+            if not is_shown(packet, self._codec):
                 if number is not None:
                     yield -1, packet
                 continue

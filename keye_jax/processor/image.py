@@ -22,6 +22,8 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 MAX_ASPECT_RATIO = 200
 # Pillow's own limit against decompression bombs.
 MAX_SOURCE_PIXELS = 178_956_970
+MAX_SHOWN_PIXELS = 65536 * 784
+"""Most pixels of one image or frame as the model sees it: 65,536 tokens, a quarter of the longest context."""
 # Formats that run another program or read another file are left out (EPS runs Ghostscript). TGA has no signature, so it
 # comes last. HEIF is there once pillow-heif is registered, and Pillow reads MPO as JPEG.
 _FORMATS = (

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from keye_jax.errors import UserError, shorten, shorten_name
+from keye_jax.processor.image import MAX_SHOWN_PIXELS
 from keye_jax.processor.video import DEFAULT_FPS, MAX_FRAME_PIXELS, MIN_FRAME_PIXELS, MIN_FRAMES, TOTAL_PIXELS
 
 LOW_DETAIL_PIXELS = 512 * 512
-# Limits on values. An area that a caller sets by its sides is at most that of the largest image that is read.
+# Limits on values.
 MAX_COUNT = 10**9
 MAX_PIXELS = 10**12
 MAX_SIDE = 10**5
-MAX_RESIZED_PIXELS = 178_956_970
 MIN_RATE, MAX_RATE = 1e-6, 1e6
 MAX_SECONDS = 10**9
 MAX_LISTED = 10**5
@@ -297,9 +297,9 @@ def resolve_options[T: (ImageOptions, VideoOptions)](defaults: T, chosen: Mappin
     if (height is None) != (width is None):
         given, other = ("width", "height") if height is None else ("height", "width")
         raise UserError(f"{where}resized_{given} is {height or width}; resized_{other} must be given too")
-    if height is not None and height * width > MAX_RESIZED_PIXELS:
+    if height is not None and height * width > MAX_SHOWN_PIXELS:
         raise UserError(
-            f"{where}resized_height x resized_width is {height}x{width}; the area must be at most {MAX_RESIZED_PIXELS}"
+            f"{where}resized_height x resized_width is {height}x{width}; the area must be at most {MAX_SHOWN_PIXELS}"
         )
     return type(defaults)(**values)
 

@@ -149,14 +149,13 @@ class Packets:
     torn: bool
 
 
-def is_shown(packet: Any) -> bool:
-    """Whether a packet holds a frame that is shown."""
+def is_shown(packet: Any, codec: str) -> bool:
+    """Whether a packet of a stream in `codec` holds a frame that is shown."""
     if not packet.size or packet.is_discard:
         return False
-    name = packet.stream.codec_context.name
-    if name == "vp8":  # frames that are only referred to have packets of their own, and the fifth bit says so
+    if codec == "vp8":  # frames that are only referred to have packets of their own, and the fifth bit says so
         return bool(memoryview(packet)[0] >> 4 & 1)
-    return name != "theora" or not memoryview(packet)[0] >> 7  # where Ogg files are joined, headers come again
+    return codec != "theora" or not memoryview(packet)[0] >> 7  # where Ogg files are joined, headers come again
 
 
 def packets_of(container: Any, av: Any, *streams: Any) -> Iterator[Any]:
@@ -204,6 +203,7 @@ def read_packets(source: Source, container: Any, stream: Any, av: Any, visit: Ca
     key = array.array("b")
     end: float | None = None
     torn, count = False, 0
+    codec = stream.codec_context.name  # PyAV crashes if it is asked for this after a decoder did not open
     for packet in packets_of(container, av):
         torn = packet is None or packet.is_corrupt
         if packet is None:
@@ -216,7 +216,7 @@ def read_packets(source: Source, container: Any, stream: Any, av: Any, visit: Ca
             continue
         visit(packet)
         count += packet.size > 0 or packet.dts is not None
-        if is_shown(packet):
+        if is_shown(packet, codec):
             columns["pts"].append(stamp(packet.pts))
             columns["dts"].append(stamp(packet.dts))
             columns["duration"].append(min(packet.duration or 0, _LATEST))

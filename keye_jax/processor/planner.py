@@ -16,6 +16,7 @@ from keye_jax.processor.decode import VideoFile
 from keye_jax.processor.frame_list import FrameList
 from keye_jax.processor.frame_text import FrameEncoder
 from keye_jax.processor.image import (
+    MAX_SHOWN_PIXELS,
     image_notes,
     is_image,
     opened_image,
@@ -221,6 +222,7 @@ class MediaPlanner:
                 min_pixels=options.min_pixels,
                 max_pixels=options.max_pixels,
             )
+            _check_area(height, width)
         tokens = height * width // self._settings.token_side**2
         return ImagePlan(source, field, height, width, tokens, size[0] * size[1] * _DECODED_PIXEL_BYTES, notes)
 
@@ -265,6 +267,7 @@ class MediaPlanner:
                 max_pixels=options.max_pixels,
                 total_pixels=total,
             )
+            _check_area(height, width)
         tokens = height * width // self._settings.token_side**2
         times = info.times[indices]
         warnings = list(video.warnings)
@@ -292,6 +295,12 @@ class MediaPlanner:
         else:
             cues = read_subtitles(self._source(options.subtitles, "subtitles", downloads), "subtitles", warn)
         return clip_cues(cues, options.start, options.end)
+
+
+def _check_area(height: int, width: int) -> None:
+    if height * width > MAX_SHOWN_PIXELS:
+        size = f"{height}x{width} (height x width)"
+        raise UserError(f"the model would see {size}; the area must be at most {MAX_SHOWN_PIXELS} pixels")
 
 
 @contextlib.contextmanager

@@ -25,7 +25,8 @@ from keye_jax.processor.prompt import ChatTemplate, Detokenizer, SafeTokenizer
 from keye_jax.processor.settings import ProcessorSettings, read_template
 from keye_jax.progress import Progress
 
-MAX_DECODED_BYTES = 16 << 30
+MAX_DECODED_BYTES = 3 << 29
+"""1.5 GiB. The longest context, of 256K tokens, takes 0.6 GiB of pixels."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
