@@ -16,7 +16,7 @@ REFERENCE_WHITE = 203.0
 # cd/m2. Brighter light becomes white. It is also the display's that HLG is converted for.
 _PEAK = 1000.0
 # Part of white up to which light stays as it is.
-_KNEE = 0.6
+_KNEE = 0.75
 # Power of the system gamma of HLG on a display of `_PEAK` (ITU-R BT.2100).
 _HLG_GAMMA = 1.2
 
@@ -33,13 +33,13 @@ def is_hdr(transfer: int) -> bool:
 
 
 def to_sdr(pixels: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
-    """SDR pixels, uint8 [H, W, 3] in sRGB, of HDR pixels.
+    """SDR pixels, uint8 [H, W, 3] of BT.709, of HDR pixels.
 
     Dark and middle tones stay as the same scene has them in SDR. Highlights are bent into what is left of the range.
     The largest of the three components decides how much a pixel is darkened, so hues stay.
 
     Args:
-      pixels: uint16 [H, W, 3], RGB in the transfer function `transfer`, of full range.
+      pixels: uint16 [H, W, 3], RGB in the transfer function `transfer`, as FFmpeg's `rgb48`.
       transfer: `PQ` or `HLG`.
       primaries: code point of H.273.
     """
@@ -49,13 +49,13 @@ def to_sdr(pixels: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
     linear = np.maximum(linear, 0.0)
     brightest = linear.max(axis=2, keepdims=True)
     scaled = linear * (_curve(brightest) / np.maximum(brightest, 1e-6))
-    return _srgb_table()[(np.clip(scaled, 0.0, 1.0) * 4095 + 0.5).astype(np.uint16)]
+    return _sdr_table()[(np.clip(scaled, 0.0, 1.0) * 65535 + 0.5).astype(np.uint16)]
 
 
 @functools.cache
 def _pq_table() -> np.ndarray:
     """cd/m2 of all 16-bit values of PQ (SMPTE ST 2084), float32 [65536]."""
-    power = (np.arange(65536) / 65535) ** (1 / 78.84375)
+    power = _signal() ** (1 / 78.84375)
     light = (np.maximum(power - 0.8359375, 0) / (18.8515625 - 18.6875 * power)) ** (1 / 0.1593017578125)
     return (10000 * light).astype(np.float32)
 
@@ -70,7 +70,7 @@ def _from_hlg(pixels: np.ndarray) -> np.ndarray:
 @functools.cache
 def _hlg_table() -> np.ndarray:
     """Scene light from 0 to 1 of all 16-bit values of HLG, float32 [65536]."""
-    signal = np.arange(65536) / 65535
+    signal = _signal()
     a, b, c = 0.17883277, 0.28466892, 0.55991073
     return np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12).astype(np.float32)
 
@@ -89,8 +89,12 @@ def _curve(light: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _srgb_table() -> np.ndarray:
-    """sRGB values of 4,096 steps of light from 0 to 1, uint8 (IEC 61966-2-1)."""
-    light = np.arange(4096) / 4095
-    signal = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    return (signal * 255).round().astype(np.uint8)
+def _sdr_table() -> np.ndarray:
+    """SDR values of 65,536 steps of light from 0 to 1, uint8, for a display of gamma 2.4 (ITU-R BT.1886)."""
+    return ((np.arange(65536) / 65535) ** (1 / 2.4) * 255).round().astype(np.uint8)
+
+
+@functools.cache
+def _signal() -> np.ndarray:
+    """Signal from 0 to 1 of all 16-bit values, float64 [65536]. FFmpeg's scaler makes 65,280 of the largest signal."""
+    return np.minimum(np.arange(65536) / 65280, 1.0)
