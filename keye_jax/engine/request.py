@@ -1,0 +1,176 @@
+"""What is asked of an engine, and what it gives back: requests, events, results."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from keye_jax.errors import UserError
+from keye_jax.processor import PromptPlan
+from keye_jax.runtime.sampling import SamplingParams
+
+MAX_CHOICES = 128
+MAX_STOPS = 16
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt, and how its answers are drawn.
+
+    Attributes:
+      messages: the conversation, as for `Processor.plan`; None if `plan` is given.
+      plan: a prompt that is planned already; the engine closes it.
+      options: further arguments of `Processor.plan`: tools, chat_template_kwargs, media_io_kwargs, mm_processor_kwargs.
+      sampling: temperature, penalties and so on; the checkpoint's if left out. Choice i is drawn with seed + i.
+      max_tokens: most tokens of one answer; what the model's positions allow, at most 4,096, if left out.
+      n: number of answers (choices).
+      stop: texts that end an answer and do not appear in it.
+      logit_bias: what is added to the logits of tokens, by id.
+      top_logprobs: log probabilities of how many of the likeliest tokens are wanted with each token; 0 for that of the
+        token alone, None for none at all.
+    """
+
+    messages: Sequence[Mapping[str, Any]] | None = None
+    plan: PromptPlan | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sampling: SamplingParams | None = None
+    max_tokens: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    top_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.messages is None) == (self.plan is None):
+            raise UserError("a request has either messages or a plan")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UserError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+        if not 1 <= self.n <= MAX_CHOICES:
+            raise UserError(f"n is {self.n}; it must be from 1 to {MAX_CHOICES}")
+        if len(self.stop) > MAX_STOPS or not all(self.stop):
+            raise UserError(f"stop has {len(self.stop)} texts; it must be at most {MAX_STOPS}, and none of them empty")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise UserError(f"top_logprobs is {self.top_logprobs}; it must be from 0 to {MAX_TOP_LOGPROBS}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """Log probability of a token, before temperature and penalties.
+
+    Attributes:
+      token: its id.
+      logprob: natural logarithm of its probability.
+      top: (id, logprob) of the likeliest tokens, as many as were asked for.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A new piece of an answer.
+
+    Attributes:
+      choice: which of the n answers.
+      text: not empty; pieces put together are the answer.
+      reasoning: whether it belongs to the reasoning.
+    """
+
+    choice: int
+    text: str
+    reasoning: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A whole answer.
+
+    Attributes:
+      text, reasoning: what was written outside and inside of the think block.
+      finish_reason: "stop" at an end token or a stop text, "length" at the limit, "cancelled".
+      token_ids: all drawn ids, an end token not included.
+      reasoning_tokens: how many of them belong to the reasoning.
+      logprobs: one a token, if they were asked for.
+    """
+
+    text: str
+    reasoning: str
+    finish_reason: Literal["stop", "length", "cancelled"]
+    token_ids: tuple[int, ...]
+    reasoning_tokens: int
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Tokens of a request.
+
+    Attributes:
+      prompt, image, video: of the prompt, and those of them that are images' and videos'.
+      cached: of the prompt, those that were found in the prefix cache.
+      completion, reasoning: of all answers.
+    """
+
+    prompt: int
+    image: int
+    video: int
+    cached: int
+    completion: int
+    reasoning: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """Seconds from the submission of a request.
+
+    Attributes:
+      planned: until its prompt was planned.
+      admitted: until pages were reserved for it.
+      media: until its media were decoded; `planned` without media.
+      first_token, last_token: until the first and the last token of any choice.
+    """
+
+    planned: float
+    admitted: float
+    media: float
+    first_token: float
+    last_token: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What became of a request.
+
+    Attributes:
+      choices: its answers.
+      usage: tokens.
+      timings: seconds.
+      frame_times: one list a video, seconds.
+      warnings: what the user should know about the media.
+    """
+
+    choices: tuple[Choice, ...]
+    usage: Usage
+    timings: Timings
+    frame_times: tuple[tuple[float, ...], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class RequestError(Exception):
+    """A request that failed by itself; the engine goes on.
+
+    Attributes:
+      kind: "invalid" (the request's fault), "media" (its media), "too_large" (it can never run here), "timeout",
+        "internal" (the engine's fault), "closed" (the engine ends).
+    """
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+type Event = Piece | Result | RequestError
