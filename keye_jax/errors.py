@@ -8,6 +8,10 @@ class UserError(ValueError):
     """
 
 
+class TransientError(UserError):
+    """A request that failed for now and may pass later, such as one whose download was cut off."""
+
+
 def shorten(value: object, limit: int = 80) -> str:
     """`value` for an error message: one line of at most `limit` characters, whatever it is."""
     if isinstance(value, str | bytes):

@@ -166,11 +166,16 @@ class RequestError(Exception):
     Attributes:
       kind: "invalid" (the request's fault), "media" (its media), "too_large" (it can never run here), "timeout",
         "internal" (the engine's fault), "closed" (the engine ends).
+      transient: whether the same request may pass later; by its kind if left out.
     """
 
-    def __init__(self, kind: str, message: str):
-        super().__init__(message)
+    def __init__(self, kind: str, message: str, transient: bool | None = None):
+        super().__init__(kind, message, transient)
         self.kind = kind
+        self.transient = kind in ("internal", "timeout") if transient is None else transient
+
+    def __str__(self) -> str:
+        return self.args[1]
 
 
 type Event = Piece | Result | RequestError

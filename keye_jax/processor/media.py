@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from keye_jax import __version__
-from keye_jax.errors import UserError, shorten
+from keye_jax.errors import TransientError, UserError, shorten
 from keye_jax.processor.data_url import is_data_url, read_bare_base64, read_data_url
 
 MAX_REMOTE_BYTES = 8 << 30
@@ -68,6 +68,7 @@ def fetch(source: str, field: str, *, allow_remote: bool, allow_files: bool = Tr
 
     Raises:
       UserError: the medium is missing, not allowed, malformed, larger than `MAX_REMOTE_BYTES`, or unreachable.
+        TransientError if it may be reached later.
     """
     if is_data_url(source):
         return read_data_url(source, field)
@@ -124,7 +125,8 @@ def _download(url: str, field: str) -> DownloadedFile:
         except UserError:
             raise
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise UserError(f"{name}; it cannot be fetched: {watchdog.reason or _reason(error)}") from error
+            kind = TransientError if _may_pass(error) else UserError
+            raise kind(f"{name}; it cannot be fetched: {watchdog.reason or _reason(error)}") from error
         on_error.pop_all()
         return result
 
@@ -269,6 +271,13 @@ def _escape(url: str) -> str:
     path = urllib.parse.quote(parts.path.replace("\\", "/"), safe=_IN_PATH)
     query = urllib.parse.quote(parts.query, safe=_IN_QUERY)
     return urllib.parse.urlunsplit((parts.scheme, host + port, path or "/", query, ""))
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same download may succeed later: not if the server refuses it or the URL is malformed."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500 or error.code in (408, 425, 429)
+    return isinstance(error, OSError | http.client.HTTPException) and not isinstance(error, http.client.InvalidURL)
 
 
 def _reason(error: Exception) -> str:

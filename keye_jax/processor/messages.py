@@ -73,12 +73,7 @@ def read_request(content: bytes, field: str) -> dict[str, Any]:
     """
     if not content.strip(b"\0 \t\r\n"):
         raise UserError(f"{field}; it must hold messages, but it is empty")
-    try:
-        values = json.loads(content, parse_int=_integer)
-    except RecursionError as error:
-        raise UserError(f"{field}; its lists and objects must be at most {MAX_DEPTH} levels deep") from error
-    except ValueError as error:
-        raise UserError(f"{field}; it must be a JSON file ({error})") from error
+    values = read_json(content, field)
     if isinstance(values, Mapping):
         extra = values.get("extra_body")
         values = {**values, **extra} if isinstance(extra, Mapping) else values
@@ -89,6 +84,23 @@ def read_request(content: bytes, field: str) -> dict[str, Any]:
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{field}; it must hold a list of messages, or an object with one")
     return request
+
+
+def read_json(content: bytes, field: str) -> Any:
+    """Reads JSON in UTF-8, UTF-16 or UTF-32, whatever the bytes are.
+
+    Args:
+      field: the name of the content in error messages.
+
+    Raises:
+      UserError: the content is not JSON.
+    """
+    try:
+        return json.loads(content, parse_int=_integer)
+    except RecursionError as error:
+        raise UserError(f"{field}; its lists and objects must be at most {MAX_DEPTH} levels deep") from error
+    except ValueError as error:
+        raise UserError(f"{field}; it must be JSON ({error})") from error
 
 
 def _integer(text: str) -> int:
