@@ -112,7 +112,9 @@ def _max_tokens(fields: Mapping[str, Any], default: int | None) -> int | None:
 def _stop(value: Any) -> tuple[str, ...]:
     texts = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or len(texts) > MAX_STOPS or not all(isinstance(x, str) and x for x in texts):
-        raise UserError(f"stop is {shorten(value)}; it must be a string, or at most {MAX_STOPS}, and none of them empty")
+        raise UserError(
+            f"stop is {shorten(value)}; it must be a string, or at most {MAX_STOPS}, and none of them empty"
+        )
     return tuple(texts)
 
 

@@ -1,0 +1,214 @@
+"""`keye-jax batch`: answer many requests from a file, or the same question about each video of a folder."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from keye_jax.cli import options
+from keye_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from keye_jax.jobs.batch import Engine
+    from keye_jax.jobs.report import Tally
+
+SOME_FAILED, STOPPED, SIGNALLED = 1, 3, 128
+
+
+def batch(
+    checkpoint: options.Checkpoint,
+    output: Annotated[Path, typer.Option(help="File of results, a line each. The same command resumes it.")],
+    input: Annotated[Path | None, typer.Option(help="File of requests, a line each.")] = None,
+    videos: Annotated[str | None, typer.Option(help="Pattern of video files, in place of --input.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to ask about each of --videos.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="The part of the lines to answer, from 0/N; of all if left out.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer, if a line does not say.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="If a line does not say; the checkpoint's if left out.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="If a line does not say; the checkpoint's if left out.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="If a line does not say; the checkpoint's if left out.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random draws, if a line does not say.")] = 0,
+    fps: Annotated[float | None, typer.Option(help="Frames to look at a second of video.")] = None,
+    max_frames: Annotated[int | None, typer.Option(help="Most frames of a video.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames of a video, in place of --fps.")] = None,
+    start: Annotated[str | None, typer.Option(help="Where videos begin: seconds, mm:ss or hh:mm:ss.")] = None,
+    end: Annotated[str | None, typer.Option(help="Where videos end: seconds, mm:ss or hh:mm:ss.")] = None,
+    subtitles: Annotated[str | None, typer.Option(help="'container': subtitles that are in the videos.")] = None,
+    min_pixels: Annotated[int | None, typer.Option(help="Fewest pixels of an image or frame.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="Most pixels of an image or frame.")] = None,
+    total_pixels: Annotated[int | None, typer.Option(help="Most pixels of all frames of a video.")] = None,
+    allow_remote: Annotated[bool, typer.Option("--allow-remote", help="Fetch http(s) URLs.")] = False,
+    rows: Annotated[int, typer.Option(help="Requests that are answered at once.")] = 32,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Requests that the engine has at once, media included; twice --rows if left out.")
+    ] = None,
+    retries: Annotated[int, typer.Option(help="How often to try again what may pass later.")] = 2,
+    grace: Annotated[float, typer.Option(help="Seconds for running requests after SIGINT or SIGTERM.")] = 20.0,
+    ray: Annotated[int | None, typer.Option(help="Workers on a Ray cluster, in place of this machine.")] = None,
+    ray_gpus: Annotated[float, typer.Option(help="GPUs of each Ray worker.")] = 1.0,
+    attention: options.Attention = "sparse",
+    implementation: options.Implementation = None,
+    dense_below: options.DenseBelow = 0,
+    indexer_dtype: options.IndexerDtype = None,
+    prefill_chunk: options.PrefillChunk = None,
+    dtype: options.Dtype = "checkpoint",
+    sharding: options.Sharding = None,
+) -> int:
+    """Answer many requests from a file, or the same question about each video of a folder.
+
+    Results go to --output, in any order, each exactly once. The same command resumes a job that was killed.
+    """
+    chosen = options.attention_options(attention, implementation, indexer_dtype)
+    engine_options = {
+        "attention": chosen,
+        "dense_below": options.dense_limit(dense_below),
+        "prefill_chunk": options.prefill_chunk_size(prefill_chunk),
+        "dtype": options.parameter_dtype(dtype),
+        "sharding": sharding,
+        "rows": _at_least("--rows", rows, 1),
+    }
+    outstanding = _at_least("--concurrency", concurrency or 2 * rows * (ray or 1), 1)
+    _at_least("--retries", retries, 0)
+    _at_least("--grace", grace, 0)
+    _at_least("--max-tokens", max_tokens or 1, 1)
+    _at_least("--ray", ray or 1, 1)
+
+    from convert import kind_of
+    from keye_jax.engine.generation_config import GenerationDefaults
+    from keye_jax.jobs.batch import Answerer, Batch, open_engine, token_text
+    from keye_jax.jobs.journal import JobStoppedError, Journal, checkpoint_hash
+    from keye_jax.jobs.lines import Shard, count_lines, read_lines
+    from keye_jax.jobs.report import Progress, Tally
+
+    kind_of(checkpoint)
+    part = Shard.from_environment(os.environ) if shard is None else Shard.parse(shard)
+    output = part.output(output)
+    asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    sampling = dataclasses.replace(
+        GenerationDefaults.from_checkpoint(checkpoint).sampling,
+        **{name: value for name, value in asked.items() if value is not None},
+    )
+    media = {
+        "fps": fps,
+        "max_frames": max_frames,
+        "num_frames": num_frames,
+        "start": start,
+        "end": end,
+        "subtitles": subtitles,
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
+        "total_pixels": total_pixels,
+    }
+    media = {name: value for name, value in media.items() if value is not None}
+    try:
+        source = _input(input, videos, prompt, output)
+        digest, lines = count_lines(source)
+        settings = dataclasses.asdict(sampling) | media | engine_options | {"attention": None}
+        settings |= dataclasses.asdict(chosen) | {"max_tokens": max_tokens, "shard": str(part)}
+        key = {"input": digest, "checkpoint": checkpoint_hash(checkpoint), "options": settings}
+        with Journal(output, key) as journal, source.open("rb") as file:
+            tally = Tally(part.size(lines), journal.succeeded, journal.failures)
+            ended = None
+            if tally.done < tally.total:
+                opener = functools.partial(
+                    open_engine, str(checkpoint), media_defaults=media, allow_remote=allow_remote, **engine_options
+                )
+                with _engine(opener, ray, ray_gpus, outstanding) as engine:
+                    answerer = Answerer(
+                        engine, checkpoint.resolve().name, token_text(checkpoint), sampling, max_tokens, retries
+                    )
+                    job = Batch(
+                        answerer,
+                        journal,
+                        read_lines(file, part),
+                        tally,
+                        Progress(),
+                        concurrency=outstanding,
+                        grace_s=grace,
+                    )
+                    ended = asyncio.run(job.run())
+    except JobStoppedError as error:
+        print(f"keye-jax: {error}", file=sys.stderr)
+        return STOPPED
+    _write_report(tally, output)
+    if ended is not None:
+        rest = f"{tally.total - tally.done:,} of {tally.total:,} requests have no result yet"
+        print(f"keye-jax: stopped by {ended.name}; {rest}, and the same command goes on", file=sys.stderr)
+        return SIGNALLED + ended
+    if tally.failed:
+        print(f"keye-jax: {tally.failed:,} of {tally.total:,} requests failed; see {output}", file=sys.stderr)
+        return SOME_FAILED
+    return 0
+
+
+def _at_least[T: (int, float)](option: str, value: T, least: T) -> T:
+    if not value >= least:
+        raise UserError(f"{option} is {value}; it must be at least {least}")
+    return value
+
+
+def _input(file: Path | None, videos: str | None, prompt: str | None, output: Path) -> Path:
+    """The file of requests; for `--videos` it is written beside the output."""
+    from keye_jax.jobs.journal import JobStoppedError, write_whole
+    from keye_jax.jobs.lines import video_lines
+
+    if (file is None) == (videos is None):
+        raise UserError("give either --input or --videos")
+    if (videos is None) != (prompt is None):
+        raise UserError("--videos and --prompt go together")
+    if file is not None:
+        if not file.is_file():
+            raise UserError(f"--input is {str(file)!r}; it must be a file that is there")
+        return file
+    assert videos is not None and prompt is not None
+    lines = list(video_lines(videos, prompt))
+    written = output.with_name(f"{output.stem}.requests.jsonl")
+    try:
+        write_whole(written, lines)
+    except OSError as error:
+        raise JobStoppedError(f"{written} cannot be written ({error.strerror or error})") from error
+    print(f"{len(lines):,} videos, whose requests are in {written}", file=sys.stderr)
+    return written
+
+
+@contextlib.contextmanager
+def _engine(opener: Any, workers: int | None, gpus: float, concurrency: int) -> Iterator[Engine]:
+    """The engine of this process, or those of workers on a Ray cluster."""
+    if workers is None:
+        with opener() as engine:
+            yield engine
+        return
+    from keye_jax.jobs import ray
+
+    ray.start()
+    try:
+        yield ray.RayEngines(opener, workers=workers, gpus=gpus, concurrency=concurrency)
+    finally:
+        ray.stop()
+
+
+def _write_report(tally: Tally, output: Path) -> None:
+    """Writes the report and its plot beside the output. What cannot be written is said, and does no harm."""
+    from keye_jax.jobs.journal import write_whole
+
+    print(tally.sentence(), file=sys.stderr)
+    try:
+        write_whole(output.with_name(f"{output.name}.report.json"), [json.dumps(tally.report(), indent=2).encode()])
+        tally.plot(output.with_name(f"{output.name}.report.svg"))
+    except ModuleNotFoundError:
+        print("keye-jax: no plot, which needs Matplotlib: pip install 'keye-jax[bench]'", file=sys.stderr)
+    except OSError as error:
+        print(f"keye-jax: the report cannot be written ({error.strerror or error})", file=sys.stderr)

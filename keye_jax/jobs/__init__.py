@@ -1,0 +1,1 @@
+"""Batch jobs: many requests from a file, each answered exactly once."""

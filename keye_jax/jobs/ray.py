@@ -1,0 +1,194 @@
+"""Jobs on a Ray cluster: one engine a worker, and a lost worker costs only time. Needs the extra `ray`."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keye_jax.engine.request import Request, RequestError, Result
+from keye_jax.errors import UserError
+from keye_jax.jobs.batch import Answerer, Engine, open_engine, token_text
+from keye_jax.processor.messages import read_json
+from keye_jax.runtime.sampling import SamplingParams
+
+
+class Worker:
+    """Answers rows of a Ray dataset: `dataset.map_batches(Worker, fn_constructor_kwargs={"checkpoint": ...}, ...)`.
+
+    A row has `custom_id`, a string, and `body`, the body of a chat completion as JSON. Its result has `custom_id`,
+    `response` (the body of the answer as JSON, or None) and `error` (a code and a message as JSON, or None).
+
+    The rows of a batch are answered together, and their results come in the order of the rows. Ray counts on that
+    order when it runs a batch again whose worker was lost.
+
+    Args:
+      checkpoint: directory of a checkpoint, on each machine.
+      sampling: what applies where a body says nothing; the checkpoint's if left out.
+      max_tokens, retries: as of `Answerer`.
+      opener: opens the engine with `checkpoint` and `options`.
+      options: of the engine.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        sampling: SamplingParams | None = None,
+        max_tokens: int | None = None,
+        retries: int = 2,
+        opener: Callable[..., Engine] = open_engine,
+        **options: Any,
+    ):
+        from keye_jax.engine.generation_config import GenerationDefaults
+
+        self._answerer = Answerer(
+            opener(checkpoint, **options),
+            Path(checkpoint).resolve().name,
+            token_text(Path(checkpoint)),
+            sampling or GenerationDefaults.from_checkpoint(checkpoint).sampling,
+            max_tokens,
+            retries,
+        )
+
+    async def __call__(self, batch: Mapping[str, np.ndarray]) -> AsyncIterator[dict[str, list[str | None]]]:
+        """Yields one result after the other."""
+        rows = zip(batch["custom_id"].tolist(), batch["body"].tolist(), strict=True)
+        for answer in [asyncio.ensure_future(self._answer(*row)) for row in rows]:
+            yield await answer
+
+    async def _answer(self, custom_id: str, body: str) -> dict[str, list[str | None]]:
+        try:
+            values = read_json(body.encode("utf-8", "surrogatepass"), f"body of {custom_id}")
+        except UserError as error:
+            return _row(custom_id, None, {"code": "invalid", "message": str(error)})
+        record = (await self._answerer.answer(custom_id, values)).record
+        return _row(custom_id, record["response"] and record["response"]["body"], record["error"])
+
+
+def _row(custom_id: str, response: Any, error: Any) -> dict[str, list[str | None]]:
+    texts = [None if value is None else json.dumps(value) for value in (response, error)]
+    return {"custom_id": [custom_id], "response": [texts[0]], "error": [texts[1]]}
+
+
+def start() -> None:
+    """Joins the cluster that RAY_ADDRESS names or that runs on this machine; without one, starts Ray on this machine.
+
+    Raises:
+      UserError: Ray is not installed.
+    """
+    try:
+        _ray().init(log_to_driver=False)
+    except ModuleNotFoundError as error:
+        raise UserError("Ray is not installed; --ray needs it: pip install 'keye-jax[ray]'") from error
+
+
+def stop() -> None:
+    """Leaves the cluster; the workers end."""
+    _ray().shutdown()
+
+
+def _ray() -> Any:
+    return importlib.import_module("ray")
+
+
+class _Remote:
+    """A worker process with an engine."""
+
+    def __init__(self, opener: Callable[[], Engine]):
+        self._engine = opener()
+
+    async def ready(self) -> None:
+        """Returns when the engine is there."""
+
+    async def answer(self, request: Request) -> Result | RequestError:
+        """The answer, or why there is none. Ray would wrap an exception in one of its own."""
+        try:
+            handle = self._engine.submit(request)
+            try:
+                return await handle
+            except asyncio.CancelledError:
+                handle.cancel()
+                raise
+        except RequestError as error:
+            # A worker that ends is replaced, and its requests go to others.
+            return RequestError("internal", str(error)) if error.kind == "closed" else error
+        except UserError as error:
+            return RequestError("invalid", str(error))
+
+
+class _RemoteHandle:
+    def __init__(self, engines: RayEngines, worker: int, reference: Any):
+        self._engines, self._worker, self._reference = engines, worker, reference
+
+    def __await__(self) -> Generator[Any, None, Result]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Result:
+        try:
+            answer = await self._reference
+        except _ray().exceptions.RayError as error:
+            self._engines.lost(self._worker)
+            reason = str(error).strip().partition("\n")[0]
+            raise RequestError("internal", f"worker {self._worker} was lost ({reason})") from error
+        finally:
+            self._engines.ended(self._worker)
+        if isinstance(answer, RequestError):
+            raise answer
+        return answer
+
+    def cancel(self) -> None:
+        """Ends the request on its worker."""
+        _ray().cancel(self._reference)
+
+
+class RayEngines:
+    """Engines in worker processes of a Ray cluster, used as one.
+
+    Ray starts a lost worker again. Its requests fail with a transient RequestError, and the worker gets new ones when
+    its engine is there.
+
+    Args:
+      opener: opens the engine of a worker, in the worker.
+      workers: how many there are.
+      gpus: of each worker.
+      concurrency: how many requests each worker takes at once, at most.
+    """
+
+    def __init__(self, opener: Callable[[], Engine], *, workers: int, gpus: float, concurrency: int):
+        # One of the requests may be the question whether the worker is ready.
+        options = {"num_gpus": gpus, "max_restarts": -1, "max_concurrency": concurrency + 1}
+        remote = _ray().remote(_Remote).options(**options)
+        self._workers: Sequence[Any] = [remote.remote(opener) for _ in range(workers)]
+        self._running = [0] * workers
+        self._away: dict[int, asyncio.Task[None]] = {}
+
+    def submit(self, request: Request) -> _RemoteHandle:
+        """Gives a request to the worker that has the fewest; to one that is away only if all are."""
+        chosen = min(range(len(self._workers)), key=lambda index: (index in self._away, self._running[index]))
+        self._running[chosen] += 1
+        return _RemoteHandle(self, chosen, self._workers[chosen].answer.remote(request))
+
+    def ended(self, worker: int) -> None:
+        """Notes that a request of a worker is over."""
+        self._running[worker] -= 1
+
+    def lost(self, worker: int) -> None:
+        """Gives a worker no requests until its engine is there again."""
+        if worker not in self._away:
+            self._away[worker] = asyncio.create_task(self._return(worker))
+
+    async def _return(self, worker: int) -> None:
+        while True:
+            try:
+                await self._workers[worker].ready.remote()
+            except _ray().exceptions.RayError:
+                await asyncio.sleep(1)
+            else:
+                del self._away[worker]
+                return
