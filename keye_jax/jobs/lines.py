@@ -220,13 +220,17 @@ def video_lines(pattern: str, prompt: str) -> Iterator[bytes]:
       pattern: of paths, with `*`, `?`, `[...]`, and `**` for folders at any depth.
 
     Raises:
-      UserError: there is no such file.
+      UserError: there is no such file, or the pattern is not one.
     """
     parts = Path(pattern).parts
     fixed = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts))
     folder = Path(*parts[: min(fixed, len(parts) - 1)])
-    pattern_below = str(Path(*parts[len(folder.parts) :]))
-    paths = sorted(path for path in folder.glob(pattern_below) if path.is_file())
+    try:
+        found = sorted(path for path in folder.glob(str(Path(*parts[len(folder.parts) :]))) if path.is_file())
+    except (ValueError, IndexError, NotImplementedError) as error:
+        raise UserError(f"--videos is {shorten(pattern)}; it must be a pattern of paths, such as clips/*.mp4") from error
+    # As in a shell, a pattern does not find hidden files, such as those that macOS writes beside copied ones.
+    paths = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not paths:
         raise UserError(f"--videos is {shorten(pattern)}; at least one file must match it")
     for path in paths:
