@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from keye_jax.jobs.batch import Engine
     from keye_jax.jobs.report import Tally
 
+# Exit codes; SIGNALLED plus the number of a signal.
 SOME_FAILED, STOPPED, SIGNALLED = 1, 3, 128
 
 
@@ -78,13 +79,10 @@ def batch(
         "prefill_chunk": options.prefill_chunk_size(prefill_chunk),
         "dtype": options.parameter_dtype(dtype),
         "sharding": sharding,
-        "rows": _at_least("--rows", rows, 1),
+        "rows": rows,
     }
-    outstanding = _at_least("--concurrency", concurrency or 2 * rows * (ray or 1), 1)
-    _at_least("--retries", retries, 0)
-    _at_least("--grace", grace, 0)
-    _at_least("--max-tokens", max_tokens or 1, 1)
-    _at_least("--ray", ray or 1, 1)
+    _at_least(1, rows=rows, concurrency=concurrency, max_tokens=max_tokens, ray=ray)
+    _at_least(0, retries=retries, grace=grace, ray_gpus=ray_gpus)
 
     from convert import kind_of
     from keye_jax.engine.generation_config import GenerationDefaults
@@ -92,10 +90,9 @@ def batch(
     from keye_jax.jobs.journal import JobStoppedError, Journal, checkpoint_hash
     from keye_jax.jobs.lines import Shard, count_lines, read_lines
     from keye_jax.jobs.report import Progress, Tally
+    from keye_jax.processor.options import read_options
 
     kind_of(checkpoint)
-    part = Shard.from_environment(os.environ) if shard is None else Shard.parse(shard)
-    output = part.output(output)
     asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     sampling = dataclasses.replace(
         GenerationDefaults.from_checkpoint(checkpoint).sampling,
@@ -113,29 +110,30 @@ def batch(
         "total_pixels": total_pixels,
     }
     media = {name: value for name, value in media.items() if value is not None}
+    for kind in ("image", "video"):
+        read_options(kind, media, "", shared=True)
+    part = Shard.from_environment(os.environ) if shard is None else Shard.parse(shard)
+    output = part.output(output)
+    # What answers depend on, by names that are on the command line.
+    settings = dataclasses.asdict(sampling) | dataclasses.asdict(chosen) | media | engine_options
+    settings |= {"attention": attention, "max_tokens": max_tokens, "shard": str(part)}
+    outstanding = concurrency or 2 * rows * (ray or 1)
+    opener = functools.partial(
+        open_engine, str(checkpoint), media_defaults=media, allow_remote=allow_remote, **engine_options
+    )
     try:
         source = _input(input, videos, prompt, output)
         digest, lines = count_lines(source)
-        settings = dataclasses.asdict(sampling) | media | engine_options | {"attention": None}
-        settings |= dataclasses.asdict(chosen) | {"max_tokens": max_tokens, "shard": str(part)}
         key = {"input": digest, "checkpoint": checkpoint_hash(checkpoint), "options": settings}
         with Journal(output, key) as journal, source.open("rb") as file:
-            tally = Tally(part.size(lines), journal.succeeded, journal.failures)
-            ended = None
+            tally, ended = Tally(part.size(lines), journal.succeeded, journal.failures), None
             if tally.done < tally.total:
-                opener = functools.partial(
-                    open_engine, str(checkpoint), media_defaults=media, allow_remote=allow_remote, **engine_options
-                )
                 with _engine(opener, ray, ray_gpus, outstanding) as engine:
-                    answerer = Answerer(
-                        engine, checkpoint.resolve().name, token_text(checkpoint), sampling, max_tokens, retries
-                    )
+                    tally.begin()
+                    name, text = checkpoint.resolve().name, token_text(checkpoint)
+                    answerer = Answerer(engine, name, text, sampling, max_tokens, retries)
                     job = Batch(
-                        answerer,
-                        journal,
-                        read_lines(file, part),
-                        tally,
-                        Progress(),
+                        *(answerer, journal, read_lines(file, part), tally, Progress()),
                         concurrency=outstanding,
                         grace_s=grace,
                     )
@@ -154,10 +152,11 @@ def batch(
     return 0
 
 
-def _at_least[T: (int, float)](option: str, value: T, least: T) -> T:
-    if not value >= least:
-        raise UserError(f"{option} is {value}; it must be at least {least}")
-    return value
+def _at_least(least: int, **values: float | None) -> None:
+    """Refuses values of options, by name, that are below `least`."""
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
 
 
 def _input(file: Path | None, videos: str | None, prompt: str | None, output: Path) -> Path:

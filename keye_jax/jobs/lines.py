@@ -228,7 +228,9 @@ def video_lines(pattern: str, prompt: str) -> Iterator[bytes]:
     try:
         found = sorted(path for path in folder.glob(str(Path(*parts[len(folder.parts) :]))) if path.is_file())
     except (ValueError, IndexError, NotImplementedError) as error:
-        raise UserError(f"--videos is {shorten(pattern)}; it must be a pattern of paths, such as clips/*.mp4") from error
+        raise UserError(
+            f"--videos is {shorten(pattern)}; it must be a pattern of paths, such as clips/*.mp4"
+        ) from error
     # As in a shell, a pattern does not find hidden files, such as those that macOS writes beside copied ones.
     paths = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not paths:

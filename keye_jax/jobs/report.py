@@ -58,6 +58,10 @@ class Tally:
         self._ends, self._latencies, self._first, self._between = (array("d") for _ in range(4))
         self._tokens = array("q")
 
+    def begin(self) -> None:
+        """Notes that the run begins now. What the engine needed to load does not count."""
+        self._start = time.monotonic()
+
     @property
     def failed(self) -> int:
         return self.failures.total()

@@ -23,6 +23,7 @@ from tests.keye_jax.jobs.fake import FakeEngine, answer_to, answerer, line
 from tests.keye_jax.jobs.test_journal import FullDisk
 
 ROOT = Path(__file__).parents[3]
+WHOLE = Shard()
 
 
 class Silent:
@@ -44,7 +45,7 @@ def output(tmp_path):
 def run(tmp_path, output):
     """Runs a job on the content of an input, and returns how it ended and its tally."""
 
-    def call(content, engine=None, *, concurrency=16, grace_s=5.0, shard=Shard(), reader=read_lines, **options):
+    def call(content, engine=None, *, concurrency=16, grace_s=5.0, shard=WHOLE, reader=read_lines, **options):
         source = tmp_path / "in.jsonl"
         source.write_bytes(content)
         digest, lines = count_lines(source)
@@ -112,9 +113,7 @@ def test_failed_lines_carry_their_error_and_the_job_goes_on(run, output):
     assert "messages[0].content[0].type is 'sound'" in got["deep"]["message"]
     assert got[7]["code"] == "invalid_line" and got[7]["line"] == 7
     assert got[8]["code"] == "duplicate_custom_id" and "line 1 has the same" in got[8]["message"]
-    assert tally.failures == Counter(
-        media=1, too_large=1, internal=1, invalid=2, invalid_line=1, duplicate_custom_id=1
-    )
+    assert tally.failures == Counter(media=1, too_large=1, internal=1, invalid=2, invalid_line=1, duplicate_custom_id=1)
 
 
 class TestRetries:
@@ -186,7 +185,7 @@ class TestEnds:
         for left in (0, size // 5, size // 3):
             with monkeypatch.context() as patch:
                 patch.setattr(os, "write", FullDisk(left))
-                with pytest.raises(JobStoppedError, match="No space left on device.*the same command resumes it"):
+                with pytest.raises(JobStoppedError, match=r"No space left on device.*the same command resumes it"):
                     run(content, FakeEngine(0.001))
             assert not output.read_bytes() or output.read_bytes().endswith(b"\n")
             assert expected.items() >= outcomes(output).items()

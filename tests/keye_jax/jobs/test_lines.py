@@ -8,8 +8,10 @@ from keye_jax.jobs import lines
 from keye_jax.jobs.lines import BadLine, Line, Shard, encode, read_lines, result_key, video_lines
 from tests.keye_jax.jobs.fake import line
 
+WHOLE = Shard()
 
-def read(content: bytes, shard: Shard = Shard()):
+
+def read(content: bytes, shard: Shard = WHOLE):
     return list(read_lines(io.BytesIO(content), shard))
 
 
@@ -108,7 +110,7 @@ class TestShard:
         content = b"\n".join(line(str(index)) for index in range(11))
         parts = [[got.custom_id for got in read(content, Shard(index, 3))] for index in range(3)]
         assert parts[0] == ["0", "3", "6", "9"]
-        assert sorted(map(int, sum(parts, []))) == list(range(11))
+        assert sorted(int(each) for part in parts for each in part) == list(range(11))
         assert [len(part) for part in parts] == [Shard(index, 3).size(11) for index in range(3)]
 
     def test_of_the_command_line(self):
