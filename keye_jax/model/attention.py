@@ -42,8 +42,8 @@ On TPUs 2,048 queries at 256K tokens are one block: v5e's compiler aborts on the
 _EXCHANGED_BYTES = 2 * 2**20
 """Most bytes of the scores of all devices that are exchanged whole.
 
-Above it each device offers its best, whose number does not grow with the context. That takes two more selections, one
-after the other, and several short kernels in each layer.
+Above it each device offers its best, whose number does not grow with the context. That takes two more selections in
+each layer, one after the other.
 """
 
 _DENSE_BYTES = 2**30

@@ -178,7 +178,8 @@ def test_what_devices_exchange_gives_the_selection_of_one(monkeypatch, most: int
     selected = np.asarray(jax.jit(run)(in_turns(scores), own_length[:, None, :])).reshape(len(length), devices, top_k)
     turn, offset = np.divmod(selected, PAGE_SIZE)
     position = np.where(selected >= 0, (turn * devices + np.arange(devices)[:, None]) * PAGE_SIZE + offset, -1)
-    expected = np.asarray(select_topk(scores, length[:, None], top_k, implementation="xla"))[:, 0]
+    one_device = select_topk(jnp.asarray(scores), jnp.asarray(length)[:, None], top_k, implementation="xla")
+    expected = np.asarray(one_device)[:, 0]
     for found, one in zip(position.reshape(len(length), -1), expected, strict=True):
         np.testing.assert_array_equal(np.sort(found[found >= 0]), one[one >= 0])
 
