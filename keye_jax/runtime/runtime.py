@@ -16,11 +16,12 @@ import numpy as np
 from flax import nnx
 
 from keye_jax.config import KeyeConfig
-from keye_jax.kv_cache import BatchMetadata, PageAllocator, PagePool, pages_for
+from keye_jax.kv_cache import BatchMetadata, PagePool
 from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.decoder import LayerIntermediates
 from keye_jax.model.keye import Keye
 from keye_jax.model.params import shard_params
+from keye_jax.page_allocator import PageAllocator, pages_for
 from keye_jax.progress import Progress
 from keye_jax.runtime import programs
 from keye_jax.runtime.decode import DecodeState, active_row, idle_row
@@ -123,7 +124,7 @@ class Runtime:
           the pool, and the pages of each sequence, int32 `[sequences, m]`.
         """
         pool, width = self.new_pool(self.cache_pages(sequences, tokens)), self.table_width(tokens)
-        allocator = PageAllocator(pool.page_count, self.rules)
+        allocator = PageAllocator(pool.page_count, homes=self.rules.size("batch"), turns=self.page_multiple)
         per_home = -(-sequences // self.rules.size("batch"))
         return pool, np.stack([allocator.allocate(width, home=index // per_home) for index in range(sequences)])
 
