@@ -22,7 +22,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "convert",
     ),
     "keye_jax.demo": ("keye_jax.cli", "keye_jax.testing", "convert"),
-    "keye_jax.engine": ("keye_jax.runtime", "keye_jax.processor"),
+    "keye_jax.engine": ("keye_jax.runtime", "keye_jax.processor", "convert"),
     "keye_jax.eval": ("keye_jax.runtime", "keye_jax.engine"),
     "keye_jax.bench": ("keye_jax.runtime", "keye_jax.processor", "keye_jax.presets", "keye_jax.testing"),
     "keye_jax.planning": ("keye_jax.runtime",),

@@ -254,6 +254,18 @@ def set_row(state: DecodeState, row: jax.Array, values: DecodeState) -> DecodeSt
     return jax.tree.map(lambda x, value: x.at[row].set(value), state, values)
 
 
+@functools.partial(jax.jit, donate_argnames="state")
+def set_pages(state: DecodeState, row: jax.Array, table: jax.Array) -> DecodeState:
+    """The state with another page table, int32 `[m]`, in row number `row`."""
+    return dataclasses.replace(state, page_table=state.page_table.at[row].set(table))
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def spread(logits: jax.Array, rows: int) -> jax.Array:
+    """`[1, vocab]` to `[rows, vocab]`."""
+    return jnp.broadcast_to(logits, (rows, logits.shape[1]))
+
+
 @jax.jit
 def take_pages(pool: PagePool, pages: jax.Array) -> PagePool:
     """Copies of some pages, int32 `[n]`, in their order."""

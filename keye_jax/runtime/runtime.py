@@ -415,9 +415,19 @@ class Runtime:
         """The state with row `row` idle. The state is donated."""
         return self._write_row(state, row, idle_row(state.page_table.shape[1], self.config.vocab_size))
 
+    def set_pages(self, state: DecodeState, row: int, pages: np.ndarray) -> DecodeState:
+        """The state with other pages, int32 `[n]`, of the sequence in row `row`. The state is donated."""
+        table = np.zeros(state.page_table.shape[1], np.int32)
+        table[: len(pages)] = pages
+        return programs.set_pages(state, self.put(np.asarray(row, np.int32)), self.put(table))
+
     def _write_row(self, state: DecodeState, row: int, values: DecodeState) -> DecodeState:
         put = jax.tree.map(lambda value: self.put(np.asarray(value)), values)
         return programs.set_row(state, self.put(np.asarray(row, np.int32)), put)
+
+    def spread(self, logits: jax.Array, rows: int) -> jax.Array:
+        """Logits `[1, vocab]` in each of a number of rows, for `draw`."""
+        return programs.spread(logits, rows)
 
     def drawn(self, state: DecodeState) -> tuple[jax.Array, TokenScores]:
         """The tokens that the rows drew last, int32 `[b]`, and their scores, as arrays that no step overwrites."""
