@@ -8,8 +8,12 @@ class UserError(ValueError):
     """
 
 
-class TransientError(UserError):
-    """A request that failed for now and may pass later, such as one whose download was cut off."""
+class MediaError(UserError):
+    """A mistake in an image or a video of a request, or in one of its options."""
+
+
+class UnreachableError(MediaError):
+    """A medium that cannot be fetched for now, and may be later: the download broke off, or the server is busy."""
 
 
 def shorten(value: object, limit: int = 80) -> str:

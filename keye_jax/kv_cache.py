@@ -1,15 +1,12 @@
-"""The KV cache: a pool of pages on the devices, which sequences hold which pages, and which pages are free.
+"""The KV cache: a pool of pages on the devices, and which sequences of a step hold which pages.
 
 Pages belong to no sequence. A step is told by `BatchMetadata` which pages its sequences hold, so sequences join, leave
-and share pages without copying any. Over several devices each shard of the pool has its own free list, and the rules
-alone say on which shard a page of a sequence must lie (`PageAllocator`).
+and share pages without copying any. Which pages are free, `keye_jax.page_allocator` knows.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -17,12 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from keye_jax.config import KeyeConfig
+from keye_jax.page_allocator import PAGE_SIZE
 from keye_jax.sharding.collectives import Axes
 from keye_jax.sharding.mesh_rules import MeshRules
 from keye_jax.sharding.step import StepSharding, spec
-
-PAGE_SIZE = 64
-"""Positions a page holds."""
 
 
 @jax.tree_util.register_dataclass
@@ -166,75 +161,6 @@ class BatchMetadata:
         page = jnp.take_along_axis(self.tables(page_table), column, axis=1)
         here = self.valid(tokens) & (positions < capacity) & (page >= 0) & (page < pages)
         return jnp.where(here, page * PAGE_SIZE + positions % PAGE_SIZE, pages * PAGE_SIZE)
-
-
-class OutOfPages(Exception):
-    """A shard of the pool has fewer free pages than were asked for."""
-
-
-class PageAllocator:
-    """Which pages of a pool are free, on the host: one free list a shard, and how many sequences hold each page.
-
-    Along the axes of `cache_sequence` page j of a sequence lies on shard j modulo their number; all of a sequence's
-    pages share one place along the axes of `batch`, its home.
-    """
-
-    def __init__(self, page_count: int, rules: MeshRules):
-        """Args: page_count: of the pool, a multiple of the number of its shards."""
-        self.homes, self.turns = rules.size("batch"), rules.parts(rules.cache_sequence)
-        self.page_count = page_count
-        self._per_shard, rest = divmod(page_count, self.homes * self.turns)
-        assert rest == 0, "a pool has the same number of pages on each shard"
-        self._free = [
-            list(reversed(range(shard * self._per_shard, (shard + 1) * self._per_shard)))
-            for shard in range(self.homes * self.turns)
-        ]
-        self._holders: Counter[int] = Counter()
-
-    def free_pages(self, home: int = 0) -> int:
-        """Pages that are free on the fullest shard of this home."""
-        return min(len(self._free[home * self.turns + turn]) for turn in range(self.turns))
-
-    def allocate(self, pages: int, *, home: int = 0, first: int = 0) -> np.ndarray:
-        """Takes pages for one sequence.
-
-        Args:
-          pages: how many.
-          home: the shard along `batch` on which the sequence lies.
-          first: how many pages the sequence has already.
-
-        Returns:
-          int32 `[pages]`, for a page table.
-
-        Raises:
-          OutOfPages: a shard has too few. None is taken then.
-        """
-        shards = [home * self.turns + (first + j) % self.turns for j in range(pages)]
-        wanted = Counter(shards)
-        if any(len(self._free[shard]) < count for shard, count in wanted.items()):
-            raise OutOfPages(f"{pages} pages were asked for on home {home}; {self.free_pages(home)} are free")
-        taken = [self._free[shard].pop() for shard in shards]
-        self._holders.update(taken)
-        return np.asarray(taken, np.int32)
-
-    def share(self, pages: Iterable[int]) -> None:
-        """Counts one more holder of each of these pages."""
-        for page in pages:
-            assert self._holders[int(page)] > 0, "only a page that is held can be shared"
-            self._holders[int(page)] += 1
-
-    def release(self, pages: Iterable[int]) -> None:
-        """Counts one holder less of each of these pages. A page that nobody holds is free."""
-        for page in map(int, pages):
-            assert self._holders[page] > 0, "a page is released once by each of its holders"
-            self._holders[page] -= 1
-            if not self._holders[page]:
-                self._free[page // self._per_shard].append(page)
-
-
-def pages_for(tokens: int) -> int:
-    """Pages that hold this number of tokens."""
-    return -(-tokens // PAGE_SIZE)
 
 
 def bytes_per_token(config: KeyeConfig, dtype: jnp.dtype | None = None, *, indexer_dtype: str | None = None) -> int:

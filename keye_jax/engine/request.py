@@ -164,18 +164,22 @@ class RequestError(Exception):
     """A request that failed by itself; the engine goes on.
 
     Attributes:
-      kind: "invalid" (the request's fault), "media" (its media), "too_large" (it can never run here), "timeout",
-        "internal" (the engine's fault), "closed" (the engine ends).
-      transient: whether the same request may pass later; by its kind if left out.
+      kind: "invalid" (the request's fault), "media" (its media), "unreachable" (its media cannot be fetched for now),
+        "too_large" (it can never run here), "timeout", "internal" (the engine's fault), "cancelled", "closed" (the
+        engine ends).
     """
 
-    def __init__(self, kind: str, message: str, transient: bool | None = None):
-        super().__init__(kind, message, transient)
+    def __init__(self, kind: str, message: str):
+        super().__init__(kind, message)
         self.kind = kind
-        self.transient = kind in ("internal", "timeout") if transient is None else transient
 
     def __str__(self) -> str:
         return self.args[1]
+
+    @property
+    def transient(self) -> bool:
+        """Whether the same request may pass later."""
+        return self.kind in ("unreachable", "timeout", "internal")
 
 
 type Event = Piece | Result | RequestError

@@ -84,7 +84,7 @@ class Answerer:
             try:
                 result = await self._try(body)
             except RequestError as error:
-                if error.kind == "closed":
+                if error.kind in ("closed", "cancelled"):
                     raise JobStoppedError(f"the engine ended ({error}); the same command resumes the job") from error
                 if error.transient and tries <= self.retries:
                     pause = min(_LONGEST_PAUSE_S, self.pause_s * 2 ** (tries - 1))
@@ -118,7 +118,7 @@ class Answerer:
         except Exception as error:  # a defect of the engine; the lines after this one are not its victims
             raise RequestError("internal", f"{type(error).__name__}: {error}") from error
         if any(choice.finish_reason == "cancelled" for choice in result.choices):
-            raise RequestError("closed", "it cancelled a request")
+            raise RequestError("cancelled", "it cancelled a request")
         return result
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from keye_jax import __version__
-from keye_jax.errors import TransientError, UserError, shorten
+from keye_jax.errors import UnreachableError, UserError, shorten
 from keye_jax.processor.data_url import is_data_url, read_bare_base64, read_data_url
 
 MAX_REMOTE_BYTES = 8 << 30
@@ -47,6 +47,11 @@ class DownloadedFile:
     def close(self) -> None:
         self._remove()
 
+    def keep(self) -> Path:
+        """Leaves the file to the caller, who has to remove it."""
+        self._remove.detach()
+        return self.path
+
 
 def _unlink(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
@@ -68,7 +73,7 @@ def fetch(source: str, field: str, *, allow_remote: bool, allow_files: bool = Tr
 
     Raises:
       UserError: the medium is missing, not allowed, malformed, larger than `MAX_REMOTE_BYTES`, or unreachable.
-        TransientError if it may be reached later.
+        UnreachableError if it may be reached later.
     """
     if is_data_url(source):
         return read_data_url(source, field)
@@ -125,7 +130,7 @@ def _download(url: str, field: str) -> DownloadedFile:
         except UserError:
             raise
         except (OSError, http.client.HTTPException, ValueError) as error:
-            kind = TransientError if _may_pass(error) else UserError
+            kind = UnreachableError if _may_pass(error) else UserError
             raise kind(f"{name}; it cannot be fetched: {watchdog.reason or _reason(error)}") from error
         on_error.pop_all()
         return result

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from keye_jax.config import KeyeConfig
-from keye_jax.kv_cache import PagePool, pages_for
+from keye_jax.kv_cache import PagePool
 from keye_jax.model.params import parameter_axes
+from keye_jax.page_allocator import pages_for
 from keye_jax.runtime.prefill import round_up
 from keye_jax.sharding.mesh_rules import MeshRules
 

@@ -1,4 +1,4 @@
-"""Pages: their bytes, writing to them, and who holds them."""
+"""Pages: their bytes, and writing to them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,7 @@ import numpy as np
 import pytest
 
 from keye_jax.config import KeyeConfig
-from keye_jax.kv_cache import (
-    PAGE_SIZE,
-    BatchMetadata,
-    OutOfPages,
-    PageAllocator,
-    PagePool,
-    Pages,
-    bytes_per_token,
-    pages_for,
-)
-from keye_jax.sharding import MeshRules, ShardingConfig
+from keye_jax.kv_cache import PAGE_SIZE, BatchMetadata, PagePool, Pages, bytes_per_token
 from tests.keye_jax.golden_models import CONFIGS
 
 
@@ -76,76 +66,3 @@ def test_rows_name_their_sequences_and_what_is_elsewhere_is_dropped(golden):
     written = np.zeros((3, PAGE_SIZE), bool)
     written[0, 10] = written[2, PAGE_SIZE - 1] = True
     np.testing.assert_array_equal(np.asarray(layer.kv[..., 0, 0]), written * 1.0)
-
-
-@pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (64, 1), (65, 2)])
-def test_pages_for_tokens(tokens: int, pages: int):
-    assert pages_for(tokens) == pages
-
-
-class TestPageAllocator:
-    @staticmethod
-    def rules(mesh: dict[str, int], rules: dict[str, str | list[str]], devices: int, released) -> MeshRules:
-        return MeshRules.abstract(ShardingConfig.from_dict({"mesh": mesh, "rules": rules}), released, devices, "cpu")
-
-    def test_one_device(self):
-        pages = PageAllocator(4, MeshRules.single_device())
-        first = pages.allocate(3)
-        assert len(set(first)) == 3 and pages.free_pages() == 1
-        pages.release(first[:1])
-        assert pages.free_pages() == 2
-        assert set(pages.allocate(2)).isdisjoint(first[1:])
-        assert pages.free_pages() == 0
-
-    def test_a_page_is_free_when_its_last_holder_releases_it(self):
-        pages = PageAllocator(2, MeshRules.single_device())
-        held = pages.allocate(2)
-        pages.share(held)
-        pages.release(held)
-        assert pages.free_pages() == 0
-        pages.release(held[:1])
-        assert pages.free_pages() == 1 and pages.allocate(1) == held[:1]
-
-    def test_too_few_pages_take_nothing(self):
-        pages = PageAllocator(4, MeshRules.single_device())
-        pages.allocate(2)
-        with pytest.raises(OutOfPages, match=r"3 pages were asked for on home 0; 2 are free"):
-            pages.allocate(3)
-        assert pages.free_pages() == 2 and len(pages.allocate(2)) == 2
-
-    def test_what_nobody_holds_can_be_neither_released_nor_shared(self):
-        pages = PageAllocator(4, MeshRules.single_device())
-        held = pages.allocate(1)
-        pages.release(held)
-        with pytest.raises(AssertionError):
-            pages.release(held)
-        with pytest.raises(AssertionError):
-            pages.share(held)
-
-    def test_each_shard_has_its_own_free_list(self, released):
-        """Homes along x; along y the pages of a sequence take turns."""
-        over = self.rules({"x": 2, "y": 4}, {"batch": "x", "cache_sequence": "y"}, 8, released)
-        pages = PageAllocator(32, over)
-        held = pages.allocate(6, home=1)
-        assert (held // 4).tolist() == [4, 5, 6, 7, 4, 5]
-        assert (pages.free_pages(0), pages.free_pages(1)) == (4, 2)
-        # A sequence that has six pages goes on with the seventh, on the third shard of its home.
-        assert (pages.allocate(3, home=1, first=6) // 4).tolist() == [6, 7, 4]
-        assert pages.free_pages(1) == 1
-        with pytest.raises(OutOfPages, match="on home 1"):
-            pages.allocate(5, home=1)
-        assert len(pages.allocate(16, home=0)) == 16
-
-    def test_one_full_shard_is_enough_to_refuse(self, released):
-        over = self.rules({"y": 4}, {"cache_sequence": "y"}, 4, released)
-        pages = PageAllocator(8, over)
-        pages.allocate(1)
-        pages.allocate(1)
-        assert pages.free_pages() == 0
-        with pytest.raises(OutOfPages):
-            pages.allocate(1)
-        assert (pages.allocate(3, first=1) // 2).tolist() == [1, 2, 3]
-
-    def test_a_pool_has_as_many_pages_on_each_shard(self, released):
-        with pytest.raises(AssertionError, match="same number of pages on each shard"):
-            PageAllocator(9, self.rules({"y": 4}, {"cache_sequence": "y"}, 4, released))

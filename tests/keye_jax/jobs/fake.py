@@ -83,7 +83,7 @@ class FakeEngine:
                     self.cancelled += 1
             elif kind == "defect":
                 raise ZeroDivisionError("a defect")
-            elif kind in ("invalid", "media", "too_large", "timeout", "internal", "closed") and failing:
+            elif kind in ("invalid", "media", "unreachable", "too_large", "timeout", "internal", "closed") and failing:
                 raise RequestError(kind, f"it is {kind}")
             time.sleep(self._delay_s)
             return answer_to(request)

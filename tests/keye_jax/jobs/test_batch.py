@@ -117,7 +117,7 @@ def test_failed_lines_carry_their_error_and_the_job_goes_on(run, output):
 
 
 class TestRetries:
-    @pytest.mark.parametrize("kind", ["internal", "timeout"])
+    @pytest.mark.parametrize("kind", ["internal", "timeout", "unreachable"])
     def test_what_may_pass_later_is_tried_again(self, run, output, kind):
         engine = FakeEngine()
         _, tally = run(line("a", f"{kind} 2") + line("b", f"{kind} 3"), engine)

@@ -11,7 +11,7 @@ import functools
 import numpy as np
 import pytest
 
-from keye_jax.kv_cache import PAGE_SIZE, PageAllocator, pages_for
+from keye_jax.page_allocator import PAGE_SIZE, PageAllocator, pages_for
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.runtime.sampling import SamplingParams
 from tests.keye_jax.golden_models import Trace, golden_model, preset, random_ids, rules_of, text, traced, traced_decode
@@ -79,7 +79,7 @@ class Batch:
         self.homes = runtime.rules.size("batch")
         self.width = runtime.table_width(LENGTH)
         self.pool = runtime.new_pool(self.ROWS * self.homes * self.width)
-        self.pages = PageAllocator(self.pool.page_count, runtime.rules)
+        self.pages = PageAllocator(self.pool.page_count, homes=self.homes, turns=runtime.page_multiple)
         self.state = runtime.new_state(self.ROWS * self.homes, self.width)
         self.rows: dict[int, tuple[int, int, np.ndarray]] = {}
 
