@@ -52,7 +52,16 @@ def batch(
     max_pixels: Annotated[int | None, typer.Option(help="Most pixels of an image or frame.")] = None,
     total_pixels: Annotated[int | None, typer.Option(help="Most pixels of all frames of a video.")] = None,
     allow_remote: Annotated[bool, typer.Option("--allow-remote", help="Fetch http(s) URLs.")] = False,
-    rows: Annotated[int, typer.Option(help="Requests that are answered at once.")] = 32,
+    rows: Annotated[int, typer.Option(help="Answers that are written at once.")] = 32,
+    cache_tokens: Annotated[
+        str | None, typer.Option(help="Tokens of all requests at once that the cache holds, such as 640K.")
+    ] = None,
+    optimistic: Annotated[
+        bool,
+        typer.Option("--optimistic", help="Begin more answers than the cache surely holds; some may pause."),
+    ] = False,
+    media_workers: Annotated[int, typer.Option(help="Processes that decode videos and images.")] = 2,
+    frame_cache: Annotated[Path | None, typer.Option(help="Folder that keeps decoded frames between runs.")] = None,
     concurrency: Annotated[
         int | None, typer.Option(help="Requests that the engine has at once, media included; twice --rows if left out.")
     ] = None,
@@ -73,18 +82,14 @@ def batch(
     Results go to --output, in any order, each exactly once. The same command resumes a job that was killed.
     """
     chosen = options.attention_options(attention, implementation, indexer_dtype)
-    engine_options = {
-        "attention": chosen,
-        "dense_below": options.dense_limit(dense_below),
-        "prefill_chunk": options.prefill_chunk_size(prefill_chunk),
-        "dtype": options.parameter_dtype(dtype),
-        "sharding": sharding,
-        "rows": rows,
-    }
-    _at_least(1, rows=rows, concurrency=concurrency, max_tokens=max_tokens, ray=ray)
+    dense = options.dense_limit(dense_below)
+    chunk = options.prefill_chunk_size(prefill_chunk)
+    cast = options.parameter_dtype(dtype)
+    _at_least(1, rows=rows, media_workers=media_workers, concurrency=concurrency, max_tokens=max_tokens, ray=ray)
     _at_least(0, retries=retries, grace=grace, ray_gpus=ray_gpus)
 
     from convert import kind_of
+    from keye_jax.engine.engine import EngineOptions
     from keye_jax.engine.generation_config import GenerationDefaults
     from keye_jax.jobs.batch import Answerer, Batch, open_engine, token_text
     from keye_jax.jobs.journal import JobStoppedError, Journal, checkpoint_hash
@@ -114,12 +119,26 @@ def batch(
         read_options(kind, media, "", shared=True)
     part = Shard.from_environment(os.environ) if shard is None else Shard.parse(shard)
     output = part.output(output)
-    # What answers depend on, by names that are on the command line.
-    settings = dataclasses.asdict(sampling) | dataclasses.asdict(chosen) | media | engine_options
-    settings |= {"attention": attention, "max_tokens": max_tokens, "shard": str(part)}
+    # What answers depend on, by the names of options.
+    settings = dataclasses.asdict(sampling) | media
+    settings |= {"max_tokens": max_tokens, "shard": str(part), "rows": rows, "attention": attention}
+    settings |= {"implementation": implementation, "dense_below": dense, "indexer_dtype": indexer_dtype}
+    settings |= {"prefill_chunk": chunk, "dtype": dtype, "sharding": sharding}
     outstanding = concurrency or 2 * rows * (ray or 1)
+    # No one waits for a first word, so free rows are filled before others go on.
+    shared = {"rows": rows, "chunks_between": rows, "optimistic": optimistic, "media_workers": media_workers}
+    shared |= {} if cache_tokens is None else {"cache_tokens": options.tokens("--cache-tokens", cache_tokens)}
     opener = functools.partial(
-        open_engine, str(checkpoint), media_defaults=media, allow_remote=allow_remote, **engine_options
+        open_engine,
+        str(checkpoint),
+        options=EngineOptions(**shared, frame_cache=frame_cache),
+        sharding=sharding,
+        dtype=cast,
+        attention=chosen,
+        prefill_chunk=chunk,
+        dense_below=dense,
+        allow_remote=allow_remote,
+        media=media,
     )
     try:
         source = _input(input, videos, prompt, output)

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from keye_jax.config import KeyeConfig
 from keye_jax.engine.openai import completion_body, read_body
 from keye_jax.engine.request import Request, RequestError, Result
 from keye_jax.errors import UserError
@@ -19,6 +20,7 @@ from keye_jax.jobs.lines import BadLine, Line, error_record, response_record, re
 from keye_jax.jobs.report import Outcome, Progress, Tally
 from keye_jax.processor.prompt import SafeTokenizer
 from keye_jax.runtime.sampling import SamplingParams
+from keye_jax.sharding import MeshRules, ShardingConfig
 
 # Results that wait to be written, at most. More would only fill memory while the disk is slow.
 _WAITING = 1024
@@ -37,11 +39,23 @@ class Engine(Protocol):
     def submit(self, request: Request) -> Handle: ...
 
 
-def open_engine(checkpoint: str, **options: Any) -> Any:
-    """An engine with a checkpoint, a context manager; `options` are those of `Engine.from_checkpoint`."""
+def open_engine(checkpoint: str, *, sharding: str | None = None, **settings: Any) -> Any:
+    """An engine for a checkpoint, whose programs are compiled; a context manager.
+
+    Args:
+      sharding: a preset's name, or a sharding file; None for one device.
+      settings: of `Engine.from_checkpoint`.
+    """
+    from keye_jax import presets
     from keye_jax.engine.engine import Engine
 
-    return Engine.from_checkpoint(checkpoint, **options)
+    rules = None
+    if sharding is not None:
+        file = ShardingConfig.from_file(presets.sharding_file(sharding))
+        rules = MeshRules.create(file, KeyeConfig.from_file(checkpoint))
+    engine = Engine.from_checkpoint(checkpoint, rules=rules, **settings)
+    engine.warmup()
+    return engine
 
 
 def token_text(checkpoint: Path) -> Callable[[int], str]:

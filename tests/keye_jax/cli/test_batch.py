@@ -4,30 +4,32 @@ import json
 import os
 import signal
 import sys
-import types
+from pathlib import Path
 
 import pytest
 
+from keye_jax.engine.engine import EngineOptions
 from keye_jax.runtime.sampling import SamplingParams
 from tests.keye_jax.jobs.fake import FakeEngine, line
 
 
 @pytest.fixture
 def engines(monkeypatch):
-    """The engines that were opened: rows (checkpoint, options, engine)."""
+    """The class of the engines, and those that were opened: rows (checkpoint, settings, engine)."""
     opened = []
 
     class Engine(FakeEngine):
         after = None
 
         @classmethod
-        def from_checkpoint(cls, checkpoint, **options):
-            opened.append((checkpoint, options, cls(after=cls.after)))
+        def from_checkpoint(cls, checkpoint, **settings):
+            opened.append((checkpoint, settings, cls(after=cls.after)))
             return opened[-1][2]
 
-    module = types.ModuleType("keye_jax.engine.engine")
-    module.Engine = Engine  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+        def warmup(self):
+            pass
+
+    monkeypatch.setattr("keye_jax.engine.engine.Engine", Engine)
     for name in ("JOB_COMPLETION_INDEX", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
     opened.append(Engine)
@@ -60,9 +62,9 @@ def test_a_job(batch, engines, inputs, tmp_path):
     report = json.loads((tmp_path / "out.jsonl.report.json").read_bytes())
     assert report["job"] == {"requests": 2, "succeeded": 2, "failed": 0, "not_done": 0, "failures": {}}
     assert (tmp_path / "out.jsonl.report.svg").exists()
-    _, (checkpoint, options, engine) = engines
+    _, (checkpoint, settings, engine) = engines
     assert checkpoint == str(inputs / "hf")
-    assert options["rows"] == 32 and options["media_defaults"] == {} and options["allow_remote"] is False
+    assert settings["options"].rows == 32 and settings["media"] == {} and settings["allow_remote"] is False
     assert {request.max_tokens for request in engine.requests} == {None, 3}
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -70,11 +72,14 @@ def test_a_job(batch, engines, inputs, tmp_path):
 def test_options_are_what_lines_have_that_say_nothing(batch, engines):
     arguments = ("--temperature", 0.25, "--top-p", 0.5, "--top-k", 7, "--seed", 9, "--max-tokens", 5)
     media = ("--fps", 1, "--max-frames", 8, "--end", "1:00", "--max-pixels", 99999)
-    code, _, err = batch(line("a") + line("b", temperature=1, seed=2), *arguments, *media, "--rows", 4)
+    engine = ("--rows", 4, "--cache-tokens", "64K", "--frame-cache", "frames")
+    code, _, err = batch(line("a") + line("b", temperature=1, seed=2), *arguments, *media, *engine)
     assert code == 0, err
-    _, (_, options, engine) = engines
-    assert options["media_defaults"] == {"fps": 1.0, "max_frames": 8, "end": "1:00", "max_pixels": 99999}
-    assert options["rows"] == 4
+    _, (_, settings, engine) = engines
+    assert settings["media"] == {"fps": 1.0, "max_frames": 8, "end": "1:00", "max_pixels": 99999}
+    assert settings["options"] == EngineOptions(
+        rows=4, chunks_between=4, cache_tokens=65536, frame_cache=Path("frames")
+    )
     first, second = sorted(engine.requests, key=lambda request: request.sampling.temperature)
     assert first.sampling == SamplingParams(temperature=0.25, top_p=0.5, top_k=7, seed=9) and first.max_tokens == 5
     assert second.sampling == SamplingParams(temperature=1.0, top_p=0.5, top_k=7, seed=2)

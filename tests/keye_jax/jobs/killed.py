@@ -23,7 +23,7 @@ from tests.keye_jax.jobs.fake import FakeEngine, answerer
 def run(source: Path, output: Path) -> None:
     digest, lines = count_lines(source)
     key = {"input": digest, "checkpoint": "", "options": {}}
-    with Journal(output, key) as journal, source.open("rb") as file, FakeEngine(0.01) as engine:
+    with Journal(output, key) as journal, source.open("rb") as file, FakeEngine(0.02) as engine:
         tally = Tally(lines, journal.succeeded, journal.failures)
         job = Batch(
             answerer(engine), journal, read_lines(file, Shard()), tally, Progress(), concurrency=16, grace_s=1.0
@@ -34,6 +34,7 @@ def run(source: Path, output: Path) -> None:
 def main() -> None:
     source, output, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     draws = random.Random(0)
+    output.touch()
     killed = 0
     for last in [False] * kills + [True]:
         child = os.fork()
@@ -43,7 +44,12 @@ def main() -> None:
             finally:
                 os._exit(0)
         if not last:
-            time.sleep(draws.uniform(0, 0.12))
+            # At a random moment, but not before the job has done something.
+            size = output.stat().st_size + draws.randint(0, source.stat().st_size // kills // 2)
+            while output.stat().st_size <= size and not os.waitid(
+                os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
+            ):
+                time.sleep(draws.uniform(0, 0.002))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         killed += os.WIFSIGNALED(status)

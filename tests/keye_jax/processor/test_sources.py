@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from keye_jax import __version__
-from keye_jax.errors import UserError
+from keye_jax.errors import UnreachableError, UserError
 from keye_jax.processor import Processor, media
 from keye_jax.processor.data_url import read_bare_base64, read_data_url, split_frames
 from keye_jax.processor.media import fetch
@@ -87,6 +87,7 @@ def refused(source, message, **options):
     assert str(error.value).startswith("image is ")
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400
+    return error.value
 
 
 class TestDownload:
@@ -127,7 +128,8 @@ class TestDownload:
             send(handler, PNG[:size], Content_Length=len(PNG))
             handler.close_connection = True
 
-        refused(serve(answer), f"it cannot be fetched: the connection was closed after {size} of {len(PNG)} bytes")
+        error = refused(serve(answer), f"it cannot be fetched: the connection was closed after {size} of {len(PNG)}")
+        assert isinstance(error, UnreachableError)
 
     @pytest.mark.parametrize(
         "cut", [b"", b"%x\r\n" % len(PNG), b"%x\r\n" % len(PNG) + PNG[:9], b"3\r\nabc\r\n", b"3\r"]
@@ -158,7 +160,8 @@ class TestDownload:
     )
     def test_errors_of_the_server(self, serve, status, reason):
         url = serve(lambda handler: send(handler, b"<html>no</html>", status))
-        refused(url, f"it cannot be fetched: the server answers {status} {reason}")
+        error = refused(url, f"it cannot be fetched: the server answers {status} {reason}")
+        assert isinstance(error, UnreachableError) == (status in (429, 500)), "whether it may pass later"
 
     def test_redirects(self, serve):
         def answer(handler):
