@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import os
+import sys
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from keye_jax.engine.request import Request, RequestError, Result
 from keye_jax.errors import UserError
 from keye_jax.jobs.batch import Answerer, Engine, open_engine, token_text
+from keye_jax.jobs.journal import JobStoppedError
 from keye_jax.processor.messages import read_json
 from keye_jax.runtime.sampling import SamplingParams
 
@@ -67,13 +70,22 @@ class Worker:
             values = read_json(body.encode("utf-8", "surrogatepass"), f"body of {custom_id}")
         except UserError as error:
             return _row(custom_id, None, {"code": "invalid", "message": str(error)})
-        record = (await self._answerer.answer(custom_id, values)).record
+        try:
+            record = (await self._answerer.answer(custom_id, values)).record
+        except JobStoppedError as error:
+            _end_process(error)
         return _row(custom_id, record["response"] and record["response"]["body"], record["error"])
 
 
 def _row(custom_id: str, response: Any, error: Any) -> dict[str, list[str | None]]:
     texts = [None if value is None else json.dumps(value) for value in (response, error)]
     return {"custom_id": [custom_id], "response": [texts[0]], "error": [texts[1]]}
+
+
+def _end_process(error: Exception) -> NoReturn:
+    """Ends a worker whose engine has ended, so that Ray starts another in its place."""
+    print(f"the worker ends: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def start() -> None:
@@ -116,8 +128,9 @@ class _Remote:
                 handle.cancel()
                 raise
         except RequestError as error:
-            # A worker that ends is replaced, and its requests go to others.
-            return RequestError("internal", str(error)) if error.kind == "closed" else error
+            if error.kind == "closed":
+                _end_process(error)
+            return error
         except UserError as error:
             return RequestError("invalid", str(error))
 
