@@ -218,6 +218,25 @@ class _Job:
         self.at.setdefault(name, time.perf_counter() - self.submitted)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Encoding:
+    """Frames of one medium that are being encoded.
+
+    Attributes:
+      medium: its place in `Prompt.media`.
+      frames, tokens: how many, and the tokens of each.
+      first_pad: pad tokens of the prompt before them.
+      encoded: what `Stepper.encode` returned.
+    """
+
+    job_id: int
+    medium: int
+    frames: int
+    tokens: int
+    first_pad: int
+    encoded: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
     """Counts for metrics.
@@ -277,7 +296,7 @@ class Engine:
         self._choices: dict[str, tuple[_Job, _Choice]] = {}
         self._events: list[SchedulerEvent] = []
         self._pixels: collections.deque[Pixels] = collections.deque()
-        self._encoding: collections.deque[tuple[Pixels, jax.Array]] = collections.deque()
+        self._encoding: collections.deque[_Encoding] = collections.deque()
         self._numbers = itertools.count()
         self._steps = self._compilations = 0
         self._draining = self._closing = self._poked = False
@@ -331,7 +350,8 @@ class Engine:
 
         def run() -> None:
             try:
-                self._stepper.warmup(progress)
+                most = self.processor.media.most_pixels // self.runtime.config.vision_config.patch_size**2
+                self._stepper.warmup(most, progress)
                 self._compilations = 0
             except BaseException as error:
                 failure.append(error)
@@ -560,7 +580,7 @@ class Engine:
     def _encode(self, *, all_of_them: bool) -> None:
         """Takes embeddings that are there, and queues the encoding of the next frames: one piece a step."""
         while self._encoding:
-            self._place(*self._encoding.popleft())
+            self._place(self._encoding.popleft())
         while self._pixels:
             pixels = self._pixels.popleft()
             if pixels.job_id not in self._jobs:
@@ -569,32 +589,28 @@ class Engine:
             grid = pixels.grids[0]
             each = int(grid[1] * grid[2])
             at_once = self._stepper.images_at_once(each)
+            tokens = pixels.pads // pixels.frames
             for first in range(0, pixels.frames, at_once):
-                patches = pixels.patches[first * each : (first + at_once) * each]
-                part = dataclasses.replace(
-                    pixels,
-                    first_frame=pixels.first_frame + first,
-                    frames=min(at_once, pixels.frames - first),
-                    first_pad=pixels.first_pad + first * (pixels.pads // pixels.frames),
-                    pads=min(at_once, pixels.frames - first) * (pixels.pads // pixels.frames),
-                )
-                self._encoding.append((part, self._stepper.encode(patches, grid)))
+                count = min(at_once, pixels.frames - first)
+                patches = pixels.patches[first * each : (first + count) * each]
+                encoded = self._stepper.encode(patches, grid)
+                pad = pixels.first_pad + first * tokens
+                self._encoding.append(_Encoding(pixels.job_id, pixels.medium, count, tokens, pad, encoded))
             pixels.release()
             if not all_of_them:
                 return
 
-    def _place(self, pixels: Pixels, encoded: jax.Array) -> None:
+    def _place(self, part: _Encoding) -> None:
         """Puts embeddings where the prompt has their pads."""
-        job = self._jobs.get(pixels.job_id) if isinstance(pixels.job_id, int) else None
+        job = self._jobs.get(part.job_id)
         if job is None or job.embeds is None or job.filled is None or job.prompt is None:
             return
-        tokens = pixels.pads // pixels.frames
-        place = slice(pixels.first_pad, pixels.first_pad + pixels.pads)
-        job.embeds[place] = self._stepper.embeddings(encoded, pixels.frames, tokens)
+        place = slice(part.first_pad, part.first_pad + part.frames * part.tokens)
+        job.embeds[place] = self._stepper.embeddings(part.encoded, part.frames, part.tokens)
         job.filled[place] = True
-        job.frames_left[pixels.medium] -= pixels.frames
-        if not job.frames_left[pixels.medium]:
-            medium = job.prompt.media[pixels.medium]
+        job.frames_left[part.medium] -= part.frames
+        if not job.frames_left[part.medium]:
+            medium = job.prompt.media[part.medium]
             whole = job.embeds[medium.first_pad : medium.first_pad + medium.pads]
             self._embeddings.put(medium.hash, whole.copy())
         self._tell_ready(job)

@@ -17,7 +17,7 @@ from keye_jax.engine.plan import Placed, Plan, SchedulerConfig
 from keye_jax.kv_cache import PagePool
 from keye_jax.page_allocator import pages_for
 from keye_jax.progress import Progress
-from keye_jax.runtime.encode import IMAGE_PATCHES, images_at_once
+from keye_jax.runtime.encode import IMAGE_PATCHES, images_at_once, padded_patches
 from keye_jax.runtime.prefill import Segment
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.runtime.sampling import SamplingParams, TokenScores
@@ -170,16 +170,16 @@ class Stepper:
         step = self.runtime.prefill_step
         return images_at_once(patches, step.size(step.vision_patches))
 
-    def warmup(self, progress: Progress = lambda done, total: None, *, vision: bool = True) -> None:
+    def warmup(self, most_patches: int, progress: Progress = lambda done, total: None) -> None:
         """Runs each program once, on idle rows and pages that nothing reads.
 
         Args:
+          most_patches: of the largest image that is going to be encoded.
           progress: told the programs done.
-          vision: whether images are going to be encoded.
         """
         config, runtime = self.config, self.runtime
         side = runtime.config.vision_config.patch_size
-        sizes = IMAGE_PATCHES if vision else ()
+        sizes = [size for size in IMAGE_PATCHES if size <= padded_patches(most_patches)]
         total = len(sizes) + 4
         done = 0
 
@@ -197,11 +197,13 @@ class Stepper:
             dummy, np.zeros((3, 1), np.int32), 0, np.zeros(2, int), np.zeros((0, 1)), SamplingParams(), {}
         )
         starts = {0, runtime.dense_below} if runtime.options.attention == "sparse" else {0}
+        logits = None
         for size in (config.large, config.small):
             for start in starts:
                 segment = Segment(dummy, data.positions, np.zeros(self._width, np.int32), None, start)
                 logits, self._pool = runtime.read_chunk(segment, self._pool, tokens=size, table_width=self._width)
             step(logits)
+        assert logits is not None, "there are two sizes of chunks"
         self._set_row(0, (), data, token=0, length=0)
         self._draw(logits, 0)
         self._state = runtime.set_pages(self._state, 0, dummy)

@@ -171,6 +171,11 @@ class MediaPlanner:
         chosen = read_options("image", defaults or {}, "", shared=True)
         self._image_options = resolve_options(settings.image, chosen, "defaults")
 
+    @property
+    def most_pixels(self) -> int:
+        """Pixels of the largest image or frame, as the model sees it, unless a request sets its own limits."""
+        return max(self._image_options.max_pixels, self._video_options.max_pixels)
+
     @contextlib.contextmanager
     def file(self, value: Any, field: str) -> Iterator[ImagePlan | VideoPlan]:
         """Plans one image or video, as the only one of a request; its content tells which it is.
