@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -146,7 +147,9 @@ def batch(
         key = {"input": digest, "checkpoint": checkpoint_hash(checkpoint), "options": settings}
         with Journal(output, key) as journal, source.open("rb") as file:
             tally, ended = Tally(part.size(lines), journal.succeeded, journal.failures), None
-            if tally.done < tally.total:
+            if tally.done == tally.total:
+                print(f"all {tally.total:,} requests have a result in {output}", file=sys.stderr)
+            else:
                 with _engine(opener, ray, ray_gpus, outstanding) as engine:
                     tally.begin()
                     name, text = checkpoint.resolve().name, token_text(checkpoint)
@@ -157,10 +160,10 @@ def batch(
                         grace_s=grace,
                     )
                     ended = asyncio.run(job.run())
+                _write_report(tally, output)
     except JobStoppedError as error:
         print(f"keye-jax: {error}", file=sys.stderr)
         return STOPPED
-    _write_report(tally, output)
     if ended is not None:
         rest = f"{tally.total - tally.done:,} of {tally.total:,} requests have no result yet"
         print(f"keye-jax: stopped by {ended.name}; {rest}, and the same command goes on", file=sys.stderr)
@@ -206,7 +209,9 @@ def _input(file: Path | None, videos: str | None, prompt: str | None, output: Pa
 def _engine(opener: Any, workers: int | None, gpus: float, concurrency: int) -> Iterator[Engine]:
     """The engine of this process, or those of workers on a Ray cluster."""
     if workers is None:
+        start = time.monotonic()
         with opener() as engine:
+            print(f"the engine is ready after {time.monotonic() - start:.0f} s", file=sys.stderr)
             yield engine
         return
     from keye_jax.jobs import ray
@@ -222,7 +227,6 @@ def _write_report(tally: Tally, output: Path) -> None:
     """Writes the report and its plot beside the output. What cannot be written is said, and does no harm."""
     from keye_jax.jobs.journal import write_whole
 
-    print(tally.sentence(), file=sys.stderr)
     try:
         write_whole(output.with_name(f"{output.name}.report.json"), [json.dumps(tally.report(), indent=2).encode()])
         tally.plot(output.with_name(f"{output.name}.report.svg"))

@@ -87,10 +87,13 @@ def test_options_are_what_lines_have_that_say_nothing(batch, engines):
 
 def test_failures_are_counted_and_a_job_that_is_done_needs_no_engine(batch, engines, tmp_path):
     content = line("a") + line("b", "media") + b"bad\n"
-    for _ in range(2):
+    for run in range(2):
         code, _, err = batch(content)
         assert code == 1 and f"2 of 3 requests failed; see {tmp_path / 'out.jsonl'}" in err
+        assert ("all 3 requests have a result in" in err) == (run == 1)
     assert len(engines) == 2
+    report = json.loads((tmp_path / "out.jsonl.report.json").read_bytes())
+    assert report["run"]["requests"] == 3, "the report is that of the run that did something"
 
 
 def test_videos_of_a_folder(batch, engines, inputs, tmp_path):

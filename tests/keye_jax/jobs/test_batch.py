@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -273,7 +274,7 @@ def mutated(draws: random.Random, index: int) -> bytes:
         },
     }
     if draws.random() < 0.5:
-        place = values
+        place: Any = values
         while True:
             key = draws.choice(list(place) if isinstance(place, dict) else range(len(place)))
             if not isinstance(place[key], dict | list) or not place[key] or draws.random() < 0.3:
