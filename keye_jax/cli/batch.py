@@ -66,6 +66,7 @@ def batch(
     concurrency: Annotated[
         int | None, typer.Option(help="Requests that the engine has at once, media included; twice --rows if left out.")
     ] = None,
+    warmup: Annotated[bool, typer.Option(help="Compile all programs before the first request.")] = True,
     retries: Annotated[int, typer.Option(help="How often to try again what may pass later.")] = 2,
     grace: Annotated[float, typer.Option(help="Seconds for running requests after SIGINT or SIGTERM.")] = 20.0,
     ray: Annotated[int | None, typer.Option(help="Workers on a Ray cluster, in place of this machine.")] = None,
@@ -132,6 +133,7 @@ def batch(
     opener = functools.partial(
         open_engine,
         str(checkpoint),
+        warmup=warmup,
         options=EngineOptions(**shared, frame_cache=frame_cache),
         sharding=sharding,
         dtype=cast,

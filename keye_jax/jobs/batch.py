@@ -39,11 +39,12 @@ class Engine(Protocol):
     def submit(self, request: Request) -> Handle: ...
 
 
-def open_engine(checkpoint: str, *, sharding: str | None = None, **settings: Any) -> Any:
-    """An engine for a checkpoint, whose programs are compiled; a context manager.
+def open_engine(checkpoint: str, *, sharding: str | None = None, warmup: bool = True, **settings: Any) -> Any:
+    """An engine for a checkpoint; a context manager.
 
     Args:
       sharding: a preset's name, or a sharding file; None for one device.
+      warmup: whether all programs are compiled now, and none later.
       settings: of `Engine.from_checkpoint`.
     """
     from keye_jax import presets
@@ -54,7 +55,8 @@ def open_engine(checkpoint: str, *, sharding: str | None = None, **settings: Any
         file = ShardingConfig.from_file(presets.sharding_file(sharding))
         rules = MeshRules.create(file, KeyeConfig.from_file(checkpoint))
     engine = Engine.from_checkpoint(checkpoint, rules=rules, **settings)
-    engine.warmup()
+    if warmup:
+        engine.warmup()
     return engine
 
 
