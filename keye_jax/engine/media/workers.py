@@ -174,7 +174,6 @@ class MediaWorkers:
             if job is None:
                 return
             job.cancelled = True
-            waiting = False
             for queue in (self._to_plan, self._to_decode):
                 if job in queue:
                     queue.remove(job)
@@ -230,7 +229,7 @@ class MediaWorkers:
                 with self._changed:
                     self._decoding -= 1
                     self._changed.notify_all()
-            if event is None or job.cancelled:
+            if event is None:
                 job.close()
             else:
                 self._tell(job, event)
@@ -298,19 +297,18 @@ class MediaWorkers:
         self._tell(job, pixels)
 
     def _tell(self, job: Job, event: MediaEvent) -> None:
+        ended = isinstance(event, Finished | Broken)
         with self._changed:
-            if not job.cancelled:
+            if wanted := not job.cancelled:
                 self._events.append((job, event))
-                ended = isinstance(event, Finished | Broken)
                 if ended:
-                    self._jobs.pop(job.job_id, None)
-        if job.cancelled:
-            if isinstance(event, Pixels):
+                    del self._jobs[job.job_id]
+            elif isinstance(event, Pixels):
                 event.release()
-            return
-        if ended:
+        if ended or not wanted:
             job.close()
-        self._notify()
+        if wanted:
+            self._notify()
 
 
 def _cores() -> int:
