@@ -76,18 +76,16 @@ class Lane:
       setup: the same, pickled.
       arena: where pixels go.
       timeout: as for `MediaWorkers`.
-      files: hashes of files, for the work in this process.
+      files: hashes of files.
+
+    Attributes:
+      process: the worker process that runs; None if there is none.
     """
 
     def __init__(self, settings: Settings, setup: bytes, arena: Arena, timeout: float, files: FileHashes):
         self._settings, self._setup, self._arena = settings, setup, arena
         self._timeout, self._files = timeout, files
-        self._process: WorkerProcess | None = None
-
-    @property
-    def pid(self) -> int | None:
-        """Of the worker process that runs."""
-        return self._process.pid if self._process else None
+        self.process: WorkerProcess | None = None
 
     def start(self) -> WorkerProcess:
         """The worker process, a new one if there is none or it has ended.
@@ -95,23 +93,23 @@ class Lane:
         Raises:
           Failed: it does not start.
         """
-        if self._process is not None and self._process.is_alive():
-            return self._process
+        if self.process is not None and self.process.is_alive():
+            return self.process
         self.close()
         try:
-            self._process = WorkerProcess(self._setup, self._arena.descriptor)
+            self.process = WorkerProcess(self._setup, self._arena.descriptor)
         except (ProcessEnded, TimeoutError, OSError) as error:
             raise Failed("internal", f"a worker process for media does not start: {error}") from error
-        return self._process
+        return self.process
 
     def kill(self) -> None:
         """Makes the work end at once, from another thread."""
-        if (process := self._process) is not None:
+        if (process := self.process) is not None:
             process.kill()
 
     def close(self) -> None:
         """Ends the worker process."""
-        process, self._process = self._process, None
+        process, self.process = self.process, None
         if process is not None:
             process.close()
 

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from keye_jax.engine.media.frame_cache import FrameCache
-from keye_jax.engine.media.hashes import FileHashes
+from keye_jax.engine.media.hashes import FileHashes, decoder_versions
 from keye_jax.engine.media.work import Medium, Stopped, decode, describe, failure
 from keye_jax.processor import Processor
 
@@ -61,6 +61,7 @@ def main() -> None:
     pipe, memory = Connection(int(sys.argv[1])), mmap.mmap(int(sys.argv[2]), 0)
     try:
         worker = _Worker(pipe, memory, pickle.loads(pipe.recv_bytes()))
+        decoder_versions()  # imports the decoders, which takes a while, before the first request's time begins
         pipe.send(("ready",))
         while True:
             worker.take(pipe.recv())

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,13 @@ class MediaWorkers:
     def worker_pids(self) -> list[int]:
         """Process ids of the workers that run."""
         with self._changed:
-            return [lane.pid for lane in self._lanes if lane.pid is not None]
+            return [process.pid for lane in self._lanes if (process := lane.process) is not None]
+
+    @property
+    def worker_folders(self) -> list[Path]:
+        """Folders of the temporary files of the workers that run, such as downloads."""
+        with self._changed:
+            return [process.folder for lane in self._lanes if (process := lane.process) is not None]
 
     def submit(
         self,
