@@ -103,8 +103,10 @@ def media_hash(plan: ImagePlan | VideoPlan, patch_size: int, files: FileHashes) 
     else:
         kind, chosen = "video", plan.indices.astype("<i8").tobytes()
         source = plan.source
-        listed = isinstance(source, FrameList)
-        contents = [source.frames[index] for index in plan.indices.tolist()] if listed else [source.content]
+        if isinstance(source, FrameList):
+            contents = [source.frames[index] for index in plan.indices.tolist()]
+        else:
+            contents = [source.content]
     digest = hashlib.sha256(json.dumps([kind, plan.height, plan.width, patch_size, decoder_versions()]).encode())
     digest.update(hashlib.sha256(chosen).digest())
     for content in contents:

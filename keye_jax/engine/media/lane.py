@@ -18,7 +18,7 @@ from keye_jax.engine.media.worker import Settings
 from keye_jax.processor import PromptPlan
 
 # Seconds that a worker may take to notice that its work is no longer wanted.
-_STOP_S = 10
+_STOP_S = 2
 
 type Give = Callable[[int, int, int, int], None]
 """Takes a piece: offset of its block in the arena, medium, first frame, number of frames."""

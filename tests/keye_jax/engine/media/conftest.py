@@ -1,6 +1,7 @@
 """Workers for the tiny model, and what they tell."""
 
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +20,11 @@ class Told:
     """
 
     def __init__(self):
-        self.prompt = self.decoded = self.broken = None
-        self.pieces = []
-        self.patches = {}
+        self.prompt: Any = None
+        self.decoded: Any = None
+        self.broken: Any = None
+        self.pieces: list[tuple[int, int, int]] = []
+        self.patches: dict[int, list[np.ndarray]] = {}
 
     @property
     def ended(self):

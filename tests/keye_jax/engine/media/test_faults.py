@@ -132,7 +132,7 @@ class _Endless(http.server.BaseHTTPRequestHandler):
         except OSError:
             pass
 
-    def log_message(self, *_):
+    def log_message(self, format, *args):
         pass
 
 
@@ -157,7 +157,7 @@ class _File(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(self.content)
 
-    def log_message(self, *_):
+    def log_message(self, format, *args):
         pass
 
 

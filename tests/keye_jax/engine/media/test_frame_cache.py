@@ -22,11 +22,21 @@ def frames(seed=0, shape=SHAPE):
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
+def writing(cache, key=KEY, shape=SHAPE):
+    writer = cache.write(key, shape)
+    assert writer is not None
+    return writer
+
+
+def reading(cache, key=KEY, shape=SHAPE):
+    entry = cache.read(key, shape)
+    assert entry is not None
+    return entry
+
+
 def write(cache, key=KEY, content=None, warnings=()):
     content = frames() if content is None else content
-    writer = cache.write(key, content.shape)
-    assert writer is not None
-    with writer:
+    with writing(cache, key, content.shape) as writer:
         for index, patches in enumerate(content):
             writer.add(10 * index, patches)
         writer.finish(warnings)
@@ -46,7 +56,7 @@ def test_frames_are_read_back(tmp_path):
     cache = FrameCache(tmp_path / "cache", 1 << 20)
     assert cache.read(KEY, SHAPE) is None
     write(cache, warnings=["one"])
-    with cache.read(KEY, SHAPE) as entry:
+    with reading(cache) as entry:
         assert (entry.used, entry.warnings) == ([0, 10, 20, 30], ["one"])
         for index in (2, 0, 3, 1):
             np.testing.assert_array_equal(entry.frame(index), frames()[index])
@@ -55,7 +65,7 @@ def test_frames_are_read_back(tmp_path):
 
 def test_an_entry_appears_only_when_it_is_whole(tmp_path):
     cache = FrameCache(tmp_path, 1 << 20)
-    with cache.write(KEY, SHAPE) as writer:
+    with writing(cache) as writer:
         writer.add(0, frames()[0])
         assert cache.read(KEY, SHAPE) is None
     assert not list(tmp_path.iterdir())
@@ -68,7 +78,7 @@ def test_what_was_read_least_recently_goes_first(tmp_path):
     for number, key in enumerate(keys[:3]):
         write(cache, key)
         os.utime(cache.directory / f"{key.hex()}.frames", (number, number))
-    with cache.read(keys[0], SHAPE):
+    with reading(cache, keys[0]):
         pass
     write(cache, keys[3])
     there = [key for key in keys if cache.read(key, SHAPE)]
@@ -88,7 +98,7 @@ def test_unfinished_entries_of_dead_processes_are_removed(tmp_path):
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, check=True)
     assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
     cache = FrameCache(tmp_path, 1 << 20)
-    with cache.write(bytes(32), SHAPE) as alive:
+    with writing(cache, bytes(32)) as alive:
         write(cache)
         assert sorted(path.suffix for path in tmp_path.iterdir()) == [".frames", ".part"]
         alive.close()
@@ -120,7 +130,7 @@ def test_a_damaged_frame(tmp_path):
     content = bytearray(path.read_bytes())
     content[2 * frames()[0].nbytes + 5] ^= 255
     path.write_bytes(content)
-    with cache.read(KEY, SHAPE) as entry:
+    with reading(cache) as entry:
         np.testing.assert_array_equal(entry.frame(1), frames()[1])
         assert entry.frame(2) is None
     assert not path.exists()
@@ -129,7 +139,8 @@ def test_a_damaged_frame(tmp_path):
 def test_a_full_disk_costs_only_the_entry(tmp_path):
     """/dev/full takes nothing."""
     cache = FrameCache(tmp_path, 1 << 30)
-    writer = cache.write(KEY, SHAPE)
+    writer = writing(cache)
+    assert writer._file is not None
     os.dup2(os.open("/dev/full", os.O_WRONLY), writer._file.fileno())
     with writer:
         for patches in frames():
