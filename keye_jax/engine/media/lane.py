@@ -136,8 +136,12 @@ class Lane:
         self._files.learn(hashes)
         return prompt
 
-    def decode(self, job: Job, give: Give) -> Decoded:
+    def decode(self, job: Job, give: Give, threads: int) -> Decoded:
         """Decodes the media of a planned request.
+
+        Args:
+          give: takes the pieces.
+          threads: of a video decoder.
 
         Raises:
           Failed, UserError: it failed.
@@ -154,7 +158,7 @@ class Lane:
                     job.skip,
                     here,
                     piece_patches=settings.piece_patches,
-                    threads=settings.threads,
+                    threads=threads,
                     cache=settings.cache,
                 )
             finally:
@@ -164,7 +168,7 @@ class Lane:
         field = job.prompt.media[0].field
         try:
             with self._watched(job, lambda: field):
-                process.send(("decode", job.serial, job.plan, job.prompt.media, job.skip))
+                process.send(("decode", job.serial, job.plan, job.prompt.media, job.skip, threads))
                 while True:
                     message = self._receive(process, job)
                     if message[0] == "decoded":

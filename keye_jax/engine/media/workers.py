@@ -86,7 +86,7 @@ class MediaWorkers:
         for name, value in (("processes", processes), ("byte_budget", byte_budget), ("timeout", timeout)):
             if value <= 0:
                 raise UserError(f"{name} is {value}; it must be positive")
-        self._settings = Settings(processor, frame_cache, piece_patches, max(1, _cores() // processes))
+        self._settings = Settings(processor, frame_cache, piece_patches)
         self._setup = pickle.dumps(self._settings, pickle.HIGHEST_PROTOCOL)
         self._processes, self._timeout, self._notify = processes, timeout, notify
         self.arena = Arena(byte_budget, byte_budget // processes)
@@ -284,7 +284,11 @@ class MediaWorkers:
         return Planned(job.job_id, prompt)
 
     def _decode(self, lane: Lane, job: Job) -> MediaEvent:
-        return Finished(job.job_id, lane.decode(job, functools.partial(self._give, job)))
+        with self._changed:
+            at_once = min(self._processes, self._decoding + len(self._to_decode))
+        # A video that is alone has all cores.
+        threads = max(1, _cores() // at_once)
+        return Finished(job.job_id, lane.decode(job, functools.partial(self._give, job), threads))
 
     def _give(self, job: Job, offset: int, number: int, first_frame: int, frames: int) -> None:
         """Tells a piece."""
