@@ -76,7 +76,7 @@ class AnswerWriter:
                 self.stopped = True
                 sure = len(text[: min(found)].rstrip())
             else:
-                sure = min(sure, *(_safe(text, stop) for stop in self._stop)) if self._stop else sure
+                sure = len(text[: min([sure, *(_safe(text, stop) for stop in self._stop)])].rstrip())
         self._held[reasoning] = "" if self.stopped and not reasoning else text[sure:]
         self._emit(text[:sure], reasoning)
 

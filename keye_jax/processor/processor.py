@@ -181,7 +181,6 @@ class Processor:
     ):
         self._tokenizer = tokenizer
         self._template = template
-        self._config = config
         self._max_decoded_bytes = max_decoded_bytes
         self._encoder = FrameEncoder(tokenizer, settings.frame_text)
         self._frame_format_guessed = settings.frame_format is None
@@ -195,6 +194,7 @@ class Processor:
                 raise UserError(f"config: {name} is {value}; it must be the id of an added token of tokenizer.json")
         self.image_token_id, self.video_token_id = config.image_token_id, config.video_token_id
         self.patch_size = config.vision_config.patch_size
+        self._merge_size = config.vision_config.spatial_merge_size
         pads = {config.image_token_id, config.video_token_id}
         if any(not pads.isdisjoint(before + after) for before, after in self._encoder.interleave(np.zeros(1))):
             raise UserError(f"frame_format is {settings.frame_format!r}; it must hold no pad token, only {{pads}}")
@@ -392,7 +392,7 @@ class Processor:
             video_grids,
             image_token_id=self.image_token_id,
             video_token_id=self.video_token_id,
-            merge_size=self._config.vision_config.spatial_merge_size,
+            merge_size=self._merge_size,
         )
         return PromptTokens(input_ids, positions, delta, image_grids, video_grids)
 

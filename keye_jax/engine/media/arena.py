@@ -55,7 +55,7 @@ class Arena:
         self.used = self.peak = 0
 
     def take(self, owner: Hashable, size: int, stopped: Callable[[], bool]) -> int | None:
-        """Waits for a block, and returns where it begins; None if `stopped` becomes true before.
+        """Waits for a block, and returns where it begins; None if `stopped` is or becomes true.
 
         Who asked first is given memory first, but for owners that hold their share. `wake` makes `stopped` be called.
 
@@ -65,6 +65,8 @@ class Arena:
         """
         want = _Want(owner, -(-size // _PAGE) * _PAGE)
         with self._changed:
+            if stopped():
+                return None
             self._waiting.append(want)
             self._grant()
             while want.offset is None:

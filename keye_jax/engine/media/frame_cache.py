@@ -38,7 +38,7 @@ class FrameCache:
 
     Attributes:
       directory: the folder; it is made if it does not exist.
-      max_bytes: limit on its size, in bytes.
+      max_bytes: limit on its size, in bytes. Entries that are being written count with the size of their frames.
 
     Raises:
       UserError: the folder cannot be made or written to.
@@ -125,10 +125,12 @@ class CachedFrames:
         self._each = int(np.prod(shape[1:], dtype=np.int64))
         end = file.seek(-_TAIL.size, os.SEEK_END)
         length, check, magic = _TAIL.unpack(file.read(_TAIL.size))
-        file.seek(max(0, end - length))
+        if magic != _MAGIC or end != shape[0] * self._each + length:
+            raise ValueError("not a whole entry, or one of another shape")
+        file.seek(end - length)
         text = file.read(length)
-        if magic != _MAGIC or end != shape[0] * self._each + length or zlib.crc32(text) != check:
-            raise ValueError("not a whole entry")
+        if zlib.crc32(text) != check:
+            raise ValueError("a damaged entry")
         about = json.loads(text)
         self.used: list[int] = about["used"]
         self.warnings: list[str] = about["warnings"]

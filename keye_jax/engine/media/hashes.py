@@ -102,9 +102,11 @@ def media_hash(plan: ImagePlan | VideoPlan, patch_size: int, files: FileHashes) 
         kind, chosen, contents = "image", b"", [plan.source]
     else:
         kind, chosen = "video", plan.indices.astype("<i8").tobytes()
-        contents = [plan.source.content]
-        if isinstance(plan.source, FrameList):
-            contents = [plan.source.frames[index] for index in plan.indices.tolist()]
+        source = plan.source
+        if isinstance(source, FrameList):
+            contents = [source.frames[index] for index in plan.indices.tolist()]
+        else:
+            contents = [source.content]
     digest = hashlib.sha256(json.dumps([kind, plan.height, plan.width, patch_size, decoder_versions()]).encode())
     digest.update(hashlib.sha256(chosen).digest())
     for content in contents:

@@ -18,7 +18,7 @@ from keye_jax.engine.media.worker import Settings
 from keye_jax.processor import PromptPlan
 
 # Seconds that a worker may take to notice that its work is no longer wanted.
-_STOP_S = 10
+_STOP_S = 2
 
 type Give = Callable[[int, int, int, int], None]
 """Takes a piece: offset of its block in the arena, medium, first frame, number of frames."""
@@ -76,18 +76,16 @@ class Lane:
       setup: the same, pickled.
       arena: where pixels go.
       timeout: as for `MediaWorkers`.
-      files: hashes of files, for the work in this process.
+      files: hashes of files.
+
+    Attributes:
+      process: the worker process that runs; None if there is none.
     """
 
     def __init__(self, settings: Settings, setup: bytes, arena: Arena, timeout: float, files: FileHashes):
         self._settings, self._setup, self._arena = settings, setup, arena
         self._timeout, self._files = timeout, files
-        self._process: WorkerProcess | None = None
-
-    @property
-    def pid(self) -> int | None:
-        """Of the worker process that runs."""
-        return self._process.pid if self._process else None
+        self.process: WorkerProcess | None = None
 
     def start(self) -> WorkerProcess:
         """The worker process, a new one if there is none or it has ended.
@@ -95,23 +93,23 @@ class Lane:
         Raises:
           Failed: it does not start.
         """
-        if self._process is not None and self._process.is_alive():
-            return self._process
+        if self.process is not None and self.process.is_alive():
+            return self.process
         self.close()
         try:
-            self._process = WorkerProcess(self._setup, self._arena.descriptor)
+            self.process = WorkerProcess(self._setup, self._arena.descriptor)
         except (ProcessEnded, TimeoutError, OSError) as error:
             raise Failed("internal", f"a worker process for media does not start: {error}") from error
-        return self._process
+        return self.process
 
     def kill(self) -> None:
         """Makes the work end at once, from another thread."""
-        if (process := self._process) is not None:
+        if (process := self.process) is not None:
             process.kill()
 
     def close(self) -> None:
         """Ends the worker process."""
-        process, self._process = self._process, None
+        process, self.process = self.process, None
         if process is not None:
             process.close()
 
@@ -138,8 +136,12 @@ class Lane:
         self._files.learn(hashes)
         return prompt
 
-    def decode(self, job: Job, give: Give) -> Decoded:
+    def decode(self, job: Job, give: Give, threads: int) -> Decoded:
         """Decodes the media of a planned request.
+
+        Args:
+          give: takes the pieces.
+          threads: of a video decoder.
 
         Raises:
           Failed, UserError: it failed.
@@ -156,7 +158,7 @@ class Lane:
                     job.skip,
                     here,
                     piece_patches=settings.piece_patches,
-                    threads=settings.threads,
+                    threads=threads,
                     cache=settings.cache,
                 )
             finally:
@@ -166,7 +168,7 @@ class Lane:
         field = job.prompt.media[0].field
         try:
             with self._watched(job, lambda: field):
-                process.send(("decode", job.serial, job.plan, job.prompt.media, job.skip))
+                process.send(("decode", job.serial, job.plan, job.prompt.media, job.skip, threads))
                 while True:
                     message = self._receive(process, job)
                     if message[0] == "decoded":

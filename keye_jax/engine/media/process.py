@@ -51,7 +51,7 @@ class WorkerProcess:
         with theirs:
             descriptors = (theirs.fileno(), memory)
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, *map(str, descriptors)],
+                [sys.executable, "-P", "-c", _PROGRAM, *map(str, descriptors)],
                 pass_fds=descriptors,
                 env=environment,
                 stdin=subprocess.DEVNULL,

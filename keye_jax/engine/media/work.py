@@ -15,7 +15,6 @@ from keye_jax.errors import MediaError, UnreachableError, UserError
 from keye_jax.processor import ImagePlan, Processor, PromptPlan, VideoPlan
 from keye_jax.processor.image import patchify
 
-
 # In the frame cache, in place of the name that a medium has in its request.
 _FIELD = "\0"
 

@@ -4,7 +4,7 @@ It talks with the process that started it over a pipe, in tuples whose first ite
 shared memory.
 
   in   ("plan", serial, request, hashes)         request: pickled (messages, options)
-       ("decode", serial, plan, media, skip)      plan: pickled
+       ("decode", serial, plan, media, skip, threads)   plan: pickled
        ("room", serial, offset)                   the answer to "want"
        ("stop", serial)                           the work is no longer wanted
   out  ("ready",)
@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from keye_jax.engine.media.frame_cache import FrameCache
-from keye_jax.engine.media.hashes import FileHashes
+from keye_jax.engine.media.hashes import FileHashes, decoder_versions
 from keye_jax.engine.media.work import Medium, Stopped, decode, describe, failure
 from keye_jax.processor import Processor
 
@@ -46,13 +46,11 @@ class Settings:
       processor: plans and decodes.
       cache: of decoded frames; None for none.
       piece_patches: most patches of a piece of more than one frame.
-      threads: of a video decoder.
     """
 
     processor: Processor
     cache: FrameCache | None
     piece_patches: int
-    threads: int
 
 
 def main() -> None:
@@ -61,6 +59,7 @@ def main() -> None:
     pipe, memory = Connection(int(sys.argv[1])), mmap.mmap(int(sys.argv[2]), 0)
     try:
         worker = _Worker(pipe, memory, pickle.loads(pipe.recv_bytes()))
+        decoder_versions()  # imports the decoders, which takes a while, before the first request's time begins
         pipe.send(("ready",))
         while True:
             worker.take(pipe.recv())
@@ -100,7 +99,9 @@ class _Worker:
         found = self._files.known()
         return "planned", content, prompt, downloads, {key: found[key] for key in found.keys() - hashes.keys()}
 
-    def _decode(self, serial: int, plan: bytes, media: Sequence[Medium], skip: Mapping[int, int]) -> tuple[Any, ...]:
+    def _decode(
+        self, serial: int, plan: bytes, media: Sequence[Medium], skip: Mapping[int, int], threads: int
+    ) -> tuple[Any, ...]:
         settings = self._settings
         decoded = decode(
             settings.processor,
@@ -109,7 +110,7 @@ class _Worker:
             skip,
             _Pipe(self._pipe, self._memory, serial, media),
             piece_patches=settings.piece_patches,
-            threads=settings.threads,
+            threads=threads,
             cache=settings.cache,
         )
         return "decoded", decoded

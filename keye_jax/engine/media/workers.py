@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ class MediaWorkers:
         for name, value in (("processes", processes), ("byte_budget", byte_budget), ("timeout", timeout)):
             if value <= 0:
                 raise UserError(f"{name} is {value}; it must be positive")
-        self._settings = Settings(processor, frame_cache, piece_patches, max(1, _cores() // processes))
+        self._settings = Settings(processor, frame_cache, piece_patches)
         self._setup = pickle.dumps(self._settings, pickle.HIGHEST_PROTOCOL)
         self._processes, self._timeout, self._notify = processes, timeout, notify
         self.arena = Arena(byte_budget, byte_budget // processes)
@@ -115,7 +116,13 @@ class MediaWorkers:
     def worker_pids(self) -> list[int]:
         """Process ids of the workers that run."""
         with self._changed:
-            return [lane.pid for lane in self._lanes if lane.pid is not None]
+            return [process.pid for lane in self._lanes if (process := lane.process) is not None]
+
+    @property
+    def worker_folders(self) -> list[Path]:
+        """Folders of the temporary files of the workers that run, such as downloads."""
+        with self._changed:
+            return [process.folder for lane in self._lanes if (process := lane.process) is not None]
 
     def submit(
         self,
@@ -174,7 +181,6 @@ class MediaWorkers:
             if job is None:
                 return
             job.cancelled = True
-            waiting = False
             for queue in (self._to_plan, self._to_decode):
                 if job in queue:
                     queue.remove(job)
@@ -230,7 +236,7 @@ class MediaWorkers:
                 with self._changed:
                     self._decoding -= 1
                     self._changed.notify_all()
-            if event is None or job.cancelled:
+            if event is None:
                 job.close()
             else:
                 self._tell(job, event)
@@ -278,7 +284,11 @@ class MediaWorkers:
         return Planned(job.job_id, prompt)
 
     def _decode(self, lane: Lane, job: Job) -> MediaEvent:
-        return Finished(job.job_id, lane.decode(job, functools.partial(self._give, job)))
+        with self._changed:
+            at_once = min(self._processes, self._decoding + len(self._to_decode))
+        # A video that is alone has all cores.
+        threads = max(1, _cores() // at_once)
+        return Finished(job.job_id, lane.decode(job, functools.partial(self._give, job), threads))
 
     def _give(self, job: Job, offset: int, number: int, first_frame: int, frames: int) -> None:
         """Tells a piece."""
@@ -298,19 +308,18 @@ class MediaWorkers:
         self._tell(job, pixels)
 
     def _tell(self, job: Job, event: MediaEvent) -> None:
+        ended = isinstance(event, Finished | Broken)
         with self._changed:
-            if not job.cancelled:
+            if wanted := not job.cancelled:
                 self._events.append((job, event))
-                ended = isinstance(event, Finished | Broken)
                 if ended:
-                    self._jobs.pop(job.job_id, None)
-        if job.cancelled:
-            if isinstance(event, Pixels):
+                    del self._jobs[job.job_id]
+            elif isinstance(event, Pixels):
                 event.release()
-            return
-        if ended:
+        if ended or not wanted:
             job.close()
-        self._notify()
+        if wanted:
+            self._notify()
 
 
 def _cores() -> int:
