@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import importlib
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -113,10 +114,15 @@ class _Remote:
     """A worker process with an engine."""
 
     def __init__(self, opener: Callable[[], Engine]):
-        self._engine = opener()
+        self._failure = ""
+        try:
+            self._engine = opener()
+        except Exception as error:
+            self._failure = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
-    async def ready(self) -> None:
-        """Returns when the engine is there."""
+    async def ready(self) -> str:
+        """Why the engine could not be opened; empty if it is there."""
+        return self._failure
 
     async def answer(self, request: Request) -> Result | RequestError:
         """The answer, or why there is none. Ray would wrap an exception in one of its own."""
@@ -136,72 +142,111 @@ class _Remote:
 
 
 class _RemoteHandle:
-    def __init__(self, engines: RayEngines, worker: int, reference: Any):
-        self._engines, self._worker, self._reference = engines, worker, reference
+    def __init__(self, engines: RayEngines, request: Request):
+        self._engines, self._request = engines, request
+        self._reference: Any = None
 
     def __await__(self) -> Generator[Any, None, Result]:
         return self._wait().__await__()
 
     async def _wait(self) -> Result:
+        worker = await self._engines.choose()
+        worker.running += 1
         try:
+            self._reference = worker.actor.answer.remote(self._request)
             answer = await self._reference
         except _ray().exceptions.RayError as error:
-            self._engines.lost(self._worker)
-            reason = str(error).strip().partition("\n")[0]
-            raise RequestError("internal", f"worker {self._worker} was lost ({reason})") from error
+            self._engines.lost(worker)
+            raise RequestError("internal", f"its worker was lost ({_first_line(error)})") from error
         finally:
-            self._engines.ended(self._worker)
+            worker.running -= 1
         if isinstance(answer, RequestError):
             raise answer
         return answer
 
     def cancel(self) -> None:
         """Ends the request on its worker."""
-        _ray().cancel(self._reference)
+        if self._reference is not None:
+            _ray().cancel(self._reference)
+
+
+@dataclasses.dataclass(eq=False)
+class _Worker:
+    """A worker process as the driver knows it.
+
+    Attributes:
+      actor: Ray's handle of it.
+      running: how many requests it has.
+      there: whether its engine is there, as far as is known.
+    """
+
+    actor: Any
+    running: int = 0
+    there: bool = False
 
 
 class RayEngines:
-    """Engines in worker processes of a Ray cluster, used as one.
+    """Engines in worker processes of a Ray cluster, used as one within one event loop.
 
-    Ray starts a lost worker again. Its requests fail with a transient RequestError, and the worker gets new ones when
-    its engine is there.
+    Ray starts a lost worker again. Its requests fail with a transient RequestError, and it gets new ones when its
+    engine is there.
 
     Args:
       opener: opens the engine of a worker, in the worker.
       workers: how many there are.
       gpus: of each worker.
-      concurrency: how many requests each worker takes at once, at most.
+      concurrency: how many requests a worker takes at once, at most.
     """
 
     def __init__(self, opener: Callable[[], Engine], *, workers: int, gpus: float, concurrency: int):
-        # One of the requests may be the question whether the worker is ready.
+        # One of the calls may be the question whether the worker is ready.
         options = {"num_gpus": gpus, "max_restarts": -1, "max_concurrency": concurrency + 1}
         remote = _ray().remote(_Remote).options(**options)
-        self._workers: Sequence[Any] = [remote.remote(opener) for _ in range(workers)]
-        self._running = [0] * workers
-        self._away: dict[int, asyncio.Task[None]] = {}
+        self._workers = [_Worker(remote.remote(opener)) for _ in range(workers)]
+        self._watches: dict[_Worker, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+        self._reason = ""
 
     def submit(self, request: Request) -> _RemoteHandle:
-        """Gives a request to the worker that has the fewest; to one that is away only if all are."""
-        chosen = min(range(len(self._workers)), key=lambda index: (index in self._away, self._running[index]))
-        self._running[chosen] += 1
-        return _RemoteHandle(self, chosen, self._workers[chosen].answer.remote(request))
+        """Takes a request. A worker gets it when the handle is awaited."""
+        return _RemoteHandle(self, request)
 
-    def ended(self, worker: int) -> None:
-        """Notes that a request of a worker is over."""
-        self._running[worker] -= 1
+    async def choose(self) -> _Worker:
+        """The worker with the fewest requests of those that are there; waits for one.
 
-    def lost(self, worker: int) -> None:
+        Raises:
+          RequestError: all workers have ended for good.
+        """
+        for worker in self._workers:
+            if not worker.there and worker not in self._watches:
+                self.lost(worker)
+        while not (there := [worker for worker in self._workers if worker.there]):
+            if all(watch.done() for watch in self._watches.values()):
+                raise RequestError("closed", f"no worker is left; {self._reason}")
+            self._changed.clear()
+            await self._changed.wait()
+        return min(there, key=lambda worker: worker.running)
+
+    def lost(self, worker: _Worker) -> None:
         """Gives a worker no requests until its engine is there again."""
-        if worker not in self._away:
-            self._away[worker] = asyncio.create_task(self._return(worker))
+        if worker.there or worker not in self._watches:
+            worker.there = False
+            self._watches[worker] = asyncio.create_task(self._watch(worker))
 
-    async def _return(self, worker: int) -> None:
+    async def _watch(self, worker: _Worker) -> None:
+        """Waits until a worker is there, or has ended for good."""
         while True:
             try:
-                await self._workers[worker].ready.remote()
+                failure = await worker.actor.ready.remote()
+                worker.there, self._reason = not failure, failure or self._reason
+            except _ray().exceptions.ActorDiedError as error:
+                self._reason = _first_line(error)
             except _ray().exceptions.RayError:
                 await asyncio.sleep(1)
-            else:
-                del self._away[worker]
-                return
+                continue
+            self._changed.set()
+            return
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -197,3 +197,19 @@ def test_a_wrong_option_is_refused(batch, tmp_path, arguments, message):
     code, _, err = batch(None, *arguments)
     assert code == 2 and message in err and err.count("\n") == 1
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_with_a_model(keye, inputs, tmp_path, quick_to_compile):
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "clip.mp4").write_bytes((inputs / "clip.mp4").read_bytes())
+    arguments = ("--videos", f"{tmp_path}/*.mp4", "--prompt", "What?", "--output", tmp_path / "out.jsonl")
+    small = ("--rows", 2, "--cache-tokens", "4K", "--prefill-chunk", 512, "--no-warmup", "--max-tokens", 4)
+    for _ in range(2):
+        code, _, err = keye("batch", "--checkpoint", inputs / "orbax", *arguments, *small)
+        assert code == 1 and "1 of 2 requests failed" in err
+    got = results(tmp_path / "out.jsonl")
+    assert got["broken.mp4"]["error"]["code"] == "media"
+    body = got["clip.mp4"]["response"]["body"]
+    assert body["usage"]["completion_tokens"] == 4 and body["usage"]["prompt_tokens_details"]["video_tokens"] > 0
+    assert body["choices"][0]["finish_reason"] == "length" and body["choices"][0]["message"]["reasoning"]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from keye_jax.config import KeyeConfig
-from keye_jax.engine.request import RequestError
+from keye_jax.engine.request import Request, RequestError
+from keye_jax.errors import UserError
 from keye_jax.jobs.batch import Batch
 from keye_jax.jobs.journal import Journal
 from keye_jax.jobs.lines import Shard, count_lines, read_lines
@@ -56,8 +57,8 @@ def cluster(tmp_path_factory):
         ray.shutdown()
 
 
-@pytest.mark.parametrize("way", ["killed", "closed"])
-def test_a_job_that_loses_a_worker(cluster, tmp_path, way):
+@pytest.mark.parametrize("way, workers", [("killed", 2), ("closed", 2), ("killed", 1)])
+def test_a_job_that_loses_a_worker(cluster, tmp_path, way, workers):
     content = b"".join(line(str(index), "media" if index % 9 == 0 else f"hi {index}") for index in range(150)) + b"x\n"
     source = tmp_path / "in.jsonl"
     source.write_bytes(content)
@@ -74,12 +75,26 @@ def test_a_job_that_loses_a_worker(cluster, tmp_path, way):
             assert asyncio.run(job.run()) is None
         return outcomes(output), tally
 
-    marker = tmp_path / "killed"
+    marker = tmp_path / "lost"
     expected, _ = run(tmp_path / "alone.jsonl", FakeEngine)
     opener = functools.partial(MortalEngine, marker, way)
-    got, tally = run(tmp_path / "ray.jsonl", lambda: RayEngines(opener, workers=2, gpus=0, concurrency=8))
+    got, tally = run(tmp_path / "ray.jsonl", lambda: RayEngines(opener, workers=workers, gpus=0, concurrency=8))
     assert got == expected and len(got) == 151
     assert marker.exists() and tally.report()["run"]["retries"] > 0
+
+
+def test_workers_that_do_not_start_end_the_job(cluster):
+    async def ask():
+        engines = RayEngines(fails, workers=2, gpus=0, concurrency=8)
+        await engines.submit(Request(messages=[{}]))
+
+    with pytest.raises(RequestError, match="no worker is left; sharding is wrong") as error:
+        asyncio.run(ask())
+    assert error.value.kind == "closed"
+
+
+def fails():
+    raise UserError("sharding is wrong")
 
 
 @pytest.mark.parametrize("way", ["killed", "closed"])
