@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from keye_jax.engine.request import Request, RequestError, Result
-from keye_jax.errors import UserError
+from keye_jax.errors import UserError, shorten
 from keye_jax.jobs.batch import Answerer, Engine, open_engine, token_text
 from keye_jax.jobs.journal import JobStoppedError
 from keye_jax.processor.messages import read_json
@@ -66,9 +66,10 @@ class Worker:
         for answer in [asyncio.ensure_future(self._answer(*row)) for row in rows]:
             yield await answer
 
-    async def _answer(self, custom_id: str, body: str) -> dict[str, list[str | None]]:
+    async def _answer(self, custom_id: str, body: Any) -> dict[str, list[str | None]]:
         try:
-            values = read_json(body.encode("utf-8", "surrogatepass"), f"body of {custom_id}")
+            content = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else b"null"
+            values = read_json(content, f"body is {shorten(body)}")
         except UserError as error:
             return _row(custom_id, None, {"code": "invalid", "message": str(error)})
         try:
@@ -139,6 +140,8 @@ class _Remote:
             return error
         except UserError as error:
             return RequestError("invalid", str(error))
+        except Exception as error:
+            return RequestError("internal", f"{type(error).__name__}: {error}")
 
 
 class _RemoteHandle:
