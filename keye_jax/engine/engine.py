@@ -193,6 +193,7 @@ class _Choice:
     writer: AnswerWriter
     logprobs: list[TokenLogprob] | None
     max_tokens: int
+    times: list[float] = dataclasses.field(default_factory=list)
     choice: Choice | None = None
 
 
@@ -623,11 +624,12 @@ class Engine:
                 continue
             job, choice = found
             job.stamp("first_token")
-            job.at["last_token"] = time.perf_counter() - job.submitted
+            now = job.at["last_token"] = time.perf_counter() - job.submitted
             if drawn.token in self.defaults.end_tokens:
                 self._end(job, choice, "stop")
                 continue
             choice.data.tokens.append(drawn.token)
+            choice.times.append(now)
             if choice.logprobs is not None:
                 top = job.request.top_logprobs or 0
                 pairs = zip(drawn.top_tokens[:top].tolist(), drawn.top_logprobs[:top].tolist(), strict=True)
@@ -643,7 +645,15 @@ class Engine:
         text, reasoning = choice.writer.finish()
         logprobs = None if choice.logprobs is None else tuple(choice.logprobs)
         writer = choice.writer
-        choice.choice = Choice(text, reasoning, reason, tuple(writer.token_ids), writer.reasoning_tokens, logprobs)
+        choice.choice = Choice(
+            text,
+            reasoning,
+            reason,
+            tuple(writer.token_ids),
+            writer.reasoning_tokens,
+            logprobs,
+            tuple(choice.times),
+        )
         if reason != "length":
             self._events.append(Cancel(choice.id) if reason == "cancelled" else Ended(choice.id))
         self._finish(job)

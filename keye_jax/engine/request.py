@@ -95,6 +95,7 @@ class Choice:
       token_ids: all drawn ids, an end token not included.
       reasoning_tokens: how many of them belong to the reasoning.
       logprobs: one a token, if they were asked for.
+      token_seconds: when each token was there, in seconds from the submission.
     """
 
     text: str
@@ -103,6 +104,7 @@ class Choice:
     token_ids: tuple[int, ...]
     reasoning_tokens: int
     logprobs: tuple[TokenLogprob, ...] | None = None
+    token_seconds: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,168 @@
+"""`python -m keye_jax.bench.engine`: an engine under load, with random weights, beside the bare decode loop.
+
+A cell has a number of requests at once, each with a prompt of random tokens. Figures are of the time in which all of
+them write: output tokens a second, and the time between two tokens of an answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from keye_jax import presets
+from keye_jax.bench.inputs import random_model
+from keye_jax.bench.timing import time_decode
+from keye_jax.config import KeyeConfig
+from keye_jax.engine.engine import Engine, EngineOptions
+from keye_jax.engine.generation_config import GenerationDefaults
+from keye_jax.engine.request import Request
+from keye_jax.processor import Processor, PromptPlan
+from keye_jax.runtime.runtime import Runtime
+from keye_jax.runtime.sampling import SamplingParams
+from keye_jax.testing import write_processor_files
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What was measured of a number of requests at once.
+
+    Attributes:
+      requests, context: how many, and tokens of each prompt.
+      tokens_per_second: of all answers together.
+      gaps_ms: milliseconds between two tokens of an answer: median, 95th and 99th percentile, and the largest.
+      bare_tokens_per_second: of the decode loop with as many rows.
+    """
+
+    requests: int
+    context: int
+    tokens_per_second: float
+    gaps_ms: tuple[float, float, float, float]
+    bare_tokens_per_second: float
+
+
+def prompt_of(engine: Engine, rng: np.random.Generator, tokens: int) -> PromptPlan:
+    """A prompt of random tokens, none of which stands for an image in the model or in the small stand-in tokenizer."""
+    low, high = (300, 1000) if engine.runtime.config.vocab_size < 100_000 else (3000, 100_000)
+    return PromptPlan(tuple(rng.integers(low, high, tokens).tolist()), (), (), False)
+
+
+def measure(engine: Engine, requests: int, context: int, tokens: int, bare: float) -> Cell:
+    """Asks an engine a number of requests at once."""
+    rng = np.random.default_rng(requests * context)
+    sampling = SamplingParams(temperature=0.6, top_p=0.95, top_k=20)
+    handles, begun = [], []
+    for _ in range(requests):
+        plan = prompt_of(engine, rng, context)
+        begun.append(time.perf_counter())
+        handles.append(engine.submit(Request(plan=plan, sampling=sampling, max_tokens=tokens)))
+    times = [
+        start + np.asarray(handle.result().choices[0].token_seconds)
+        for start, handle in zip(begun, handles, strict=True)
+    ]
+    first, last = max(each[0] for each in times), min(each[-1] for each in times)
+    inside = [each[(each >= first) & (each <= last)] for each in times]
+    gaps = 1e3 * np.concatenate([np.diff(each) for each in inside])
+    written = sum(len(each) - 1 for each in inside)
+    quantiles = np.quantile(gaps, (0.5, 0.95, 0.99, 1.0)).tolist()
+    return Cell(requests, context, written / (last - first), tuple(quantiles), bare)
+
+
+def measure_gap(engine: Engine, running: int, context: int, prompt: int, tokens: int) -> dict[str, Any]:
+    """Reads a long prompt while others write; says what that does to their gaps, and how long it takes."""
+    rng = np.random.default_rng(0)
+    sampling = SamplingParams(temperature=0.6)
+
+    def ask(length: int, count: int) -> Any:
+        return engine.submit(Request(plan=prompt_of(engine, rng, length), sampling=sampling, max_tokens=count))
+
+    alone = ask(prompt, 1).result().timings.first_token
+    begun = time.perf_counter()
+    handles = [ask(context, tokens) for _ in range(running)]
+    while engine.stats().scheduler.running < running:
+        time.sleep(0.01)
+    time.sleep(2)
+    start = time.perf_counter()
+    beside = ask(prompt, 1).result().timings.first_token
+    end = time.perf_counter()
+    for handle in handles:
+        handle.cancel()
+    quiet, loud = [], []
+    for handle in handles:
+        seconds = begun + np.asarray(handle.result().choices[0].token_seconds)
+        gaps = 1e3 * np.diff(seconds)
+        quiet.append(gaps[(seconds[1:] > start - 1.5) & (seconds[1:] < start)])
+        loud.append(gaps[(seconds[1:] > start) & (seconds[1:] < end)])
+    levels = (0.5, 0.95, 0.99, 1.0)
+    return {
+        "prompt": prompt,
+        "running": running,
+        "context": context,
+        "alone_s": alone,
+        "beside_s": beside,
+        "quiet_ms": np.quantile(np.concatenate(quiet), levels).tolist(),
+        "loud_ms": np.quantile(np.concatenate(loud), levels).tolist(),
+    }
+
+
+def main() -> int:
+    """Parses the command line, measures and prints."""
+    parser = argparse.ArgumentParser(prog="python -m keye_jax.bench.engine", description=__doc__)
+    parser.add_argument("--config", type=Path, default=presets.RELEASED, help="a config.json")
+    parser.add_argument("--layers", type=int, help="decoder layers to use, the first ones")
+    parser.add_argument("--rows", type=int, default=32, help="width of the engine's batch")
+    parser.add_argument("--cache-tokens", type=int, default=131072, help="tokens that the page pool holds")
+    parser.add_argument("--cells", default="1x2048,8x2048,32x2048", help="requests x tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer")
+    parser.add_argument("--prefill-chunk", type=int, help="tokens of a large chunk")
+    parser.add_argument("--long-prompt", type=int, default=0, help="read a prompt of this length beside eight answers")
+    parser.add_argument("--target-gap-ms", type=float, help="as of the engine")
+    parser.add_argument("--json", type=Path, help="also write all figures there")
+    arguments = parser.parse_args()
+    config = KeyeConfig.from_file(arguments.config)
+    if arguments.layers:
+        config = dataclasses.replace(config, num_hidden_layers=arguments.layers)
+    cells = [tuple(int(number) for number in cell.split("x")) for cell in arguments.cells.split(",") if cell]
+    runtime = Runtime(random_model(config), config, prefill_chunk=arguments.prefill_chunk)
+    bare = {}
+    for requests, context in cells:
+        timing = time_decode(runtime, requests, context)
+        bare[requests, context] = requests / timing.seconds
+    with tempfile.TemporaryDirectory(prefix="keye-jax-") as directory:
+        tiny = KeyeConfig.from_file(presets.TINY)
+        write_processor_files(directory, tiny)
+        processor = Processor.from_checkpoint(directory, tiny, defaults={"max_pixels": 256 * 784})
+        options = EngineOptions(
+            rows=arguments.rows, cache_tokens=arguments.cache_tokens, target_gap_ms=arguments.target_gap_ms
+        )
+        with Engine(runtime, processor, GenerationDefaults(SamplingParams(), frozenset()), options) as engine:
+            warm = engine.warmup()
+            print(f"{jax.devices()[0].device_kind}, {config.num_hidden_layers} layers, {arguments.rows} rows")
+            print(f"warm-up {warm:.0f} s")
+            found = [measure(engine, *cell, arguments.tokens, bare[cell]) for cell in cells]
+            head = ("requests", "context", "tokens/s", "bare", "ratio", "median", "95%", "99%", "largest ms")
+            print("  ".join(f"{name:>10}" for name in head))
+            for cell in found:
+                ratio = cell.tokens_per_second / cell.bare_tokens_per_second
+                numbers = (cell.tokens_per_second, cell.bare_tokens_per_second, ratio, *cell.gaps_ms)
+                print("  ".join([f"{cell.requests:>10}", f"{cell.context:>10}", *(f"{x:>10.2f}" for x in numbers)]))
+            gap = None
+            if arguments.long_prompt:
+                gap = measure_gap(engine, 8, 2048, arguments.long_prompt, 4096)
+                print(json.dumps(gap))
+            print(f"compilations after warm-up: {engine.stats().compilations}")
+    if arguments.json:
+        figures = {"warmup_s": warm, "cells": [dataclasses.asdict(cell) for cell in found], "gap": gap}
+        arguments.json.write_text(json.dumps(figures, indent=2), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
