@@ -43,6 +43,7 @@ def test_only_the_requests_at_fault_fail(faulty, processor, clip, tmp_path):
         "no index": (user(video(tmp_path / "broken.mp4")), {}),
         "no picture": (user(text("?"), image(tmp_path / "broken.png")), {}),
         "no file": (user(video(tmp_path / "none.mp4")), {}),
+        "no server": (user(video("http://127.0.0.1:9/a.mp4")), {}),
         "no message": ([{"role": "nobody"}], {}),
         "no option": (user(video(clip, fps=-1)), {}),
         "no function": ("not messages", {}),
@@ -57,7 +58,7 @@ def test_only_the_requests_at_fault_fail(faulty, processor, clip, tmp_path):
     assert kinds == {
         **{f"good {number}": None for number in range(4)},
         **{"no index": "media", "no picture": "media", "no file": "media", "no option": "invalid"},
-        **{"no message": "invalid", "no function": "invalid"},
+        **{"no server": "unreachable", "no message": "invalid", "no function": "invalid"},
     }
     inputs = processor.process(processor.plan(user(video(clip))))
     for number in range(4):
