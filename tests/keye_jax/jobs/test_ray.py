@@ -104,7 +104,9 @@ def test_a_dataset_that_loses_a_worker(cluster, tmp_path, golden, way):
     write_processor_files(checkpoint, KeyeConfig.from_file(golden / "a"))
     marker = tmp_path / "killed"
     bodies = [json.loads(line("", f"hi {index}", **({"n": "x"} if index == 7 else {})))["body"] for index in range(60)]
-    rows = [{"custom_id": str(index), "body": json.dumps(body)} for index, body in enumerate(bodies)]
+    rows: list[dict[str, str | None]] = [
+        {"custom_id": str(index), "body": json.dumps(body)} for index, body in enumerate(bodies)
+    ]
     rows[9]["body"], rows[11]["body"] = "no JSON", None
     dataset = ray.data.from_items(rows).map_batches(
         Worker,
