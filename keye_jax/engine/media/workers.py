@@ -8,6 +8,8 @@ import itertools
 import logging
 import os
 import pickle
+import shutil
+import tempfile
 import threading
 import time
 from collections import deque
@@ -67,6 +69,7 @@ class MediaWorkers:
 
     Attributes:
       arena: the shared memory; it counts what is used.
+      folder: for downloads.
 
     Raises:
       UserError: a number is not positive.
@@ -90,6 +93,7 @@ class MediaWorkers:
         self._setup = pickle.dumps(self._settings, pickle.HIGHEST_PROTOCOL)
         self._processes, self._timeout, self._notify = processes, timeout, notify
         self.arena = Arena(byte_budget, byte_budget // processes)
+        self.folder = Path(tempfile.mkdtemp(prefix="keye-jax-"))
         self._files = FileHashes()
         self._serials = itertools.count()
         self._changed = threading.Condition()
@@ -117,12 +121,6 @@ class MediaWorkers:
         """Process ids of the workers that run."""
         with self._changed:
             return [process.pid for lane in self._lanes if (process := lane.process) is not None]
-
-    @property
-    def worker_folders(self) -> list[Path]:
-        """Folders of the temporary files of the workers that run, such as downloads."""
-        with self._changed:
-            return [process.folder for lane in self._lanes if (process := lane.process) is not None]
 
     def submit(
         self,
@@ -211,9 +209,10 @@ class MediaWorkers:
             lane.kill()
             thread.join()
         self.arena.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _add_lane(self) -> None:
-        lane = Lane(self._settings, self._setup, self.arena, self._timeout, self._files)
+        lane = Lane(self._settings, self._setup, self.folder, self.arena, self._timeout, self._files)
         self._lanes[lane] = threading.Thread(target=self._run, args=(lane,), name="keye-jax media", daemon=True)
         self._lanes[lane].start()
 
@@ -231,6 +230,8 @@ class MediaWorkers:
             except Failed as failed:
                 event = Broken(job.job_id, *failed.args)
             except Exception as error:
+                if not isinstance(error, UserError):
+                    lane.close()  # its worker may be in the middle of something
                 event = Broken(job.job_id, *failure(error, _log.exception))
             if decoding:
                 with self._changed:
