@@ -1,8 +1,8 @@
 """`python -m keye_jax.bench.workers`: how fast worker processes decode videos, and the memory that it takes.
 
-Several requests are decoded by 1, 2 or more workers. Pieces are released as soon as they come. The clock begins when all
-requests are planned. Then the memory for one long clip is measured. Figures of memory are those of this process and its
-workers together, above what they take when they wait; Linux tells them.
+Several requests are decoded by 1, 2 or more workers. Pieces are released as soon as they come. The clock begins when
+all requests are planned. Then the memory for one long clip is measured. Figures of memory are those of this process and
+its workers together, above what they take when they wait; Linux tells them.
 """
 
 from __future__ import annotations

@@ -175,11 +175,13 @@ def test_a_download_lives_until_the_request_ends(faulty, processor, clip):
     assert follow(faulty, ["crash"])["crash"].broken
     for pid in faulty.worker_pids:
         os.kill(pid, signal.SIGKILL)
+    time.sleep(0.2)
     for name in ("a", "c"):
         faulty.decode(name)
     told = follow(faulty, ["a", "c"], told=planned)
     inputs = processor.process(processor.plan(user(video(clip))))
     for name in ("a", "c"):
+        assert told[name].broken is None
         np.testing.assert_array_equal(told[name].all_patches("video"), inputs.video_patches)
     assert [path.is_dir() for path in faulty.folder.iterdir()] == [True]
     faulty.cancel("b")
