@@ -52,7 +52,7 @@ class Job:
     cancelled: bool = False
 
     @property
-    def in_process(self) -> bool:
+    def for_worker(self) -> bool:
         """Whether a worker process does the work."""
         return self.request is not None
 
@@ -124,7 +124,7 @@ class Lane:
           Failed, UserError: it failed.
           Stopped: it was cancelled.
         """
-        if not job.in_process:
+        if not job.for_worker:
             processor = self._settings.processor
             plan = job.plan if isinstance(job.plan, PromptPlan) else processor.plan(job.messages, **job.options)
             job.plan = plan

@@ -103,7 +103,7 @@ class MediaWorkers:
         self._to_decode: deque[Job] = deque()
         self._events: deque[tuple[Job, MediaEvent]] = deque()
         self._lanes: dict[Lane, threading.Thread] = {}
-        self._decoding = self._idle = 0
+        self._decoding = self._idle = 0  # lanes that decode, and that wait or start
         self._closed = False
         with self._changed:
             # One more than may decode, so that planning does not wait for a long video.
@@ -214,12 +214,15 @@ class MediaWorkers:
     def _add_lane(self) -> None:
         lane = Lane(self._settings, self._setup, self.folder, self.arena, self._timeout, self._files)
         self._lanes[lane] = threading.Thread(target=self._run, args=(lane,), name="keye-jax media", daemon=True)
+        self._idle += 1
         self._lanes[lane].start()
 
     def _run(self, lane: Lane) -> None:
         """A thread: starts a worker, and has it work."""
         with contextlib.suppress(Failed):  # it is started again for the first request, and fails that
             lane.start()
+        with self._changed:
+            self._idle -= 1
         while (job := self._next(lane)) is not None:
             decoding = job.prompt is not None
             event: MediaEvent | None = None
@@ -269,7 +272,7 @@ class MediaWorkers:
             with self._changed:
                 slow = time.monotonic() - begin > _SLOW_PLAN_S
                 helpers = len(self._lanes) - self._processes - 1
-                if slow and self._to_plan and not self._idle and helpers < _MOST_HELPERS and not self._closed:
+                if slow and len(self._to_plan) > self._idle and helpers < _MOST_HELPERS and not self._closed:
                     self._add_lane()
 
         prompt = lane.plan(job, look)
