@@ -103,7 +103,7 @@ class MediaWorkers:
         self._to_decode: deque[Job] = deque()
         self._events: deque[tuple[Job, MediaEvent]] = deque()
         self._lanes: dict[Lane, threading.Thread] = {}
-        self._decoding = self._idle = 0  # lanes that decode, and that wait or start
+        self._planning = self._decoding = self._idle = 0  # lanes that do so; those that start are idle
         self._closed = False
         with self._changed:
             # One more than may decode, so that planning does not wait for a long video.
@@ -236,10 +236,10 @@ class MediaWorkers:
                 if not isinstance(error, UserError):
                     lane.close()  # its worker may be in the middle of something
                 event = Broken(job.job_id, *failure(error, _log.exception))
-            if decoding:
-                with self._changed:
-                    self._decoding -= 1
-                    self._changed.notify_all()
+            with self._changed:
+                self._decoding -= decoding
+                self._planning -= not decoding
+                self._changed.notify_all()
             if event is None:
                 job.close()
             else:
@@ -252,9 +252,11 @@ class MediaWorkers:
             self._idle += 1
             try:
                 while not self._closed:
-                    if self._to_plan:
+                    plans, decodes = self._startable()
+                    if plans:
+                        self._planning += 1
                         return self._to_plan.popleft()
-                    if self._to_decode and self._decoding < self._processes:
+                    if decodes:
                         self._decoding += 1
                         return self._to_decode.popleft()
                     if len(self._lanes) > self._processes + 1:
@@ -265,14 +267,21 @@ class MediaWorkers:
             finally:
                 self._idle -= 1
 
+    def _startable(self) -> tuple[int, int]:
+        """How many plans, and how many videos, another lane could begin with.
+
+        So many of both may be under way that plans, however many are slow, leave lanes for decoding.
+        """
+        plans = min(len(self._to_plan), 1 + _MOST_HELPERS - self._planning)
+        return plans, min(len(self._to_decode), self._processes - self._decoding)
+
     def _plan(self, lane: Lane, job: Job) -> MediaEvent:
         begin = time.monotonic()
 
         def look() -> None:
             with self._changed:
                 slow = time.monotonic() - begin > _SLOW_PLAN_S
-                helpers = len(self._lanes) - self._processes - 1
-                if slow and len(self._to_plan) > self._idle and helpers < _MOST_HELPERS and not self._closed:
+                if slow and sum(self._startable()) > self._idle and not self._closed:
                     self._add_lane()
 
         prompt = lane.plan(job, look)
