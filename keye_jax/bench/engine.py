@@ -135,6 +135,7 @@ def main() -> int:
     for requests, context in cells:
         timing = time_decode(runtime, requests, context)
         bare[requests, context] = requests / timing.seconds
+        print(f"bare {requests} x {context}: {1e3 * timing.seconds:.2f} ms a step", flush=True)
     with tempfile.TemporaryDirectory(prefix="keye-jax-") as directory:
         tiny = KeyeConfig.from_file(presets.TINY)
         write_processor_files(directory, tiny)
@@ -143,10 +144,13 @@ def main() -> int:
             rows=arguments.rows, cache_tokens=arguments.cache_tokens, target_gap_ms=arguments.target_gap_ms
         )
         with Engine(runtime, processor, GenerationDefaults(SamplingParams(), frozenset()), options) as engine:
-            warm = engine.warmup()
+            warm = engine.warmup(lambda done, total: print(f"{done} of {total} programs", flush=True))
             print(f"{jax.devices()[0].device_kind}, {config.num_hidden_layers} layers, {arguments.rows} rows")
             print(f"warm-up {warm:.0f} s")
-            found = [measure(engine, *cell, arguments.tokens, bare[cell]) for cell in cells]
+            found = []
+            for cell in cells:
+                found.append(measure(engine, *cell, arguments.tokens, bare[cell]))
+                print(found[-1], flush=True)
             head = ("requests", "context", "tokens/s", "bare", "ratio", "median", "95%", "99%", "largest ms")
             print("  ".join(f"{name:>10}" for name in head))
             for cell in found:

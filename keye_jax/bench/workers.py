@@ -1,8 +1,8 @@
 """`python -m keye_jax.bench.workers`: how fast worker processes decode videos, and the memory that it takes.
 
-Several requests, each with a clip of its own, are decoded at once by 1, 2 or more workers. Pieces are released as soon as
-they come. The clock begins when all requests are planned. Then the memory for one long clip is measured. All figures of
-memory are those of this process and its workers together, above what they take when they wait; Linux tells them.
+Several requests are decoded by 1, 2 or more workers. Pieces are released as soon as they come. The clock begins when
+all requests are planned. Then the memory for one long clip is measured. Figures of memory are those of this process and
+its workers together, above what they take when they wait; Linux tells them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def decode_videos(processor: Processor, videos: list[Path], processes: int, byte
         for index, video in enumerate(videos):
             part = {"type": "video", "video": str(video.absolute())}
             workers.submit(index, [{"role": "user", "content": [part]}])
-        frames = sum(event.prompt.media[0].frames for event in _events(workers, Planned, len(videos)))
+        frames = 0
+        for event in _events(workers, Planned, len(videos)):
+            assert isinstance(event, Planned)
+            frames += event.prompt.media[0].frames
         planned = time.perf_counter()
         for index in range(len(videos)):
             workers.decode(index)

@@ -300,6 +300,7 @@ class Engine:
         self._encoding: collections.deque[_Encoding] = collections.deque()
         self._numbers = itertools.count()
         self._steps = self._compilations = 0
+        self._decode_seconds = 0.0
         self._draining = self._closing = self._poked = False
         self._thread = threading.Thread(target=self._run, name="keye-jax engine", daemon=True)
         jax.monitoring.register_event_duration_secs_listener(self._count_compilation)
@@ -417,7 +418,7 @@ class Engine:
             self._loop()
         except Exception as error:
             _log.exception("the engine failed")
-            failure = RequestError("internal", f"the engine failed: {type(error).__name__}: {error}")
+            failure = RequestError("closed", f"the engine failed: {type(error).__name__}: {error}")
         else:
             failure = RequestError("closed", "the engine was closed")
         with self._changed:
@@ -471,11 +472,12 @@ class Engine:
                     )
 
     def _measure(self, plan: Plan, seconds: float) -> None:
-        if plan.read is not None and plan.decode:
-            return  # neither part is known by itself
+        """Tells the scheduler what a step took; a chunk takes what a step without one does not."""
         if plan.read is not None:
-            self._events.append(Measured(chunk_seconds=seconds, program=plan.read.program))
+            rest = self._decode_seconds if plan.decode else 0.0
+            self._events.append(Measured(chunk_seconds=max(seconds - rest, 0.0), program=plan.read.program))
         elif plan.decode:
+            self._decode_seconds = seconds
             self._events.append(Measured(decode_seconds=seconds))
 
     def _take(self, inbox: collections.deque[tuple[str, _Job]]) -> None:

@@ -47,10 +47,9 @@ class DownloadedFile:
     def close(self) -> None:
         self._remove()
 
-    def keep(self) -> Path:
+    def keep(self) -> None:
         """Leaves the file to the caller, who has to remove it."""
         self._remove.detach()
-        return self.path
 
 
 def _unlink(path: str) -> None:

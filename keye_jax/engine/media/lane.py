@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class Job:
       plan: the plan; pickled unless the work is done in this process.
       prompt: what is told about it, once it is planned.
       skip: as for `MediaWorkers.decode`.
-      downloads: files to remove.
+      folder: of downloads; None before it is planned by a worker.
       cancelled: whether nothing more is wanted of it.
     """
 
@@ -47,11 +48,11 @@ class Job:
     plan: PromptPlan | bytes | None = None
     prompt: Prompt | None = None
     skip: Mapping[int, int] = dataclasses.field(default_factory=dict)
-    downloads: Sequence[Path] = ()
+    folder: Path | None = None
     cancelled: bool = False
 
     @property
-    def in_process(self) -> bool:
+    def for_worker(self) -> bool:
         """Whether a worker process does the work."""
         return self.request is not None
 
@@ -59,9 +60,8 @@ class Job:
         """Removes downloaded files."""
         if isinstance(self.plan, PromptPlan):
             self.plan.close()
-        for path in self.downloads:
-            with contextlib.suppress(OSError):
-                path.unlink()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Failed(Exception):
@@ -74,6 +74,7 @@ class Lane:
     Args:
       settings: what a worker needs to know.
       setup: the same, pickled.
+      folder: for the folders of requests.
       arena: where pixels go.
       timeout: as for `MediaWorkers`.
       files: hashes of files.
@@ -82,8 +83,8 @@ class Lane:
       process: the worker process that runs; None if there is none.
     """
 
-    def __init__(self, settings: Settings, setup: bytes, arena: Arena, timeout: float, files: FileHashes):
-        self._settings, self._setup, self._arena = settings, setup, arena
+    def __init__(self, settings: Settings, setup: bytes, folder: Path, arena: Arena, timeout: float, files: FileHashes):
+        self._settings, self._setup, self._folder, self._arena = settings, setup, folder, arena
         self._timeout, self._files = timeout, files
         self.process: WorkerProcess | None = None
 
@@ -123,16 +124,18 @@ class Lane:
           Failed, UserError: it failed.
           Stopped: it was cancelled.
         """
-        if not job.in_process:
+        if not job.for_worker:
             processor = self._settings.processor
             plan = job.plan if isinstance(job.plan, PromptPlan) else processor.plan(job.messages, **job.options)
             job.plan = plan
             return describe(processor, plan, self._files)
         process = self.start()
         with self._watched(job, lambda: "the media of the request"):
-            process.send(("plan", job.serial, job.request, self._files.known()))
+            job.folder = self._folder / str(job.serial)
+            job.folder.mkdir()
+            process.send(("plan", job.serial, job.request, str(job.folder), self._files.known()))
             message = self._receive(process, job, look)
-        _, job.plan, prompt, job.downloads, hashes = message
+        _, job.plan, prompt, hashes = message
         self._files.learn(hashes)
         return prompt
 

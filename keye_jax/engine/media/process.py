@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing import Pipe
@@ -33,27 +31,20 @@ class WorkerProcess:
       setup: pickled `worker.Settings`.
       memory: descriptor of the shared memory.
 
-    Attributes:
-      folder: of its temporary files, such as downloads.
-
     Raises:
       ProcessEnded: it does not start.
       TimeoutError: it does not start in time.
     """
 
     def __init__(self, setup: bytes, memory: int):
-        self.folder = Path(tempfile.mkdtemp(prefix="keye-jax-"))
         self._pipe, theirs = Pipe()
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
-            "TMPDIR": str(self.folder),
-        }
+        paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         with theirs:
             descriptors = (theirs.fileno(), memory)
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _PROGRAM, *map(str, descriptors)],
                 pass_fds=descriptors,
-                env=environment,
+                env=os.environ | {"PYTHONPATH": paths},
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # standard output belongs to the user's results
             )
@@ -109,11 +100,10 @@ class WorkerProcess:
         self._process.kill()
 
     def close(self) -> None:
-        """Ends the process, and removes its temporary files."""
+        """Ends the process."""
         self._process.kill()
         self._process.wait()
         self._pipe.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _ended(self) -> ProcessEnded:
         code = self._process.wait()

@@ -3,14 +3,14 @@
 It talks with the process that started it over a pipe, in tuples whose first item says what they are. Pixels go through
 shared memory.
 
-  in   ("plan", serial, request, hashes)         request: pickled (messages, options)
+  in   ("plan", serial, request, folder, hashes)        request: pickled (messages, options); folder: for downloads
        ("decode", serial, plan, media, skip, threads)   plan: pickled
-       ("room", serial, offset)                   the answer to "want"
-       ("stop", serial)                           the work is no longer wanted
+       ("room", serial, offset)                         the answer to "want"
+       ("stop", serial)                                 the work is no longer wanted
   out  ("ready",)
-       ("planned", plan, prompt, downloads, hashes)   hashes: of the files of this request
-       ("want", medium, first_frame, frames)      waits for "room"
-       ("filled",)                                the room that was given last holds its frames
+       ("planned", plan, prompt, hashes)                hashes: of the files of this request
+       ("want", medium, first_frame, frames)            waits for "room"
+       ("filled",)                                      the room that was given last holds its frames
        ("decoded", decoded)
        ("failed", kind, message)
        ("stopped",)
@@ -24,6 +24,7 @@ import mmap
 import pickle
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -31,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from keye_jax.engine.media.frame_cache import FrameCache
-from keye_jax.engine.media.hashes import FileHashes, decoder_versions
+from keye_jax.engine.media.hashes import FileHashes, FileKey, decoder_versions
 from keye_jax.engine.media.work import Medium, Stopped, decode, describe, failure
 from keye_jax.processor import Processor
 
@@ -80,13 +81,14 @@ class _Worker:
             self._pipe.send(self._plan(*message[2:]) if message[0] == "plan" else self._decode(*message[1:]))
         except Stopped:
             self._pipe.send(("stopped",))
-        except OSError:
-            raise  # of the pipe: those of files are other exceptions by now
+        except (EOFError, ConnectionError):
+            raise  # of the pipe; faults of files are other exceptions by now
         except Exception as error:
             self._pipe.send(("failed", *failure(error, _log.exception)))
 
-    def _plan(self, request: bytes, hashes: Mapping[Any, bytes]) -> tuple[Any, ...]:
+    def _plan(self, request: bytes, folder: str, hashes: Mapping[FileKey, bytes]) -> tuple[Any, ...]:
         self._files.learn(hashes)
+        tempfile.tempdir = folder
         messages, options = pickle.loads(request)
         plan = self._settings.processor.plan(messages, **options)
         try:
@@ -94,10 +96,11 @@ class _Worker:
         except BaseException:
             plan.close()
             raise
-        downloads = [download.keep() for download in plan.downloads]
+        for download in plan.downloads:
+            download.keep()
         content = pickle.dumps(dataclasses.replace(plan, downloads=()), pickle.HIGHEST_PROTOCOL)
         found = self._files.known()
-        return "planned", content, prompt, downloads, {key: found[key] for key in found.keys() - hashes.keys()}
+        return "planned", content, prompt, {key: found[key] for key in found.keys() - hashes.keys()}
 
     def _decode(
         self, serial: int, plan: bytes, media: Sequence[Medium], skip: Mapping[int, int], threads: int

@@ -8,6 +8,8 @@ import itertools
 import logging
 import os
 import pickle
+import shutil
+import tempfile
 import threading
 import time
 from collections import deque
@@ -67,6 +69,7 @@ class MediaWorkers:
 
     Attributes:
       arena: the shared memory; it counts what is used.
+      folder: for downloads.
 
     Raises:
       UserError: a number is not positive.
@@ -90,6 +93,7 @@ class MediaWorkers:
         self._setup = pickle.dumps(self._settings, pickle.HIGHEST_PROTOCOL)
         self._processes, self._timeout, self._notify = processes, timeout, notify
         self.arena = Arena(byte_budget, byte_budget // processes)
+        self.folder = Path(tempfile.mkdtemp(prefix="keye-jax-"))
         self._files = FileHashes()
         self._serials = itertools.count()
         self._changed = threading.Condition()
@@ -99,7 +103,7 @@ class MediaWorkers:
         self._to_decode: deque[Job] = deque()
         self._events: deque[tuple[Job, MediaEvent]] = deque()
         self._lanes: dict[Lane, threading.Thread] = {}
-        self._decoding = self._idle = 0
+        self._planning = self._decoding = self._idle = 0  # lanes that do so; those that start are idle
         self._closed = False
         with self._changed:
             # One more than may decode, so that planning does not wait for a long video.
@@ -117,12 +121,6 @@ class MediaWorkers:
         """Process ids of the workers that run."""
         with self._changed:
             return [process.pid for lane in self._lanes if (process := lane.process) is not None]
-
-    @property
-    def worker_folders(self) -> list[Path]:
-        """Folders of the temporary files of the workers that run, such as downloads."""
-        with self._changed:
-            return [process.folder for lane in self._lanes if (process := lane.process) is not None]
 
     def submit(
         self,
@@ -211,16 +209,20 @@ class MediaWorkers:
             lane.kill()
             thread.join()
         self.arena.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _add_lane(self) -> None:
-        lane = Lane(self._settings, self._setup, self.arena, self._timeout, self._files)
+        lane = Lane(self._settings, self._setup, self.folder, self.arena, self._timeout, self._files)
         self._lanes[lane] = threading.Thread(target=self._run, args=(lane,), name="keye-jax media", daemon=True)
+        self._idle += 1
         self._lanes[lane].start()
 
     def _run(self, lane: Lane) -> None:
         """A thread: starts a worker, and has it work."""
         with contextlib.suppress(Failed):  # it is started again for the first request, and fails that
             lane.start()
+        with self._changed:
+            self._idle -= 1
         while (job := self._next(lane)) is not None:
             decoding = job.prompt is not None
             event: MediaEvent | None = None
@@ -231,11 +233,13 @@ class MediaWorkers:
             except Failed as failed:
                 event = Broken(job.job_id, *failed.args)
             except Exception as error:
+                if not isinstance(error, UserError):
+                    lane.close()  # its worker may be in the middle of something
                 event = Broken(job.job_id, *failure(error, _log.exception))
-            if decoding:
-                with self._changed:
-                    self._decoding -= 1
-                    self._changed.notify_all()
+            with self._changed:
+                self._decoding -= decoding
+                self._planning -= not decoding
+                self._changed.notify_all()
             if event is None:
                 job.close()
             else:
@@ -248,9 +252,11 @@ class MediaWorkers:
             self._idle += 1
             try:
                 while not self._closed:
-                    if self._to_plan:
+                    plans, decodes = self._startable()
+                    if plans:
+                        self._planning += 1
                         return self._to_plan.popleft()
-                    if self._to_decode and self._decoding < self._processes:
+                    if decodes:
                         self._decoding += 1
                         return self._to_decode.popleft()
                     if len(self._lanes) > self._processes + 1:
@@ -261,14 +267,21 @@ class MediaWorkers:
             finally:
                 self._idle -= 1
 
+    def _startable(self) -> tuple[int, int]:
+        """How many plans, and how many videos, another lane could begin with.
+
+        So many of both may be under way that plans, however many are slow, leave lanes for decoding.
+        """
+        plans = min(len(self._to_plan), 1 + _MOST_HELPERS - self._planning)
+        return plans, min(len(self._to_decode), self._processes - self._decoding)
+
     def _plan(self, lane: Lane, job: Job) -> MediaEvent:
         begin = time.monotonic()
 
         def look() -> None:
             with self._changed:
                 slow = time.monotonic() - begin > _SLOW_PLAN_S
-                helpers = len(self._lanes) - self._processes - 1
-                if slow and self._to_plan and not self._idle and helpers < _MOST_HELPERS and not self._closed:
+                if slow and sum(self._startable()) > self._idle and not self._closed:
                     self._add_lane()
 
         prompt = lane.plan(job, look)

@@ -58,15 +58,26 @@ class Told:
         return np.concatenate(parts) if parts else np.zeros((0, 3, 14, 14), np.uint8)
 
 
-def follow(workers, names, *, skip=None, until=lambda told: all(one.ended for one in told.values()), limit=60):
-    """Polls until requests end, and starts decoding when they are planned. Returns a `Told` for each name."""
-    told = {name: Told() for name in names}
+def all_ended(told):
+    return all(one.ended for one in told.values())
+
+
+def follow(workers, names, *, decode=True, skip=None, until=all_ended, told=None, limit=60):
+    """Polls until requests end, and starts decoding when they are planned. Returns a `Told` for each name.
+
+    Args:
+      decode: whether it starts decoding.
+      skip: as for `MediaWorkers.decode`.
+      until: whether to return, by what was told.
+      told: what was told before.
+    """
+    told = {name: told[name] if told else Told() for name in names}
     end = time.monotonic() + limit
     while not until(told):
         assert time.monotonic() < end, {name: vars(one) for name, one in told.items() if not one.ended}
         for event in workers.poll():
             told[event.job_id].take(event)
-            if isinstance(event, Planned):
+            if decode and isinstance(event, Planned):
                 workers.decode(event.job_id, skip)
         time.sleep(0.002)
     return told

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keye_jax.engine.media import MediaWorkers, Pixels
+from keye_jax.engine.media import Broken, Finished, MediaWorkers, Pixels, Planned
 from keye_jax.errors import UserError
 from keye_jax.testing import write_picture
 from tests.keye_jax.engine.media.conftest import Told, follow, image, text, user, video
@@ -163,6 +163,37 @@ def test_memory_is_bounded_and_decoding_waits(processor, clips, tmp_path):
         assert sum(frames for _, _, frames in told.pieces) == medium.frames
         assert workers.arena.peak <= 1 << 20
         assert workers.arena.used == 0
+
+
+def test_memory_does_not_grow_with_the_length_of_a_video(processor, clips, tmp_path):
+    short, long = (clips.write(tmp_path / f"{frames}.mp4", frames) for frames in (100, 3000))
+    size, peaks = 0, []
+    with MediaWorkers(processor, 1, 8 << 20) as workers:
+        for path in (short, long):
+            workers.submit("a", user(video(path, fps=10)))
+            finished = False
+            while not finished:
+                for event in workers.poll():
+                    assert not isinstance(event, Broken), event
+                    finished = isinstance(event, Finished)
+                    if isinstance(event, Planned):
+                        size = event.prompt.media[0].frames * event.prompt.media[0].frame_bytes
+                        workers.decode("a")
+                    elif isinstance(event, Pixels):
+                        event.release()
+                time.sleep(0.001)
+            peaks.append(max(peak_memory(pid) for pid in workers.worker_pids))
+        assert workers.arena.peak <= 8 << 20
+    assert size > 400 << 20
+    assert peaks[1] - peaks[0] < 32 << 20
+
+
+def peak_memory(pid):
+    """The most memory that a process has had, in bytes."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(pid)
 
 
 def test_one_request_does_not_keep_the_memory_of_another(processor, clips, tmp_path):
