@@ -55,7 +55,7 @@ class _Sequence:
       keys: those of its blocks in the prefix index.
       state: "waiting", "reading", "running", "ended" (idle from the next plan on) or "offloaded".
       ready, done: tokens of the prompt that can be read, and that are read or found.
-      drawn: tokens of the answer. The pages hold all but the last one of them.
+      drawn: tokens of the answer.
       prefix, version: blocks that the index had, at that version of the index.
     """
 
@@ -74,6 +74,11 @@ class _Sequence:
     @property
     def id(self) -> str:
         return self.arrival.id
+
+    @property
+    def length(self) -> int:
+        """Tokens that the pages hold when the prompt is read: all but the last one that was drawn."""
+        return self.arrival.prompt_tokens + max(0, self.drawn - 1)
 
     @property
     def placed(self) -> Placed:
@@ -206,7 +211,7 @@ class Scheduler:
         """Pages that a sequence is to have now."""
         total = sequence.arrival.prompt_tokens + sequence.arrival.max_tokens
         if self.config.optimistic:
-            total = min(total, sequence.arrival.prompt_tokens + sequence.drawn + self.config.small)
+            total = min(total, sequence.length + self.config.small)
         return pages_for(total)
 
     def _placement(self, sequence: _Sequence) -> _Placement | None:
@@ -231,14 +236,12 @@ class Scheduler:
         """Gives running sequences pages for their next tokens; where pages are short, it offloads the youngest."""
         offload, grow = [], []
         for sequence in self._in_state("running"):
-            needed = pages_for(sequence.arrival.prompt_tokens + sequence.drawn)
-            if sequence.state != "running" or needed <= len(sequence.pages):
+            if sequence.state != "running" or pages_for(sequence.length + 1) <= len(sequence.pages):
                 continue
             home, first, wanted = self._home(sequence), len(sequence.pages), self._reserve(sequence)
             while sequence.state == "running" and not self._pages.fits(wanted, home, first=first):
                 youngest = [each for each in self._in_state("running") if self._home(each) == home][-1]
-                held = pages_for(youngest.arrival.prompt_tokens + youngest.drawn - 1)
-                offload.append(Placed(youngest.id, youngest.row, youngest.pages[:held]))
+                offload.append(Placed(youngest.id, youngest.row, youngest.pages[: pages_for(youngest.length)]))
                 self._leave_row(youngest)
                 youngest.state = "offloaded"
             if sequence.state == "running":
@@ -293,7 +296,7 @@ class Scheduler:
         A prompt's turn comes later by `AGEING_STEPS` for each of its chunks. So short ones overtake, but not for ever.
         One without a place is passed over until the step of its turn; from then on no later one is admitted.
         """
-        admits = not self._in_state("offloaded")
+        admits = None in self._rows and not self._in_state("offloaded")
         prompts = self._in_state("reading", "waiting") if admits else self._in_state("reading")
         for sequence in prompts:
             if sequence.state == "waiting":
