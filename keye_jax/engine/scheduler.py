@@ -27,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from keye_jax.engine.pages import Block, BlockKey, PageManager, Program
 from keye_jax.engine.plan import Arrival, Begin, Event, Measured, Placed, Plan, Read, Ready, SchedulerConfig, Stats
@@ -46,6 +47,10 @@ _SMOOTHING = 0.25
 """Weight of a new measurement."""
 
 
+type _State = Literal["waiting", "reading", "running", "ended", "offloaded"]
+"""Of a sequence. One that has ended is in its row until the next plan."""
+
+
 @dataclasses.dataclass(eq=False)
 class _Sequence:
     """A sequence that has not gone.
@@ -53,7 +58,7 @@ class _Sequence:
     Attributes:
       arrived: the step in which it came.
       keys: those of its blocks in the prefix index.
-      state: "waiting", "reading", "running", "ended" (idle from the next plan on) or "offloaded".
+      state: where it is in its life.
       ready, done: tokens of the prompt that can be read, and that are read or found.
       drawn: tokens of the answer.
       prefix, version: blocks that the index had, at that version of the index.
@@ -62,7 +67,7 @@ class _Sequence:
     arrival: Arrival
     arrived: int
     keys: tuple[BlockKey, ...]
-    state: str = "waiting"
+    state: _State = "waiting"
     ready: int = 0
     done: int = 0
     drawn: int = 0
@@ -124,7 +129,10 @@ class Scheduler:
             )
 
     def step(self, events: Sequence[Event] = ()) -> Plan:
-        """The next step. Events about sequences that have gone are ignored.
+        """The next step. If it is an empty plan, nothing can be done before there are events.
+
+        Args:
+          events: in the order in which they happened. Those about sequences that have gone are ignored.
 
         Raises:
           UserError: an arrival can never run; `check` tells it before.
@@ -194,7 +202,7 @@ class Scheduler:
         self._pages.release(sequence.pages)
         sequence.row, sequence.pages = -1, ()
 
-    def _in_state(self, *states: str) -> list[_Sequence]:
+    def _in_state(self, *states: _State) -> list[_Sequence]:
         """Sequences in one of these states, the oldest first."""
         return [sequence for sequence in self._sequences.values() if sequence.state in states]
 
