@@ -194,6 +194,7 @@ class TestOrder:
         step = 0
         while "large" not in dict(engine.step(come(f"s{step}", 60, most=60) if step % 20 == 0 else []).cached):
             step += 1
+            assert step < 1000
         # It has four chunks. From its turn on it waits for those that are there.
         assert 4 * AGEING_STEPS < step <= 4 * AGEING_STEPS + 61
 
