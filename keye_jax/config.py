@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,7 +90,7 @@ class _Section:
             else:
                 known[field.name] = _read_value(f"{prefix}{field.name}", value, kind)
         extra = {name: value for name, value in values.items() if name not in known}
-        return cls(**known, extra=types.MappingProxyType(extra))
+        return cls(**known, extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
         """The section as a JSON object, with unknown fields."""

@@ -8,6 +8,10 @@ class UserError(ValueError):
     """
 
 
+class MediaError(UserError):
+    """A mistake in an image or a video of a request, or in one of its options."""
+
+
 def shorten(value: object, limit: int = 80) -> str:
     """`value` for an error message: one line of at most `limit` characters, whatever it is."""
     if isinstance(value, str | bytes):

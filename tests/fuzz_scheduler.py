@@ -229,8 +229,9 @@ class Trace:
         step = len(self.plans)
         events = self.due.pop(step, [])
         if self.random.random() < 0.2:
-            seconds = self.random.random() / 10
-            events.append(Measured(seconds, seconds / 10, self.random.choice(("large", "small"))))
+            program = self.random.choice(("large", "small", None))
+            seconds = self.random.random() / (10 if program else 100)
+            events.append(Measured(seconds, program, program is None or self.random.random() < 0.5))
         for event in events:
             if isinstance(event, Ready):
                 self.requests[event.id].ready = event.tokens

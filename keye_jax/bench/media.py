@@ -21,13 +21,13 @@ from typing import Any
 
 _HD = "1280x720"
 # A textured picture under a moving camera, a moving pattern before it, and the grain of a film.
-_MOTION = (
+MOTION = (
     f"color=gray:size=2560x1440:rate=30,trim=end_frame=1,noise=alls=100,gblur=2,eq=contrast=3,loop=-1:1,setpts=N/30/TB,"
     f"crop={_HD.replace('x', ':')}:640+600*sin(t):360+340*sin(t/1.7)[ground];"
     "testsrc2=size=480x270:rate=30[pattern];"
     "[ground][pattern]overlay=400+380*cos(t/2):225+200*sin(t/3),noise=alls=5:allf=t,format=yuv420p"
 )
-_CALM = f"testsrc2=size={_HD}:rate=25,format=yuv420p"
+CALM = f"testsrc2=size={_HD}:rate=25,format=yuv420p"
 # Seconds of a clip that are encoded; the rest repeats them.
 _PART = 20
 
@@ -130,24 +130,24 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.video and not arguments.video.is_file():
         parser.error(f"--video is {str(arguments.video)!r}; it must be a file")
-    ffmpeg = _ffmpeg()
+    ffmpeg = find_ffmpeg()
     with tempfile.TemporaryDirectory(prefix="keye-jax-") as directory:
         folder = Path(directory)
         write_processor_files(folder / "checkpoint", KeyeConfig.from_file(presets.TINY))
         video = arguments.video
         if not video:
             video = folder / "clip.mp4"
-            make_clip(ffmpeg, video, _MOTION, arguments.seconds, 23)
+            make_clip(ffmpeg, video, MOTION, arguments.seconds, 23)
         _compare(ffmpeg, video, folder / "checkpoint", arguments.runs)
         if arguments.long_seconds:
             video = folder / "long.mp4"
-            make_clip(ffmpeg, video, _CALM, arguments.long_seconds, 35)
+            make_clip(ffmpeg, video, CALM, arguments.long_seconds, 35)
             usage = measure(_ours(video, folder / "checkpoint", one_thread=False))
             _print_memory(f"{arguments.long_seconds:g} s", usage)
     return 0
 
 
-def _ffmpeg() -> str:
+def find_ffmpeg() -> str:
     """The ffmpeg on the PATH, or else the one of imageio-ffmpeg."""
     if found := shutil.which("ffmpeg"):
         return found

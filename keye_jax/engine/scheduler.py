@@ -372,10 +372,12 @@ class Scheduler:
         return tuple(rows), tuple(ended)
 
     def _measure(self, event: Measured) -> None:
-        for name, seconds in ((event.program, event.chunk_seconds), ("decode", event.decode_seconds)):
-            if seconds is not None:
-                before = self._seconds.get(name, seconds)
-                self._seconds[name] = before + _SMOOTHING * (seconds - before)
+        name, seconds = event.program or "decode", event.seconds
+        if event.program and event.decode:
+            # The chunk took what the step took longer than steps that only decode.
+            seconds -= self._seconds.get("decode", 0.0)
+        before = self._seconds.get(name, seconds)
+        self._seconds[name] = before + _SMOOTHING * (max(0.0, seconds) - before)
 
     def _decodes_between(self, program: Program) -> int:
         """Decode steps between chunks of this program: the setting, or what the target gap needs."""

@@ -1,9 +1,9 @@
 """Grouped-query attention over a context: sparse through the indexer's selection, or dense.
 
 Over several devices: a step that reads prompts has all keys of its sequences on each device for the time of a layer. A
-step of decode may have each sequence's keys on several devices. Each of them scores its own positions and selects its
-own best; all exchange the scores of what they selected; each attends to those of the exact selection that it has; and
-the parts are merged by their log-sum-exps.
+step of decode may have each sequence's keys on several devices. Each of them scores its own positions; all exchange the
+scores, or of many scores the best; each attends to those of the exact selection that it has; and the parts are merged
+by their log-sum-exps.
 """
 
 from __future__ import annotations
@@ -37,6 +37,13 @@ _SMALL_SCORE_BYTES = 64 * 2**20
 """Most bytes of the scores of one block of queries: at 128K tokens those of 2,048 fill a GPU, or those of 128.
 
 On TPUs 2,048 queries at 256K tokens are one block: v5e's compiler aborts on the loop over two of 1,024.
+"""
+
+_EXCHANGED_BYTES = 2 * 2**20
+"""Most bytes of the scores of all devices that are exchanged whole.
+
+Above it each device offers its best, whose number does not grow with the context. That takes two more selections in
+each layer, one after the other.
 """
 
 _DENSE_BYTES = 2**30
@@ -298,8 +305,7 @@ def attend_sparse(
 def select_split(scores: jax.Array, lengths: jax.Array, top_k: int, axes: Axes, preferred: str | None) -> jax.Array:
     """`select_topk` among the positions of all devices along `axes`, which hold a sequence's pages in turns.
 
-    Each device offers its own best positions, so the selection among what is offered is exact. What travels: scores and
-    positions of `top_k` candidates of each device.
+    What travels: all scores if they are few, or scores and positions of `top_k` candidates of each device.
 
     Args:
       scores: float32 `[b, 1, s]`, of this device's positions.
@@ -309,7 +315,31 @@ def select_split(scores: jax.Array, lengths: jax.Array, top_k: int, axes: Axes, 
     Returns:
       int32 `[b, 1, top_k]`, those of this device's positions that are selected, -1 in the places of others'.
     """
-    each, implementation = min(top_k, scores.shape[-1]), resolve("select_topk", preferred)
+    implementation = resolve("select_topk", preferred)
+    if 4 * scores.size * _devices(axes) <= _EXCHANGED_BYTES:
+        return _select_among_all(scores, lengths, top_k, axes, implementation)
+    return _select_among_best(scores, lengths, top_k, axes, implementation)
+
+
+def _select_among_all(
+    scores: jax.Array, lengths: jax.Array, top_k: int, axes: Axes, implementation: str | None
+) -> jax.Array:
+    """`select_split` that selects among the scores of all devices."""
+    # What no query sees stands behind all that is seen, so it is selected only where there is too little of that.
+    scores = _scores_of_all(jnp.where(jnp.arange(scores.shape[-1]) < lengths[..., None], scores, -jnp.inf), axes)
+    selected = select_topk(scores, jnp.full_like(lengths, scores.shape[-1]), top_k, implementation=implementation)
+    page, offset = jnp.divmod(selected, PAGE_SIZE)
+    turn, device = jnp.divmod(page, _devices(axes))
+    position = turn * PAGE_SIZE + offset
+    own = (selected >= 0) & (device == rank(axes)) & (position < lengths[..., None])
+    return jnp.where(own, position, -1)
+
+
+def _select_among_best(
+    scores: jax.Array, lengths: jax.Array, top_k: int, axes: Axes, implementation: str | None
+) -> jax.Array:
+    """`select_split` that selects among the best of each device, which is exact too."""
+    each = min(top_k, scores.shape[-1])
     candidates = select_topk(scores, lengths, each, implementation=implementation)
     best = jnp.take_along_axis(scores, jnp.maximum(candidates, 0), axis=2)
     best = jnp.where(candidates >= 0, best, -jnp.inf)

@@ -7,6 +7,7 @@ from keye_jax.processor.processor import (
     ModelInputs,
     Processor,
     PromptPlan,
+    PromptTokens,
     VideoPlan,
 )
 from keye_jax.processor.prompt import Detokenizer
@@ -19,5 +20,6 @@ __all__ = [
     "ModelInputs",
     "Processor",
     "PromptPlan",
+    "PromptTokens",
     "VideoPlan",
 ]

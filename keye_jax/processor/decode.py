@@ -48,13 +48,14 @@ _SLOWEST, _FASTEST = 1e-3, 1e3
 class VideoFile:
     """A video file or an animated picture, closed between calls.
 
-    The constructor reads the packets and sets `info`; `read` decodes frames.
+    The constructor reads the packets and sets `info`; `read` decodes frames. It may be pickled.
 
     Args:
       source: a path, or the content of a file.
       field: the name of the video in error messages.
 
     Attributes:
+      content: the source.
       info: its frames.
       warnings: what is missing, sentences.
 
@@ -63,17 +64,17 @@ class VideoFile:
     """
 
     def __init__(self, source: Path | bytes, field: str):
-        self.field = field
+        self.content, self.field = source, field
         self._animation = AnimatedImage(source, field) if is_animation(source) else None
         if self._animation is not None:
             self.info, self.warnings = self._animation.info, self._animation.warnings
             return
-        self._av = import_av(field)
+        av = import_av(field)
         self._source = Source(source, field)
         container, stream = self._source.open()
         with container:
-            first = _First(self._av, stream)
-            packets = read_packets(self._source, container, stream, self._av, first)
+            first = _First(av, stream)
+            packets = read_packets(self._source, container, stream, av, first)
             first.finish()
             form, rates = container.format.name, _rates(container, stream)
             # AVI stores no presentation times. With B-frames its packets carry times in decoding order.
@@ -123,7 +124,7 @@ class VideoFile:
             for index in wanted:
                 used, frame = decoder.at(index)
                 if frame.interlaced_frame:
-                    frame = deinterlaced(self._av, decoder.neighbours())
+                    frame = deinterlaced(import_av(self.field), decoder.neighbours())
                 pixels = self._picture.pixels(frame, size or self._picture.size)
                 del frame
                 yield used, pixels

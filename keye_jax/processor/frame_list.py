@@ -28,6 +28,7 @@ class FrameList:
       field: the name of the video in error messages.
 
     Attributes:
+      frames: as given.
       info: the frames and their times; the size is that of the first frame.
       warnings: sentences about what was not as expected in the frames read so far.
 
@@ -42,7 +43,7 @@ class FrameList:
                 raise UserError(f"{field} is an array {kind}{shape}; it must be uint8 [F, H, W, 3]")
         if not len(frames):
             raise UserError(f"{field} is an empty list; a video must have at least one frame")
-        self._frames = frames
+        self.frames = frames
         self._field = field
         self.warnings: list[str] = []
         with opened_image(frames[0], f"{field}[0]") as image:
@@ -59,7 +60,7 @@ class FrameList:
         """
         for index in indices.tolist():
             field = f"{self._field}[{index}]"
-            with opened_image(self._frames[index], field) as image:
+            with opened_image(self.frames[index], field) as image:
                 pixels = np.asarray(to_rgb(image, field, self._warn))
             if pixels.shape[:2] != (self.info.height, self.info.width):
                 first = f"the first, {self.info.width}x{self.info.height}"

@@ -47,6 +47,11 @@ class DownloadedFile:
     def close(self) -> None:
         self._remove()
 
+    def keep(self) -> Path:
+        """Leaves the file to the caller, who has to remove it."""
+        self._remove.detach()
+        return self.path
+
 
 def _unlink(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):

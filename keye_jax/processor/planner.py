@@ -102,11 +102,12 @@ class VideoPlan:
     def frames(self) -> int:
         return len(self.indices)
 
-    def pixels(self, which: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    def pixels(self, which: np.ndarray, *, threads: int = 0) -> Iterator[tuple[int, np.ndarray]]:
         """Decodes frames as the model sees them.
 
         Args:
           which: int64 [n], increasing, positions in `indices`.
+          threads: of a video decoder; 0 for one a core.
 
         Returns:
           For each, the index in the video of the frame used, and its pixels, uint8 [height, width, 3].
@@ -114,7 +115,10 @@ class VideoPlan:
         Raises:
           UserError: no frame can be decoded.
         """
-        return self.source.read(self.indices[which], (self.height, self.width))
+        size = (self.height, self.width)
+        if isinstance(self.source, FrameList):
+            return self.source.read(self.indices[which], size)
+        return self.source.read(self.indices[which], size, threads=threads)
 
     def undecodable(self, used: np.ndarray) -> tuple[np.ndarray, str | None]:
         """The times of the frames that could not be decoded, float64 [n] in seconds, and a sentence about them.
@@ -166,6 +170,11 @@ class MediaPlanner:
         self._video_options = resolve_options(settings.video, chosen, "defaults")
         chosen = read_options("image", defaults or {}, "", shared=True)
         self._image_options = resolve_options(settings.image, chosen, "defaults")
+
+    @property
+    def most_pixels(self) -> int:
+        """Pixels of the largest image or frame, as the model sees it, unless a request sets its own limits."""
+        return max(self._image_options.max_pixels, self._video_options.max_pixels)
 
     @contextlib.contextmanager
     def file(self, value: Any, field: str) -> Iterator[ImagePlan | VideoPlan]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from keye_jax.config import KeyeConfig
-from keye_jax.errors import UserError
+from keye_jax.errors import MediaError, UserError
 from keye_jax.processor.frame_text import GUESS, PRESETS, FrameEncoder
 from keye_jax.processor.image import patchify
 from keye_jax.processor.media import DownloadedFile
@@ -61,6 +61,17 @@ class ModelInputs:
     prompt_opens_thinking: bool
     undecodable_times: tuple[np.ndarray, ...] = ()
     warnings: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptTokens:
+    """The tokens of a prompt, for which no pixels are needed. The attributes are those of `ModelInputs`."""
+
+    input_ids: np.ndarray
+    positions: np.ndarray
+    position_delta: int
+    image_grids: np.ndarray
+    video_grids: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,7 +143,7 @@ class PromptPlan:
 
 
 class Processor:
-    """Turns messages into `ModelInputs` with the tokenizer and the chat template of a checkpoint.
+    """Turns messages into `ModelInputs` with the tokenizer and the chat template of a checkpoint. It may be pickled.
 
     Args:
       tokenizer, template: those of the checkpoint.
@@ -147,6 +158,8 @@ class Processor:
 
     Attributes:
       media: plans single images and videos.
+      image_token_id, video_token_id: the pad tokens.
+      patch_size: side of a patch, p, in pixels.
       pixel_scale, pixel_shift: float32 [3], one value a channel; the vision encoder takes pixel * scale + shift.
 
     Raises:
@@ -168,7 +181,6 @@ class Processor:
     ):
         self._tokenizer = tokenizer
         self._template = template
-        self._config = config
         self._max_decoded_bytes = max_decoded_bytes
         self._encoder = FrameEncoder(tokenizer, settings.frame_text)
         self._frame_format_guessed = settings.frame_format is None
@@ -180,6 +192,9 @@ class Processor:
             value = getattr(config, name)
             if value not in control:
                 raise UserError(f"config: {name} is {value}; it must be the id of an added token of tokenizer.json")
+        self.image_token_id, self.video_token_id = config.image_token_id, config.video_token_id
+        self.patch_size = config.vision_config.patch_size
+        self._merge_size = config.vision_config.spatial_merge_size
         pads = {config.image_token_id, config.video_token_id}
         if any(not pads.isdisjoint(before + after) for before, after in self._encoder.interleave(np.zeros(1))):
             raise UserError(f"frame_format is {settings.frame_format!r}; it must hold no pad token, only {{pads}}")
@@ -255,7 +270,8 @@ class Processor:
             of a part win.
 
         Raises:
-          UserError: a message, a medium or an option is not valid; the text is one sentence.
+          UserError: a message or an option is not valid; the text is one sentence.
+          MediaError: an image or a video is not valid, or they are too large; it is a UserError.
         """
         asked = request_options(media_io_kwargs, mm_processor_kwargs)
         variables = check_template_variables(template_variables, "template_variables")
@@ -274,9 +290,11 @@ class Processor:
                 self.media.video(part, downloads, single=videos == 1) for part in media if part.kind == "video"
             )
             self._check_bytes(images, plans)
-        except BaseException:
+        except BaseException as error:
             for download in downloads:
                 download.close()
+            if isinstance(error, UserError):
+                raise MediaError(str(error)) from error
             raise
         warnings = [warning for medium in (*images, *plans) for warning in medium.warnings]
         if plans and self._frame_format_guessed:
@@ -301,9 +319,8 @@ class Processor:
           UserError: nothing of an image or of a video can be decoded.
         """
         warnings = list(plan.warnings)
-        patch = self._config.vision_config.patch_size
-        image_grids = _grids([(image.height, image.width) for image in plan.images], patch)
-        video_grids = _grids([(video.height, video.width) for video in plan.videos for _ in video.indices], patch)
+        patch = self.patch_size
+        image_grids, video_grids = self._grids(plan)
         image_patches, video_patches = (
             # Pages of zeros that are never written, those of other processes' frames, take no memory.
             np.zeros((int(grids.prod(1).sum()), 3, patch, patch), np.uint8)
@@ -344,19 +361,11 @@ class Processor:
                 warnings.append(sentence)
             first += video.frames
 
-        input_ids = np.fromiter(self._expand(plan, times), np.int32)
-        positions, delta = mrope_positions(
-            input_ids,
-            image_grids,
-            video_grids,
-            image_token_id=self._config.image_token_id,
-            video_token_id=self._config.video_token_id,
-            merge_size=self._config.vision_config.spatial_merge_size,
-        )
+        tokens = self.expand(plan, times)
         return ModelInputs(
-            input_ids,
-            positions,
-            delta,
+            tokens.input_ids,
+            tokens.positions,
+            tokens.position_delta,
             image_patches,
             image_grids,
             video_patches,
@@ -367,8 +376,40 @@ class Processor:
             tuple(dict.fromkeys(warnings)),
         )
 
+    def expand(self, plan: PromptPlan, times: Sequence[np.ndarray] | None = None) -> PromptTokens:
+        """The tokens of a prompt, before or after its media are decoded.
+
+        Args:
+          times: one array a video, float64 [frames], the seconds that the prompt states; those of `plan` if left out.
+            The two differ only for a damaged video.
+        """
+        stated = [video.times for video in plan.videos] if times is None else times
+        input_ids = np.fromiter(self._expand(plan, stated), np.int32)
+        image_grids, video_grids = self._grids(plan)
+        positions, delta = mrope_positions(
+            input_ids,
+            image_grids,
+            video_grids,
+            image_token_id=self.image_token_id,
+            video_token_id=self.video_token_id,
+            merge_size=self._merge_size,
+        )
+        return PromptTokens(input_ids, positions, delta, image_grids, video_grids)
+
+    def in_order(self, plan: PromptPlan) -> list[ImagePlan | VideoPlan]:
+        """The media in the order in which they stand in the prompt."""
+        images, videos = iter(plan.images), iter(plan.videos)
+        pads = {self.image_token_id: images, self.video_token_id: videos}
+        return [next(pads[token]) for token in plan.prompt_ids if token in pads]
+
+    def _grids(self, plan: PromptPlan) -> tuple[np.ndarray, np.ndarray]:
+        """`image_grids` and `video_grids` of `ModelInputs`."""
+        images = [(image.height, image.width) for image in plan.images]
+        frames = [(video.height, video.width) for video in plan.videos for _ in video.indices]
+        return _grids(images, self.patch_size), _grids(frames, self.patch_size)
+
     def _check_pads(self, ids: list[int], media: list[MediaPart]) -> None:
-        for kind, token in (("image", self._config.image_token_id), ("video", self._config.video_token_id)):
+        for kind, token in (("image", self.image_token_id), ("video", self.video_token_id)):
             need, have = sum(part.kind == kind for part in media), ids.count(token)
             if need != have:
                 raise UserError(
@@ -394,9 +435,9 @@ class Processor:
         images = iter(plan.images)
         videos = iter(zip(plan.videos, times, strict=True))
         for token in plan.prompt_ids:
-            if token == self._config.image_token_id:
+            if token == self.image_token_id:
                 yield from [token] * next(images).num_tokens
-            elif token == self._config.video_token_id:
+            elif token == self.video_token_id:
                 video, stamps = next(videos)
                 for before, after in self._encoder.interleave(stamps, video.cues):
                     yield from before

@@ -254,12 +254,15 @@ class ChatTemplate:
         )
         environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         environment.filters["tojson"] = _tojson
-        self._variables = dict(variables)
+        self._source, self._variables = source, dict(variables)
         try:
             self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"the chat template is not valid: {reason}") from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ChatTemplate, (self._source, self._variables)  # Jinja's compiled template cannot be pickled
 
     def render(
         self,

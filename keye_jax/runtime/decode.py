@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from keye_jax.runtime.sampling import SamplingParams, SamplingState, sampling_row
+from keye_jax.runtime.sampling import MOST_SCORES, SamplingParams, SamplingState, TokenScores, sampling_row
 
 
 @jax.tree_util.register_dataclass
@@ -24,6 +24,7 @@ class DecodeState:
       active: bool `[b]`, False in an idle row.
       page_table: int32 `[b, m]`, as in `BatchMetadata`.
       sampling: how each row draws.
+      scores: of the last token that each row drew.
     """
 
     tokens: jax.Array
@@ -32,6 +33,7 @@ class DecodeState:
     active: jax.Array
     page_table: jax.Array
     sampling: SamplingState
+    scores: TokenScores
 
 
 def active_row(
@@ -68,7 +70,13 @@ def active_row(
         "page_table": table,
     }
     drawing = sampling_row(sampling, vocab, prompt=prompt, answer=answer, bias=bias, allowed=allowed)
-    return DecodeState(**values, sampling=drawing)
+    count = min(MOST_SCORES, vocab)
+    zeros: dict[str, Any] = {
+        "logprob": np.float32(0),
+        "top_tokens": np.zeros(count, np.int32),
+        "top_logprobs": np.zeros(count, np.float32),
+    }
+    return DecodeState(**values, sampling=drawing, scores=TokenScores(**zeros))
 
 
 def idle_row(table_width: int, vocab: int) -> DecodeState:

@@ -14,6 +14,10 @@ ENCODE_PATCHES = 8192
 """Patches encoded in one step: whole frames, at least one (the publisher's Chunk ViT)."""
 
 
+IMAGE_PATCHES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 81920)
+"""Patches that an image is padded to where steps have few shapes: the last are 20,480 tokens, the publisher's limit."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageBatch:
     """Images of one size that are encoded in one step.
@@ -48,6 +52,34 @@ def batch_images(patches: np.ndarray, grids: np.ndarray, devices: int) -> Iterat
             batch[:here, :each] = patches[done : done + here * each].reshape(here, each, -1)
             yield ImageBatch(batch, height, width, here)
             done += here * each
+
+
+def image_batch(patches: np.ndarray, grid: np.ndarray, devices: int) -> ImageBatch:
+    """One batch of a fixed shape: as many images as fill `ENCODE_PATCHES` on each device, of which some may be empty.
+
+    Args:
+      patches: `[n * h * w, features]`, of at most `images_at_once` images of one size.
+      grid: int `[3]`: 1, height and width in patches.
+      devices: as for `batch_images`.
+    """
+    height, width = int(grid[1]), int(grid[2])
+    each = height * width
+    images = len(patches) // each
+    batch = np.zeros((images_at_once(each, devices), padded_patches(each), patches.shape[1]), patches.dtype)
+    batch[:images, :each] = patches.reshape(images, each, -1)
+    return ImageBatch(batch, height, width, images)
+
+
+def padded_patches(patches: int) -> int:
+    """The next one of `IMAGE_PATCHES`; beyond the last, a multiple of it."""
+    return next(
+        (size for size in IMAGE_PATCHES if size >= patches), -(-patches // IMAGE_PATCHES[-1]) * IMAGE_PATCHES[-1]
+    )
+
+
+def images_at_once(patches: int, devices: int) -> int:
+    """Images of `patches` patches in one batch of a fixed shape."""
+    return devices * max(1, ENCODE_PATCHES // padded_patches(patches))
 
 
 def images_here(grids: np.ndarray, rules: MeshRules) -> np.ndarray:

@@ -177,6 +177,19 @@ def plan_chunks(
             yield from _chunks(shared, segments, shape, step, pool_pages)
 
 
+def plan_chunk(segment: Segment, tokens: int, step: StepSharding, pool_pages: int, table_width: int) -> Chunk:
+    """One chunk of a fixed shape that reads all of a segment, which may be shorter.
+
+    Args:
+      tokens: of the shape, on all devices together: those that a step reads of a longer prompt.
+      pool_pages: as for `plan_chunks`.
+      table_width: columns of the page table.
+    """
+    shape = single_shape(tokens, table_width, tokens, step)
+    (chunk,) = _chunks([(0, 0, len(segment.input_ids))], [segment], shape, step, pool_pages)
+    return chunk
+
+
 def _chunks(
     spans: Sequence[_Span], segments: Sequence[Segment], shape: ChunkShape, step: StepSharding, pool_pages: int
 ) -> Iterator[Chunk]:

@@ -23,7 +23,7 @@ from keye_jax.model.keye import Keye
 from keye_jax.model.projector import Projector
 from keye_jax.model.vision import VisionEncoder
 from keye_jax.runtime.decode import DecodeState
-from keye_jax.runtime.sampling import counted, sample
+from keye_jax.runtime.sampling import SamplingState, TokenScores, counted, sample, token_scores
 from keye_jax.sharding.step import StepSharding, spec
 from pallas_kernels.dispatch import resolve
 
@@ -169,9 +169,14 @@ def _draw(
       rows: bool `[b]`, those that draw; the others stay as they are.
     """
     lengths = state.lengths + rows
-    draw_tokens = functools.partial(sample, implementation=resolve("select_topk", implementation))
+    select = resolve("select_topk", implementation)
+
+    def draw_tokens(logits: jax.Array, sampling: SamplingState, lengths: jax.Array) -> tuple[jax.Array, TokenScores]:
+        tokens = sample(logits, sampling, lengths, implementation=select)
+        return tokens, token_scores(logits, tokens, implementation=select)
+
     everywhere = spec()
-    tokens = step.shard_map(draw_tokens, (everywhere, everywhere, everywhere), everywhere)(
+    tokens, scores = step.shard_map(draw_tokens, (everywhere, everywhere, everywhere), everywhere)(
         logits, state.sampling, lengths
     )
     return dataclasses.replace(
@@ -179,6 +184,9 @@ def _draw(
         tokens=jnp.where(rows, tokens, state.tokens),
         lengths=lengths,
         sampling=counted(state.sampling, tokens, rows),
+        scores=jax.tree.map(
+            lambda new, old: jnp.where(rows.reshape(-1, *(1,) * (new.ndim - 1)), new, old), scores, state.scores
+        ),
     )
 
 
@@ -234,10 +242,41 @@ def decode_and_sample(platform: str) -> jax.stages.Wrapped:
     )
 
 
+@jax.jit
+def drawn(state: DecodeState) -> tuple[jax.Array, TokenScores]:
+    """Copies of the tokens that the rows drew last, and of their scores, which the next step does not overwrite."""
+    return jax.tree.map(jnp.copy, (state.tokens, state.scores))
+
+
 @functools.partial(jax.jit, donate_argnames="state")
 def set_row(state: DecodeState, row: jax.Array, values: DecodeState) -> DecodeState:
     """The state with `values`, of one row, in row number `row`."""
     return jax.tree.map(lambda x, value: x.at[row].set(value), state, values)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def set_pages(state: DecodeState, row: jax.Array, table: jax.Array) -> DecodeState:
+    """The state with another page table, int32 `[m]`, in row number `row`."""
+    return dataclasses.replace(state, page_table=state.page_table.at[row].set(table))
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def spread(logits: jax.Array, rows: int) -> jax.Array:
+    """`[1, vocab]` to `[rows, vocab]`."""
+    return jnp.broadcast_to(logits, (rows, logits.shape[1]))
+
+
+@jax.jit
+def take_pages(pool: PagePool, pages: jax.Array) -> PagePool:
+    """Copies of some pages, int32 `[n]`, in their order."""
+    return jax.tree.map(lambda x: x[pages], pool)
+
+
+@functools.partial(jax.jit, static_argnames="step", donate_argnames="pool")
+def put_pages(pool: PagePool, pages: jax.Array, values: PagePool, *, step: StepSharding) -> PagePool:
+    """The pool with `values` in some pages, int32 `[n]`; a page behind the last one is left out."""
+    pool = jax.tree.map(lambda x, value: x.at[pages].set(value, mode="drop"), pool, values)
+    return jax.lax.with_sharding_constraint(pool, pool.shardings(step.rules)) if step.rules.sharding() else pool
 
 
 def _pool(contexts: tuple[PagedContext, ...], step: StepSharding) -> PagePool:

@@ -25,8 +25,9 @@ from keye_jax.page_allocator import PageAllocator, pages_for
 from keye_jax.progress import Progress
 from keye_jax.runtime import programs
 from keye_jax.runtime.decode import DecodeState, active_row, idle_row
-from keye_jax.runtime.encode import batch_images
-from keye_jax.runtime.prefill import Chunk, Segment, plan_chunks, round_up, vision_rows
+from keye_jax.runtime.encode import batch_images, image_batch
+from keye_jax.runtime.prefill import Chunk, Segment, plan_chunk, plan_chunks, round_up, vision_rows
+from keye_jax.runtime.sampling import TokenScores
 from keye_jax.sharding.collectives import Axes
 from keye_jax.sharding.mesh_rules import MeshRules
 from keye_jax.sharding.step import StepSharding
@@ -34,6 +35,9 @@ from keye_jax.sharding.step import StepSharding
 PREFILL_CHUNK = {"gpu": 8192}
 _SMALL_PREFILL_CHUNK = 1024
 """Prompt tokens read in one step: with 8,192, each of 128 experts has rows enough to keep a GPU's tensor cores busy."""
+
+PAGES_AT_ONCE = 128
+"""Pages that are copied to or from the host in one step."""
 
 
 class Runtime:
@@ -129,6 +133,30 @@ class Runtime:
         homes = self.rules.size("batch")
         return -(-sequences // homes) * homes * self.table_width(tokens)
 
+    def take_pages(self, pool: PagePool, pages: Sequence[int]) -> PagePool:
+        """The content of some pages, NumPy arrays, `PAGES_AT_ONCE` of them in one step of a fixed shape."""
+        parts = []
+        for first in range(0, len(pages), PAGES_AT_ONCE):
+            part = np.asarray(pages[first : first + PAGES_AT_ONCE], np.int32)
+            padded = np.pad(part, (0, PAGES_AT_ONCE - len(part)), mode="edge")
+            parts.append(jax.tree.map(np.asarray, programs.take_pages(pool, self.put(padded))))
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays)[: len(pages)], *parts)
+
+    def put_pages(self, pool: PagePool, pages: Sequence[int], values: PagePool) -> PagePool:
+        """The pool with the content of `take_pages` in some pages. The pool is donated."""
+        for first in range(0, len(pages), PAGES_AT_ONCE):
+            part = np.asarray(pages[first : first + PAGES_AT_ONCE], np.int32)
+            rest = PAGES_AT_ONCE - len(part)
+            padded = np.pad(part, (0, rest), constant_values=pool.page_count)
+            content = jax.tree.map(
+                lambda x, first=first, rest=rest: self.put(
+                    np.pad(x[first : first + PAGES_AT_ONCE], ((0, rest), *((0, 0),) * (x.ndim - 1)))
+                ),
+                values,
+            )
+            pool = programs.put_pages(pool, self.put(padded), content, step=self.decode_step)
+        return pool
+
     # Images.
 
     def encode(
@@ -184,7 +212,90 @@ class Runtime:
                 progress(done, len(patches))
         return jnp.concatenate(embeds) if embeds else self.put(np.zeros((0, width), self.dtype))
 
+    def encode_images(
+        self, patches: np.ndarray, grid: np.ndarray, *, scale: np.ndarray, shift: np.ndarray
+    ) -> jax.Array:
+        """Encodes images of one size in a step of a fixed shape.
+
+        Args:
+          patches: uint8 `[n * h * w, channels, patch, patch]` of at most `images_at_once` images.
+          grid: int `[3]`: 1, height and width in patches.
+          scale, shift: as for `encode`.
+
+        Returns:
+          `[images_at_once, padded patches / 4, embed]`; the first n images, and the first h * w / 4 tokens, count.
+        """
+        vision, step = self.config.vision_config, self.prefill_step
+        pixels = vision.patch_size**2
+        flat = patches.reshape(len(patches), vision.num_channels * pixels)
+        batch = image_batch(flat, grid, step.size(step.vision_patches))
+        sizes = np.tile(np.asarray([batch.height, batch.width], np.int32), (len(batch.patches), 1))
+        scale_of, shift_of = (self.put(np.repeat(np.asarray(x, np.float32), pixels)) for x in (scale, shift))
+        return programs.encode(
+            self.model_def,
+            self.params,
+            self.put(batch.patches, step.vision_patches),
+            self.put(sizes, step.vision_patches),
+            scale_of,
+            shift_of,
+            step=step,
+            implementation=self.options.implementation,
+            project=True,
+        )
+
     # Prefill.
+
+    def read_chunk(
+        self, segment: Segment, pool: PagePool, *, tokens: int, table_width: int
+    ) -> tuple[jax.Array, PagePool]:
+        """Reads new tokens of one sequence in a step of a fixed shape.
+
+        Args:
+          segment: of at most `tokens` tokens. Its `vision_embeds` are those of its own pads, a NumPy array, in the
+            order of the pads.
+          pool: donated.
+          tokens: of the shape, on all devices together.
+          table_width: columns of the page table, of the shape.
+
+        Returns:
+          float32 `[1, vocab]` logits of the last token, and the pool.
+        """
+        pads = np.isin(segment.input_ids, (self.config.image_token_id, self.config.video_token_id))
+        row_of = np.where(pads, np.cumsum(pads) - 1, -1).astype(np.int32)
+        vision = np.zeros((tokens, self.config.hidden_size), self.dtype)
+        if segment.vision_embeds is not None:
+            vision[: len(segment.vision_embeds)] = segment.vision_embeds
+        step, count = self.prefill_step, len(segment.input_ids)
+        below = self.dense_below if self.options.attention == "sparse" else 0
+        cut = int(np.clip(below - segment.start, 0, count))
+        logits = None
+        for first, end, dense in ((0, cut, True), (cut, count, False)):
+            if first == end:
+                continue
+            part = dataclasses.replace(
+                segment,
+                input_ids=segment.input_ids[first:end],
+                positions=segment.positions[:, first:end],
+                start=segment.start + first,
+            )
+            chunk = plan_chunk(part, tokens, step, pool.page_count, table_width)
+            there = np.arange(chunk.ids.shape[1]) < chunk.batch.count[:, None]
+            seen = self.put(np.where(there, row_of[first:end][chunk.token], -1), step.rows)
+            ids = self.put(chunk.ids, step.rows)
+            x = programs.embed(self.model_def, self.params, ids, self.put(vision), seen, step=step)
+            logits, pool = programs.prefill_chunk(
+                self.model_def,
+                self.params,
+                x,
+                self.put(chunk.positions, (), step.rows),
+                jax.tree.map(self.put, chunk.batch),
+                self.put(chunk.last),
+                pool,
+                step=step,
+                options=self.chunk_options(dense=dense),
+            )
+        assert logits is not None, "a segment has no tokens"
+        return logits, pool
 
     def prefill(
         self, segments: Sequence[Segment], pool: PagePool, *, progress: Progress | None = None
@@ -304,9 +415,23 @@ class Runtime:
         """The state with row `row` idle. The state is donated."""
         return self._write_row(state, row, idle_row(state.page_table.shape[1], self.config.vocab_size))
 
+    def set_pages(self, state: DecodeState, row: int, pages: np.ndarray) -> DecodeState:
+        """The state with other pages, int32 `[n]`, of the sequence in row `row`. The state is donated."""
+        table = np.zeros(state.page_table.shape[1], np.int32)
+        table[: len(pages)] = pages
+        return programs.set_pages(state, self.put(np.asarray(row, np.int32)), self.put(table))
+
     def _write_row(self, state: DecodeState, row: int, values: DecodeState) -> DecodeState:
         put = jax.tree.map(lambda value: self.put(np.asarray(value)), values)
         return programs.set_row(state, self.put(np.asarray(row, np.int32)), put)
+
+    def spread(self, logits: jax.Array, rows: int) -> jax.Array:
+        """Logits `[1, vocab]` in each of a number of rows, for `draw`."""
+        return programs.spread(logits, rows)
+
+    def drawn(self, state: DecodeState) -> tuple[jax.Array, TokenScores]:
+        """The tokens that the rows drew last, int32 `[b]`, and their scores, as arrays that no step overwrites."""
+        return programs.drawn(state)
 
     def decode(self, state: DecodeState, pool: PagePool) -> tuple[jax.Array, PagePool]:
         """Reads the last token of each row.

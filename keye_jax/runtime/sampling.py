@@ -18,6 +18,9 @@ from pallas_kernels.select_topk import select_topk
 MOST_CANDIDATES = 2048
 """Most tokens that top_k leaves."""
 
+MOST_SCORES = 20
+"""How many of the likeliest tokens of a step `TokenScores` has."""
+
 _SEARCHED_BITS, _BITS_PER_PASS = 21, 3
 """Bits of a logit that the search for a large nucleus settles, in all and in one pass over the logits.
 
@@ -95,6 +98,22 @@ class SamplingState:
     allowed: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenScores:
+    """Log probabilities of the tokens that the rows of a batch drew last, before temperature, penalties and bias.
+
+    Attributes:
+      logprob: float32 `[b]`.
+      top_tokens: int32 `[b, min(MOST_SCORES, vocab)]`, the likeliest first.
+      top_logprobs: float32, theirs.
+    """
+
+    logprob: jax.Array
+    top_tokens: jax.Array
+    top_logprobs: jax.Array
+
+
 def sampling_row(
     params: SamplingParams,
     vocab: int,
@@ -167,6 +186,19 @@ def sample(
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
     scores = jnp.where(greedy[:, None], logits, kept + noise)
     return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+
+def token_scores(logits: jax.Array, tokens: jax.Array, *, implementation: str | None = None) -> TokenScores:
+    """Log probabilities of `tokens`, int32 `[b]`, and of the likeliest ones; other arguments as for `sample`."""
+    vocab = logits.shape[-1]
+    total = jax.nn.logsumexp(logits, axis=-1)
+    lengths = jnp.full((len(logits), 1), vocab)
+    found = select_topk(logits[:, None], lengths, min(MOST_SCORES, vocab), implementation=implementation)[:, 0]
+    values = jnp.take_along_axis(logits, found, axis=1)
+    # Positions rise in `found`, and sorting is stable: of equally likely tokens the lower id comes first.
+    negated, top = jax.lax.sort((-values, found), dimension=1, num_keys=1, is_stable=True)
+    drawn = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+    return TokenScores(drawn - total, top, -negated - total[:, None])
 
 
 def adjusted_logits(logits: jax.Array, state: SamplingState) -> jax.Array:

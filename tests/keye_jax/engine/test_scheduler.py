@@ -29,6 +29,7 @@ from keye_jax.engine.scheduler import AGEING_STEPS, MOST_DECODES, RARE_GAP, Sche
 from keye_jax.errors import UserError
 from tests import fuzz_scheduler
 
+DECODE = Measured(0.01, None, decode=True)
 ROOT = Path(__file__).parents[3]
 
 
@@ -256,25 +257,33 @@ class TestTargetGap:
     )
     def test_decode_steps_between_chunks(self, chunk: int, target: float, decodes: int):
         engine = scheduler(target_gap_ms=target, max_context=3000, pages_per_shard=60)
-        engine.step([*come("runs", 60, most=1000), Measured(chunk / 1e3, 0.01, "large")])
+        engine.step([*come("runs", 60, most=1000), DECODE, Measured(chunk / 1e3, "large", decode=False)])
         plans = [engine.step(come("read", 8 * 256, most=1)), *steps(engine, 250)]
         first, second = [step for step, plan in enumerate(plans) if plan.read][:2]
         assert second - first == decodes
 
     def test_each_program_by_its_own_time(self):
         engine = scheduler(target_gap_ms=100, decodes_between=2)
-        engine.step([*come("runs", 60, most=500), Measured(1, 0.01, "large"), Measured(0.02, None, "small")])
+        chunks_took = [Measured(1, "large", decode=False), Measured(0.02, "small", decode=False)]
+        engine.step([*come("runs", 60, most=500), DECODE, *chunks_took])
         plans = [engine.step(come("read", 256 + 128, most=1)), *steps(engine, 40)]
         first, second, third = [step for step, plan in enumerate(plans) if plan.read]
         assert first == RARE_GAP - 1 and second - first == third - second == 2
 
-    def test_measurements_are_smoothed(self):
-        """One slow chunk of 180 ms among those of 70 ms counts for a quarter."""
+    def test_a_step_that_reads_and_decodes_tells_of_the_chunk_too(self):
         engine = scheduler(target_gap_ms=100, max_context=3000, pages_per_shard=60)
-        engine.step([*come("runs", 60, most=1000), Measured(0.07, 0.01), Measured(0.14, None)])
+        engine.step([*come("runs", 60, most=1000), DECODE, Measured(0.095, "large", decode=True)])
         plans = [engine.step(come("read", 4 * 256, most=1)), *steps(engine, 3)]
         assert len(chunks(plans)) == 4
-        plans = [engine.step([*come("b", 8 * 256, most=1), Measured(0.14, None), Measured(0.14)]), *steps(engine, 9)]
+
+    def test_measurements_are_smoothed(self):
+        """After chunks of 70 ms one of 140 ms changes nothing yet, but three do."""
+        engine = scheduler(target_gap_ms=100, max_context=3000, pages_per_shard=60)
+        slow = Measured(0.14, "large", decode=False)
+        engine.step([*come("runs", 60, most=1000), DECODE, Measured(0.07, "large", decode=False), slow])
+        plans = [engine.step(come("read", 4 * 256, most=1)), *steps(engine, 3)]
+        assert len(chunks(plans)) == 4
+        plans = [engine.step([*come("b", 8 * 256, most=1), slow, slow]), *steps(engine, 9)]
         assert len(chunks(plans)) < 2
 
 

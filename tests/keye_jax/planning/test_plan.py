@@ -57,15 +57,15 @@ def test_weights_and_cache_are_those_of_the_arrays(tiny):
 
 
 def test_collectives_of_a_step_of_decoding(tiny):
-    """Of each layer: candidates' scores and positions, outputs with their log-sum-exps, and the experts' sums."""
+    """Of each layer: scores of a quarter of the positions, outputs with their log-sum-exps, and the experts' sums."""
     found = steps(make(tiny, "combined", "h200:4", context=4096))[1].collectives
     kinds = {each.kind: each.count for each in found}
     assert kinds["all-gather"] == 2 * tiny.num_hidden_layers
     assert kinds["all-reduce"] == tiny.num_hidden_layers + 1
     gathered = next(each for each in found if each.kind == "all-gather")
-    candidates = 8 * tiny.sa_config.topk
+    scores = 4 * 4096 // 4
     merged = tiny.num_attention_heads * (2 * tiny.head_dim + 4)
-    assert gathered.bytes_received == tiny.num_hidden_layers * 3 * (candidates + merged)
+    assert gathered.bytes_received == tiny.num_hidden_layers * 3 * (scores + merged)
 
 
 def test_what_does_not_fit_is_told_with_the_largest_context_that_would():

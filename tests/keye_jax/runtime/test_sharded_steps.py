@@ -11,16 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from keye_jax.config import KeyeConfig
 from keye_jax.kv_cache import PAGE_SIZE, PagePool, Pages
-from keye_jax.model.attention import AttentionOptions
+from keye_jax.model.attention import AttentionOptions, select_split
 from keye_jax.model.keye import Keye
 from keye_jax.runtime.lowering import decode_program, prefill_programs
 from keye_jax.runtime.prefill import plan_chunks
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.runtime.sampling import SamplingParams
 from keye_jax.sharding import StepSharding
+from pallas_kernels.select_topk import select_topk
 from tests.keye_jax.golden_models import CONFIGS, float8, golden_model, rules_of, text, traced_decode
 from tests.keye_jax.runtime.sharded_helpers import (
     ATOL,
@@ -150,6 +152,38 @@ def test_of_equal_scores_the_lower_positions_win_on_any_device():
     np.testing.assert_allclose(many.logits, one.logits, atol=ATOL)
 
 
+@pytest.mark.parametrize("most", [0, 2**30], ids=["the best", "all scores"])
+@pytest.mark.parametrize("devices", [2, 3, 8])
+def test_what_devices_exchange_gives_the_selection_of_one(monkeypatch, most: int, devices: int):
+    """Scores of a few values, so that the last places are tied; rows of all lengths, some below `top_k`."""
+    monkeypatch.setattr("keye_jax.model.attention._EXCHANGED_BYTES", most)
+    pages, top_k, rng = 2 * devices, 2 * PAGE_SIZE + 3, np.random.default_rng(devices)
+    length = np.asarray([0, 1, PAGE_SIZE, top_k - 1, top_k + 1, pages * PAGE_SIZE - 30, pages * PAGE_SIZE], np.int32)
+    scores = rng.integers(-2, 3, (len(length), 1, pages * PAGE_SIZE)).astype(np.float32)
+    seen = np.arange(scores.shape[-1]) < length[:, None]
+    # What no query sees may hold anything.
+    scores = np.where(seen[:, None], scores, np.nan)
+
+    def in_turns(x: np.ndarray) -> np.ndarray:
+        """Page j on device j modulo their number, `[..., devices * pages of each * PAGE_SIZE]`."""
+        return x.reshape(*x.shape[:-1], -1, devices, PAGE_SIZE).swapaxes(-2, -3).reshape(x.shape)
+
+    def body(scores: jax.Array, lengths: jax.Array) -> jax.Array:
+        return select_split(scores, lengths[:, 0], top_k, ("x",), "xla")
+
+    own_length = in_turns(seen).reshape(len(length), devices, -1).sum(axis=-1, dtype=np.int32)
+    mesh = Mesh(np.asarray(jax.devices()[:devices]), ("x",))
+    split = PartitionSpec(None, None, "x")
+    run = jax.shard_map(body, mesh=mesh, in_specs=(split, split), out_specs=split, check_vma=False)
+    selected = np.asarray(jax.jit(run)(in_turns(scores), own_length[:, None, :])).reshape(len(length), devices, top_k)
+    turn, offset = np.divmod(selected, PAGE_SIZE)
+    position = np.where(selected >= 0, (turn * devices + np.arange(devices)[:, None]) * PAGE_SIZE + offset, -1)
+    one_device = select_topk(jnp.asarray(scores), jnp.asarray(length)[:, None], top_k, implementation="xla")
+    expected = np.asarray(one_device)[:, 0]
+    for found, one in zip(position.reshape(len(length), -1), expected, strict=True):
+        np.testing.assert_array_equal(np.sort(found[found >= 0]), one[one >= 0])
+
+
 @pytest.mark.parametrize("devices", [{"x": 8}, {"x": 3}, {"x": 2, "y": 2}])
 def test_images_are_shared_out_whatever_their_number(golden, devices: dict[str, int]):
     model, config = golden_model("a", 2)
@@ -159,19 +193,20 @@ def test_images_are_shared_out_whatever_their_number(golden, devices: dict[str, 
     np.testing.assert_allclose(np.asarray(embeds), arrays["vision_embeds"], atol=ATOL)
 
 
-def test_a_decoding_step_moves_what_it_must_and_no_weights():
-    """A layer: candidates, parts of the attention, and sums of the experts. The model: embeddings and logits."""
+@pytest.mark.parametrize("tokens", [4096, 2**20], ids=["all scores", "the best"])
+def test_a_decoding_step_moves_what_it_must_and_no_weights(tokens: int):
+    """A layer: scores, parts of the attention, and sums of the experts. The model: embeddings and logits."""
     model, config = golden_model("a", 2)
     runtime = Runtime(model, config, rules=rules_of(config, {"x": 4}, SEQUENCE))
-    program = decode_program(runtime, 1, 4096).lower().compile().as_text()
+    program = decode_program(runtime, 1, tokens).lower().compile().as_text()
     assert program is not None
     moved = re.findall(
         r"= (\S+) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", program
     )
     assert len(moved) == 3 * config.num_hidden_layers + 2, moved
     sizes = [np.prod([int(n) for n in re.findall(r"\d+", shape.split("]")[0].split("[")[1])]) for shape, _ in moved]
-    candidates = 4 * min(config.sa_config.topk, 1024)
-    assert max(sizes) <= max(candidates, config.vocab_size, 4 * config.num_attention_heads * (config.head_dim + 1))
+    scores = tokens if tokens == 4096 else 4 * 2 * config.sa_config.topk
+    assert max(sizes) <= max(scores, config.vocab_size, 4 * config.num_attention_heads * (config.head_dim + 1))
 
 
 def test_the_order_of_a_chunk_is_undone():
@@ -192,17 +227,17 @@ def test_the_order_of_a_chunk_is_undone():
     ]
 
 
-@pytest.mark.parametrize("step", ["prefill", "decode"])
-def test_hopper_kernels_are_lowered_on_a_mesh(step: str):
+@pytest.mark.parametrize(
+    ("rows", "kernels"), [(0, 6), (1, 5), (32, 7)], ids=["prefill", "decode, all scores", "decode, the best"]
+)
+def test_hopper_kernels_are_lowered_on_a_mesh(rows: int, kernels: int):
     """One layer of the released size, the cache's positions, the experts and eight heads a device on four devices."""
     released = KeyeConfig.from_file(CONFIGS / "model" / "keye_vl_2_30b_a3b.json")
     config = dataclasses.replace(released, num_hidden_layers=1)
     rules = rules_of(config, {"x": 2, "y": 2, "z": 2}, SEQUENCE | TENSOR)
     options = AttentionOptions(implementation="mosaic_gpu")
     runtime = Runtime(Keye.abstract(config), config, rules=rules, options=options, prefill_chunk=2048)
-    (program,) = (
-        prefill_programs(runtime, 32_768) if step == "prefill" else [decode_program(runtime, 1, 32_768, sample=False)]
-    )
+    (program,) = [decode_program(runtime, rows, 32_768, sample=False)] if rows else prefill_programs(runtime, 32_768)
     lowered = program.lower(lowering_platforms=("cuda",)).as_text()
-    # Prefill: scores, selection, unions, attention. Decode: scores, three selections, attention. And the experts' two.
-    assert lowered.count("custom_call @mosaic_gpu") == (6 if step == "prefill" else 7)
+    # Prefill: scores, selection, unions, attention. Decode: scores, one selection or three, attention. Experts: two.
+    assert lowered.count("custom_call @mosaic_gpu") == kernels

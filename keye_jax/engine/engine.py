@@ -1,0 +1,718 @@
+"""Many requests, one model: what a server, a batch job or a program asks.
+
+One thread runs the devices. It takes what came, asks the scheduler what to do, queues that step, and then looks at the
+tokens of the step before. Media are planned and decoded in processes of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from keye_jax.engine.generation_config import GenerationDefaults
+from keye_jax.engine.media.embeddings import EmbeddingCache
+from keye_jax.engine.media.frame_cache import FrameCache
+from keye_jax.engine.media.hashes import block_hashes
+from keye_jax.engine.media.work import Decoded, Prompt
+from keye_jax.engine.media.workers import Broken, Finished, MediaWorkers, Pixels, Planned
+from keye_jax.engine.plan import Arrival, Cancel, Ended, Failed, Measured, Plan, Ready, SchedulerConfig
+from keye_jax.engine.plan import Event as SchedulerEvent
+from keye_jax.engine.request import (
+    Choice,
+    Event,
+    Piece,
+    Request,
+    RequestError,
+    Result,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
+from keye_jax.engine.scheduler import Scheduler
+from keye_jax.engine.stepper import DrawnToken, DrawnTokens, SequenceData, Stepper
+from keye_jax.engine.text import AnswerWriter
+from keye_jax.errors import UserError
+from keye_jax.processor import Processor
+from keye_jax.progress import Progress
+from keye_jax.runtime.runtime import Runtime
+
+DEFAULT_NEW_TOKENS = 4096
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """How an engine shares the devices out.
+
+    Attributes:
+      rows: sequences that are decoded together.
+      cache_tokens: tokens that the page pool holds, of all sequences together.
+      max_context: most tokens of a sequence; what the model's positions allow if left out.
+      small_chunk: tokens of a small chunk of a prompt, and of a block of the prefix cache.
+      chunks_between, decodes_between, target_gap_ms, optimistic, prefix_cache: as in `SchedulerConfig`.
+      media_workers: processes that decode media.
+      media_bytes: shared memory for decoded frames that are not encoded yet.
+      media_timeout: seconds that a plan, or a piece of a video, may take.
+      frame_cache: directory for decoded frames; None for none.
+      frame_cache_bytes: most bytes of it.
+      embedding_cache_bytes: most bytes of embeddings of media that are kept in host memory.
+    """
+
+    rows: int = 8
+    cache_tokens: int = 65536
+    max_context: int | None = None
+    small_chunk: int = 512
+    chunks_between: int = 1
+    decodes_between: int = 1
+    target_gap_ms: float | None = None
+    optimistic: bool = False
+    prefix_cache: bool = True
+    media_workers: int = 2
+    media_bytes: int = 1 << 30
+    media_timeout: float = 300.0
+    frame_cache: Path | None = None
+    frame_cache_bytes: int = 32 << 30
+    embedding_cache_bytes: int = 2 << 30
+
+
+class Handle:
+    """A request that was submitted. It is iterated over, or awaited, or asked for its result."""
+
+    def __init__(self, cancel: Any):
+        self._cancel = cancel
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._outcome: Result | RequestError | None = None
+        self._done = threading.Event()
+        self._listeners: list[Any] = []
+        self._lock = threading.Lock()
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Pieces of the answers as they come.
+
+        Raises:
+          RequestError: the request failed.
+        """
+        while True:
+            event = self._events.get()
+            if isinstance(event, Piece):
+                yield event
+                continue
+            self._events.put(event)  # for others who iterate
+            if isinstance(event, RequestError):
+                raise event
+            return
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        """As `__iter__`, without holding up the event loop."""
+        iterator = iter(self)
+        done = object()
+        while True:
+            piece = await asyncio.to_thread(next, iterator, done)
+            if piece is done:
+                return
+            assert isinstance(piece, Piece)
+            yield piece
+
+    def result(self, timeout: float | None = None) -> Result:
+        """Waits for all answers.
+
+        Raises:
+          RequestError: the request failed.
+          TimeoutError: it is not done after `timeout` seconds.
+        """
+        if not self._done.wait(timeout):
+            raise TimeoutError(f"the request is not done after {timeout} seconds")
+        if isinstance(self._outcome, RequestError):
+            raise self._outcome
+        assert self._outcome is not None
+        return self._outcome
+
+    def __await__(self) -> Any:
+        """Waits for `result` without holding up the event loop."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(lambda: future.done() or future.set_result(None))
+
+        with self._lock:
+            waits = not self._done.is_set()
+            if waits:
+                self._listeners.append(wake)
+        if waits:
+            yield from future.__await__()
+        return self.result(0)
+
+    @property
+    def done(self) -> bool:
+        """Whether `result` would not wait."""
+        return self._done.is_set()
+
+    def cancel(self) -> None:
+        """Ends the request soon. Its result then has what was written so far."""
+        self._cancel()
+
+    def put(self, event: Event) -> None:
+        """For the engine: adds an event."""
+        if isinstance(event, Piece):
+            self._events.put(event)
+            return
+        with self._lock:
+            if self._done.is_set():
+                return
+            self._outcome = event
+            self._done.set()
+            listeners, self._listeners = self._listeners, []
+        self._events.put(event)
+        for wake in listeners:
+            wake()
+
+
+@dataclasses.dataclass(eq=False)
+class _Choice:
+    """One answer of a job."""
+
+    id: str
+    number: int
+    data: SequenceData
+    writer: AnswerWriter
+    logprobs: list[TokenLogprob] | None
+    max_tokens: int
+    choice: Choice | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class _Job:
+    """A request on its way."""
+
+    id: int
+    request: Request
+    handle: Handle
+    submitted: float
+    prompt: Prompt | None = None
+    decoded: Decoded | None = None
+    choices: list[_Choice] = dataclasses.field(default_factory=list)
+    embeds: np.ndarray | None = None
+    filled: np.ndarray | None = None
+    frames_left: list[int] = dataclasses.field(default_factory=list)
+    cached: int = 0
+    at: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def stamp(self, name: str) -> None:
+        """Notes when something happened for the first time, in seconds from the submission."""
+        self.at.setdefault(name, time.perf_counter() - self.submitted)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Encoding:
+    """Frames of one medium that are being encoded.
+
+    Attributes:
+      medium: its place in `Prompt.media`.
+      frames, tokens: how many, and the tokens of each.
+      first_pad: pad tokens of the prompt before them.
+      encoded: what `Stepper.encode` returned.
+    """
+
+    job_id: int
+    medium: int
+    frames: int
+    tokens: int
+    first_pad: int
+    encoded: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """Counts for metrics.
+
+    Attributes:
+      scheduler: those of the scheduler.
+      compilations: programs compiled since `warmup`, which should be none.
+      steps: steps so far.
+      embedding_hits: media whose embeddings were kept.
+    """
+
+    scheduler: Any
+    compilations: int
+    steps: int
+    embedding_hits: int
+
+
+class Engine:
+    """Answers many requests at once with one model. All methods may be called from any thread.
+
+    Args:
+      runtime: the model. Its `prefill_chunk` is the large chunk.
+      processor: turns messages into prompts.
+      defaults: of the checkpoint: how tokens are drawn, and which end an answer.
+      options: how the devices are shared out.
+
+    Raises:
+      UserError: an option is not allowed.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        processor: Processor,
+        defaults: GenerationDefaults,
+        options: EngineOptions = EngineOptions(),
+    ):
+        self.runtime, self.processor, self.defaults, self.options = runtime, processor, defaults, options
+        self.scheduler_config = scheduler_config(runtime, options)
+        self._scheduler = Scheduler(self.scheduler_config)
+        self._stepper = Stepper(
+            runtime, self.scheduler_config, pixel_scale=processor.pixel_scale, pixel_shift=processor.pixel_shift
+        )
+        self._changed = threading.Condition()
+        self._inbox: collections.deque[tuple[str, _Job]] = collections.deque()
+        cache = FrameCache(options.frame_cache, options.frame_cache_bytes) if options.frame_cache else None
+        self._media = MediaWorkers(
+            processor,
+            options.media_workers,
+            options.media_bytes,
+            frame_cache=cache,
+            timeout=options.media_timeout,
+            notify=self._wake,
+        )
+        self._embeddings: EmbeddingCache[np.ndarray] = EmbeddingCache(options.embedding_cache_bytes)
+        self._jobs: dict[int, _Job] = {}
+        self._choices: dict[str, tuple[_Job, _Choice]] = {}
+        self._events: list[SchedulerEvent] = []
+        self._pixels: collections.deque[Pixels] = collections.deque()
+        self._encoding: collections.deque[_Encoding] = collections.deque()
+        self._numbers = itertools.count()
+        self._steps = self._compilations = 0
+        self._draining = self._closing = self._poked = False
+        self._thread = threading.Thread(target=self._run, name="keye-jax engine", daemon=True)
+        jax.monitoring.register_event_duration_secs_listener(self._count_compilation)
+        self._thread.start()
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        directory: str | Path,
+        *,
+        options: EngineOptions = EngineOptions(),
+        **settings: Any,
+    ) -> Engine:
+        """An engine for a checkpoint, safetensors or Orbax.
+
+        Args:
+          options: how the devices are shared out.
+          settings: arguments of `keye_jax.engine.checkpoint.load`.
+
+        Raises:
+          UserError: the checkpoint or a setting is not valid.
+        """
+        from keye_jax.engine.checkpoint import load
+
+        return cls(*load(directory, **settings), options=options)
+
+    def submit(self, request: Request) -> Handle:
+        """Takes a request. What is wrong with it comes through the handle.
+
+        Raises:
+          RequestError: the engine is closed or about to be.
+        """
+        job = _Job(next(self._numbers), request, Handle(lambda: self._post("cancel", job)), time.perf_counter())
+        with self._changed:
+            if self._draining:
+                raise RequestError("closed", "the engine takes no more requests")
+            self._inbox.append(("submit", job))
+            self._changed.notify_all()
+        return job.handle
+
+    def warmup(self, progress: Progress = lambda done, total: None) -> float:
+        """Compiles all programs; returns the seconds that it took. Requests may come meanwhile and wait.
+
+        Afterwards no request compiles a program.
+        """
+        start = time.perf_counter()
+        done = threading.Event()
+        failure: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                most = self.processor.media.most_pixels // self.runtime.config.vision_config.patch_size**2
+                self._stepper.warmup(most, progress)
+                self._compilations = 0
+            except BaseException as error:
+                failure.append(error)
+            done.set()
+
+        with self._changed:
+            self._warm = run
+            self._changed.notify_all()
+        done.wait()
+        if failure:
+            raise failure[0]
+        return time.perf_counter() - start
+
+    def stats(self) -> EngineStats:
+        """Counts for metrics."""
+        return EngineStats(self._scheduler.stats, self._compilations, self._steps, self._embeddings.hits)
+
+    def drain(self) -> None:
+        """Takes no more requests, and waits until all that there are have ended."""
+        with self._changed:
+            self._draining = True
+            self._changed.wait_for(lambda: not self._jobs and not self._inbox)
+
+    def close(self) -> None:
+        """Ends all requests and frees the devices."""
+        with self._changed:
+            self._draining = self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._media.close()
+        with contextlib.suppress(ValueError):
+            jax.monitoring.unregister_event_duration_listener(self._count_compilation)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # What other threads do.
+
+    _warm: Any = None
+
+    def _post(self, what: str, job: _Job) -> None:
+        with self._changed:
+            self._inbox.append((what, job))
+            self._changed.notify_all()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._poked = True
+            self._changed.notify_all()
+
+    def _count_compilation(self, event: str, _: float, **__: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration" and threading.current_thread() is self._thread:
+            self._compilations += 1
+
+    # The engine's thread.
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except Exception as error:
+            _log.exception("the engine failed")
+            failure = RequestError("internal", f"the engine failed: {type(error).__name__}: {error}")
+        else:
+            failure = RequestError("closed", "the engine was closed")
+        with self._changed:
+            self._draining = self._closing = True
+            for _, job in self._inbox:
+                job.handle.put(failure)
+            for job in self._jobs.values():
+                job.handle.put(failure)
+            self._inbox.clear()
+            self._jobs.clear()
+            self._changed.notify_all()
+
+    def _loop(self) -> None:
+        before: tuple[Plan, DrawnTokens] | None = None
+        started = time.perf_counter()
+        while True:
+            with self._changed:
+                if self._closing:
+                    return
+                inbox, self._inbox = self._inbox, collections.deque()
+                warm, self._warm, self._poked = self._warm, None, False
+            if warm:
+                warm()
+            self._take(inbox)
+            self._take_media()
+            self._encode(all_of_them=before is None)
+            events, self._events = self._events, []
+            plan = self._scheduler.step(events)
+            for name, tokens in plan.cached:
+                job, choice = self._choices[name]
+                job.stamp("admitted")
+                job.cached = max(job.cached, tokens) if choice.number == 0 else job.cached
+            now = None
+            if plan != Plan(cached=plan.cached, ended=plan.ended):
+                data = {name: choice.data for name, (_, choice) in self._choices.items()}
+                now = plan, self._stepper.run(plan, data)
+                self._steps += 1
+            if before is not None:
+                self._deliver(before[1].fetch())
+                ended = time.perf_counter()
+                read, decode = before[0].read, before[0].decode
+                if read or decode:
+                    self._events.append(Measured(ended - started, read.program if read else None, decode))
+                started = ended
+            before = now
+            if before is None and not self._events:
+                started = time.perf_counter()
+                with self._changed:
+                    self._changed.notify_all()
+                    busy = self._pixels or self._encoding
+                    self._changed.wait_for(
+                        lambda: self._inbox or self._closing or self._poked or self._warm, 0.0 if busy else None
+                    )
+
+    def _take(self, inbox: collections.deque[tuple[str, _Job]]) -> None:
+        for what, job in inbox:
+            if what == "cancel":
+                self._cancel(job)
+                continue
+            self._jobs[job.id] = job
+            request = job.request
+            try:
+                self._check(request)
+            except UserError as error:
+                self._fail(job, "invalid", str(error))
+                continue
+            self._media.submit(job.id, request.messages, request.options, plan=request.plan)
+
+    def _check(self, request: Request) -> None:
+        vocab = self.runtime.config.vocab_size
+        for token in request.logit_bias:
+            if not 0 <= token < vocab:
+                raise UserError(f"logit_bias has token {token}; it must be from 0 to {vocab - 1}")
+
+    def _take_media(self) -> None:
+        for event in self._media.poll():
+            job = self._jobs.get(event.job_id) if isinstance(event.job_id, int) else None
+            if job is None:
+                if isinstance(event, Pixels):
+                    event.release()
+            elif isinstance(event, Planned):
+                self._arrive(job, event.prompt)
+            elif isinstance(event, Pixels):
+                self._pixels.append(event)
+            elif isinstance(event, Finished):
+                job.decoded = event.decoded
+                job.stamp("media")
+                self._finish(job)
+            elif isinstance(event, Broken):
+                self._fail(job, event.kind, event.message)
+
+    def _arrive(self, job: _Job, prompt: Prompt) -> None:
+        """Makes the sequences of a planned request."""
+        request, config = job.request, self.runtime.config
+        job.prompt = prompt
+        job.stamp("planned")
+        length = len(prompt.input_ids)
+        room = self.scheduler_config.most_tokens - length
+        limit = request.max_tokens or max(1, min(DEFAULT_NEW_TOKENS, room))
+        try:
+            self._scheduler.check(length, limit)
+        except UserError as error:
+            self._media.cancel(job.id)
+            self._fail(job, "too_large", str(error))
+            return
+        pads = np.isin(prompt.input_ids, (config.image_token_id, config.video_token_id))
+        before = np.concatenate([[0], np.cumsum(pads)])
+        job.embeds = np.zeros((int(before[-1]), config.hidden_size), self.runtime.dtype)
+        job.filled = np.zeros(int(before[-1]), bool)
+        job.frames_left = [medium.frames for medium in prompt.media]
+        skip = {}
+        for number, medium in enumerate(prompt.media):
+            found = self._embeddings.get(medium.hash)
+            if found is not None:
+                job.embeds[medium.first_pad : medium.first_pad + medium.pads] = found
+                job.filled[medium.first_pad : medium.first_pad + medium.pads] = True
+                job.frames_left[number], skip[number] = 0, medium.frames
+        hashes: tuple[bytes, ...] = ()
+        if self.options.prefix_cache:
+            media = [(medium.hash, medium.pads) for medium in prompt.media]
+            pad_ids = (config.image_token_id, config.video_token_id)
+            hashes = tuple(block_hashes(prompt.input_ids, media, pad_ids, self.options.small_chunk))
+        sampling = request.sampling or self.defaults.sampling
+        for number in range(request.n):
+            data = SequenceData(
+                prompt.input_ids,
+                prompt.positions,
+                prompt.position_delta,
+                before,
+                job.embeds,
+                dataclasses.replace(sampling, seed=sampling.seed + number),
+                request.logit_bias,
+            )
+
+            def emit(text: str, reasoning: bool, number: int = number) -> None:
+                job.handle.put(Piece(number, text, reasoning))
+
+            writer = AnswerWriter(self.processor, prompt.prompt_opens_thinking, emit, request.stop)
+            logprobs = None if request.top_logprobs is None else []
+            choice = _Choice(f"{job.id}.{number}", number, data, writer, logprobs, limit)
+            job.choices.append(choice)
+            self._choices[choice.id] = job, choice
+            self._events.append(Arrival(choice.id, length, limit, hashes))
+        self._media.decode(job.id, skip)
+        self._tell_ready(job)
+
+    def _tell_ready(self, job: _Job) -> None:
+        """Tells the scheduler up to where the prompt can be read."""
+        assert job.filled is not None
+        before = job.choices[0].data.pads_before
+        there = len(job.filled) if job.filled.all() else int(np.argmin(job.filled))
+        ready = int(np.searchsorted(before, there, "right")) - 1
+        self._events += [Ready(choice.id, ready) for choice in job.choices if choice.choice is None]
+
+    def _encode(self, *, all_of_them: bool) -> None:
+        """Takes embeddings that are there, and queues the encoding of the next frames: one piece a step."""
+        while self._encoding:
+            self._place(self._encoding.popleft())
+        while self._pixels:
+            pixels = self._pixels.popleft()
+            if pixels.job_id not in self._jobs:
+                pixels.release()
+                continue
+            grid = pixels.grids[0]
+            each = int(grid[1] * grid[2])
+            at_once = self._stepper.images_at_once(each)
+            tokens = pixels.pads // pixels.frames
+            for first in range(0, pixels.frames, at_once):
+                count = min(at_once, pixels.frames - first)
+                patches = pixels.patches[first * each : (first + count) * each]
+                encoded = self._stepper.encode(patches, grid)
+                pad = pixels.first_pad + first * tokens
+                self._encoding.append(_Encoding(pixels.job_id, pixels.medium, count, tokens, pad, encoded))
+            pixels.release()
+            if not all_of_them:
+                return
+
+    def _place(self, part: _Encoding) -> None:
+        """Puts embeddings where the prompt has their pads."""
+        job = self._jobs.get(part.job_id)
+        if job is None or job.embeds is None or job.filled is None or job.prompt is None:
+            return
+        place = slice(part.first_pad, part.first_pad + part.frames * part.tokens)
+        job.embeds[place] = self._stepper.embeddings(part.encoded, part.frames, part.tokens)
+        job.filled[place] = True
+        job.frames_left[part.medium] -= part.frames
+        if not job.frames_left[part.medium]:
+            medium = job.prompt.media[part.medium]
+            whole = job.embeds[medium.first_pad : medium.first_pad + medium.pads]
+            self._embeddings.put(medium.hash, whole.copy())
+        self._tell_ready(job)
+
+    def _deliver(self, tokens: list[DrawnToken]) -> None:
+        """Gives tokens to the answers that drew them."""
+        for drawn in tokens:
+            found = self._choices.get(drawn.id)
+            if found is None or found[1].choice is not None:
+                continue
+            job, choice = found
+            job.stamp("first_token")
+            job.at["last_token"] = time.perf_counter() - job.submitted
+            if drawn.token in self.defaults.end_tokens:
+                self._end(job, choice, "stop")
+                continue
+            choice.data.tokens.append(drawn.token)
+            if choice.logprobs is not None:
+                top = job.request.top_logprobs or 0
+                pairs = zip(drawn.top_tokens[:top].tolist(), drawn.top_logprobs[:top].tolist(), strict=True)
+                choice.logprobs.append(TokenLogprob(drawn.token, drawn.logprob, tuple(pairs)))
+            choice.writer.write(drawn.token)
+            if choice.writer.stopped:
+                self._end(job, choice, "stop")
+            elif len(choice.data.tokens) == choice.max_tokens:
+                self._end(job, choice, "length")
+
+    def _end(self, job: _Job, choice: _Choice, reason: Any) -> None:
+        """Ends one answer, and with the last one the request."""
+        text, reasoning = choice.writer.finish()
+        logprobs = None if choice.logprobs is None else tuple(choice.logprobs)
+        writer = choice.writer
+        choice.choice = Choice(text, reasoning, reason, tuple(writer.token_ids), writer.reasoning_tokens, logprobs)
+        if reason != "length":
+            self._events.append(Cancel(choice.id) if reason == "cancelled" else Ended(choice.id))
+        self._finish(job)
+
+    def _finish(self, job: _Job) -> None:
+        """Gives the result out, if all answers are there and all is known about the media."""
+        choices = [choice.choice for choice in job.choices if choice.choice is not None]
+        if not job.choices or len(choices) < len(job.choices) or job.decoded is None or job.prompt is None:
+            return
+        prompt = job.prompt
+        usage = Usage(
+            len(prompt.input_ids),
+            prompt.image_tokens,
+            prompt.video_tokens,
+            job.cached,
+            sum(len(choice.token_ids) for choice in choices),
+            sum(choice.reasoning_tokens for choice in choices),
+        )
+        names = [field.name for field in dataclasses.fields(Timings)]
+        timings = Timings(**{name: job.at.get(name, job.at.get("planned", 0.0)) for name in names})
+        times = tuple(tuple(each.tolist()) for each in prompt.frame_times)
+        self._leave(job, Result(tuple(choices), usage, timings, times, job.decoded.warnings))
+
+    def _fail(self, job: _Job, kind: str, message: str) -> None:
+        self._events += [Failed(choice.id) for choice in job.choices if choice.choice is None]
+        self._leave(job, RequestError(kind, message))
+
+    def _cancel(self, job: _Job) -> None:
+        if job.id not in self._jobs:
+            return
+        self._media.cancel(job.id)
+        if job.prompt is None:
+            self._leave(job, RequestError("cancelled", "the request was cancelled before it was planned"))
+            return
+        job.decoded = job.decoded or Decoded((), job.prompt.warnings, 0)
+        for choice in job.choices:
+            if choice.choice is None:
+                self._end(job, choice, "cancelled")
+
+    def _leave(self, job: _Job, outcome: Result | RequestError) -> None:
+        for choice in job.choices:
+            del self._choices[choice.id]
+            self._stepper.forget(choice.id)
+        with self._changed:
+            self._jobs.pop(job.id, None)
+            self._changed.notify_all()
+        job.handle.put(outcome)
+
+
+def scheduler_config(runtime: Runtime, options: EngineOptions) -> SchedulerConfig:
+    """The scheduler's settings for a model and options.
+
+    Raises:
+      UserError: an option is not allowed.
+    """
+    from keye_jax.page_allocator import pages_for
+
+    homes, turns = runtime.rules.size("batch"), runtime.page_multiple
+    devices = runtime.prefill_step.size(runtime.prefill_step.query_sequence)
+    positions = runtime.config.max_position_embeddings
+    if options.max_context is not None and not 1 <= options.max_context <= positions:
+        raise UserError(f"max_context is {options.max_context}; it must be from 1 to {positions}")
+    small = options.small_chunk
+    large = max(small, runtime.prefill_chunk * devices // small * small)
+    return SchedulerConfig(
+        rows=options.rows,
+        pages_per_shard=-(-pages_for(options.cache_tokens) // (homes * turns)),
+        max_context=options.max_context or positions,
+        homes=homes,
+        turns=turns,
+        large=large,
+        small=small,
+        chunks_between=options.chunks_between,
+        decodes_between=options.decodes_between,
+        target_gap_ms=options.target_gap_ms,
+        optimistic=options.optimistic,
+        prefix_cache=options.prefix_cache,
+    )

@@ -1,0 +1,158 @@
+"""Many requests at once: each is answered as if it were alone, or refused for what it is."""
+
+import asyncio
+import contextlib
+
+import pytest
+
+from keye_jax.engine.request import Piece, Request, RequestError
+from keye_jax.runtime.sampling import SamplingParams
+from tests.keye_jax.engine.conftest import GREEDY, ask, words
+
+
+def tokens(handle):
+    return [choice.token_ids for choice in handle.result(120).choices]
+
+
+def sampled(seed):
+    return SamplingParams(temperature=1.0, top_p=0.9, top_k=50, seed=seed)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, sampled(3)])
+def test_the_same_tokens_whatever_runs_beside(engine, make, sampling):
+    """Alone, among others, and with a cached prefix."""
+    request = ask(words(1, 90), tokens=12, sampling=sampling)
+    with make(prefix_cache=False) as alone:
+        expected = tokens(alone.submit(request))
+    others = [engine.submit(ask(words(seed, 5 + 9 * seed), tokens=20, sampling=sampled(seed))) for seed in range(2, 9)]
+    assert tokens(engine.submit(request)) == expected
+    for other in others:
+        other.result(120)
+    again = engine.submit(request)
+    assert tokens(again) == expected
+    usage = again.result().usage
+    assert usage.prompt - 2 * 64 < usage.cached < usage.prompt
+    assert engine.stats().compilations == 0
+
+
+def test_a_preempted_request_goes_on_as_if_nothing_had_been(engine, make):
+    requests = [ask(words(seed, 60), tokens=150, sampling=sampled(seed)) for seed in range(4)]
+    expected = [tokens(engine.submit(request)) for request in requests]
+    with make(optimistic=True, cache_tokens=13 * 64, prefix_cache=False) as short:
+        handles = [short.submit(request) for request in requests]
+        assert [tokens(handle) for handle in handles] == expected
+        assert short.stats().scheduler.preemptions > 0
+
+
+def test_videos_and_pictures(engine, files, loaded):
+    content = [
+        {"type": "video", "video": str(files / "clip.mp4")},
+        {"type": "image", "image": str(files / "picture.png")},
+        {"type": "text", "text": "What?"},
+    ]
+    first, second = (engine.submit(ask(content)).result(120) for _ in range(2))
+    assert first.choices[0].token_ids == second.choices[0].token_ids
+    assert first.usage.video > 0 and first.usage.image > 0
+    assert second.usage.cached > first.usage.cached == 0
+    assert first.frame_times == second.frame_times and len(first.frame_times[0]) == 4
+    _, processor, _ = loaded
+    plan = processor.plan([{"role": "user", "content": content}])
+    assert plan.num_tokens == first.usage.prompt
+    third = engine.submit(Request(plan=plan, max_tokens=8, sampling=GREEDY)).result(120)
+    assert third.choices[0].token_ids == first.choices[0].token_ids
+
+
+def test_pieces_are_the_answer(engine):
+    handle = engine.submit(ask(words(5), tokens=40, sampling=sampled(1), n=3))
+    pieces = list(handle)
+    result = handle.result()
+    for number, choice in enumerate(result.choices):
+        for reasoning, whole in ((False, choice.text), (True, choice.reasoning)):
+            mine = [each.text for each in pieces if (each.choice, each.reasoning) == (number, reasoning)]
+            assert "".join(mine) == whole
+        assert all(isinstance(piece, Piece) for piece in pieces)
+    assert len({choice.token_ids for choice in result.choices}) == 3
+    assert result.usage.completion == sum(len(choice.token_ids) for choice in result.choices)
+    single = engine.submit(ask(words(5), tokens=40, sampling=sampled(2)))
+    assert single.result(120).choices[0].token_ids == result.choices[1].token_ids
+
+
+def test_scores_of_tokens(engine):
+    result = engine.submit(ask(words(7), tokens=6, top_logprobs=3)).result(120)
+    (choice,) = result.choices
+    assert choice.logprobs is not None and len(choice.logprobs) == 6
+    for token, scores in zip(choice.token_ids, choice.logprobs, strict=True):
+        assert scores.token == token
+        assert scores.top[0] == (token, pytest.approx(scores.logprob, abs=1e-5))
+        values = [value for _, value in scores.top]
+        assert values == sorted(values, reverse=True) and len(values) == 3
+    biased = engine.submit(ask(words(7), tokens=3, logit_bias={11: 1000.0}, top_logprobs=0)).result(120)
+    assert biased.choices[0].token_ids == (11, 11, 11)
+    assert biased.choices[0].logprobs[0].logprob < -1  # before the bias
+    assert biased.choices[0].logprobs[0].top == ()
+
+
+@pytest.mark.parametrize(
+    ("request_", "kind", "message"),
+    [
+        (ask(words(1), tokens=5000), "too_large", "max_tokens is 5000 and the prompt has"),
+        (ask([{"type": "image", "image": "/nowhere.png"}]), "media", "there is no such file"),
+        (ask([{"type": "video", "video": "data:video/mp4;base64,AAAA"}]), "media", "not a video"),
+        (ask("hello", logit_bias={10**7: 1.0}), "invalid", "logit_bias has token 10000000"),
+        (ask("hello", tokens=1), None, None),
+    ],
+)
+def test_what_cannot_run_is_refused_and_nothing_else(engine, request_, kind, message):
+    neighbour = engine.submit(ask(words(3), tokens=10))
+    handle = engine.submit(request_)
+    if kind is None:
+        assert len(handle.result(120).choices[0].token_ids) == 1
+    else:
+        with pytest.raises(RequestError, match=message) as error:
+            handle.result(120)
+        assert error.value.kind == kind
+    assert len(neighbour.result(120).choices[0].token_ids) == 10
+
+
+def test_cancelling_leaves_what_was_written(engine):
+    handle = engine.submit(ask(words(9), tokens=1500, sampling=sampled(4)))
+    next(iter(handle))
+    handle.cancel()
+    (choice,) = handle.result(120).choices
+    assert choice.finish_reason == "cancelled" and 0 < len(choice.token_ids) < 1500
+    waiting = engine.submit(ask(words(9)))
+    waiting.cancel()
+    waiting.cancel()
+    with contextlib.suppress(RequestError):  # it may have been planned already
+        assert waiting.result(120).choices[0].finish_reason == "cancelled"
+    engine.submit(ask("hello")).result(120)
+    stats = engine.stats().scheduler
+    assert stats.running + stats.reading + stats.waiting <= 1  # the last step of the last request may be under way
+
+
+def test_awaiting(engine):
+    async def main():
+        one, two = engine.submit(ask(words(11))), engine.submit(ask(words(12)))
+        pieces = [piece.text async for piece in one]
+        return pieces, await one, await two
+
+    pieces, one, two = asyncio.run(main())
+    assert "".join(pieces) == one.choices[0].reasoning + one.choices[0].text
+    assert len(two.choices[0].token_ids) == 8
+
+
+def test_closing_ends_requests(make):
+    engine = make()
+    handle = engine.submit(ask(words(1), tokens=1500))
+    engine.close()
+    with pytest.raises(RequestError, match="closed"):
+        handle.result(120)
+    with pytest.raises(RequestError, match="takes no more requests"):
+        engine.submit(ask("hello"))
+
+
+def test_draining_answers_what_there_is(make):
+    with make() as engine:
+        handles = [engine.submit(ask(words(seed))) for seed in range(6)]
+        engine.drain()
+        assert all(handle.done for handle in handles)
