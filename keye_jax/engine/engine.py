@@ -15,7 +15,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -47,6 +47,7 @@ from keye_jax.engine.text import AnswerWriter
 from keye_jax.errors import UserError
 from keye_jax.processor import Processor
 from keye_jax.progress import Progress
+from keye_jax.runtime.encode import ENCODE_PATCHES
 from keye_jax.runtime.runtime import Runtime
 
 DEFAULT_NEW_TOKENS = 4096
@@ -300,8 +301,8 @@ class Engine:
         self._encoding: collections.deque[_Encoding] = collections.deque()
         self._numbers = itertools.count()
         self._steps = self._compilations = 0
-        self._decode_seconds = 0.0
         self._draining = self._closing = self._poked = False
+        self._warm: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._run, name="keye-jax engine", daemon=True)
         jax.monitoring.register_event_duration_secs_listener(self._count_compilation)
         self._thread.start()
@@ -353,6 +354,8 @@ class Engine:
         def run() -> None:
             try:
                 most = self.processor.media.most_pixels // self.runtime.config.vision_config.patch_size**2
+                if self.runtime.rules.platform == "cpu":
+                    most = min(most, ENCODE_PATCHES)  # a larger image takes minutes there
                 self._stepper.warmup(most, progress)
                 self._compilations = 0
             except BaseException as error:
@@ -395,8 +398,6 @@ class Engine:
 
     # What other threads do.
 
-    _warm: Any = None
-
     def _post(self, what: str, job: _Job) -> None:
         with self._changed:
             self._inbox.append((what, job))
@@ -407,7 +408,7 @@ class Engine:
             self._poked = True
             self._changed.notify_all()
 
-    def _count_compilation(self, event: str, _: float, **__: Any) -> None:
+    def _count_compilation(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration" and threading.current_thread() is self._thread:
             self._compilations += 1
 
@@ -459,7 +460,9 @@ class Engine:
             if before is not None:
                 self._deliver(before[1].fetch())
                 ended = time.perf_counter()
-                self._measure(before[0], ended - started)
+                read, decode = before[0].read, before[0].decode
+                if read or decode:
+                    self._events.append(Measured(ended - started, read.program if read else None, decode))
                 started = ended
             before = now
             if before is None and not self._events:
@@ -470,15 +473,6 @@ class Engine:
                     self._changed.wait_for(
                         lambda: self._inbox or self._closing or self._poked or self._warm, 0.0 if busy else None
                     )
-
-    def _measure(self, plan: Plan, seconds: float) -> None:
-        """Tells the scheduler what a step took; a chunk takes what a step without one does not."""
-        if plan.read is not None:
-            rest = self._decode_seconds if plan.decode else 0.0
-            self._events.append(Measured(chunk_seconds=max(seconds - rest, 0.0), program=plan.read.program))
-        elif plan.decode:
-            self._decode_seconds = seconds
-            self._events.append(Measured(decode_seconds=seconds))
 
     def _take(self, inbox: collections.deque[tuple[str, _Job]]) -> None:
         for what, job in inbox:
@@ -586,7 +580,7 @@ class Engine:
             self._place(self._encoding.popleft())
         while self._pixels:
             pixels = self._pixels.popleft()
-            if pixels.job_id not in self._jobs:
+            if not isinstance(pixels.job_id, int) or pixels.job_id not in self._jobs:
                 pixels.release()
                 continue
             grid = pixels.grids[0]

@@ -127,15 +127,17 @@ class Failed:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """How long parts of steps took, in seconds; None for a part that was not measured.
+    """How long a step took.
 
     Attributes:
-      program: what read the chunk.
+      seconds: of the whole step.
+      program: what read its chunk; None if it read none.
+      decode: whether it decoded.
     """
 
-    chunk_seconds: float | None = None
-    decode_seconds: float | None = None
-    program: Program = "large"
+    seconds: float
+    program: Program | None
+    decode: bool
 
 
 type Event = Arrival | Ready | Cancel | Ended | Failed | Measured

@@ -27,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from keye_jax.engine.pages import Block, BlockKey, PageManager, Program
 from keye_jax.engine.plan import Arrival, Begin, Event, Measured, Placed, Plan, Read, Ready, SchedulerConfig, Stats
@@ -46,6 +47,10 @@ _SMOOTHING = 0.25
 """Weight of a new measurement."""
 
 
+type _State = Literal["waiting", "reading", "running", "ended", "offloaded"]
+"""Of a sequence. One that has ended is in its row until the next plan."""
+
+
 @dataclasses.dataclass(eq=False)
 class _Sequence:
     """A sequence that has not gone.
@@ -53,16 +58,16 @@ class _Sequence:
     Attributes:
       arrived: the step in which it came.
       keys: those of its blocks in the prefix index.
-      state: "waiting", "reading", "running", "ended" (idle from the next plan on) or "offloaded".
+      state: where it is in its life.
       ready, done: tokens of the prompt that can be read, and that are read or found.
-      drawn: tokens of the answer. The pages hold all but the last one of them.
+      drawn: tokens of the answer.
       prefix, version: blocks that the index had, at that version of the index.
     """
 
     arrival: Arrival
     arrived: int
     keys: tuple[BlockKey, ...]
-    state: str = "waiting"
+    state: _State = "waiting"
     ready: int = 0
     done: int = 0
     drawn: int = 0
@@ -74,6 +79,11 @@ class _Sequence:
     @property
     def id(self) -> str:
         return self.arrival.id
+
+    @property
+    def length(self) -> int:
+        """Tokens that the pages hold when the prompt is read: all but the last one that was drawn."""
+        return self.arrival.prompt_tokens + max(0, self.drawn - 1)
 
     @property
     def placed(self) -> Placed:
@@ -119,7 +129,10 @@ class Scheduler:
             )
 
     def step(self, events: Sequence[Event] = ()) -> Plan:
-        """The next step. Events about sequences that have gone are ignored.
+        """The next step. If it is an empty plan, nothing can be done before there are events.
+
+        Args:
+          events: in the order in which they happened. Those about sequences that have gone are ignored.
 
         Raises:
           UserError: an arrival can never run; `check` tells it before.
@@ -189,7 +202,7 @@ class Scheduler:
         self._pages.release(sequence.pages)
         sequence.row, sequence.pages = -1, ()
 
-    def _in_state(self, *states: str) -> list[_Sequence]:
+    def _in_state(self, *states: _State) -> list[_Sequence]:
         """Sequences in one of these states, the oldest first."""
         return [sequence for sequence in self._sequences.values() if sequence.state in states]
 
@@ -206,7 +219,7 @@ class Scheduler:
         """Pages that a sequence is to have now."""
         total = sequence.arrival.prompt_tokens + sequence.arrival.max_tokens
         if self.config.optimistic:
-            total = min(total, sequence.arrival.prompt_tokens + sequence.drawn + self.config.small)
+            total = min(total, sequence.length + self.config.small)
         return pages_for(total)
 
     def _placement(self, sequence: _Sequence) -> _Placement | None:
@@ -231,14 +244,12 @@ class Scheduler:
         """Gives running sequences pages for their next tokens; where pages are short, it offloads the youngest."""
         offload, grow = [], []
         for sequence in self._in_state("running"):
-            needed = pages_for(sequence.arrival.prompt_tokens + sequence.drawn)
-            if sequence.state != "running" or needed <= len(sequence.pages):
+            if sequence.state != "running" or pages_for(sequence.length + 1) <= len(sequence.pages):
                 continue
             home, first, wanted = self._home(sequence), len(sequence.pages), self._reserve(sequence)
             while sequence.state == "running" and not self._pages.fits(wanted, home, first=first):
                 youngest = [each for each in self._in_state("running") if self._home(each) == home][-1]
-                held = pages_for(youngest.arrival.prompt_tokens + youngest.drawn - 1)
-                offload.append(Placed(youngest.id, youngest.row, youngest.pages[:held]))
+                offload.append(Placed(youngest.id, youngest.row, youngest.pages[: pages_for(youngest.length)]))
                 self._leave_row(youngest)
                 youngest.state = "offloaded"
             if sequence.state == "running":
@@ -293,7 +304,7 @@ class Scheduler:
         A prompt's turn comes later by `AGEING_STEPS` for each of its chunks. So short ones overtake, but not for ever.
         One without a place is passed over until the step of its turn; from then on no later one is admitted.
         """
-        admits = not self._in_state("offloaded")
+        admits = None in self._rows and not self._in_state("offloaded")
         prompts = self._in_state("reading", "waiting") if admits else self._in_state("reading")
         for sequence in prompts:
             if sequence.state == "waiting":
@@ -361,10 +372,12 @@ class Scheduler:
         return tuple(rows), tuple(ended)
 
     def _measure(self, event: Measured) -> None:
-        for name, seconds in ((event.program, event.chunk_seconds), ("decode", event.decode_seconds)):
-            if seconds is not None:
-                before = self._seconds.get(name, seconds)
-                self._seconds[name] = before + _SMOOTHING * (seconds - before)
+        name, seconds = event.program or "decode", event.seconds
+        if event.program and event.decode:
+            # The chunk took what the step took longer than steps that only decode.
+            seconds -= self._seconds.get("decode", 0.0)
+        before = self._seconds.get(name, seconds)
+        self._seconds[name] = before + _SMOOTHING * (max(0.0, seconds) - before)
 
     def _decodes_between(self, program: Program) -> int:
         """Decode steps between chunks of this program: the setting, or what the target gap needs."""

@@ -19,8 +19,9 @@ from keye_jax.page_allocator import pages_for
 from keye_jax.progress import Progress
 from keye_jax.runtime.encode import IMAGE_PATCHES, images_at_once, padded_patches
 from keye_jax.runtime.prefill import Segment
+from keye_jax.runtime.programs import unpack_drawn
 from keye_jax.runtime.runtime import Runtime
-from keye_jax.runtime.sampling import SamplingParams, TokenScores
+from keye_jax.runtime.sampling import SamplingParams
 
 
 @dataclasses.dataclass(eq=False)
@@ -64,18 +65,18 @@ class DrawnTokens:
     """The tokens that a step draws. `fetch` waits for them."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[tuple[tuple[int, str], ...], tuple[jax.Array, TokenScores]]] = []
+        self._parts: list[tuple[tuple[tuple[int, str], ...], jax.Array]] = []
 
-    def add(self, rows: tuple[tuple[int, str], ...], drawn: tuple[jax.Array, TokenScores]) -> None:
+    def add(self, rows: tuple[tuple[int, str], ...], drawn: jax.Array) -> None:
         """Adds what the sequences of some rows, `(row, id)`, drew."""
         self._parts.append((rows, drawn))
-        jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
+        drawn.copy_to_host_async()
 
     def fetch(self) -> list[DrawnToken]:
         """The tokens, those of one sequence in the order in which it drew them."""
         found = []
         for rows, drawn in self._parts:
-            tokens, scores = jax.tree.map(np.asarray, drawn)
+            tokens, scores = unpack_drawn(np.asarray(drawn))
             found += [
                 DrawnToken(
                     name,

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from keye_jax.kv_cache import BatchMetadata, PagePool
@@ -243,9 +244,19 @@ def decode_and_sample(platform: str) -> jax.stages.Wrapped:
 
 
 @jax.jit
-def drawn(state: DecodeState) -> tuple[jax.Array, TokenScores]:
-    """Copies of the tokens that the rows drew last, and of their scores, which the next step does not overwrite."""
-    return jax.tree.map(jnp.copy, (state.tokens, state.scores))
+def drawn(state: DecodeState) -> jax.Array:
+    """What the rows drew last, as one array that the next step does not overwrite; see `unpack_drawn`."""
+    scores = state.scores
+    columns = (state.tokens[:, None], scores.logprob[:, None], scores.top_tokens, scores.top_logprobs)
+    return jnp.concatenate([jax.lax.bitcast_convert_type(column, jnp.int32) for column in columns], axis=1)
+
+
+def unpack_drawn(packed: np.ndarray) -> tuple[np.ndarray, TokenScores]:
+    """Tokens, int32 `[b]`, and their scores, NumPy arrays, from what `drawn` returns."""
+    count = (packed.shape[1] - 2) // 2
+    floats: Any = packed.view(np.float32)
+    top_tokens: Any = packed[:, 2 : 2 + count]
+    return packed[:, 0], TokenScores(floats[:, 1], top_tokens, floats[:, 2 + count :])
 
 
 @functools.partial(jax.jit, donate_argnames="state")

@@ -27,7 +27,6 @@ from keye_jax.runtime import programs
 from keye_jax.runtime.decode import DecodeState, active_row, idle_row
 from keye_jax.runtime.encode import batch_images, image_batch
 from keye_jax.runtime.prefill import Chunk, Segment, plan_chunk, plan_chunks, round_up, vision_rows
-from keye_jax.runtime.sampling import TokenScores
 from keye_jax.sharding.collectives import Axes
 from keye_jax.sharding.mesh_rules import MeshRules
 from keye_jax.sharding.step import StepSharding
@@ -429,8 +428,8 @@ class Runtime:
         """Logits `[1, vocab]` in each of a number of rows, for `draw`."""
         return programs.spread(logits, rows)
 
-    def drawn(self, state: DecodeState) -> tuple[jax.Array, TokenScores]:
-        """The tokens that the rows drew last, int32 `[b]`, and their scores, as arrays that no step overwrites."""
+    def drawn(self, state: DecodeState) -> jax.Array:
+        """What the rows drew last, in an array that no step overwrites, for `unpack_drawn` of `programs`."""
         return programs.drawn(state)
 
     def decode(self, state: DecodeState, pool: PagePool) -> tuple[jax.Array, PagePool]:

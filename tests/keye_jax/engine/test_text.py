@@ -1,5 +1,7 @@
 """Text as it comes: reasoning, stop texts, and that pieces are the whole."""
 
+from typing import Any, cast
+
 import pytest
 
 from keye_jax.engine.text import AnswerWriter
@@ -28,7 +30,7 @@ def write(text, *, thinking=False, stop=()):
         assert piece
         pieces[reasoning] += piece
 
-    writer = AnswerWriter(Letters(), thinking, emit, stop)
+    writer = AnswerWriter(cast(Any, Letters()), thinking, emit, stop)
     for character in text:
         writer.write(ord(character))
         if writer.stopped:
