@@ -74,19 +74,12 @@ class DrawnTokens:
 
     def fetch(self) -> list[DrawnToken]:
         """The tokens, those of one sequence in the order in which it drew them."""
-        found = []
+        found: list[DrawnToken] = []
         for rows, drawn in self._parts:
-            tokens, scores = unpack_drawn(np.asarray(drawn))
-            found += [
-                DrawnToken(
-                    name,
-                    int(tokens[row]),
-                    float(scores.logprob[row]),
-                    scores.top_tokens[row],
-                    scores.top_logprobs[row],
-                )
-                for row, name in rows
-            ]
+            tokens, logprobs, top_tokens, top_logprobs = unpack_drawn(np.asarray(drawn))
+            for row, name in rows:
+                scores = float(logprobs[row]), top_tokens[row], top_logprobs[row]
+                found.append(DrawnToken(name, int(tokens[row]), *scores))
         return found
 
 

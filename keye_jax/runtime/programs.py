@@ -251,12 +251,11 @@ def drawn(state: DecodeState) -> jax.Array:
     return jnp.concatenate([jax.lax.bitcast_convert_type(column, jnp.int32) for column in columns], axis=1)
 
 
-def unpack_drawn(packed: np.ndarray) -> tuple[np.ndarray, TokenScores]:
-    """Tokens, int32 `[b]`, and their scores, NumPy arrays, from what `drawn` returns."""
+def unpack_drawn(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, int32 `[b]`, and the fields of `TokenScores`, NumPy arrays, from what `drawn` returns."""
     count = (packed.shape[1] - 2) // 2
-    floats: Any = packed.view(np.float32)
-    top_tokens: Any = packed[:, 2 : 2 + count]
-    return packed[:, 0], TokenScores(floats[:, 1], top_tokens, floats[:, 2 + count :])
+    floats = packed.view(np.float32)
+    return packed[:, 0], floats[:, 1], packed[:, 2 : 2 + count], floats[:, 2 + count :]
 
 
 @functools.partial(jax.jit, donate_argnames="state")
