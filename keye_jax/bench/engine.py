@@ -129,7 +129,10 @@ def main() -> int:
     config = KeyeConfig.from_file(arguments.config)
     if arguments.layers:
         config = dataclasses.replace(config, num_hidden_layers=arguments.layers)
-    cells = [tuple(int(number) for number in cell.split("x")) for cell in arguments.cells.split(",") if cell]
+    cells: list[tuple[int, int]] = []
+    for cell in arguments.cells.split(","):
+        requests, context = cell.split("x")
+        cells.append((int(requests), int(context)))
     runtime = Runtime(random_model(config), config, prefill_chunk=arguments.prefill_chunk)
     bare = {}
     for requests, context in cells:
@@ -149,7 +152,7 @@ def main() -> int:
             print(f"warm-up {warm:.0f} s")
             found = []
             for cell in cells:
-                found.append(measure(engine, *cell, arguments.tokens, bare[cell]))
+                found.append(measure(engine, cell[0], cell[1], arguments.tokens, bare[cell]))
                 print(found[-1], flush=True)
             head = ("requests", "context", "tokens/s", "bare", "ratio", "median", "95%", "99%", "largest ms")
             print("  ".join(f"{name:>10}" for name in head))

@@ -1,7 +1,7 @@
 """Decoded frames on disk."""
 
-import os
 import contextlib
+import os
 import subprocess
 import sys
 import time
