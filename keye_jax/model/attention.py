@@ -242,7 +242,7 @@ def attend_sparse(
     pages, preferred = keys.pages, options.implementation
 
     def attend(
-        q: jax.Array, index_q: jax.Array, gates: jax.Array, table: jax.Array, start: jax.Array
+        q: jax.Array, index_q: jax.Array, gates: jax.Array, table: jax.Array, start: jax.Array, last: jax.Array
     ) -> AttentionOutput:
         with jax.named_scope("indexer"):
             scores = indexer_scores(
@@ -257,7 +257,8 @@ def attend_sparse(
                 fill=options.intermediates,
                 implementation=resolve("indexer_scores", preferred),
             )
-        lengths = jnp.minimum(start[:, None] + jnp.arange(q.shape[1]) + 1, scores.shape[-1])
+        seen = start[:, None] + jnp.minimum(jnp.arange(q.shape[1]), last[:, None]) + 1
+        lengths = jnp.minimum(seen, scores.shape[-1])
         if keys.split:
             with jax.named_scope("selection"):
                 selected = select_split(scores, lengths, top_k, keys.split, preferred)
@@ -280,12 +281,13 @@ def attend_sparse(
 
     q, index_q, gates = inputs.q, inputs.index_q, inputs.gates
     batch, queries = q.shape[:2]
+    last = jnp.full(batch, queries - 1) if keys.count is None else jnp.maximum(keys.count, 1) - 1
     score_bytes = _SCORE_BYTES.get(options.kernels, _SMALL_SCORE_BYTES)
     at_once = max(1, score_bytes // (4 * keys.page_table.shape[1] * PAGE_SIZE))
     if options.intermediates or batch * queries <= at_once:
-        return attend(q, index_q, gates, keys.page_table, keys.start)
+        return attend(q, index_q, gates, keys.page_table, keys.start, last)
     if batch > 1 and queries <= at_once:
-        return _in_turns(attend, at_once // queries, q, index_q, gates, keys.page_table, keys.start)
+        return _in_turns(attend, at_once // queries, q, index_q, gates, keys.page_table, keys.start, last)
 
     blocks = math.ceil(queries / max(1, at_once // batch))
     block = math.ceil(queries / blocks)
@@ -295,7 +297,7 @@ def attend_sparse(
     def attend_block(i: jax.Array, done: AttentionOutput) -> AttentionOutput:
         first = i * block
         part_q, part_index_q, part_gates = (_part(x, first, block, 1) for x in (done.out, index_q, gates))
-        part = attend(part_q, part_index_q, part_gates, keys.page_table, keys.start + first)
+        part = attend(part_q, part_index_q, part_gates, keys.page_table, keys.start + first, last - first)
         return _overwrite(done, part, first, 1)
 
     done = jax.lax.fori_loop(0, blocks, attend_block, _begun(q))

@@ -26,12 +26,15 @@ class Keys:
       page_table: int32 `[b, m]`, each row's pages.
       start: int32 `[b]`, the position of each row's first query among these keys; -1 if it sees none of them.
       split: mesh axes along which devices hold other keys of the same sequences, in turns, page by page.
+      count: int32 `[b]`, how many queries each row has; None if all are filled. Those behind see the keys that the last
+        one sees, and none that an earlier owner left in a page: kernels attend from neighbouring queries together.
     """
 
     pages: Pages
     page_table: jax.Array
     start: jax.Array
     split: Axes = ()
+    count: jax.Array | None = None
 
 
 class Context(Protocol):
@@ -72,13 +75,13 @@ class PagedContext:
         if gathered:
             whole, whole_table = gathered
             whole = whole.write(batch.slots(whole_table, whole.count, tokens), rows)
-            keys = Keys(whole, own.tables(whole_table), own.start)
+            keys = Keys(whole, own.tables(whole_table), own.start, count=own.count)
         else:
             start = _start_among_own(own.start, step)
             table = _own_columns(own.tables(table), step)
             # Entries of pages that are not here are not looked at, but kernels may read what they point to.
             table = jnp.clip(table, 0, pages.count - 1) if step.pages else table
-            keys = Keys(pages, table, start, step.cache_sequence)
+            keys = Keys(pages, table, start, step.cache_sequence, own.count)
         return PagedContext(pages, batch), keys
 
     def specs(self, step: StepSharding) -> Any:
@@ -121,7 +124,7 @@ class PackedContext:
         rows = jax.tree.map(lambda x: all_gather(x, step.query_sequence, axis=0), new)
         pages = jax.tree.map(lambda x: x.reshape(-1, PAGE_SIZE, *x.shape[2:]), rows)
         own = _own_rows(self.batch, step)
-        return self, Keys(pages, own.tables(self.batch.page_table), own.start)
+        return self, Keys(pages, own.tables(self.batch.page_table), own.start, count=own.count)
 
     def specs(self, step: StepSharding) -> Any:
         return PackedContext(_batch_specs(self.batch, step))

@@ -78,9 +78,9 @@ from keye_jax.cli import app, run
 from keye_jax.processor.decode import VideoFile
 frames, read = [], VideoFile.read
 
-def counted(self, indices):
+def counted(self, indices, *args, **others):
     frames.extend(indices)
-    return read(self, indices)
+    return read(self, indices, *args, **others)
 
 VideoFile.read = counted
 counts, arguments = sys.argv[1], sys.argv[2:]
