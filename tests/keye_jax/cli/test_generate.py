@@ -55,7 +55,7 @@ QUESTION = "What happens when the red ball rolls over the table, and how often d
 """Of the tiny model, all choices on it and its answer are safe."""
 
 
-@pytest.mark.parametrize("chunk", [50, 16])
+@pytest.mark.parametrize("chunk", [pytest.param(50, marks=pytest.mark.slow), 16])
 def test_chunks_of_the_prompt_change_neither_selections_nor_the_answer(inputs, chunk):
     """In float32, where all choices are ahead by more than the rounding."""
     whole, parts = (_Asked(inputs / "hf", QUESTION, prefill_chunk=size) for size in (None, chunk))

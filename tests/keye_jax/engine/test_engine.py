@@ -35,6 +35,7 @@ def test_the_same_tokens_whatever_runs_beside(engine, make, sampling):
     assert engine.stats().compilations == 0
 
 
+@pytest.mark.slow
 def test_a_preempted_request_goes_on_as_if_nothing_had_been(engine, make):
     requests = [ask(words(seed, 60), tokens=150, sampling=sampled(seed)) for seed in range(4)]
     expected = [tokens(engine.submit(request)) for request in requests]
