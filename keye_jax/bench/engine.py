@@ -21,8 +21,9 @@ from keye_jax import presets
 from keye_jax.bench.inputs import random_model
 from keye_jax.bench.timing import time_decode
 from keye_jax.config import KeyeConfig
-from keye_jax.engine.engine import Engine, EngineOptions
+from keye_jax.engine.engine import Engine
 from keye_jax.engine.generation_config import GenerationDefaults
+from keye_jax.engine.options import EngineOptions
 from keye_jax.engine.request import Request
 from keye_jax.processor import Processor, PromptPlan
 from keye_jax.runtime.runtime import Runtime

@@ -43,16 +43,16 @@ def batch(
     top_p: Annotated[float | None, typer.Option(help="If a line does not say; the checkpoint's if left out.")] = None,
     top_k: Annotated[int | None, typer.Option(help="If a line does not say; the checkpoint's if left out.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random draws, if a line does not say.")] = 0,
-    fps: Annotated[float | None, typer.Option(help="Frames to look at a second of video.")] = None,
-    max_frames: Annotated[int | None, typer.Option(help="Most frames of a video.")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Frames of a video, in place of --fps.")] = None,
-    start: Annotated[str | None, typer.Option(help="Where videos begin: seconds, mm:ss or hh:mm:ss.")] = None,
-    end: Annotated[str | None, typer.Option(help="Where videos end: seconds, mm:ss or hh:mm:ss.")] = None,
+    fps: options.Fps = None,
+    max_frames: options.MaxFrames = None,
+    num_frames: options.NumFrames = None,
+    start: options.Start = None,
+    end: options.End = None,
     subtitles: Annotated[str | None, typer.Option(help="'container': subtitles that are in the videos.")] = None,
-    min_pixels: Annotated[int | None, typer.Option(help="Fewest pixels of an image or frame.")] = None,
-    max_pixels: Annotated[int | None, typer.Option(help="Most pixels of an image or frame.")] = None,
-    total_pixels: Annotated[int | None, typer.Option(help="Most pixels of all frames of a video.")] = None,
-    allow_remote: Annotated[bool, typer.Option("--allow-remote", help="Fetch http(s) URLs.")] = False,
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
+    total_pixels: options.TotalPixels = None,
+    allow_remote: options.AllowRemote = False,
     rows: Annotated[int, typer.Option(help="Answers that are written at once.")] = 32,
     cache_tokens: Annotated[
         str | None, typer.Option(help="Tokens of all requests at once that the cache holds, such as 640K.")
@@ -91,8 +91,8 @@ def batch(
     _at_least(0, retries=retries, grace=grace, ray_gpus=ray_gpus)
 
     from convert import kind_of
-    from keye_jax.engine.engine import EngineOptions
     from keye_jax.engine.generation_config import GenerationDefaults
+    from keye_jax.engine.options import EngineOptions
     from keye_jax.jobs.batch import Answerer, Batch, open_engine, token_text
     from keye_jax.jobs.journal import JobStoppedError, Journal, checkpoint_hash
     from keye_jax.jobs.lines import Shard, count_lines, read_lines
@@ -100,23 +100,19 @@ def batch(
     from keye_jax.processor.options import read_options
 
     kind_of(checkpoint)
-    asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    sampling = dataclasses.replace(
-        GenerationDefaults.from_checkpoint(checkpoint).sampling,
-        **{name: value for name, value in asked.items() if value is not None},
+    asked = options.given(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    sampling = dataclasses.replace(GenerationDefaults.from_checkpoint(checkpoint).sampling, **asked)
+    media = options.given(
+        fps=fps,
+        max_frames=max_frames,
+        num_frames=num_frames,
+        start=start,
+        end=end,
+        subtitles=subtitles,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        total_pixels=total_pixels,
     )
-    media = {
-        "fps": fps,
-        "max_frames": max_frames,
-        "num_frames": num_frames,
-        "start": start,
-        "end": end,
-        "subtitles": subtitles,
-        "min_pixels": min_pixels,
-        "max_pixels": max_pixels,
-        "total_pixels": total_pixels,
-    }
-    media = {name: value for name, value in media.items() if value is not None}
     for kind in ("image", "video"):
         read_options(kind, media, "", shared=True)
     part = Shard.from_environment(os.environ) if shard is None else Shard.parse(shard)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from keye_jax.cli import options
 from keye_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,32 +29,32 @@ def frames(
         Path | None,
         typer.Option(help="Checkpoint whose settings and tokenizer apply; the publisher's settings if left out."),
     ] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames to look at a second of video.")] = None,
-    max_frames: Annotated[int | None, typer.Option(help="Most frames of a video.")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Frames of a video, in place of a rate.")] = None,
-    start: Annotated[str | None, typer.Option(help="Where the video begins, in seconds or mm:ss.")] = None,
-    end: Annotated[str | None, typer.Option(help="Where the video ends, in seconds or mm:ss.")] = None,
-    min_pixels: Annotated[int | None, typer.Option(help="Fewest pixels of an image or frame.")] = None,
-    max_pixels: Annotated[int | None, typer.Option(help="Most pixels of an image or frame.")] = None,
-    total_pixels: Annotated[int | None, typer.Option(help="Most pixels of all frames of a video.")] = None,
-    allow_remote: Annotated[bool, typer.Option("--allow-remote", help="Fetch http(s) URLs.")] = False,
+    fps: options.Fps = None,
+    max_frames: options.MaxFrames = None,
+    num_frames: options.NumFrames = None,
+    start: options.Start = None,
+    end: options.End = None,
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
+    total_pixels: options.TotalPixels = None,
+    allow_remote: options.AllowRemote = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
     """Show which frames of a video the model sees, at which times and sizes.
 
     With --out, write them as PNG, exactly the pixels that the model sees. An image is one frame.
     """
-    options = {
-        "fps": fps,
-        "max_frames": max_frames,
-        "num_frames": num_frames,
-        "start": start,
-        "end": end,
-        "min_pixels": min_pixels,
-        "max_pixels": max_pixels,
-        "total_pixels": total_pixels,
-    }
-    planner = _planner(checkpoint, allow_remote, {name: value for name, value in options.items() if value is not None})
+    chosen = options.given(
+        fps=fps,
+        max_frames=max_frames,
+        num_frames=num_frames,
+        start=start,
+        end=end,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        total_pixels=total_pixels,
+    )
+    planner = _planner(checkpoint, allow_remote, chosen)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_new_folder(out)) if out is not None else None
         plan = stack.enter_context(planner.file(file, "FILE"))
@@ -68,15 +69,15 @@ def frames(
     return 0
 
 
-def _planner(checkpoint: Path | None, allow_remote: bool, options: dict[str, Any]) -> MediaPlanner:
+def _planner(checkpoint: Path | None, allow_remote: bool, chosen: dict[str, Any]) -> MediaPlanner:
     from keye_jax.config import KeyeConfig
     from keye_jax.processor import MediaPlanner, Processor
     from keye_jax.processor.settings import ProcessorSettings
 
     if checkpoint is None:
-        return MediaPlanner(ProcessorSettings(), allow_remote=allow_remote, defaults=options)
+        return MediaPlanner(ProcessorSettings(), allow_remote=allow_remote, defaults=chosen)
     config = KeyeConfig.from_file(checkpoint)
-    return Processor.from_checkpoint(checkpoint, config, allow_remote=allow_remote, defaults=options).media
+    return Processor.from_checkpoint(checkpoint, config, allow_remote=allow_remote, defaults=chosen).media
 
 
 @contextlib.contextmanager

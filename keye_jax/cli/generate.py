@@ -54,18 +54,18 @@ def generate(
     ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
     seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
-    fps: Annotated[float | None, typer.Option(help="Frames to look at a second of video.")] = None,
-    max_frames: Annotated[int | None, typer.Option(help="Most frames of a video.")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Frames of a video, in place of --fps.")] = None,
-    start: Annotated[str | None, typer.Option(help="Where a video begins: seconds, mm:ss or hh:mm:ss.")] = None,
-    end: Annotated[str | None, typer.Option(help="Where a video ends: seconds, mm:ss or hh:mm:ss.")] = None,
+    fps: options.Fps = None,
+    max_frames: options.MaxFrames = None,
+    num_frames: options.NumFrames = None,
+    start: options.Start = None,
+    end: options.End = None,
     subtitles: Annotated[
         str | None, typer.Option(help="Subtitles of the videos: a file, or 'container' for those in the video.")
     ] = None,
-    min_pixels: Annotated[int | None, typer.Option(help="Fewest pixels of an image or frame.")] = None,
-    max_pixels: Annotated[int | None, typer.Option(help="Most pixels of an image or frame.")] = None,
-    total_pixels: Annotated[int | None, typer.Option(help="Most pixels of all frames of a video.")] = None,
-    allow_remote: Annotated[bool, typer.Option("--allow-remote", help="Fetch http(s) URLs.")] = False,
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
+    total_pixels: options.TotalPixels = None,
+    allow_remote: options.AllowRemote = False,
     stream: Annotated[bool, typer.Option(help="Print tokens as they come.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     attention: options.Attention = "sparse",
@@ -94,40 +94,26 @@ def generate(
 
     import jax
 
-    from convert import kind_of, load_params
-    from keye_jax.config import KeyeConfig
+    from keye_jax.engine.checkpoint import load_runtime, read_checkpoint
     from keye_jax.engine.generate import Generator, Hooks, new_token_limit
-    from keye_jax.engine.generation_config import GenerationDefaults
-    from keye_jax.model.keye import Keye
-    from keye_jax.model.params import parameter_shardings
-    from keye_jax.processor import Processor
     from keye_jax.runtime.device import memory_limit_bytes, peak_memory_bytes
-    from keye_jax.runtime.runtime import Runtime
 
     options.enable_compilation_cache()
-    kind_of(checkpoint)
-    config = KeyeConfig.from_file(checkpoint)
-    rules = options.mesh_rules(sharding, config)
-    defaults = GenerationDefaults.from_checkpoint(checkpoint, fallback_end=config.extra.get("eos_token_id"))
-    asked = {"temperature": 0.0 if greedy else temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    sampling = dataclasses.replace(defaults.sampling, **{name: x for name, x in asked.items() if x is not None})
-    media = {
-        "fps": fps,
-        "max_frames": max_frames,
-        "num_frames": num_frames,
-        "start": start,
-        "end": end,
-        "subtitles": stdin if subtitles == "-" else subtitles,
-        "min_pixels": min_pixels,
-        "max_pixels": max_pixels,
-        "total_pixels": total_pixels,
-    }
-    processor = Processor.from_checkpoint(
-        checkpoint,
-        config,
-        allow_remote=allow_remote,
-        defaults={name: x for name, x in media.items() if x is not None},
+    media = options.given(
+        fps=fps,
+        max_frames=max_frames,
+        num_frames=num_frames,
+        start=start,
+        end=end,
+        subtitles=stdin if subtitles == "-" else subtitles,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        total_pixels=total_pixels,
     )
+    config, processor, defaults = read_checkpoint(checkpoint, allow_remote=allow_remote, media=media)
+    rules = options.mesh_rules(sharding, config)
+    asked = options.given(temperature=0.0 if greedy else temperature, top_p=top_p, top_k=top_k, seed=seed)
+    sampling = dataclasses.replace(defaults.sampling, **asked)
     plan = processor.plan(**request)
     limit = new_token_limit(
         config,
@@ -148,13 +134,19 @@ def generate(
         )
         decoded = time.perf_counter()
         report("loading weights", 0, None)
-        shardings = parameter_shardings(config, rules)
-        model = Keye.from_params(config, load_params(checkpoint, config, dtype=cast, shardings=shardings))
+        runtime = load_runtime(
+            checkpoint,
+            config,
+            rules=rules,
+            dtype=cast,
+            attention=chosen,
+            prefill_chunk=chunk,
+            dense_below=dense,
+        )
         report("loading weights", 1, 1)
     loaded = time.perf_counter()
     for warning in inputs.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    runtime = Runtime(model, config, options=chosen, prefill_chunk=chunk, dense_below=dense, rules=rules)
     generator = Generator(runtime, processor, defaults.end_tokens)
     with options.ProgressBars() as report:
         printer = _Printer(enabled=stream and not as_json, before=report.stop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,6 +38,16 @@ IndexerDtype = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="'checkpoint', 'bfloat16' or 'float32': what the parameters are cast to.")]
 
+Fps = Annotated[float | None, typer.Option(help="Frames to look at a second of video.")]
+MaxFrames = Annotated[int | None, typer.Option(help="Most frames of a video.")]
+NumFrames = Annotated[int | None, typer.Option(help="Frames of a video, in place of --fps.")]
+Start = Annotated[str | None, typer.Option(help="Where videos begin: seconds, mm:ss or hh:mm:ss.")]
+End = Annotated[str | None, typer.Option(help="Where videos end: seconds, mm:ss or hh:mm:ss.")]
+MinPixels = Annotated[int | None, typer.Option(help="Fewest pixels of an image or frame.")]
+MaxPixels = Annotated[int | None, typer.Option(help="Most pixels of an image or frame.")]
+TotalPixels = Annotated[int | None, typer.Option(help="Most pixels of all frames of a video.")]
+AllowRemote = Annotated[bool, typer.Option("--allow-remote", help="Fetch http(s) URLs.")]
+
 Sharding = Annotated[
     str | None,
     typer.Option(help="How the model lies over several devices: a preset's name, such as 'expert', or a file."),
@@ -50,6 +60,11 @@ Coordinator = Annotated[
 ]
 Processes = Annotated[int | None, typer.Option(help="Of several processes: how many there are.")]
 ProcessId = Annotated[int | None, typer.Option(help="Of several processes: which one this is, from 0.")]
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The options that were given: those that are not None, by name."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def mesh_rules(sharding: str | None, config: KeyeConfig) -> MeshRules:

@@ -17,41 +17,75 @@ from keye_jax.runtime.runtime import Runtime
 from keye_jax.sharding import MeshRules
 
 
-def load(
+def read_checkpoint(
     directory: str | Path,
     *,
-    rules: MeshRules | None = None,
-    dtype: str | None = None,
-    attention: AttentionOptions = AttentionOptions(),  # noqa: B008 (frozen)
-    prefill_chunk: int | None = None,
-    dense_below: int = 0,
     allow_remote: bool = False,
     allow_files: bool = True,
     media: Mapping[str, Any] | None = None,
-) -> tuple[Runtime, Processor, GenerationDefaults]:
-    """Loads the weights of a checkpoint, and reads its other files.
+) -> tuple[KeyeConfig, Processor, GenerationDefaults]:
+    """Reads all of a checkpoint but its weights.
 
     Args:
       directory: safetensors or Orbax.
-      rules: where parameters and pages lie; all on one device if left out.
-      dtype: what the parameters are cast to; as they are if left out.
-      attention, prefill_chunk, dense_below: as for `Runtime`.
       allow_remote, allow_files: as for `Processor`.
       media: options of media that hold where a request sets none, `Processor`'s `defaults`.
 
     Raises:
       UserError: the checkpoint is not whole, or a value is not allowed.
     """
-    directory, rules = Path(directory), rules or MeshRules.single_device()
+    directory = Path(directory)
     kind_of(directory)
     config = KeyeConfig.from_file(directory)
     processor = Processor.from_checkpoint(
         directory, config, allow_remote=allow_remote, allow_files=allow_files, defaults=media
     )
     defaults = GenerationDefaults.from_checkpoint(directory, fallback_end=config.extra.get("eos_token_id"))
-    params = load_params(directory, config, dtype=dtype, shardings=parameter_shardings(config, rules))
-    model = Keye.from_params(config, params)
-    runtime = Runtime(
-        model, config, options=attention, prefill_chunk=prefill_chunk, dense_below=dense_below, rules=rules
+    return config, processor, defaults
+
+
+def load_runtime(
+    directory: str | Path,
+    config: KeyeConfig,
+    *,
+    rules: MeshRules | None = None,
+    dtype: str | None = None,
+    attention: AttentionOptions = AttentionOptions(),  # noqa: B008 (frozen)
+    prefill_chunk: int | None = None,
+    dense_below: int = 0,
+) -> Runtime:
+    """Loads the weights of a checkpoint.
+
+    Args:
+      rules: where parameters and pages lie; all on one device if left out.
+      dtype: what the parameters are cast to; as they are if left out.
+      attention, prefill_chunk, dense_below: as for `Runtime`.
+
+    Raises:
+      UserError: the checkpoint is not whole.
+    """
+    rules = rules or MeshRules.single_device()
+    params = load_params(Path(directory), config, dtype=dtype, shardings=parameter_shardings(config, rules))
+    return Runtime(
+        Keye.from_params(config, params),
+        config,
+        options=attention,
+        prefill_chunk=prefill_chunk,
+        dense_below=dense_below,
+        rules=rules,
     )
-    return runtime, processor, defaults
+
+
+def load(
+    directory: str | Path,
+    *,
+    allow_remote: bool = False,
+    allow_files: bool = True,
+    media: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> tuple[Runtime, Processor, GenerationDefaults]:
+    """All that an engine needs of a checkpoint: `read_checkpoint`, and `load_runtime` with `settings`."""
+    config, processor, defaults = read_checkpoint(
+        directory, allow_remote=allow_remote, allow_files=allow_files, media=media
+    )
+    return load_runtime(directory, config, **settings), processor, defaults

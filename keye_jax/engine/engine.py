@@ -6,16 +6,14 @@ tokens of the step before. Media are planned and decoded in processes of their o
 
 from __future__ import annotations
 
-import asyncio
 import collections
 import contextlib
 import dataclasses
 import itertools
 import logging
-import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,16 +21,19 @@ import jax
 import numpy as np
 
 from keye_jax.engine.generation_config import GenerationDefaults
+from keye_jax.engine.handle import Handle
+from keye_jax.engine.job import Answering, Encoding, Job
 from keye_jax.engine.media.embeddings import EmbeddingCache
 from keye_jax.engine.media.frame_cache import FrameCache
 from keye_jax.engine.media.hashes import block_hashes
 from keye_jax.engine.media.work import Decoded, Prompt
 from keye_jax.engine.media.workers import Broken, Finished, MediaWorkers, Pixels, Planned
-from keye_jax.engine.plan import Arrival, Cancel, Ended, Failed, Measured, Plan, Ready, SchedulerConfig
+from keye_jax.engine.options import EngineOptions, scheduler_config
+from keye_jax.engine.plan import Arrival, Cancel, Ended, Failed, Measured, Plan, Ready
 from keye_jax.engine.plan import Event as SchedulerEvent
 from keye_jax.engine.request import (
+    DEFAULT_NEW_TOKENS,
     Choice,
-    Event,
     Piece,
     Request,
     RequestError,
@@ -50,193 +51,7 @@ from keye_jax.progress import Progress
 from keye_jax.runtime.encode import ENCODE_PATCHES
 from keye_jax.runtime.runtime import Runtime
 
-DEFAULT_NEW_TOKENS = 4096
-
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineOptions:
-    """How an engine shares the devices out.
-
-    Attributes:
-      rows: sequences that are decoded together.
-      cache_tokens: tokens that the page pool holds, of all sequences together.
-      max_context: most tokens of a sequence; what the model's positions allow if left out.
-      small_chunk: tokens of a small chunk of a prompt, and of a block of the prefix cache.
-      chunks_between, decodes_between, target_gap_ms, optimistic, prefix_cache: as in `SchedulerConfig`.
-      media_workers: processes that decode media.
-      media_bytes: shared memory for decoded frames that are not encoded yet.
-      media_timeout: seconds that a plan, or a piece of a video, may take.
-      frame_cache: directory for decoded frames; None for none.
-      frame_cache_bytes: most bytes of it.
-      embedding_cache_bytes: most bytes of embeddings of media that are kept in host memory.
-    """
-
-    rows: int = 8
-    cache_tokens: int = 65536
-    max_context: int | None = None
-    small_chunk: int = 512
-    chunks_between: int = 1
-    decodes_between: int = 1
-    target_gap_ms: float | None = None
-    optimistic: bool = False
-    prefix_cache: bool = True
-    media_workers: int = 2
-    media_bytes: int = 1 << 30
-    media_timeout: float = 300.0
-    frame_cache: Path | None = None
-    frame_cache_bytes: int = 32 << 30
-    embedding_cache_bytes: int = 2 << 30
-
-
-class Handle:
-    """A request that was submitted. It is iterated over, or awaited, or asked for its result."""
-
-    def __init__(self, cancel: Any):
-        self._cancel = cancel
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._outcome: Result | RequestError | None = None
-        self._done = threading.Event()
-        self._listeners: list[Any] = []
-        self._lock = threading.Lock()
-
-    def __iter__(self) -> Iterator[Piece]:
-        """Pieces of the answers as they come.
-
-        Raises:
-          RequestError: the request failed.
-        """
-        while True:
-            event = self._events.get()
-            if isinstance(event, Piece):
-                yield event
-                continue
-            self._events.put(event)  # for others who iterate
-            if isinstance(event, RequestError):
-                raise event
-            return
-
-    async def __aiter__(self) -> AsyncIterator[Piece]:
-        """As `__iter__`, without holding up the event loop."""
-        iterator = iter(self)
-        done = object()
-        while True:
-            piece = await asyncio.to_thread(next, iterator, done)
-            if piece is done:
-                return
-            assert isinstance(piece, Piece)
-            yield piece
-
-    def result(self, timeout: float | None = None) -> Result:
-        """Waits for all answers.
-
-        Raises:
-          RequestError: the request failed.
-          TimeoutError: it is not done after `timeout` seconds.
-        """
-        if not self._done.wait(timeout):
-            raise TimeoutError(f"the request is not done after {timeout} seconds")
-        if isinstance(self._outcome, RequestError):
-            raise self._outcome
-        assert self._outcome is not None
-        return self._outcome
-
-    def __await__(self) -> Any:
-        """Waits for `result` without holding up the event loop."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-
-        def wake() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(lambda: future.done() or future.set_result(None))
-
-        with self._lock:
-            waits = not self._done.is_set()
-            if waits:
-                self._listeners.append(wake)
-        if waits:
-            yield from future.__await__()
-        return self.result(0)
-
-    @property
-    def done(self) -> bool:
-        """Whether `result` would not wait."""
-        return self._done.is_set()
-
-    def cancel(self) -> None:
-        """Ends the request soon. Its result then has what was written so far."""
-        self._cancel()
-
-    def put(self, event: Event) -> None:
-        """For the engine: adds an event."""
-        if isinstance(event, Piece):
-            self._events.put(event)
-            return
-        with self._lock:
-            if self._done.is_set():
-                return
-            self._outcome = event
-            self._done.set()
-            listeners, self._listeners = self._listeners, []
-        self._events.put(event)
-        for wake in listeners:
-            wake()
-
-
-@dataclasses.dataclass(eq=False)
-class _Choice:
-    """One answer of a job."""
-
-    id: str
-    number: int
-    data: SequenceData
-    writer: AnswerWriter
-    logprobs: list[TokenLogprob] | None
-    max_tokens: int
-    times: list[float] = dataclasses.field(default_factory=list)
-    choice: Choice | None = None
-
-
-@dataclasses.dataclass(eq=False)
-class _Job:
-    """A request on its way."""
-
-    id: int
-    request: Request
-    handle: Handle
-    submitted: float
-    prompt: Prompt | None = None
-    decoded: Decoded | None = None
-    choices: list[_Choice] = dataclasses.field(default_factory=list)
-    embeds: np.ndarray | None = None
-    filled: np.ndarray | None = None
-    frames_left: list[int] = dataclasses.field(default_factory=list)
-    cached: int = 0
-    at: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    def stamp(self, name: str) -> None:
-        """Notes when something happened for the first time, in seconds from the submission."""
-        self.at.setdefault(name, time.perf_counter() - self.submitted)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Encoding:
-    """Frames of one medium that are being encoded.
-
-    Attributes:
-      medium: its place in `Prompt.media`.
-      frames, tokens: how many, and the tokens of each.
-      first_pad: pad tokens of the prompt before them.
-      encoded: what `Stepper.encode` returned.
-    """
-
-    job_id: int
-    medium: int
-    frames: int
-    tokens: int
-    first_pad: int
-    encoded: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +89,7 @@ class Engine:
         runtime: Runtime,
         processor: Processor,
         defaults: GenerationDefaults,
-        options: EngineOptions = EngineOptions(),
+        options: EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
     ):
         self.runtime, self.processor, self.defaults, self.options = runtime, processor, defaults, options
         self.scheduler_config = scheduler_config(runtime, options)
@@ -283,7 +98,7 @@ class Engine:
             runtime, self.scheduler_config, pixel_scale=processor.pixel_scale, pixel_shift=processor.pixel_shift
         )
         self._changed = threading.Condition()
-        self._inbox: collections.deque[tuple[str, _Job]] = collections.deque()
+        self._inbox: collections.deque[tuple[str, Job]] = collections.deque()
         cache = FrameCache(options.frame_cache, options.frame_cache_bytes) if options.frame_cache else None
         self._media = MediaWorkers(
             processor,
@@ -294,11 +109,11 @@ class Engine:
             notify=self._wake,
         )
         self._embeddings: EmbeddingCache[np.ndarray] = EmbeddingCache(options.embedding_cache_bytes)
-        self._jobs: dict[int, _Job] = {}
-        self._choices: dict[str, tuple[_Job, _Choice]] = {}
+        self._jobs: dict[int, Job] = {}
+        self._choices: dict[str, tuple[Job, Answering]] = {}
         self._events: list[SchedulerEvent] = []
         self._pixels: collections.deque[Pixels] = collections.deque()
-        self._encoding: collections.deque[_Encoding] = collections.deque()
+        self._encoding: collections.deque[Encoding] = collections.deque()
         self._numbers = itertools.count()
         self._steps = self._compilations = 0
         self._draining = self._closing = self._poked = False
@@ -312,7 +127,7 @@ class Engine:
         cls,
         directory: str | Path,
         *,
-        options: EngineOptions = EngineOptions(),
+        options: EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
         **settings: Any,
     ) -> Engine:
         """An engine for a checkpoint, safetensors or Orbax.
@@ -324,7 +139,7 @@ class Engine:
         Raises:
           UserError: the checkpoint or a setting is not valid.
         """
-        from keye_jax.engine.checkpoint import load
+        from keye_jax.engine.checkpoint import load  # Orbax takes seconds to import
 
         return cls(*load(directory, **settings), options=options)
 
@@ -334,7 +149,7 @@ class Engine:
         Raises:
           RequestError: the engine is closed or about to be.
         """
-        job = _Job(next(self._numbers), request, Handle(lambda: self._post("cancel", job)), time.perf_counter())
+        job = Job(next(self._numbers), request, Handle(lambda: self._post("cancel", job)), time.perf_counter())
         with self._changed:
             if self._draining:
                 raise RequestError("closed", "the engine takes no more requests")
@@ -345,7 +160,11 @@ class Engine:
     def warmup(self, progress: Progress = lambda done, total: None) -> float:
         """Compiles all programs; returns the seconds that it took. Requests may come meanwhile and wait.
 
-        Afterwards no request compiles a program.
+        Afterwards no request compiles a program, but for images beyond the checkpoint's limits. On a CPU images of more
+        than `ENCODE_PATCHES` patches are left out.
+
+        Raises:
+          RequestError: the engine was closed meanwhile.
         """
         start = time.perf_counter()
         done = threading.Event()
@@ -365,7 +184,9 @@ class Engine:
         with self._changed:
             self._warm = run
             self._changed.notify_all()
-        done.wait()
+        while not done.wait(1.0):
+            if not self._thread.is_alive():
+                raise RequestError("closed", "the engine was closed")
         if failure:
             raise failure[0]
         return time.perf_counter() - start
@@ -398,7 +219,7 @@ class Engine:
 
     # What other threads do.
 
-    def _post(self, what: str, job: _Job) -> None:
+    def _post(self, what: str, job: Job) -> None:
         with self._changed:
             self._inbox.append((what, job))
             self._changed.notify_all()
@@ -454,8 +275,7 @@ class Engine:
                 job.cached = max(job.cached, tokens) if choice.number == 0 else job.cached
             now = None
             if plan != Plan(cached=plan.cached, ended=plan.ended):
-                data = {name: choice.data for name, (_, choice) in self._choices.items()}
-                now = plan, self._stepper.run(plan, data)
+                now = plan, self._stepper.run(plan, lambda name: self._choices[name][1].data)
                 self._steps += 1
             if before is not None:
                 self._deliver(before[1].fetch())
@@ -474,7 +294,7 @@ class Engine:
                         lambda: self._inbox or self._closing or self._poked or self._warm, 0.0 if busy else None
                     )
 
-    def _take(self, inbox: collections.deque[tuple[str, _Job]]) -> None:
+    def _take(self, inbox: collections.deque[tuple[str, Job]]) -> None:
         for what, job in inbox:
             if what == "cancel":
                 self._cancel(job)
@@ -511,7 +331,7 @@ class Engine:
             elif isinstance(event, Broken):
                 self._fail(job, event.kind, event.message)
 
-    def _arrive(self, job: _Job, prompt: Prompt) -> None:
+    def _arrive(self, job: Job, prompt: Prompt) -> None:
         """Makes the sequences of a planned request."""
         request, config = job.request, self.runtime.config
         job.prompt = prompt
@@ -559,20 +379,16 @@ class Engine:
 
             writer = AnswerWriter(self.processor, prompt.prompt_opens_thinking, emit, request.stop)
             logprobs = None if request.top_logprobs is None else []
-            choice = _Choice(f"{job.id}.{number}", number, data, writer, logprobs, limit)
+            choice = Answering(f"{job.id}.{number}", number, data, writer, logprobs, limit)
             job.choices.append(choice)
             self._choices[choice.id] = job, choice
             self._events.append(Arrival(choice.id, length, limit, hashes))
         self._media.decode(job.id, skip)
         self._tell_ready(job)
 
-    def _tell_ready(self, job: _Job) -> None:
+    def _tell_ready(self, job: Job) -> None:
         """Tells the scheduler up to where the prompt can be read."""
-        assert job.filled is not None
-        before = job.choices[0].data.pads_before
-        there = len(job.filled) if job.filled.all() else int(np.argmin(job.filled))
-        ready = int(np.searchsorted(before, there, "right")) - 1
-        self._events += [Ready(choice.id, ready) for choice in job.choices if choice.choice is None]
+        self._events += [Ready(choice.id, job.ready) for choice in job.choices if choice.choice is None]
 
     def _encode(self, *, all_of_them: bool) -> None:
         """Takes embeddings that are there, and queues the encoding of the next frames: one piece a step."""
@@ -592,12 +408,12 @@ class Engine:
                 patches = pixels.patches[first * each : (first + count) * each]
                 encoded = self._stepper.encode(patches, grid)
                 pad = pixels.first_pad + first * tokens
-                self._encoding.append(_Encoding(pixels.job_id, pixels.medium, count, tokens, pad, encoded))
+                self._encoding.append(Encoding(pixels.job_id, pixels.medium, count, tokens, pad, encoded))
             pixels.release()
             if not all_of_them:
                 return
 
-    def _place(self, part: _Encoding) -> None:
+    def _place(self, part: Encoding) -> None:
         """Puts embeddings where the prompt has their pads."""
         job = self._jobs.get(part.job_id)
         if job is None or job.embeds is None or job.filled is None or job.prompt is None:
@@ -636,7 +452,7 @@ class Engine:
             elif len(choice.data.tokens) == choice.max_tokens:
                 self._end(job, choice, "length")
 
-    def _end(self, job: _Job, choice: _Choice, reason: Any) -> None:
+    def _end(self, job: Job, choice: Answering, reason: Any) -> None:
         """Ends one answer, and with the last one the request."""
         text, reasoning = choice.writer.finish()
         logprobs = None if choice.logprobs is None else tuple(choice.logprobs)
@@ -654,7 +470,7 @@ class Engine:
             self._events.append(Cancel(choice.id) if reason == "cancelled" else Ended(choice.id))
         self._finish(job)
 
-    def _finish(self, job: _Job) -> None:
+    def _finish(self, job: Job) -> None:
         """Gives the result out, if all answers are there and all is known about the media."""
         choices = [choice.choice for choice in job.choices if choice.choice is not None]
         if not job.choices or len(choices) < len(job.choices) or job.decoded is None or job.prompt is None:
@@ -673,11 +489,11 @@ class Engine:
         times = tuple(tuple(each.tolist()) for each in prompt.frame_times)
         self._leave(job, Result(tuple(choices), usage, timings, times, job.decoded.warnings))
 
-    def _fail(self, job: _Job, kind: str, message: str) -> None:
+    def _fail(self, job: Job, kind: str, message: str) -> None:
         self._events += [Failed(choice.id) for choice in job.choices if choice.choice is None]
         self._leave(job, RequestError(kind, message))
 
-    def _cancel(self, job: _Job) -> None:
+    def _cancel(self, job: Job) -> None:
         if job.id not in self._jobs:
             return
         self._media.cancel(job.id)
@@ -689,7 +505,7 @@ class Engine:
             if choice.choice is None:
                 self._end(job, choice, "cancelled")
 
-    def _leave(self, job: _Job, outcome: Result | RequestError) -> None:
+    def _leave(self, job: Job, outcome: Result | RequestError) -> None:
         for choice in job.choices:
             del self._choices[choice.id]
             self._stepper.forget(choice.id)
@@ -697,34 +513,3 @@ class Engine:
             self._jobs.pop(job.id, None)
             self._changed.notify_all()
         job.handle.put(outcome)
-
-
-def scheduler_config(runtime: Runtime, options: EngineOptions) -> SchedulerConfig:
-    """The scheduler's settings for a model and options.
-
-    Raises:
-      UserError: an option is not allowed.
-    """
-    from keye_jax.page_allocator import pages_for
-
-    homes, turns = runtime.rules.size("batch"), runtime.page_multiple
-    devices = runtime.prefill_step.size(runtime.prefill_step.query_sequence)
-    positions = runtime.config.max_position_embeddings
-    if options.max_context is not None and not 1 <= options.max_context <= positions:
-        raise UserError(f"max_context is {options.max_context}; it must be from 1 to {positions}")
-    small = options.small_chunk
-    large = max(small, runtime.prefill_chunk * devices // small * small)
-    return SchedulerConfig(
-        rows=options.rows,
-        pages_per_shard=-(-pages_for(options.cache_tokens) // (homes * turns)),
-        max_context=options.max_context or positions,
-        homes=homes,
-        turns=turns,
-        large=large,
-        small=small,
-        chunks_between=options.chunks_between,
-        decodes_between=options.decodes_between,
-        target_gap_ms=options.target_gap_ms,
-        optimistic=options.optimistic,
-        prefix_cache=options.prefix_cache,
-    )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from keye_jax.config import KeyeConfig
+from keye_jax.engine.request import DEFAULT_NEW_TOKENS
 from keye_jax.engine.text import AnswerWriter
 from keye_jax.errors import UserError
 from keye_jax.kv_cache import PagePool
@@ -20,8 +21,6 @@ from keye_jax.runtime.prefill import Segment
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.runtime.sampling import SamplingParams
 from keye_jax.sharding import MeshRules
-
-DEFAULT_NEW_TOKENS = 4096
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,9 @@ from keye_jax.errors import UserError
 from keye_jax.processor import PromptPlan
 from keye_jax.runtime.sampling import SamplingParams
 
+DEFAULT_NEW_TOKENS = 4096
+"""Most tokens of an answer, if a request does not say."""
+
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
@@ -24,7 +27,7 @@ class Request:
       plan: a prompt that is planned already; the engine closes it.
       options: further arguments of `Processor.plan`: tools, chat_template_kwargs, media_io_kwargs, mm_processor_kwargs.
       sampling: temperature, penalties and so on; the checkpoint's if left out. Choice i is drawn with seed + i.
-      max_tokens: most tokens of one answer; what the model's positions allow, at most 4,096, if left out.
+      max_tokens: most tokens of one answer; if left out, what positions allow, and at most `DEFAULT_NEW_TOKENS`.
       n: number of answers (choices).
       stop: texts that end an answer and do not appear in it.
       logit_bias: what is added to the logits of tokens, by id.

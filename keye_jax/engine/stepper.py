@@ -7,7 +7,7 @@ programs have shapes that the settings decide, none of them a request; `warmup` 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -94,17 +94,17 @@ class Stepper:
 
     def __init__(self, runtime: Runtime, config: SchedulerConfig, *, pixel_scale: np.ndarray, pixel_shift: np.ndarray):
         self.runtime, self.config = runtime, config
-        self._scale, self._shift = pixel_scale, pixel_shift
+        self._normalisation = runtime.pixel_normalisation(pixel_scale, pixel_shift)
         self._width = -(-pages_for(config.most_tokens) // runtime.page_multiple) * runtime.page_multiple
         self._pool = runtime.new_pool(config.pages_per_shard * config.homes * config.turns)
         self._state = runtime.new_state(config.rows, self._width)
         self._saved: dict[str, PagePool] = {}
 
-    def run(self, plan: Plan, sequences: Mapping[str, SequenceData]) -> DrawnTokens:
+    def run(self, plan: Plan, sequence: Callable[[str], SequenceData]) -> DrawnTokens:
         """Queues a step.
 
         Args:
-          sequences: those that the plan names, by id.
+          sequence: what is known of a sequence that the plan names.
         """
         runtime, drawn = self.runtime, DrawnTokens()
         for row in plan.clear:
@@ -113,11 +113,11 @@ class Stepper:
             self._saved[placed.id] = runtime.take_pages(self._pool, placed.pages)
             self._state = runtime.clear_row(self._state, placed.row)
         for placed in plan.restore:
-            self._restore(placed, sequences[placed.id])
+            self._restore(placed, sequence(placed.id))
         for placed in plan.grow:
             self._state = runtime.set_pages(self._state, placed.row, np.asarray(placed.pages, np.int32))
         if plan.read is not None:
-            read, data = plan.read, sequences[plan.read.id]
+            read, data = plan.read, sequence(plan.read.id)
             tokens = slice(read.start, read.start + read.count)
             pads = slice(data.pads_before[tokens.start], data.pads_before[tokens.stop])
             segment = Segment(
@@ -151,7 +151,7 @@ class Stepper:
         Returns:
           `[images at once, padded patches / 4, embed]`, of which `embeddings` takes what counts.
         """
-        return self.runtime.encode_images(patches, grid, scale=self._scale, shift=self._shift)
+        return self.runtime.encode_images(patches, grid, self._normalisation)
 
     @staticmethod
     def embeddings(encoded: jax.Array, images: int, tokens: int) -> np.ndarray:

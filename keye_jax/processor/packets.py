@@ -34,6 +34,12 @@ _STATED_COUNT = frozenset(("mov,mp4,m4a,3gp,3g2,mj2", "avi"))
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # Largest frame, in pixels: one of 16,384 by 8,192, the largest of the levels of AV1 and VVC.
 MAX_FRAME_AREA = 16384 * 8192
+# Bytes from the beginning of an ASF file in which its properties stand, and the GUID before them.
+_ASF_HEAD = 2**16
+_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+# Ticks. Stamps beyond are damage; differences of what is left fit into 64 bits.
+_LATEST = 2**60
+_END = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,9 +178,6 @@ def packets_of(container: Any, av: Any, *streams: Any) -> Iterator[Any]:
         yield packet
 
 
-_END = object()
-
-
 def decoder_of(av: Any, stream: Any) -> Any:
     """A decoder for a stream."""
     name, context = stream.codec_context.name, stream.codec_context
@@ -259,15 +262,6 @@ def _is_torn(file: BinaryIO, form: str) -> bool:
             place += size
         return place > length
     return False
-
-
-# Bytes from the beginning of an ASF file in which its properties stand, and the GUID before them.
-_ASF_HEAD = 2**16
-_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
-
-
-# Ticks. Stamps beyond are damage; differences of what is left fit into 64 bits.
-_LATEST = 2**60
 
 
 def stamp(value: int | None) -> int:

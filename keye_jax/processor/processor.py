@@ -255,7 +255,7 @@ class Processor:
         media_io_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> PromptPlan:
-        """Renders the prompt, opens its media, and chooses frames and sizes. It decodes no pixels.
+        """Renders the prompt, measures its media, and chooses frames and sizes. It decodes no more than that needs.
 
         Args:
           messages: the conversation in the OpenAI chat shape, or in one of the other shapes of docs/inputs.md. Content

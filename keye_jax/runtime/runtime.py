@@ -7,6 +7,7 @@ which gives it back.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from keye_jax.page_allocator import PageAllocator, pages_for
 from keye_jax.progress import Progress
 from keye_jax.runtime import programs
 from keye_jax.runtime.decode import DecodeState, active_row, idle_row
-from keye_jax.runtime.encode import batch_images, image_batch
+from keye_jax.runtime.encode import ImageBatch, batch_images, image_batch
 from keye_jax.runtime.prefill import Chunk, Segment, plan_chunk, plan_chunks, round_up, vision_rows
 from keye_jax.sharding.collectives import Axes
 from keye_jax.sharding.mesh_rules import MeshRules
@@ -180,30 +181,14 @@ class Runtime:
         Returns:
           `[sum(h*w) / 4, embed]` token embeddings, in order; without the projector `[sum(h*w), vision_embed]`.
         """
-        vision = self.config.vision_config
-        pixels = vision.patch_size**2
-        flat = patches.reshape(len(patches), vision.num_channels * pixels)
-        scale_of, shift_of = (
-            self.put(np.repeat(np.broadcast_to(np.asarray(x, np.float32), vision.num_channels), pixels))
-            for x in (scale, shift)
-        )
+        vision, step = self.config.vision_config, self.prefill_step
+        flat = patches.reshape(len(patches), math.prod(patches.shape[1:]))
+        normalisation = self.pixel_normalisation(scale, shift)
         width = self.config.hidden_size if project else vision.hidden_size
         merge = vision.spatial_merge_size**2 if project else 1
-        step = self.prefill_step
         embeds, done = [], 0
         for batch in batch_images(flat, grids, step.size(step.vision_patches)):
-            sizes = np.tile(np.asarray([batch.height, batch.width], np.int32), (len(batch.patches), 1))
-            encoded = programs.encode(
-                self.model_def,
-                self.params,
-                self.put(batch.patches, step.vision_patches),
-                self.put(sizes, step.vision_patches),
-                scale_of,
-                shift_of,
-                step=step,
-                implementation=self.options.implementation,
-                project=project,
-            )
+            encoded = self._encode_batch(batch, normalisation, project=project)
             tokens = batch.height * batch.width // merge
             embeds.append(encoded[: batch.images, :tokens].reshape(batch.images * tokens, width))
             done += batch.images * batch.height * batch.width
@@ -212,34 +197,44 @@ class Runtime:
         return jnp.concatenate(embeds) if embeds else self.put(np.zeros((0, width), self.dtype))
 
     def encode_images(
-        self, patches: np.ndarray, grid: np.ndarray, *, scale: np.ndarray, shift: np.ndarray
+        self, patches: np.ndarray, grid: np.ndarray, normalisation: tuple[jax.Array, jax.Array]
     ) -> jax.Array:
         """Encodes images of one size in a step of a fixed shape.
 
         Args:
           patches: uint8 `[n * h * w, channels, patch, patch]` of at most `images_at_once` images.
           grid: int `[3]`: 1, height and width in patches.
-          scale, shift: as for `encode`.
+          normalisation: what `pixel_normalisation` returned.
 
         Returns:
           `[images_at_once, padded patches / 4, embed]`; the first n images, and the first h * w / 4 tokens, count.
         """
-        vision, step = self.config.vision_config, self.prefill_step
-        pixels = vision.patch_size**2
-        flat = patches.reshape(len(patches), vision.num_channels * pixels)
-        batch = image_batch(flat, grid, step.size(step.vision_patches))
+        step = self.prefill_step
+        batch = image_batch(
+            patches.reshape(len(patches), math.prod(patches.shape[1:])), grid, step.size(step.vision_patches)
+        )
+        return self._encode_batch(batch, normalisation, project=True)
+
+    def pixel_normalisation(self, scale: np.ndarray | float, shift: np.ndarray | float) -> tuple[jax.Array, jax.Array]:
+        """Scale and shift of channels, float32 `[channels]`, on the devices, one value a feature of a patch."""
+        vision = self.config.vision_config
+        scale, shift = (np.broadcast_to(np.asarray(x, np.float32), vision.num_channels) for x in (scale, shift))
+        return self.put(np.repeat(scale, vision.patch_size**2)), self.put(np.repeat(shift, vision.patch_size**2))
+
+    def _encode_batch(
+        self, batch: ImageBatch, normalisation: tuple[jax.Array, jax.Array], *, project: bool
+    ) -> jax.Array:
+        step = self.prefill_step
         sizes = np.tile(np.asarray([batch.height, batch.width], np.int32), (len(batch.patches), 1))
-        scale_of, shift_of = (self.put(np.repeat(np.asarray(x, np.float32), pixels)) for x in (scale, shift))
         return programs.encode(
             self.model_def,
             self.params,
             self.put(batch.patches, step.vision_patches),
             self.put(sizes, step.vision_patches),
-            scale_of,
-            shift_of,
+            *normalisation,
             step=step,
             implementation=self.options.implementation,
-            project=True,
+            project=project,
         )
 
     # Prefill.

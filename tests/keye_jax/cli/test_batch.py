@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from keye_jax.engine.engine import EngineOptions
+from keye_jax.engine.options import EngineOptions
 from keye_jax.runtime.sampling import SamplingParams
 from tests.keye_jax.jobs.fake import FakeEngine, line
 

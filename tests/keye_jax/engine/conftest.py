@@ -7,7 +7,8 @@ import pytest
 from convert.synthetic import write_checkpoint
 from keye_jax.config import KeyeConfig
 from keye_jax.engine.checkpoint import load
-from keye_jax.engine.engine import Engine, EngineOptions
+from keye_jax.engine.engine import Engine
+from keye_jax.engine.options import EngineOptions
 from keye_jax.engine.request import Request
 from keye_jax.runtime.sampling import SamplingParams
 from keye_jax.testing import write_clip, write_picture, write_processor_files

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from keye_jax.config import KeyeConfig
+from keye_jax.errors import UserError
 from keye_jax.processor import Processor
 from keye_jax.testing import write_processor_files
 
@@ -136,3 +137,11 @@ def sound(tmp_path_factory):
     with av.open(str(path), "w") as container:
         write_sound(container, container.add_stream("aac", rate=16000))
     return path
+
+
+def refused(call, message):
+    """Checks that a call is refused in one short line."""
+    with pytest.raises(UserError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400

@@ -12,6 +12,7 @@ from PIL import Image
 from keye_jax.errors import UserError, shorten
 from keye_jax.processor.messages import MAX_DEPTH, check_messages, read_request
 from keye_jax.processor.prompt import ChatTemplate
+from tests.keye_jax.processor.conftest import refused
 
 
 def picture(form="PNG", color="red"):
@@ -31,13 +32,6 @@ def user(*parts):
 
 def ids(processor, *parts):
     return processor.plan(user(*parts)).prompt_ids
-
-
-def refused(call, message):
-    with pytest.raises(UserError, match=message) as error:
-        call()
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keye_jax.errors import UserError
 from keye_jax.processor import Processor
 from keye_jax.processor.messages import check_messages
 from keye_jax.processor.options import (
@@ -18,6 +17,7 @@ from keye_jax.processor.options import (
     resized,
     resolve_options,
 )
+from tests.keye_jax.processor.conftest import refused
 
 FRAMES = np.zeros((4, 28, 56, 3), np.uint8)
 
@@ -30,13 +30,6 @@ def video(source: Any = "x", **options: Any):
 def image(**options: Any):
     _, [part] = check_messages([{"role": "user", "content": [{"type": "image", "image": "x", **options}]}])
     return part.options
-
-
-def refused(call, message):
-    with pytest.raises(UserError, match=message) as error:
-        call()
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from PIL import Image
 from keye_jax.errors import UserError
 from keye_jax.processor import decode
 from keye_jax.processor.decode import VideoFile
-from keye_jax.processor.frame_list import FrameList
 from keye_jax.processor.image import patchify
 from keye_jax.processor.video import frame_indices
 
@@ -145,15 +144,6 @@ def test_one_frame(clips, tmp_path):
     assert numbers(clips, video, [0]) == [(0, 0)]
 
 
-def test_frames_as_an_array_or_as_images(clips, tmp_path):
-    array = np.stack([clips.picture(index) for index in range(5)])
-    Image.fromarray(array[0]).save(tmp_path / "0.png")
-    for frames in (array, list(array), [tmp_path / "0.png", *map(Image.fromarray, array[1:])]):
-        video = FrameList(frames, 2.0, "video")
-        assert video.info.times.tolist() == [0, 0.5, 1, 1.5, 2]
-        assert numbers(clips, video, [0, 2, 4]) == pairs([0, 2, 4])
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -179,13 +169,6 @@ def test_truncated_index(clip, tmp_path):
 def test_only_sound(sound):
     with pytest.raises(UserError, match=r"video holds no video stream .*; it must be a video, not only sound"):
         VideoFile(sound, "video")
-
-
-def test_bad_arrays():
-    with pytest.raises(UserError, match=r"video is an array float32\[2, 4, 4, 3\]; it must be uint8 \[F, H, W, 3\]"):
-        FrameList(np.zeros((2, 4, 4, 3), np.float32), 2.0, "video")
-    with pytest.raises(UserError, match="video is an empty list"):
-        FrameList([], 2.0, "video")
 
 
 def test_without_pyav(clip, monkeypatch):

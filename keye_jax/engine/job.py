@@ -1,0 +1,96 @@
+"""What an engine knows of a request on its way."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+
+from keye_jax.engine.handle import Handle
+from keye_jax.engine.media.work import Decoded, Prompt
+from keye_jax.engine.request import Choice, Request, TokenLogprob
+from keye_jax.engine.stepper import SequenceData
+from keye_jax.engine.text import AnswerWriter
+
+
+@dataclasses.dataclass(eq=False)
+class Answering:
+    """One answer of a request.
+
+    Attributes:
+      id: of its sequence.
+      number: which of the n answers.
+      data: what the devices know of it.
+      writer, logprobs, times: what was written so far, and when, in seconds from the submission.
+      max_tokens: limit on its tokens.
+      choice: the whole answer; None while it is written.
+    """
+
+    id: str
+    number: int
+    data: SequenceData
+    writer: AnswerWriter
+    logprobs: list[TokenLogprob] | None
+    max_tokens: int
+    times: list[float] = dataclasses.field(default_factory=list)
+    choice: Choice | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """A request on its way.
+
+    Attributes:
+      submitted: when, by `time.perf_counter`.
+      prompt, decoded: what media workers said of it; None as long as they have not.
+      choices: its answers.
+      embeds, filled: `[pads, embed]` embeddings of its pads, and bool `[pads]`, which of them are there.
+      frames_left: of each medium, frames that are not encoded.
+      cached: tokens of the prompt that the prefix cache had for the first answer.
+      at: when things happened, in seconds from the submission; see `Timings`.
+    """
+
+    id: int
+    request: Request
+    handle: Handle
+    submitted: float
+    prompt: Prompt | None = None
+    decoded: Decoded | None = None
+    choices: list[Answering] = dataclasses.field(default_factory=list)
+    embeds: np.ndarray | None = None
+    filled: np.ndarray | None = None
+    frames_left: list[int] = dataclasses.field(default_factory=list)
+    cached: int = 0
+    at: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def ready(self) -> int:
+        """Tokens at the beginning of the prompt whose embeddings are there."""
+        assert self.filled is not None, "the prompt is known"
+        there = len(self.filled) if self.filled.all() else int(np.argmin(self.filled))
+        return int(np.searchsorted(self.choices[0].data.pads_before, there, "right")) - 1
+
+    def stamp(self, name: str) -> None:
+        """Notes when something happened for the first time, in seconds from the submission."""
+        self.at.setdefault(name, time.perf_counter() - self.submitted)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoding:
+    """Frames of one medium that are being encoded.
+
+    Attributes:
+      medium: its place in `Prompt.media`.
+      frames, tokens: how many, and the tokens of each.
+      first_pad: pad tokens of the prompt before them.
+      encoded: what `Stepper.encode` returned.
+    """
+
+    job_id: int
+    medium: int
+    frames: int
+    tokens: int
+    first_pad: int
+    encoded: jax.Array

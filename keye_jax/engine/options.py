@@ -1,0 +1,75 @@
+"""How an engine shares the devices out."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from keye_jax.engine.plan import SchedulerConfig
+from keye_jax.errors import UserError
+from keye_jax.page_allocator import pages_for
+from keye_jax.runtime.runtime import Runtime
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """How an engine shares the devices out.
+
+    Attributes:
+      rows: sequences that are decoded together.
+      cache_tokens: tokens that the page pool holds, of all sequences together.
+      max_context: most tokens of a sequence; what the model's positions allow if left out.
+      small_chunk: tokens of a small chunk of a prompt, and of a block of the prefix cache.
+      chunks_between, decodes_between, target_gap_ms, optimistic, prefix_cache: as in `SchedulerConfig`.
+      media_workers: processes that decode media.
+      media_bytes: shared memory for decoded frames that are not encoded yet.
+      media_timeout: seconds that a plan, or a piece of a video, may take.
+      frame_cache: directory for decoded frames; None for none.
+      frame_cache_bytes: most bytes of it.
+      embedding_cache_bytes: most bytes of embeddings of media that are kept in host memory.
+    """
+
+    rows: int = 8
+    cache_tokens: int = 65536
+    max_context: int | None = None
+    small_chunk: int = 512
+    chunks_between: int = 1
+    decodes_between: int = 1
+    target_gap_ms: float | None = None
+    optimistic: bool = False
+    prefix_cache: bool = True
+    media_workers: int = 2
+    media_bytes: int = 1 << 30
+    media_timeout: float = 300.0
+    frame_cache: Path | None = None
+    frame_cache_bytes: int = 32 << 30
+    embedding_cache_bytes: int = 2 << 30
+
+
+def scheduler_config(runtime: Runtime, options: EngineOptions) -> SchedulerConfig:
+    """The scheduler's settings for a model and options.
+
+    Raises:
+      UserError: an option is not allowed.
+    """
+    homes, turns = runtime.rules.size("batch"), runtime.page_multiple
+    devices = runtime.prefill_step.size(runtime.prefill_step.query_sequence)
+    positions = runtime.config.max_position_embeddings
+    if options.max_context is not None and not 1 <= options.max_context <= positions:
+        raise UserError(f"max_context is {options.max_context}; it must be from 1 to {positions}")
+    small = options.small_chunk
+    large = max(small, runtime.prefill_chunk * devices // small * small)
+    return SchedulerConfig(
+        rows=options.rows,
+        pages_per_shard=-(-pages_for(options.cache_tokens) // (homes * turns)),
+        max_context=options.max_context or positions,
+        homes=homes,
+        turns=turns,
+        large=large,
+        small=small,
+        chunks_between=options.chunks_between,
+        decodes_between=options.decodes_between,
+        target_gap_ms=options.target_gap_ms,
+        optimistic=options.optimistic,
+        prefix_cache=options.prefix_cache,
+    )
