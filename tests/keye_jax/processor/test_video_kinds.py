@@ -10,6 +10,7 @@ from PIL import Image
 from keye_jax.errors import UserError
 from keye_jax.processor import hdr
 from keye_jax.processor.decode import VideoFile
+from keye_jax.processor.pixels import Picture
 
 SMALL = {"preset": "veryfast", "g": "10"}
 
@@ -330,3 +331,11 @@ def test_frames_that_cannot_be_decoded_are_counted(clips, processor, tmp_path):
     assert ((times >= 1) & (times < 2)).all() and len(times) == 2
     (warning,) = [warning for warning in inputs.warnings if "decoded" in warning]
     assert "2 of 8 frames cannot be decoded, from 1.1 to 1.7 s" in warning
+
+
+def test_what_the_container_cuts_off_is_not_shown():
+    picture = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+    for orientation, shown in (((1, 0, 0, 1), picture[8:60, :64]), ((0, 1, -1, 0), np.rot90(picture[8:60, :64], -1))):
+        look = Picture(size=shown.shape[:2], crop=(8, 4, 0, 32), orientation=orientation)
+        np.testing.assert_array_equal(look.pixels(frame, look.size), shown)
