@@ -1,7 +1,8 @@
 """Many requests, one model: what a server, a batch job or a program asks.
 
 One thread runs the devices. It takes what came, asks the scheduler what to do, queues that step, and then looks at the
-tokens of the step before. Media are planned and decoded in processes of their own.
+tokens of the step before. Media are planned and decoded in processes of their own. Over several hosts each has such a
+thread, and all of them take the same.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,12 +23,14 @@ import numpy as np
 
 from keye_jax.engine.generation_config import GenerationDefaults
 from keye_jax.engine.handle import Handle
+from keye_jax.engine.hosts import Command, Hosts, MediaElsewhere, Turn
 from keye_jax.engine.job import Answering, Encoding, Job
 from keye_jax.engine.media.embeddings import EmbeddingCache
+from keye_jax.engine.media.events import Broken, Finished, MediaEvent, Pixels, Planned
 from keye_jax.engine.media.frame_cache import FrameCache
 from keye_jax.engine.media.hashes import block_hashes
 from keye_jax.engine.media.work import Decoded, Prompt
-from keye_jax.engine.media.workers import Broken, Finished, MediaWorkers, Pixels, Planned
+from keye_jax.engine.media.workers import MediaWorkers
 from keye_jax.engine.options import EngineOptions, scheduler_config
 from keye_jax.engine.plan import Arrival, Cancel, Ended, Failed, Measured, Plan, Ready
 from keye_jax.engine.plan import Event as SchedulerEvent
@@ -53,6 +56,11 @@ from keye_jax.runtime.runtime import Runtime
 
 _log = logging.getLogger(__name__)
 
+TURN_BYTES = 32 << 20
+"""Of frames that are taken in one turn. The rest is for the next one."""
+
+_ELSEWHERE = "process 0 takes the requests of this job"
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
@@ -74,11 +82,17 @@ class EngineStats:
 class Engine:
     """Answers many requests at once with one model. All methods may be called from any thread.
 
+    A model that lies over several processes has an engine in each of them, with the same arguments. Process 0 takes
+    requests; `warmup` is called in all of them, and `close` of the others waits until process 0 closes its engine.
+
     Args:
       runtime: the model. Its `prefill_chunk` is the large chunk.
       processor: turns messages into prompts.
       defaults: of the checkpoint: how tokens are drawn, and which end an answer.
       options: how the devices are shared out.
+
+    Attributes:
+      takes_requests: whether this process does: process 0, or the only one.
 
     Raises:
       UserError: an option is not allowed.
@@ -98,16 +112,11 @@ class Engine:
             runtime, self.scheduler_config, pixel_scale=processor.pixel_scale, pixel_shift=processor.pixel_shift
         )
         self._changed = threading.Condition()
-        self._inbox: collections.deque[tuple[str, Job]] = collections.deque()
-        cache = FrameCache(options.frame_cache, options.frame_cache_bytes) if options.frame_cache else None
-        self._media = MediaWorkers(
-            processor,
-            options.media_workers,
-            options.media_bytes,
-            frame_cache=cache,
-            timeout=options.media_timeout,
-            notify=self._wake,
-        )
+        self._hosts = Hosts(runtime.rules)
+        self.takes_requests = self._hosts.is_main
+        self._inbox: list[Command] = []
+        self._told: collections.deque[MediaEvent] = collections.deque()
+        self._media = self._media_workers() if self.takes_requests else MediaElsewhere()
         self._embeddings: EmbeddingCache[np.ndarray] = EmbeddingCache(options.embedding_cache_bytes)
         self._jobs: dict[int, Job] = {}
         self._choices: dict[str, tuple[Job, Answering]] = {}
@@ -116,8 +125,12 @@ class Engine:
         self._encoding: collections.deque[Encoding] = collections.deque()
         self._numbers = itertools.count()
         self._steps = self._compilations = 0
-        self._draining = self._closing = self._poked = False
-        self._warm: Callable[[], None] | None = None
+        self._draining = self._closing = self._ended = self._poked = False
+        self._measured: Measured | None = None
+        # How often programs were and are to be compiled, whom that is told, and what went wrong.
+        self._warm_done = self._warm_wanted = 0
+        self._warm_progress: Progress = lambda done, total: None
+        self._warm_failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="keye-jax engine", daemon=True)
         jax.monitoring.register_event_duration_secs_listener(self._count_compilation)
         self._thread.start()
@@ -149,11 +162,13 @@ class Engine:
         Raises:
           RequestError: the engine is closed or about to be.
         """
-        job = Job(next(self._numbers), request, Handle(lambda: self._post("cancel", job)), time.perf_counter())
+        number = next(self._numbers)
+        job = Job(number, request, Handle(lambda: self._post(Command(number))), time.perf_counter())
         with self._changed:
-            if self._draining:
-                raise RequestError("closed", "the engine takes no more requests")
-            self._inbox.append(("submit", job))
+            if self._draining or not self.takes_requests:
+                raise RequestError("closed", "the engine takes no more requests" if self._draining else _ELSEWHERE)
+            self._jobs[number] = job
+            self._inbox.append(Command(number, request))
             self._changed.notify_all()
         return job.handle
 
@@ -167,28 +182,15 @@ class Engine:
           RequestError: the engine was closed meanwhile.
         """
         start = time.perf_counter()
-        done = threading.Event()
-        failure: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                most = self.processor.media.most_pixels // self.runtime.config.vision_config.patch_size**2
-                if self.runtime.rules.platform == "cpu":
-                    most = min(most, ENCODE_PATCHES)  # a larger image takes minutes there
-                self._stepper.warmup(most, progress)
-                self._compilations = 0
-            except BaseException as error:
-                failure.append(error)
-            done.set()
-
         with self._changed:
-            self._warm = run
+            self._warm_wanted += 1
+            number, self._warm_progress = self._warm_wanted, progress
             self._changed.notify_all()
-        while not done.wait(1.0):
-            if not self._thread.is_alive():
+            self._changed.wait_for(lambda: self._warm_done >= number or self._ended)
+            if self._warm_done < number:
                 raise RequestError("closed", "the engine was closed")
-        if failure:
-            raise failure[0]
+            if self._warm_failure:
+                raise self._warm_failure
         return time.perf_counter() - start
 
     def stats(self) -> EngineStats:
@@ -199,10 +201,10 @@ class Engine:
         """Takes no more requests, and waits until all that there are have ended."""
         with self._changed:
             self._draining = True
-            self._changed.wait_for(lambda: not self._jobs and not self._inbox)
+            self._changed.wait_for(lambda: not self._jobs)
 
     def close(self) -> None:
-        """Ends all requests and frees the devices."""
+        """Ends all requests and frees the devices; where no requests are taken, waits until that is done elsewhere."""
         with self._changed:
             self._draining = self._closing = True
             self._changed.notify_all()
@@ -214,14 +216,27 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or self.takes_requests:  # after an error here, process 0 may not close its engine
+            self.close()
+
+    def _media_workers(self) -> MediaWorkers:
+        options = self.options
+        cache = FrameCache(options.frame_cache, options.frame_cache_bytes) if options.frame_cache else None
+        return MediaWorkers(
+            self.processor,
+            options.media_workers,
+            options.media_bytes,
+            frame_cache=cache,
+            timeout=options.media_timeout,
+            notify=self._wake,
+        )
 
     # What other threads do.
 
-    def _post(self, what: str, job: Job) -> None:
+    def _post(self, command: Command) -> None:
         with self._changed:
-            self._inbox.append((what, job))
+            self._inbox.append(command)
             self._changed.notify_all()
 
     def _wake(self) -> None:
@@ -240,16 +255,14 @@ class Engine:
             self._loop()
         except Exception as error:
             _log.exception("the engine failed")
+            self._hosts.fail(error)
             failure = RequestError("closed", f"the engine failed: {type(error).__name__}: {error}")
         else:
             failure = RequestError("closed", "the engine was closed")
         with self._changed:
-            self._draining = self._closing = True
-            for _, job in self._inbox:
-                job.handle.put(failure)
+            self._draining = self._ended = True
             for job in self._jobs.values():
                 job.handle.put(failure)
-            self._inbox.clear()
             self._jobs.clear()
             self._changed.notify_all()
 
@@ -257,15 +270,18 @@ class Engine:
         before: tuple[Plan, DrawnTokens] | None = None
         started = time.perf_counter()
         while True:
-            with self._changed:
-                if self._closing:
-                    return
-                inbox, self._inbox = self._inbox, collections.deque()
-                warm, self._warm, self._poked = self._warm, None, False
-            if warm:
-                warm()
-            self._take(inbox)
-            self._take_media()
+            idle = before is None and not (self._events or self._pixels or self._encoding)
+            turn = self._hosts.exchange(lambda idle=idle: self._gather(wait=idle))
+            if turn.close:
+                return
+            if before is None:
+                started = time.perf_counter()
+            if turn.warm:
+                self._warm_up()
+            if turn.measured:
+                self._events.append(turn.measured)
+            self._take(turn.commands)
+            self._take_media(turn.media)
             self._encode(all_of_them=before is None)
             events, self._events = self._events, []
             plan = self._scheduler.step(events)
@@ -282,25 +298,53 @@ class Engine:
                 ended = time.perf_counter()
                 read, decode = before[0].read, before[0].decode
                 if read or decode:
-                    self._events.append(Measured(ended - started, read.program if read else None, decode))
+                    self._measured = Measured(ended - started, read.program if read else None, decode)
                 started = ended
             before = now
-            if before is None and not self._events:
-                started = time.perf_counter()
-                with self._changed:
-                    self._changed.notify_all()
-                    busy = self._pixels or self._encoding
-                    self._changed.wait_for(
-                        lambda: self._inbox or self._closing or self._poked or self._warm, 0.0 if busy else None
-                    )
 
-    def _take(self, inbox: collections.deque[tuple[str, Job]]) -> None:
-        for what, job in inbox:
-            if what == "cancel":
-                self._cancel(job)
+    def _gather(self, *, wait: bool) -> Turn:
+        """What came since the last turn; waits for something if nothing else is to be done."""
+        with self._changed:
+            if wait and not self._told:
+                self._changed.wait_for(lambda: self._inbox or self._closing or self._poked or self._wants_warmup)
+            commands, self._inbox, self._poked = tuple(self._inbox), [], False
+            warm, close = self._wants_warmup, self._closing
+        self._told.extend(self._media.poll())
+        media, size = [], 0
+        while self._told and size < TURN_BYTES:
+            media.append(event := self._told.popleft())
+            size += event.patches.nbytes if isinstance(event, Pixels) else 0
+        measured, self._measured = self._measured, None
+        return Turn(commands, tuple(media), measured, warm, close)
+
+    @property
+    def _wants_warmup(self) -> bool:
+        return self._warm_wanted > self._warm_done
+
+    def _warm_up(self) -> None:
+        """Compiles all programs for `warmup`."""
+        failure = None
+        try:
+            most = self.processor.media.most_pixels // self.runtime.config.vision_config.patch_size**2
+            if self.runtime.rules.platform == "cpu":
+                most = min(most, ENCODE_PATCHES)  # a larger image takes minutes there
+            self._stepper.warmup(most, self._warm_progress)
+            self._compilations = 0
+        except Exception as error:
+            failure = error
+        with self._changed:
+            self._warm_done, self._warm_failure = self._warm_done + 1, failure
+            self._changed.notify_all()
+
+    def _take(self, commands: Sequence[Command]) -> None:
+        for number, request in commands:
+            job = self._jobs.get(number)
+            if request is None:
+                if job is not None:
+                    self._cancel(job)
                 continue
-            self._jobs[job.id] = job
-            request = job.request
+            if job is None:  # it was submitted in another process
+                job = self._jobs[number] = Job(number, request, Handle(lambda: None), time.perf_counter())
             try:
                 self._check(request)
             except UserError as error:
@@ -314,8 +358,8 @@ class Engine:
             if not 0 <= token < vocab:
                 raise UserError(f"logit_bias has token {token}; it must be from 0 to {vocab - 1}")
 
-    def _take_media(self) -> None:
-        for event in self._media.poll():
+    def _take_media(self, events: Sequence[MediaEvent]) -> None:
+        for event in events:
             job = self._jobs.get(event.job_id) if isinstance(event.job_id, int) else None
             if job is None:
                 if isinstance(event, Pixels):
@@ -494,8 +538,6 @@ class Engine:
         self._leave(job, RequestError(kind, message))
 
     def _cancel(self, job: Job) -> None:
-        if job.id not in self._jobs:
-            return
         self._media.cancel(job.id)
         if job.prompt is None:
             self._leave(job, RequestError("cancelled", "the request was cancelled before it was planned"))
