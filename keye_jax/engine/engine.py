@@ -24,7 +24,7 @@ import numpy as np
 from keye_jax.engine.generation_config import GenerationDefaults
 from keye_jax.engine.handle import Handle
 from keye_jax.engine.hosts import Command, Hosts, MediaElsewhere, Turn
-from keye_jax.engine.job import Answering, Encoding, Job
+from keye_jax.engine.job import Answering, Encoded, Encoding, Job, Steps
 from keye_jax.engine.media.embeddings import EmbeddingCache
 from keye_jax.engine.media.events import Broken, Finished, MediaEvent, Pixels, Planned
 from keye_jax.engine.media.frame_cache import FrameCache
@@ -49,7 +49,7 @@ from keye_jax.engine.scheduler import Scheduler
 from keye_jax.engine.stepper import DrawnToken, DrawnTokens, SequenceData, Stepper
 from keye_jax.engine.text import AnswerWriter
 from keye_jax.errors import UserError
-from keye_jax.processor import Processor
+from keye_jax.processor import Processor, PromptTokens
 from keye_jax.progress import Progress
 from keye_jax.runtime.encode import ENCODE_PATCHES
 from keye_jax.runtime.runtime import Runtime
@@ -117,13 +117,13 @@ class Engine:
         self._inbox: list[Command] = []
         self._told: collections.deque[MediaEvent] = collections.deque()
         self._media = self._media_workers() if self.takes_requests else MediaElsewhere()
-        self._embeddings: EmbeddingCache[np.ndarray] = EmbeddingCache(options.embedding_cache_bytes)
+        self._embeddings: EmbeddingCache[Encoded] = EmbeddingCache(options.embedding_cache_bytes)
         self._jobs: dict[int, Job] = {}
         self._choices: dict[str, tuple[Job, Answering]] = {}
         self._events: list[SchedulerEvent] = []
         self._pixels: collections.deque[Pixels] = collections.deque()
         self._encoding: collections.deque[Encoding] = collections.deque()
-        self._numbers = itertools.count()
+        self._numbers, self._sequences = itertools.count(), itertools.count()
         self._steps = self._compilations = 0
         self._draining = self._closing = self._ended = self._poked = False
         self._measured: Measured | None = None
@@ -156,14 +156,18 @@ class Engine:
 
         return cls(*load(directory, **settings), options=options)
 
-    def submit(self, request: Request) -> Handle:
+    def submit(self, request: Request, progress: Steps = lambda step, done, total: None) -> Handle:
         """Takes a request. What is wrong with it comes through the handle.
 
+        Args:
+          progress: told by the engine's thread, which it must not hold up, what is done of "decoding frames", "encoding
+            frames" and "reading the prompt".
+
         Raises:
-          RequestError: the engine is closed or about to be.
+          RequestError: the engine is closed or about to be, or another process takes requests.
         """
         number = next(self._numbers)
-        job = Job(number, request, Handle(lambda: self._post(Command(number))), time.perf_counter())
+        job = Job(number, request, Handle(lambda: self._post(Command(number))), time.perf_counter(), progress)
         with self._changed:
             if self._draining or not self.takes_requests:
                 raise RequestError("closed", "the engine takes no more requests" if self._draining else _ELSEWHERE)
@@ -289,6 +293,9 @@ class Engine:
                 job, choice = self._choices[name]
                 job.stamp("admitted")
                 job.cached = max(job.cached, tokens) if choice.number == 0 else job.cached
+            if plan.read is not None:
+                job, read = self._choices[plan.read.id][0], plan.read
+                job.progress("reading the prompt", read.start + read.count, len(job.choices[0].data.input_ids))
             now = None
             if plan != Plan(cached=plan.cached, ended=plan.ended):
                 now = plan, self._stepper.run(plan, lambda name: self._choices[name][1].data)
@@ -368,18 +375,56 @@ class Engine:
                 self._arrive(job, event.prompt)
             elif isinstance(event, Pixels):
                 self._pixels.append(event)
+                job.frames_decoded += event.frames
+                job.progress("decoding frames", job.frames_decoded, job.frames)
             elif isinstance(event, Finished):
                 job.decoded = event.decoded
                 job.stamp("media")
+                for number in range(len(job.frames_left)):
+                    self._keep(job, number)
+                if event.decoded.tokens is None:
+                    self._tell_ready(job)
+                else:
+                    self._restate(job, event.decoded.tokens)
                 self._finish(job)
             elif isinstance(event, Broken):
                 self._fail(job, event.kind, event.message)
 
     def _arrive(self, job: Job, prompt: Prompt) -> None:
-        """Makes the sequences of a planned request."""
-        request, config = job.request, self.runtime.config
+        """Takes note of a planned request: of what is read, and which of its media have to be decoded."""
+        pads = sum(medium.pads for medium in prompt.media)
         job.prompt = prompt
         job.stamp("planned")
+        job.embeds = np.zeros((pads, self.runtime.config.hidden_size), self.runtime.dtype)
+        job.filled = np.zeros(pads, bool)
+        job.frames_left = [medium.frames for medium in prompt.media]
+        skip, shown = {}, {}
+        for number, medium in enumerate(prompt.media):
+            found = self._embeddings.get(medium.hash)
+            if found is not None:
+                job.embeds[medium.first_pad : medium.first_pad + medium.pads] = found.embeds
+                job.filled[medium.first_pad : medium.first_pad + medium.pads] = True
+                job.frames_left[number], skip[number] = 0, medium.frames
+                if found.shown is not None:
+                    shown[number] = found.shown
+        job.frames = sum(job.frames_left)
+        if self._begin(job):
+            self._media.decode(job.id, skip, shown)
+
+    def _restate(self, job: Job, tokens: PromptTokens) -> None:
+        """Begins again with the prompt that states the times of the frames that are shown. No token was drawn yet."""
+        assert job.prompt is not None, "it was decoded"
+        job.prompt, job.cached = job.prompt.restated(tokens), 0
+        for choice in job.choices:
+            del self._choices[choice.id]
+            self._events.append(Failed(choice.id))
+        job.choices.clear()
+        self._begin(job)
+
+    def _begin(self, job: Job) -> bool:
+        """Makes the sequences of a request; False if it can never run, and failed."""
+        assert job.prompt is not None and job.embeds is not None, "it is planned"
+        request, prompt, config = job.request, job.prompt, self.runtime.config
         length = len(prompt.input_ids)
         room = self.scheduler_config.most_tokens - length
         limit = request.max_tokens or max(1, min(DEFAULT_NEW_TOKENS, room))
@@ -388,19 +433,9 @@ class Engine:
         except UserError as error:
             self._media.cancel(job.id)
             self._fail(job, "too_large", str(error))
-            return
+            return False
         pads = np.isin(prompt.input_ids, (config.image_token_id, config.video_token_id))
         before = np.concatenate([[0], np.cumsum(pads)])
-        job.embeds = np.zeros((int(before[-1]), config.hidden_size), self.runtime.dtype)
-        job.filled = np.zeros(int(before[-1]), bool)
-        job.frames_left = [medium.frames for medium in prompt.media]
-        skip = {}
-        for number, medium in enumerate(prompt.media):
-            found = self._embeddings.get(medium.hash)
-            if found is not None:
-                job.embeds[medium.first_pad : medium.first_pad + medium.pads] = found
-                job.filled[medium.first_pad : medium.first_pad + medium.pads] = True
-                job.frames_left[number], skip[number] = 0, medium.frames
         hashes: tuple[bytes, ...] = ()
         if self.options.prefix_cache:
             media = [(medium.hash, medium.pads) for medium in prompt.media]
@@ -423,12 +458,12 @@ class Engine:
 
             writer = AnswerWriter(self.processor, prompt.prompt_opens_thinking, emit, request.stop)
             logprobs = None if request.top_logprobs is None else []
-            choice = Answering(f"{job.id}.{number}", number, data, writer, logprobs, limit)
+            choice = Answering(str(next(self._sequences)), number, data, writer, logprobs, limit)
             job.choices.append(choice)
             self._choices[choice.id] = job, choice
             self._events.append(Arrival(choice.id, length, limit, hashes))
-        self._media.decode(job.id, skip)
         self._tell_ready(job)
+        return True
 
     def _tell_ready(self, job: Job) -> None:
         """Tells the scheduler up to where the prompt can be read."""
@@ -466,11 +501,22 @@ class Engine:
         job.embeds[place] = self._stepper.embeddings(part.encoded, part.frames, part.tokens)
         job.filled[place] = True
         job.frames_left[part.medium] -= part.frames
-        if not job.frames_left[part.medium]:
-            medium = job.prompt.media[part.medium]
-            whole = job.embeds[medium.first_pad : medium.first_pad + medium.pads]
-            self._embeddings.put(medium.hash, whole.copy())
+        left = sum(job.frames_left)
+        job.progress("encoding frames", job.frames - left, job.frames)
+        if not left:
+            job.stamp("encoded")
+        self._keep(job, part.medium)
         self._tell_ready(job)
+
+    def _keep(self, job: Job, number: int) -> None:
+        """Keeps the embeddings of a medium, if all its frames are encoded and it is known which these are."""
+        if job.frames_left[number] or job.decoded is None:
+            return
+        assert job.prompt is not None and job.embeds is not None, "it is planned"
+        medium = job.prompt.media[number]
+        if medium.hash not in self._embeddings:
+            whole = job.embeds[medium.first_pad : medium.first_pad + medium.pads]
+            self._embeddings.put(medium.hash, Encoded(whole.copy(), job.decoded.shown.get(number)))
 
     def _deliver(self, tokens: list[DrawnToken]) -> None:
         """Gives tokens to the answers that drew them."""
@@ -530,8 +576,11 @@ class Engine:
         )
         names = [field.name for field in dataclasses.fields(Timings)]
         timings = Timings(**{name: job.at.get(name, job.at.get("planned", 0.0)) for name in names})
-        times = tuple(tuple(each.tolist()) for each in prompt.frame_times)
-        self._leave(job, Result(tuple(choices), usage, timings, times, job.decoded.warnings))
+        times, undecodable = (
+            tuple(tuple(each.tolist()) for each in arrays)
+            for arrays in (job.decoded.frame_times, job.decoded.undecodable_times)
+        )
+        self._leave(job, Result(tuple(choices), usage, timings, times, undecodable, job.decoded.warnings))
 
     def _fail(self, job: Job, kind: str, message: str) -> None:
         self._events += [Failed(choice.id) for choice in job.choices if choice.choice is None]
@@ -542,7 +591,7 @@ class Engine:
         if job.prompt is None:
             self._leave(job, RequestError("cancelled", "the request was cancelled before it was planned"))
             return
-        job.decoded = job.decoded or Decoded((), job.prompt.warnings, 0)
+        job.decoded = job.decoded or Decoded(job.prompt.frame_times, (), job.prompt.warnings)
         for choice in job.choices:
             if choice.choice is None:
                 self._end(job, choice, "cancelled")

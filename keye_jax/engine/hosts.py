@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import pickle
 import struct
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -148,7 +148,7 @@ class MediaElsewhere:
     def submit(self, job_id: Hashable, *arguments: Any, **others: Any) -> None:
         pass
 
-    def decode(self, job_id: Hashable, skip: Mapping[int, int] | None = None) -> None:
+    def decode(self, job_id: Hashable, *arguments: Any) -> None:
         pass
 
     def cancel(self, job_id: Hashable) -> None:

@@ -21,7 +21,7 @@ class EngineOptions:
       max_context: most tokens of a sequence; what the model's positions allow if left out.
       small_chunk: tokens of a small chunk of a prompt, and of a block of the prefix cache.
       chunks_between, decodes_between, target_gap_ms, optimistic, prefix_cache: as in `SchedulerConfig`.
-      media_workers: processes that decode media.
+      media_workers: processes that decode media; 0 for a thread of this process, where a crash is not contained.
       media_bytes: shared memory for decoded frames that are not encoded yet.
       media_timeout: seconds that a plan, or a piece of a video, may take.
       frame_cache: directory for decoded frames; None for none.

@@ -4,7 +4,7 @@ It talks with the process that started it over a pipe, in tuples whose first ite
 shared memory.
 
   in   ("plan", serial, request, folder, hashes)        request: pickled (messages, options); folder: for downloads
-       ("decode", serial, plan, media, skip, threads)   plan: pickled
+       ("decode", serial, plan, media, skip, shown, threads)   plan: pickled
        ("room", serial, offset)                         the answer to "want"
        ("stop", serial)                                 the work is no longer wanted
   out  ("ready",)
@@ -103,7 +103,13 @@ class _Worker:
         return "planned", content, prompt, {key: found[key] for key in found.keys() - hashes.keys()}
 
     def _decode(
-        self, serial: int, plan: bytes, media: Sequence[Medium], skip: Mapping[int, int], threads: int
+        self,
+        serial: int,
+        plan: bytes,
+        media: Sequence[Medium],
+        skip: Mapping[int, int],
+        shown: Mapping[int, np.ndarray],
+        threads: int,
     ) -> tuple[Any, ...]:
         settings = self._settings
         decoded = decode(
@@ -111,6 +117,7 @@ class _Worker:
             pickle.loads(plan),
             media,
             skip,
+            shown,
             _Pipe(self._pipe, self._memory, serial, media),
             piece_patches=settings.piece_patches,
             threads=threads,
