@@ -379,7 +379,8 @@ class Engine:
                 job.progress("decoding frames", job.frames_decoded, job.frames)
             elif isinstance(event, Finished):
                 job.decoded = event.decoded
-                job.stamp("media")
+                if job.frames:
+                    job.stamp("media")
                 for number in range(len(job.frames_left)):
                     self._keep(job, number)
                 if event.decoded.tokens is None:
@@ -428,6 +429,8 @@ class Engine:
         length = len(prompt.input_ids)
         room = self.scheduler_config.most_tokens - length
         limit = request.max_tokens or max(1, min(DEFAULT_NEW_TOKENS, room))
+        if job.decoded is not None:
+            limit = max(1, min(limit, room))  # other times may take a few tokens more; the request was taken before
         try:
             self._scheduler.check(length, limit)
         except UserError as error:
@@ -440,7 +443,7 @@ class Engine:
         if self.options.prefix_cache:
             media = [(medium.hash, medium.pads) for medium in prompt.media]
             pad_ids = (config.image_token_id, config.video_token_id)
-            hashes = tuple(block_hashes(prompt.input_ids, media, pad_ids, self.options.small_chunk))
+            hashes = tuple(block_hashes(prompt.input_ids, media, pad_ids, self.scheduler_config.small))
         sampling = request.sampling or self.defaults.sampling
         for number in range(request.n):
             data = SequenceData(

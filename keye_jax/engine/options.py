@@ -7,8 +7,10 @@ from pathlib import Path
 
 from keye_jax.engine.plan import SchedulerConfig
 from keye_jax.errors import UserError
-from keye_jax.page_allocator import pages_for
+from keye_jax.page_allocator import PAGE_SIZE, pages_for
+from keye_jax.runtime.prefill import round_up
 from keye_jax.runtime.runtime import Runtime
+from keye_jax.sharding import MeshRules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,23 @@ class EngineOptions:
     embedding_cache_bytes: int = 2 << 30
 
 
+def options_for_one(rules: MeshRules, tokens: int) -> EngineOptions:
+    """Options of an engine that answers one request, with just the pages that it needs.
+
+    Args:
+      rules: how the model lies over devices.
+      tokens: of the prompt and the answer.
+    """
+    homes = rules.size("batch")
+    return EngineOptions(
+        rows=homes,
+        cache_tokens=homes * round_up(tokens),
+        prefix_cache=False,
+        media_workers=0,
+        embedding_cache_bytes=0,
+    )
+
+
 def scheduler_config(runtime: Runtime, options: EngineOptions) -> SchedulerConfig:
     """The scheduler's settings for a model and options.
 
@@ -57,8 +76,10 @@ def scheduler_config(runtime: Runtime, options: EngineOptions) -> SchedulerConfi
     positions = runtime.config.max_position_embeddings
     if options.max_context is not None and not 1 <= options.max_context <= positions:
         raise UserError(f"max_context is {options.max_context}; it must be from 1 to {positions}")
-    small = options.small_chunk
-    large = max(small, runtime.prefill_chunk * devices // small * small)
+    chunk = runtime.prefill_chunk * devices
+    # A small chunk is no larger than what a step reads, but at least a page.
+    small = min(options.small_chunk, max(PAGE_SIZE, chunk // PAGE_SIZE * PAGE_SIZE))
+    large = max(small, chunk // small * small)
     return SchedulerConfig(
         rows=options.rows,
         pages_per_shard=-(-pages_for(options.cache_tokens) // (homes * turns)),

@@ -111,6 +111,11 @@ def _several_in_environment() -> bool:
     return "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 
 
+def process_count() -> int:
+    """How many processes `start` has joined."""
+    return 1 if _job is None else len(_job.names)
+
+
 def is_main() -> bool:
     """Whether this process prints and writes files: process 0, or the only one."""
     return _job is None or _job.process_id == 0

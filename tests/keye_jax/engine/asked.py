@@ -1,9 +1,8 @@
 """Asks an engine several things at once, in one process or in several: `python -m tests.keye_jax.engine.asked`.
 
-The arguments are a directory with a checkpoint, `clip.mp4` and `picture.png`; a sharding file, or "-"; the port, the
-number of processes, and which one this is. Process 0 prints an object: for each request the token ids and by how much
-each token was ahead of the next one, or the kind of its failure. With the further argument "on", all processes then say
-so, and process 0 goes on asking.
+The arguments are a directory of `processes.write_inputs`; a sharding file, or "-"; the port, the number of processes,
+and which one this is. Process 0 prints an object: for each request the token ids and by how much each token is ahead of
+the second likeliest, or how else it ended. With the further argument "on" it then goes on asking for ever.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from keye_jax.engine.request import Request, RequestError
 from keye_jax.runtime import distributed
 from keye_jax.runtime.sampling import SamplingParams
 
-ROOT = Path(__file__).parents[3]
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -55,12 +53,12 @@ def main() -> None:
 
     rules = None
     if sharding != "-":
-        rules = MeshRules.create(ShardingConfig.from_file(sharding), KeyeConfig.from_file(files / "checkpoint"))
+        rules = MeshRules.create(ShardingConfig.from_file(sharding), KeyeConfig.from_file(files / "orbax"))
     options = EngineOptions(
         rows=4, cache_tokens=8192, max_context=2048, small_chunk=64, media_workers=1, media_bytes=1 << 26
     )
     loading = {"dtype": "float32", "prefill_chunk": 128, "media": {"max_pixels": 200704}}
-    with Engine.from_checkpoint(files / "checkpoint", rules=rules, options=options, **loading) as engine:
+    with Engine.from_checkpoint(files / "orbax", rules=rules, options=options, **loading) as engine:
         if engine.takes_requests:
             print(json.dumps(answers(engine, files)), file=said, flush=True)
             if sys.argv[6:] == ["on"]:
@@ -80,7 +78,7 @@ def answers(engine, files: Path) -> dict:
             found[name] = error.kind
             continue
         leads = [each.top[0][1] - each.top[1][1] for each in choice.logprobs or ()]
-        found[name] = [choice.token_ids, leads] if choice.finish_reason == "length" else choice.finish_reason
+        found[name] = [choice.token_ids, leads] if leads else choice.finish_reason
     return found
 
 
