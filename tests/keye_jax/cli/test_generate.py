@@ -177,7 +177,8 @@ def test_generation_stops_at_the_checkpoints_end_tokens(ask_json, copy_of, keye)
     ids = _Asked(copy_of, "What?").ids
     (copy_of / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids[3]]}))
     code, out, _ = keye(
-        *("generate", "--checkpoint", copy_of, "--prompt", "What?", "--greedy", "--json", "--max-new-tokens", 8)
+        *("generate", "--checkpoint", copy_of, "--prompt", "What?", "--greedy", "--json", "--max-new-tokens", 8),
+        *("--dtype", "float32"),
     )
     assert code == 0
     got = json.loads(out)

@@ -181,12 +181,3 @@ def test_two_processes_answer_as_one_and_name_the_one_that_is_killed(files, alon
     finally:
         for worker in workers:
             worker.kill()
-
-
-@pytest.mark.slow
-def test_two_processes_end_when_the_engine_is_closed(files, alone):
-    port = free_port()
-    workers = [ask(files, port, 2, number) for number in range(2)]
-    for worker in workers:
-        code, _, err = finish(worker)
-        assert code == 0, err
