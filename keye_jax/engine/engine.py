@@ -583,7 +583,7 @@ class Engine:
             tuple(tuple(each.tolist()) for each in arrays)
             for arrays in (job.decoded.frame_times, job.decoded.undecodable_times)
         )
-        self._leave(job, Result(tuple(choices), usage, timings, times, undecodable, job.decoded.warnings))
+        self._leave(job, Result(tuple(choices), usage, timings, times, job.decoded.warnings, undecodable))
 
     def _fail(self, job: Job, kind: str, message: str) -> None:
         self._events += [Failed(choice.id) for choice in job.choices if choice.choice is None]

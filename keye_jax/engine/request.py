@@ -157,16 +157,16 @@ class Result:
       usage: tokens.
       timings: seconds.
       frame_times: one list a video, seconds of the frames that were shown.
-      undecodable_times: one list a video, seconds of frames that cannot be decoded. Frames near them were shown.
       warnings: what the user should know about the media.
+      undecodable_times: one list a video, seconds of frames that cannot be decoded. Frames near them were shown.
     """
 
     choices: tuple[Choice, ...]
     usage: Usage
     timings: Timings
     frame_times: tuple[tuple[float, ...], ...] = ()
-    undecodable_times: tuple[tuple[float, ...], ...] = ()
     warnings: tuple[str, ...] = ()
+    undecodable_times: tuple[tuple[float, ...], ...] = ()
 
 
 class RequestError(Exception):

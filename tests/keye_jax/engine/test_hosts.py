@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -61,10 +62,10 @@ def three(monkeypatch, store):
     """The same engine's hosts in three processes."""
     monkeypatch.setattr(hosts, "_engines", itertools.repeat(0))
     monkeypatch.setattr(hosts.jax, "process_count", lambda: 3)
-    found = []
+    found, rules = [], cast(Any, SimpleNamespace(sharding=lambda: "over all"))
     for number in range(3):
         monkeypatch.setattr(hosts.jax, "process_index", lambda number=number: number)
-        found.append(Hosts(SimpleNamespace(sharding=lambda: "over all")))
+        found.append(Hosts(rules))
     return found
 
 
@@ -109,6 +110,7 @@ def test_every_process_takes_the_turns_of_the_first(three, store):
         for mine, theirs in zip(given, turns, strict=False):
             assert len(mine.media) == len(theirs.media)
             for ours, others in zip(mine.media, theirs.media, strict=True):
+                assert isinstance(ours, Pixels)
                 np.testing.assert_array_equal(ours.patches, others.patches)
                 others.release()
     assert not store.values, "what was read is deleted"
@@ -134,7 +136,7 @@ def test_a_failure_elsewhere_ends_that_process(three, monkeypatch):
 
 def test_one_process_needs_no_store(monkeypatch):
     monkeypatch.setattr(hosts.distributed, "store", never)
-    alone = Hosts(SimpleNamespace(sharding=lambda: None))
+    alone = Hosts(cast(Any, SimpleNamespace(sharding=lambda: None)))
     turn = Turn(close=True)
     assert alone.is_main and alone.exchange(lambda: turn) is turn
     alone.fail(ValueError())
