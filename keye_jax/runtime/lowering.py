@@ -64,11 +64,9 @@ def decode_program(
 
 
 def _decode_program(runtime: Runtime, rows: int, width: int, pages: int, *, sample: bool = True) -> jax.stages.Traced:
-    row = idle_row(width, runtime.config.vocab_size)
-    state = jax.tree.map(lambda x: _shape(runtime, (rows, *np.shape(x)), np.asarray(x).dtype), row)
     program = (programs.decode_and_sample if sample else programs.decode)(runtime.rules.platform)
     pool = _pool_shape(runtime, pages)
-    arguments: Any = runtime.model_def, runtime.params, state, pool
+    arguments: Any = runtime.model_def, runtime.params, _state_shape(runtime, rows, width), pool
     return program.trace(*arguments, step=runtime.decode_step, options=runtime.options)
 
 
@@ -82,7 +80,7 @@ def engine_programs(
     images: Sequence[int],
     normalisation: tuple[jax.Array, jax.Array],
 ) -> list[jax.stages.Traced]:
-    """The large programs of an engine: `encode_images`, `read_chunk` and `decode_and_sample`.
+    """The large programs of an engine: `decode_and_sample`, `draw`, `read_chunk` and `encode_images`.
 
     Args:
       rows: of the batch.
@@ -100,6 +98,7 @@ def engine_programs(
     ]
     return [
         _decode_program(runtime, rows, table_width, pages),
+        _draw_program(runtime, rows, table_width),
         *(_chunk_program(runtime, shape, pages) for shape in shapes),
         *(_encode_program(runtime, patches, normalisation) for patches in images),
     ]
@@ -116,6 +115,15 @@ def compile_side_by_side(traced: Sequence[jax.stages.Traced], progress: Progress
     with ThreadPoolExecutor(1 if jax.process_count() > 1 else None) as pool:
         for done, _ in enumerate(pool.map(lambda program: program.lower().compile(), traced), 1):
             progress(done, len(traced))
+
+
+def _draw_program(runtime: Runtime, rows: int, width: int) -> jax.stages.Traced:
+    logits: Any = _shape(runtime, (rows, runtime.config.vocab_size), jnp.float32)
+    drawing: Any = _shape(runtime, (rows,), jnp.bool_)
+    state = _state_shape(runtime, rows, width)
+    return programs.draw.trace(
+        logits, state, drawing, step=runtime.decode_step, implementation=runtime.options.implementation
+    )
 
 
 def workspace_bytes(traced: Iterable[jax.stages.Traced]) -> int:
@@ -161,6 +169,11 @@ def _encode_program(runtime: Runtime, patches: int, normalisation: tuple[jax.Arr
 
 def _shape(runtime: Runtime, shape: tuple[int, ...], dtype: Any, *dimensions: Axes) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=runtime.rules.over(*dimensions))
+
+
+def _state_shape(runtime: Runtime, rows: int, width: int) -> Any:
+    row = idle_row(width, runtime.config.vocab_size)
+    return jax.tree.map(lambda x: _shape(runtime, (rows, *np.shape(x)), np.asarray(x).dtype), row)
 
 
 def _pool_shape(runtime: Runtime, pages: int) -> PagePool:
