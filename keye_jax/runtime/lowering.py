@@ -112,8 +112,10 @@ def compile_side_by_side(traced: Sequence[jax.stages.Traced], progress: Progress
     Args:
       progress: told the programs done.
     """
+    # In order: Mosaic GPU numbers the kernels that it lowers, and their names are part of the persistent cache's keys.
+    lowered = [program.lower() for program in traced]
     with ThreadPoolExecutor(1 if jax.process_count() > 1 else None) as pool:
-        for done, _ in enumerate(pool.map(lambda program: program.lower().compile(), traced), 1):
+        for done, _ in enumerate(pool.map(lambda program: program.compile(), lowered), 1):
             progress(done, len(traced))
 
 

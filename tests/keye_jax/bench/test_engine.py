@@ -32,6 +32,6 @@ def test_engine(tmp_path):
 
 
 def test_jobs():
-    out = run("jobs", "--lines", "6", "--words", "20", "60", "--tokens", "4", "--rows", "2", "--trace-after", "2")
+    out = run("jobs", "--lines", "6", "--words", "20", "60", "--tokens", "4", "--rows", "2", "--traced-lines", "2")
     assert json.loads(next(line for line in out.splitlines() if line.startswith("{")))["job"]["succeeded"] == 6
-    assert re.search(r"^6 lines in .* compilations after warm-up: 0$", out, re.M)
+    assert "\n6 lines in " in out and "\ncompilations after warm-up: 0\n" in out
