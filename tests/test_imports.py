@@ -29,7 +29,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "keye_jax.jobs": ("keye_jax.engine", "keye_jax.presets"),
     "keye_jax.engine": ("keye_jax.runtime", "keye_jax.processor", "convert"),
     "keye_jax.eval": ("keye_jax.runtime", "keye_jax.engine"),
-    "keye_jax.bench": ("keye_jax.engine", "keye_jax.presets", "keye_jax.testing"),
+    "keye_jax.bench": ("keye_jax.engine", "keye_jax.jobs", "keye_jax.presets", "keye_jax.testing"),
     "keye_jax.planning": ("keye_jax.runtime",),
     "keye_jax.runtime": ("keye_jax.model", "keye_jax.kv_cache", "keye_jax.sharding", "keye_jax.progress"),
     "keye_jax.model": ("keye_jax.kv_cache", "pallas_kernels"),
