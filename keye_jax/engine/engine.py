@@ -233,6 +233,7 @@ class Engine:
             options.media_workers,
             options.media_bytes,
             frame_cache=cache,
+            hashes=options.prefix_cache or options.embedding_cache_bytes > 0,
             timeout=options.media_timeout,
             notify=self._wake,
         )

@@ -129,7 +129,7 @@ class Lane:
             processor = self._settings.processor
             plan = job.plan if isinstance(job.plan, PromptPlan) else processor.plan(job.messages, **job.options)
             job.plan = plan
-            return describe(processor, plan, self._files)
+            return describe(processor, plan, self._files if self._settings.hashes else None)
         process = self.start()
         with self._watched(job, lambda: "the media of the request"):
             job.folder = self._folder / str(job.serial)

@@ -30,7 +30,7 @@ class Medium:
     Attributes:
       kind: which of both.
       field: its name in error messages.
-      hash: `media_hash`, 32 bytes.
+      hash: `media_hash`, 32 bytes; empty where nothing is kept by it.
       frames: how many.
       grid: (1, h, w) of a frame in patches.
       frame_bytes: size of a frame as the model takes it.
@@ -136,8 +136,11 @@ class Sink(Protocol):
         ...
 
 
-def describe(processor: Processor, plan: PromptPlan, files: FileHashes) -> Prompt:
+def describe(processor: Processor, plan: PromptPlan, files: FileHashes | None) -> Prompt:
     """All that is known of a planned prompt.
+
+    Args:
+      files: hashes of files; None leaves the hashes of media empty.
 
     Raises:
       MediaError: a file cannot be read any more.
@@ -151,7 +154,7 @@ def describe(processor: Processor, plan: PromptPlan, files: FileHashes) -> Promp
         per_frame = each.num_tokens if isinstance(each, ImagePlan) else each.tokens_per_frame
         grid = (1, each.height // processor.patch_size, each.width // processor.patch_size)
         try:
-            digest = media_hash(each, processor.patch_size, files)
+            digest = b"" if files is None else media_hash(each, processor.patch_size, files)
         except OSError as error:
             raise MediaError(f"{each.field} cannot be read any more: {error.strerror or error}") from error
         size = each.height * each.width * 3

@@ -47,11 +47,13 @@ class Settings:
       processor: plans and decodes.
       cache: of decoded frames; None for none.
       piece_patches: most patches of a piece of more than one frame.
+      hashes: whether media are named by their content, for which files are read once more.
     """
 
     processor: Processor
     cache: FrameCache | None
     piece_patches: int
+    hashes: bool = True
 
 
 def main() -> None:
@@ -92,7 +94,7 @@ class _Worker:
         messages, options = pickle.loads(request)
         plan = self._settings.processor.plan(messages, **options)
         try:
-            prompt = describe(self._settings.processor, plan, self._files)
+            prompt = describe(self._settings.processor, plan, self._files if self._settings.hashes else None)
         except BaseException:
             plan.close()
             raise

@@ -62,6 +62,7 @@ class MediaWorkers:
       processes: how many requests are decoded at once; 0 for one, by a thread of this process.
       byte_budget: bytes of shared memory.
       frame_cache: decoded frames on disk; None for none.
+      hashes: whether media are named by their content; with a frame cache they always are.
       timeout: seconds that a worker may take to plan a request, downloads included, and to decode each piece of it.
         Waiting for memory does not count.
       piece_patches: most patches of a piece of more than one frame.
@@ -82,6 +83,7 @@ class MediaWorkers:
         byte_budget: int = BYTE_BUDGET,
         *,
         frame_cache: FrameCache | None = None,
+        hashes: bool = True,
         timeout: float = 300,
         piece_patches: int = PIECE_PATCHES,
         notify: Callable[[], None] = lambda: None,
@@ -91,7 +93,7 @@ class MediaWorkers:
         for name, value in (("byte_budget", byte_budget), ("timeout", timeout)):
             if value <= 0:
                 raise UserError(f"{name} is {value}; it must be positive")
-        self._settings = Settings(processor, frame_cache, piece_patches)
+        self._settings = Settings(processor, frame_cache, piece_patches, hashes or frame_cache is not None)
         self._setup = pickle.dumps(self._settings, pickle.HIGHEST_PROTOCOL)
         self._threads_only = processes == 0
         self._processes, self._timeout, self._notify = max(1, processes), timeout, notify

@@ -290,10 +290,11 @@ def test_numbers_that_are_not_allowed(processor, name, value, rule):
 
 
 def test_without_worker_processes(processor, clip, picture):
-    with MediaWorkers(processor, 0) as workers:
+    with MediaWorkers(processor, 0, hashes=False) as workers:
         workers.submit("a", requests(clip, picture)["mixed"])
         told = follow(workers, ["a"])["a"]
         assert not workers.worker_pids
+        assert {medium.hash for medium in told.prompt.media} == {b""}
     assert_equal(told, processor.process(processor.plan(requests(clip, picture)["mixed"])))
 
 
