@@ -298,18 +298,25 @@ class Engine:
             if plan.read is not None:
                 job, read = self._choices[plan.read.id][0], plan.read
                 job.progress("reading the prompt", read.start + read.count, len(job.choices[0].data.input_ids))
+            if plan.read is not None and before is not None:
+                # To queue a chunk takes about as long as to read it: a loop whose end devices decide holds this thread.
+                started = self._complete(*before, started)
+                before = None
             now = None
             if plan != Plan(cached=plan.cached, ended=plan.ended):
                 now = plan, self._stepper.run(plan, lambda name: self._choices[name][1].data)
                 self._steps += 1
             if before is not None:
-                self._deliver(before[1].fetch())
-                ended = time.perf_counter()
-                read, decode = before[0].read, before[0].decode
-                if read or decode:
-                    self._measured = Measured(ended - started, read.program if read else None, decode)
-                started = ended
+                started = self._complete(*before, started)
             before = now
+
+    def _complete(self, plan: Plan, drawn: DrawnTokens, started: float) -> float:
+        """Waits for a step that began at `started`, delivers its tokens, and returns the time."""
+        self._deliver(drawn.fetch())
+        ended = time.perf_counter()
+        if plan.read or plan.decode:
+            self._measured = Measured(ended - started, plan.read.program if plan.read else None, plan.decode)
+        return ended
 
     def _gather(self, *, wait: bool) -> Turn:
         """What came since the last turn; waits for something if nothing else is to be done."""
