@@ -46,6 +46,7 @@ from keye_jax.engine.scheduler import Scheduler
 from keye_jax.engine.stepper import DrawnToken, DrawnTokens, SequenceData, Stepper
 from keye_jax.engine.text import AnswerWriter
 from keye_jax.errors import UserError
+from keye_jax.page_allocator import PAGE_SIZE
 from keye_jax.processor import Processor
 from keye_jax.progress import Progress
 from keye_jax.runtime.encode import ENCODE_PATCHES
@@ -92,7 +93,10 @@ class Engine:
         options: EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
     ):
         self.runtime, self.processor, self.defaults, self.options = runtime, processor, defaults, options
-        self.scheduler_config = scheduler_config(runtime, options)
+        self._most_patches = processor.media.most_pixels // runtime.config.vision_config.patch_size**2
+        if runtime.rules.platform == "cpu":
+            self._most_patches = min(self._most_patches, ENCODE_PATCHES)  # a larger image takes minutes there
+        self.scheduler_config = scheduler_config(runtime, options, self._most_patches)
         self._scheduler = Scheduler(self.scheduler_config)
         self._stepper = Stepper(
             runtime, self.scheduler_config, pixel_scale=processor.pixel_scale, pixel_shift=processor.pixel_shift
@@ -172,10 +176,7 @@ class Engine:
 
         def run() -> None:
             try:
-                most = self.processor.media.most_pixels // self.runtime.config.vision_config.patch_size**2
-                if self.runtime.rules.platform == "cpu":
-                    most = min(most, ENCODE_PATCHES)  # a larger image takes minutes there
-                self._stepper.warmup(most, progress)
+                self._stepper.warmup(self._most_patches, progress)
                 self._compilations = 0
             except BaseException as error:
                 failure.append(error)
@@ -190,6 +191,12 @@ class Engine:
         if failure:
             raise failure[0]
         return time.perf_counter() - start
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the page pool holds, of all sequences together."""
+        config = self.scheduler_config
+        return config.pages_per_shard * config.homes * config.turns * PAGE_SIZE
 
     def stats(self) -> EngineStats:
         """Counts for metrics."""
