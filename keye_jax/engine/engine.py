@@ -52,6 +52,9 @@ from keye_jax.progress import Progress
 from keye_jax.runtime.encode import ENCODE_PATCHES
 from keye_jax.runtime.runtime import Runtime
 
+MOST_ENCODING = 8
+"""Steps of encoding that are queued together: patches and embeddings of more would fill the devices' memory."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -417,7 +420,7 @@ class Engine:
                 pad = pixels.first_pad + first * tokens
                 self._encoding.append(Encoding(pixels.job_id, pixels.medium, count, tokens, pad, encoded))
             pixels.release()
-            if not all_of_them:
+            if not all_of_them or len(self._encoding) >= MOST_ENCODING:
                 return
 
     def _place(self, part: Encoding) -> None:
