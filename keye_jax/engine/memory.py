@@ -28,6 +28,9 @@ MARGIN = 0.03
 CPU_TOKENS, _CPU_SHARE = 65536, 0.25
 """Most tokens on a CPU, and the share of its memory for them: the machine has other things to do."""
 
+_GRAIN = 64
+"""A pool that is chosen has a multiple of so many pages on each shard: a byte more or less makes no other programs."""
+
 _MIB = 1 << 20
 
 
@@ -90,6 +93,7 @@ def pages_per_shard(
     spare = room - MARGIN * limit
     if rules.platform == "cpu":
         most, spare = min(most, pages_for(CPU_TOKENS)), min(spare, _CPU_SHARE * limit)
-    if spare < page:
+    fitting = int(spare // page) // _GRAIN * _GRAIN
+    if not fitting:
         raise UserError(f"the model leaves no room for its cache: {taken}")
-    return min(-(-most // shards), int(spare // page))
+    return min(-(-most // shards), fitting)
