@@ -53,7 +53,7 @@ def test_what_fits_beside_the_weights(make, tokens):
     assert tokens(one, H100) < tokens(make(indexer_dtype="float8_e4m3fn"), H100)
     assert tokens(one, H200, 70 * GIB) < tokens(one, H200) == tokens(one, H200, GIB)
     assert len({tokens(one, H200, 70 * GIB + change) for change in (0, 4096, 8192)}) == 1
-    assert tokens(one, H200, rows=64) < tokens(one, H200)
+    assert tokens(one, H200, rows=512) < tokens(one, H200)
 
 
 @pytest.mark.parametrize("preset", ["expert", "combined"])
