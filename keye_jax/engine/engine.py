@@ -218,6 +218,7 @@ class Engine:
             self._changed.notify_all()
         self._thread.join()
         self._media.close()
+        self._stepper.close()
         with contextlib.suppress(ValueError):
             jax.monitoring.unregister_event_duration_listener(self._count_compilation)
 

@@ -145,6 +145,11 @@ class Stepper:
         """Drops what is kept in host memory of an offloaded sequence."""
         self._saved.pop(name, None)
 
+    def close(self) -> None:
+        """Frees the pages and the batch on the devices."""
+        for array in jax.tree.leaves((self._pool, self._state)):
+            array.delete()
+
     def encode(self, patches: np.ndarray, grid: np.ndarray) -> jax.Array:
         """Queues the encoding of images of one size; arguments as for `Runtime.encode_images`.
 
