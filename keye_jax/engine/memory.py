@@ -94,6 +94,6 @@ def pages_per_shard(
     if rules.platform == "cpu":
         most, spare = min(most, pages_for(CPU_TOKENS)), min(spare, _CPU_SHARE * limit)
     fitting = int(spare // page) // _GRAIN * _GRAIN
-    if not fitting:
+    if fitting < 1:
         raise UserError(f"the model leaves no room for its cache: {taken}")
     return min(-(-most // shards), fitting)

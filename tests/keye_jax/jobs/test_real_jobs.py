@@ -33,10 +33,10 @@ def real_lines(directory: Path, count: int) -> bytes:
     return b"".join(lines) + b"bad\n"
 
 
-@pytest.fixture
-def start(files, tmp_path):  # noqa: F811
+@pytest.fixture(scope="module")
+def start(files, tmp_path_factory):  # noqa: F811
     """Starts the command."""
-    source = tmp_path / "in.jsonl"
+    source = tmp_path_factory.mktemp("input") / "in.jsonl"
     source.write_bytes(real_lines(files, 120))
     engine = ("--rows", 4, "--cache-tokens", "8K", "--prefill-chunk", 128, "--dtype", "float32", "--no-warmup")
     media = ("--max-pixels", 50176, "--media-workers", 1)
@@ -73,10 +73,10 @@ def wait_for(output: Path, process: subprocess.Popen[str], lines: int) -> None:
         time.sleep(0.002)
 
 
-@pytest.fixture
-def undisturbed(start, tmp_path):
+@pytest.fixture(scope="module")
+def undisturbed(start, tmp_path_factory):
     """The answers of a run that nothing happens to, and the seconds until it has the first one."""
-    output, begun = tmp_path / "undisturbed.jsonl", time.monotonic()
+    output, begun = tmp_path_factory.mktemp("undisturbed") / "out.jsonl", time.monotonic()
     process = start(output)
     wait_for(output, process, 2)  # the bad line needs no engine
     first = time.monotonic() - begun
