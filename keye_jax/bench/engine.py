@@ -26,7 +26,7 @@ from keye_jax.bench.timing import MIXED_SAMPLING, SHORTEST_CONTEXT, random_pool,
 from keye_jax.config import KeyeConfig
 from keye_jax.engine.engine import Engine
 from keye_jax.engine.generation_config import GenerationDefaults
-from keye_jax.engine.options import EngineOptions, scheduler_config
+from keye_jax.engine.options import EngineOptions
 from keye_jax.engine.plan import SchedulerConfig
 from keye_jax.engine.request import Request
 from keye_jax.page_allocator import pages_for
@@ -198,13 +198,14 @@ def main() -> int:
                 same, asked = same_tokens(engine, min(8, arguments.rows), 96)
                 print(f"the same tokens alone and beside others: {same} of {asked} requests", flush=True)
             print(f"compilations after warm-up: {engine.stats().compilations}", flush=True)
+            shapes = engine.scheduler_config
         if arguments.long_prompt:
             options = dataclasses.replace(options, target_gap_ms=arguments.target_gap_ms)
             with Engine(runtime, processor, defaults, options) as engine:
                 engine.warmup()
                 gap = measure_gap(engine, 8, 2048, arguments.long_prompt, 8192)
                 print(json.dumps(gap), flush=True)
-    rates = [bare_rate(runtime, scheduler_config(runtime, options), *cell) for cell in cells]
+    rates = [bare_rate(runtime, shapes, *cell) for cell in cells]
     print("  ".join(f"{name:>10}" for name in _COLUMNS))
     for cell, rate in zip(found, rates, strict=True):
         numbers = (cell.tokens_per_second, rate, cell.tokens_per_second / rate, *cell.gaps_ms)

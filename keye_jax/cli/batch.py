@@ -59,7 +59,8 @@ def batch(
     allow_remote: options.AllowRemote = False,
     rows: Annotated[int, typer.Option(help="Answers that are written at once.")] = 32,
     cache_tokens: Annotated[
-        str | None, typer.Option(help="Tokens of all requests at once that the cache holds, such as 640K.")
+        str | None,
+        typer.Option(help="Tokens of all requests at once that the cache holds, such as 640K; what fits if left out."),
     ] = None,
     optimistic: Annotated[
         bool,
@@ -232,9 +233,11 @@ def _engine(opener: Any, workers: int | None, gpus: float, concurrency: int) -> 
     """The engine of this process, or those of workers on a Ray cluster."""
     if workers is None:
         start = time.monotonic()
+        options.enable_compilation_cache()
         distributed.tell(_OPENS)
         with opener() as engine:
-            print(f"the engine is ready after {time.monotonic() - start:.0f} s", file=sys.stderr)
+            ready = f"the engine is ready after {time.monotonic() - start:.0f} s"
+            print(f"{ready}; its cache holds {engine.cache_tokens:,} tokens", file=sys.stderr)
             yield engine
         return
     from keye_jax.jobs import ray

@@ -49,10 +49,14 @@ from keye_jax.engine.scheduler import Scheduler
 from keye_jax.engine.stepper import DrawnToken, DrawnTokens, SequenceData, Stepper
 from keye_jax.engine.text import AnswerWriter
 from keye_jax.errors import UserError
+from keye_jax.page_allocator import PAGE_SIZE
 from keye_jax.processor import Processor, PromptTokens
 from keye_jax.progress import Progress
 from keye_jax.runtime.encode import ENCODE_PATCHES
 from keye_jax.runtime.runtime import Runtime
+
+MOST_ENCODING = 8
+"""Steps of encoding that are queued together: patches and embeddings of more would fill the devices' memory."""
 
 _log = logging.getLogger(__name__)
 
@@ -106,7 +110,10 @@ class Engine:
         options: EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
     ):
         self.runtime, self.processor, self.defaults, self.options = runtime, processor, defaults, options
-        self.scheduler_config = scheduler_config(runtime, options)
+        self._most_patches = processor.media.most_pixels // runtime.config.vision_config.patch_size**2
+        if runtime.rules.platform == "cpu":
+            self._most_patches = min(self._most_patches, ENCODE_PATCHES)  # a larger image takes minutes there
+        self.scheduler_config = scheduler_config(runtime, options, self._most_patches)
         self._scheduler = Scheduler(self.scheduler_config)
         self._stepper = Stepper(
             runtime, self.scheduler_config, pixel_scale=processor.pixel_scale, pixel_shift=processor.pixel_shift
@@ -196,6 +203,12 @@ class Engine:
             if self._warm_failure:
                 raise self._warm_failure
         return time.perf_counter() - start
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the page pool holds, of all sequences together."""
+        config = self.scheduler_config
+        return config.pages_per_shard * config.homes * config.turns * PAGE_SIZE
 
     def stats(self) -> EngineStats:
         """Counts for metrics."""
@@ -306,6 +319,9 @@ class Engine:
             if plan != Plan(cached=plan.cached, ended=plan.ended):
                 now = plan, self._stepper.run(plan, lambda name: self._choices[name][1].data)
                 self._steps += 1
+                for placed in plan.offload:
+                    if placed.id not in self._choices:  # what was delivered above ended it
+                        self._stepper.forget(placed.id)
             if before is not None:
                 started = self._complete(*before, started)
             before = now
@@ -341,10 +357,7 @@ class Engine:
         """Compiles all programs for `warmup`."""
         failure = None
         try:
-            most = self.processor.media.most_pixels // self.runtime.config.vision_config.patch_size**2
-            if self.runtime.rules.platform == "cpu":
-                most = min(most, ENCODE_PATCHES)  # a larger image takes minutes there
-            self._stepper.warmup(most, self._warm_progress)
+            self._stepper.warmup(self._most_patches, self._warm_progress)
             self._compilations = 0
         except Exception as error:
             failure = error
@@ -501,7 +514,7 @@ class Engine:
                 pad = pixels.first_pad + first * tokens
                 self._encoding.append(Encoding(pixels.job_id, pixels.medium, count, tokens, pad, encoded))
             pixels.release()
-            if not all_of_them:
+            if not all_of_them or len(self._encoding) >= MOST_ENCODING:
                 return
 
     def _place(self, part: Encoding) -> None:

@@ -147,6 +147,7 @@ class Runtime:
         for first in range(0, len(pages), PAGES_AT_ONCE):
             part = np.asarray(pages[first : first + PAGES_AT_ONCE], np.int32)
             rest = PAGES_AT_ONCE - len(part)
+            jax.block_until_ready(pool)  # so that one part at a time is on its way
             padded = np.pad(part, (0, rest), constant_values=pool.page_count)
             content = jax.tree.map(
                 lambda x, first=first, rest=rest: self.put(

@@ -59,6 +59,7 @@ def results(path):
 def test_a_job(batch, engines, inputs, tmp_path):
     code, out, err = batch(line("a") + line("b", logprobs=True, max_tokens=3))
     assert code == 0 and out == "" and "2 of 2 done, 0 failed" in err
+    assert "its cache holds 65,536 tokens" in err
     got = results(tmp_path / "out.jsonl")
     assert got.keys() == {"a", "b"} and got["a"]["response"]["body"]["model"] == "hf"
     assert isinstance(got["b"]["response"]["body"]["choices"][0]["logprobs"]["content"][0]["token"], str)
@@ -67,7 +68,8 @@ def test_a_job(batch, engines, inputs, tmp_path):
     assert (tmp_path / "out.jsonl.report.svg").exists()
     _, (checkpoint, settings, engine) = engines
     assert checkpoint == str(inputs / "hf")
-    assert settings["options"].rows == 32 and settings["media"] == {} and settings["allow_remote"] is False
+    assert settings["options"].rows == 32 and settings["options"].cache_tokens is None
+    assert settings["media"] == {} and settings["allow_remote"] is False
     assert {request.max_tokens for request in engine.requests} == {None, 3}
     assert not list(tmp_path.glob("*.tmp"))
 

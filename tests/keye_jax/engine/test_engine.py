@@ -201,14 +201,17 @@ def test_awaiting(engine):
     assert len(two.choices[0].token_ids) == 8
 
 
-def test_closing_ends_requests(make):
+def test_closing_ends_requests_and_frees_the_devices(make):
+    before = sum(array.nbytes for array in jax.live_arrays())
     engine = make()
+    pool = sum(array.nbytes for array in jax.live_arrays()) - before
     handle = engine.submit(ask(words(1), tokens=1500))
     engine.close()
     with pytest.raises(RequestError, match="closed"):
         handle.result(120)
     with pytest.raises(RequestError, match="takes no more requests"):
         engine.submit(ask("hello"))
+    assert sum(array.nbytes for array in jax.live_arrays()) - before < pool / 100
 
 
 def test_draining_answers_what_there_is(make):
