@@ -203,7 +203,7 @@ def main() -> int:
             options = dataclasses.replace(options, target_gap_ms=arguments.target_gap_ms)
             with Engine(runtime, processor, defaults, options) as engine:
                 engine.warmup()
-                gap = measure_gap(engine, 8, 2048, arguments.long_prompt, 8192)
+                gap = measure_gap(engine, 8, 2048, arguments.long_prompt, 2048)
                 print(json.dumps(gap), flush=True)
     rates = [bare_rate(runtime, shapes, *cell) for cell in cells]
     print("  ".join(f"{name:>10}" for name in _COLUMNS))
