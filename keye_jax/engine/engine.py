@@ -311,8 +311,8 @@ class Engine:
             if plan.read is not None:
                 job, read = self._choices[plan.read.id][0], plan.read
                 job.progress("reading the prompt", read.start + read.count, len(job.choices[0].data.input_ids))
-            if plan.read is not None and before is not None:
-                # To queue a chunk takes about as long as to read it: a loop whose end devices decide holds this thread.
+            if plan.read is not None and before is not None and self.options.target_gap_ms is not None:
+                # Queueing a chunk may hold this thread until it is nearly read. The devices idle for it meanwhile.
                 started = self._complete(*before, started)
                 before = None
             now = None
