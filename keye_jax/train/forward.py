@@ -109,8 +109,10 @@ class TrainOptions:
         probabilities = jax.nn.softmax(moe.router(x, dtype=jnp.float32), axis=-1)
         tokens = jnp.maximum(jnp.sum(valid), 1)
         chosen = jnp.sum(experts[..., None] == jnp.arange(moe.num_experts), axis=2) / experts.shape[-1]
-        shares = (jnp.sum(jnp.where(valid[..., None], x, 0), axis=(0, 1)) / tokens for x in (chosen, probabilities))
-        return moe.num_experts * jnp.sum(next(shares) * next(shares))
+        chosen, probabilities = (
+            jnp.sum(jnp.where(valid[..., None], x, 0), axis=(0, 1)) / tokens for x in (chosen, probabilities)
+        )
+        return moe.num_experts * jnp.sum(chosen * probabilities)
 
     def rematerialise(self, layer: Callable) -> Callable:
         """The layer, computed again in the backward pass as `remat` says."""
@@ -197,7 +199,7 @@ def forward_losses(model: Keye, batch: PackedBatch, options: TrainOptions, step:
     are multiples of those of the devices. Parameters may be float32 or bfloat16; sums are float32.
     """
     vision = [_encode(model, images, options, step) for images in batch.images]
-    nothing = jnp.zeros((1, model.decoder.norm.weight.shape[0]))
+    nothing = jnp.zeros_like(model.decoder.embed_tokens.weight[:1])
     x = model.embed(batch.ids, jnp.concatenate(vision) if vision else nothing, batch.vision_index, step)
     decoder, contexts = model.decoder, (batch.context,) * len(model.decoder.layers)
     attention = AttentionOptions(options.attention, training=options)
