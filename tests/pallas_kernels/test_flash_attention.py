@@ -68,8 +68,8 @@ class TestFlashAttention:
 
         with jax.enable_x64(True):
             wide = [jnp.asarray(x, jnp.float64) for x in (q, k, v, d_out)]
-            expected = jax.vjp(formula, *wide[:3])[1](wide[3])
-        run = jax.jit(lambda q, k, v: flash_attention(q, k, v, lengths, scale=SCALE, implementation="xla"))
+            expected = jax.vjp(formula, wide[0], wide[1], wide[2])[1](wide[3])
+        run = jax.jit(lambda q, k, v: flash_attention(q, k, v, jnp.asarray(lengths), scale=SCALE, implementation="xla"))
         got = jax.vjp(run, q, k, v)[1](d_out)
         for one, other in zip(got, expected, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-4)
