@@ -32,6 +32,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "keye_jax.bench": ("keye_jax.engine", "keye_jax.jobs", "keye_jax.presets", "keye_jax.testing"),
     "keye_jax.planning": ("keye_jax.runtime",),
     "keye_jax.runtime": ("keye_jax.model", "keye_jax.kv_cache", "keye_jax.sharding", "keye_jax.progress"),
+    "keye_jax.train": ("keye_jax.model",),
     "keye_jax.model": ("keye_jax.kv_cache", "pallas_kernels"),
     "keye_jax.kv_cache": ("keye_jax.sharding", "keye_jax.page_allocator", "pallas_kernels"),
     "keye_jax.page_allocator": (),
