@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -202,12 +201,12 @@ def sampled_times(frames: int, rate: float) -> tuple[float, ...]:
 
 def make_scene(seed: int, options: SceneOptions = SceneOptions(), *, number: int = 0) -> Scene:
     """Scene `number` of a seed. The same arguments give the same scene on every machine."""
-    for attempt in itertools.count():
-        # Each scene has random numbers of its own, so it does not depend on how many were made before.
+    attempt = 0
+    draws = _Draws(np.random.default_rng([seed, number, attempt]))
+    while (objects := _objects(draws, options)) is None:
+        # Each attempt has random numbers of its own, so it does not depend on how many the one before took.
+        attempt += 1
         draws = _Draws(np.random.default_rng([seed, number, attempt]))
-        objects = _objects(draws, options)
-        if objects is not None:
-            break
     rate = options.rate or draws.one_of(RATES)
     first, last = _stretch(draws, options.frames)
     shade = [draws.between(25, 95) for _ in range(2)]

@@ -26,15 +26,15 @@ def test_a_row_is_what_the_processor_makes_of_the_file(batches, files, config, t
     batch = batches.of([make_scene(6, SCENES), scene], [asked, asked])
     write_video(tmp_path / "clip.mp4", scene)
     processor = Processor.from_checkpoint(files, config)
-    messages = []
+    messages, length, answer, video = [], 0, np.empty(0), np.empty(0)
     for number, question in enumerate(asked):
         text = {"type": "text", "text": question.text}
-        video = [{"type": "video", "video": str(tmp_path / "clip.mp4")}] if number == 0 else []
-        messages.append({"role": "user", "content": [*video, text]})
+        clip = [{"type": "video", "video": str(tmp_path / "clip.mp4")}] if number == 0 else []
+        messages.append({"role": "user", "content": [*clip, text]})
         with processor.plan(messages) as plan:
             inputs = processor.process(plan)
         assert not inputs.warnings
-        length = len(inputs.input_ids)
+        length, video = len(inputs.input_ids), inputs.video_patches
         np.testing.assert_array_equal(batch.ids[1, :length], inputs.input_ids)
         np.testing.assert_array_equal(batch.positions[:, 1, :length], inputs.positions)
         assert (batch.positions[:, 1, length] == length + inputs.position_delta).all()
@@ -53,7 +53,7 @@ def test_a_row_is_what_the_processor_makes_of_the_file(batches, files, config, t
     np.testing.assert_array_equal(pads, batch.vision_index[1] >= 0)
     np.testing.assert_array_equal(batch.vision_index[1][pads], 12 * 36 + np.arange(12 * 36))
     # The compressed file shows what is drawn.
-    shown = inputs.video_patches.reshape(12, 12, 12, 3, 14, 14).transpose(0, 1, 4, 2, 5, 3).reshape(12, 168, 168, 3)
+    shown = video.reshape(12, 12, 12, 3, 14, 14).transpose(0, 1, 4, 2, 5, 3).reshape(12, 168, 168, 3)
     sampled = [round(time * rate) for time in scene.times]
     assert np.abs(shown.astype(int) - clip_pixels(scene)[sampled]).mean() < 6
 

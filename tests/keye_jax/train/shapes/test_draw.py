@@ -67,13 +67,12 @@ def test_a_larger_frame_shows_the_same():
 
 
 def test_damage_is_of_every_strength_and_leaves_the_picture():
-    frames = draw(np, scene_arrays([make_scene(3, OPTIONS)])[0])[:2]
-    damaged = jax.jit(jax.vmap(lambda key: damage(frames, key)))(jax.random.split(jax.random.key(0), 24))
+    frames = draw(np, scene_arrays([make_scene(3, OPTIONS)])[0])[4:5, 32:]
+    damaged = jax.jit(jax.vmap(damage, (None, 0)))(frames, jax.random.split(jax.random.key(0), 24))
     errors = np.abs(np.asarray(damaged) - frames).mean((1, 2, 3, 4))
     assert errors.min() < 1.5 and 3 < errors.max() < 15
     # A hard edge between two colours is no longer there: colours have half the resolution.
-    edge = np.zeros((1, 16, 16, 3), np.float32)
-    edge[:, :, :7] = COLOURS["red"]
+    edge = jnp.zeros((1, 16, 16, 3)).at[:, :, :7].set(jnp.array(COLOURS["red"]))
     assert np.asarray(damage(edge, jax.random.key(1)))[0, 8, 7, 0] > 20
 
 
@@ -83,4 +82,3 @@ def test_patches_are_in_the_processors_order():
     assert patches.shape == (16, 144, 588) and patches.dtype == np.uint8
     whole = np.concatenate([patchify(frame, 14) for frame in to_uint8(np, draw(np, scenes[1]))])
     assert np.abs(patches[8:].reshape(-1, 3, 14, 14).astype(int) - whole).mean() < 15
-    np.testing.assert_array_equal(patches, np.asarray(frame_patches(scenes, jax.random.key(0), at_once=1)))
