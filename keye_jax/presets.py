@@ -20,6 +20,9 @@ TINY = DIRECTORY / "model" / "tiny.json"
 EMBEDDED = DIRECTORY / "model" / "embedded.json"
 """Configuration of the small model that answers questions about the generated world."""
 
+EMBEDDED_CHECKPOINT = Path(__file__).parent / "embedded"
+"""Folder of that model, in the released layout, if the package has its weights."""
+
 
 def sharding_file(name: str | Path) -> Path:
     """The path of a sharding file.

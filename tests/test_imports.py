@@ -24,7 +24,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "keye_jax.demo": ("keye_jax.cli", "keye_jax.testing", "convert"),
     "keye_jax.jobs": ("keye_jax.engine", "keye_jax.presets"),
     "keye_jax.engine": ("keye_jax.runtime", "keye_jax.processor", "convert"),
-    "keye_jax.eval": ("keye_jax.runtime", "keye_jax.engine"),
+    "keye_jax.eval": ("keye_jax.runtime", "keye_jax.engine", "keye_jax.train"),
     "keye_jax.bench": ("keye_jax.engine", "keye_jax.presets", "keye_jax.testing"),
     "keye_jax.planning": ("keye_jax.runtime",),
     "keye_jax.train": ("keye_jax.processor", "keye_jax.byte_level", "keye_jax.presets"),

@@ -24,7 +24,7 @@ from keye_jax.processor.settings import ProcessorSettings
 from keye_jax.train.shapes.damage import damage
 from keye_jax.train.shapes.draw import SceneArrays, draw, scene_arrays, to_uint8
 from keye_jax.train.shapes.questions import Question, ask
-from keye_jax.train.shapes.scene import SIDE, Scene, SceneOptions, make_scene
+from keye_jax.train.shapes.scene import HELD_OUT, SIDE, Scene, SceneOptions, make_scene
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,13 @@ class Batches:
             raise UserError(f"tokens is {options.tokens}; it must be {allowed}")
 
     def batch(self, seed: int, number: int) -> Batch:
-        """Batch `number` of a seed: scenes number * rows and on. The same arguments give the same batch."""
+        """Batch `number` of a seed: scenes number * rows and on. The same arguments give the same batch.
+
+        Raises:
+          UserError: the seed is one of those held out for evaluation, or negative.
+        """
+        if not 0 <= seed < HELD_OUT:
+            raise UserError(f"seed is {seed}; it must be from 0 to {HELD_OUT - 1}, since others are for evaluation")
         first = number * self.options.rows
         scenes = [make_scene(seed, self.options.scenes, number=first + row) for row in range(self.options.rows)]
         asked = [

@@ -98,9 +98,10 @@ class _Choice:
 def _attributes(scene: Scene, choice: _Choice) -> Question | None:
     """The colour of a shape, or the shape of a colour, in a frame."""
     ask_colour = choice.chance(0.5)
-    number = choice.of(range_of(scene.objects))
+    # Each colour of each shape alike: most questions are about shapes that change theirs, so the time matters.
+    spans = [(number, span) for number, each in enumerate(scene.objects) for span in each.spans]
+    number, span = choice.of(spans)
     shown = scene.objects[number]
-    span = choice.of(shown.spans)
     frames = [frame for frame in range(span.first, span.last + 1) if scene.free[number, frame]]
     if not frames or shown.shape == NEEDLE:
         return None
@@ -121,7 +122,6 @@ def _counts(scene: Scene, choice: _Choice) -> Question | None:
         if needle or not seen:
             return None
         return Question("counts", "in all", "How many shapes are there in all?", str(len(plain)))
-    # Each number of shapes is asked for as often as the others.
     frames: dict[int, list[int]] = {}
     for frame in range(len(scene.times)):
         visible = [number for number, each in enumerate(scene.objects) if each.first <= frame <= each.last]
@@ -129,7 +129,7 @@ def _counts(scene: Scene, choice: _Choice) -> Question | None:
             frames.setdefault(len(visible), []).append(frame)
     if not frames:
         return None
-    count = choice.of(sorted(frames))
+    count = choice.of(sorted(frames))  # each number that there is alike
     when = stamp(scene.times[choice.of(frames[count])])
     return Question("counts", "in a frame", f"How many shapes are there at {when} s?", str(count))
 
@@ -145,7 +145,7 @@ def _order(scene: Scene, choice: _Choice) -> Question | None:
         answer, guess = (first, "first named") if first.first < second.first else (second, "second named")
         text = f"Which comes first, the {first.shape} or the {second.shape}?"
         return Question("order", "first", text, answer.shape, guess)
-    number = choice.of(range_of(scene.objects))
+    number = choice.of(_places(scene.objects))
     shown = scene.objects[number]
     steps = list(itertools.pairwise(shown.spans))
     if not steps:
@@ -179,7 +179,7 @@ def _when(scene: Scene, choice: _Choice) -> Question | None:
 
 def _clock(scene: Scene, choice: _Choice) -> Question:
     """What the clock shows in a frame."""
-    frame = choice.of(range_of(scene.times))
+    frame = choice.of(_places(scene.times))
     return Question(
         "clock", "clock", f"What does the clock show at {stamp(scene.times[frame])} s?", scene.clock_at(frame)
     )
@@ -208,7 +208,7 @@ _ASKERS: dict[str, Callable[[Scene, _Choice], Question | None]] = {
 }
 
 
-def range_of(values: tuple) -> list[int]:
+def _places(values: tuple) -> list[int]:
     """The places of `values`."""
     return list(range(len(values)))
 

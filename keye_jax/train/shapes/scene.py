@@ -40,6 +40,9 @@ WORDS = (
     *("leaf", "rose", "wolf", "bear", "frog", "duck", "goat", "lion", "seed", "corn", "rice", "soup"),
 )
 
+HELD_OUT = 2**32
+"""Seeds from here on are for evaluation: training takes smaller ones."""
+
 RATES = (2.0, 4.0, 8.0)
 """Frames a second of a clip, from which the processor samples 2. The times of all frames are exact in binary."""
 

@@ -20,7 +20,7 @@ def clip_pixels(scene: Scene, scale: int = 1) -> np.ndarray:
 
 
 def write_video(path: str | Path, scene: Scene, *, scale: int = 1, crf: int = _CRF) -> None:
-    """Writes a scene as an H.264 clip. The file is the same on every call.
+    """Writes a scene as an H.264 clip.
 
     Args:
       path: the file. The end of its name, such as .mp4 or .mkv, decides the format.
@@ -33,7 +33,7 @@ def write_video(path: str | Path, scene: Scene, *, scale: int = 1, crf: int = _C
         stream = container.add_stream("libx264", rate=round(scene.rate))
         stream.width = stream.height = scale * SIDE
         stream.pix_fmt = "yuv420p"
-        # With one thread the file is the same on every machine.
+        # One thread: with more, the file depends on their number.
         stream.options = {"preset": "veryfast", "crf": str(crf), "threads": "1", "g": str(round(4 * scene.rate))}
         for pixels in clip_pixels(scene, scale):
             for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):

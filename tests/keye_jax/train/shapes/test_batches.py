@@ -7,7 +7,7 @@ from keye_jax.errors import UserError
 from keye_jax.processor import Processor
 from keye_jax.train.shapes.batches import Batches, BatchOptions
 from keye_jax.train.shapes.questions import ask
-from keye_jax.train.shapes.scene import RATES, SceneOptions, make_scene
+from keye_jax.train.shapes.scene import HELD_OUT, RATES, SceneOptions, make_scene
 from keye_jax.train.shapes.video import clip_pixels, write_video
 
 SCENES = SceneOptions(frames=12)
@@ -65,6 +65,8 @@ def test_batches_follow_from_the_seed_and_do_not_share_scenes(batches):
     assert not set(batch.scenes.clock.tolist()) & set(after.scenes.clock.tolist())
     assert batch.ids.shape == batch.targets.shape == batch.vision_index.shape == (3, 704)
     assert batch.positions.shape == (3, 3, 704)
+    with pytest.raises(UserError, match="others are for evaluation"):
+        batches.batch(HELD_OUT, 0)
 
 
 def test_a_question_that_does_not_fit_is_left_out(files, config):
