@@ -1,10 +1,14 @@
 import dataclasses
+import math
+import re
 
+import numpy as np
 import pytest
 
 from keye_jax.errors import UserError
-from keye_jax.train.shapes.questions import KINDS, ask
-from keye_jax.train.shapes.scene import Object, Span, make_scene
+from keye_jax.train.shapes.draw import draw, scene_arrays, to_uint8
+from keye_jax.train.shapes.questions import KINDS, ask, stamp
+from keye_jax.train.shapes.scene import COLOURS, Object, SceneOptions, Span, make_scene
 
 
 def everything(scene, kind):
@@ -75,6 +79,27 @@ def test_nothing_is_asked_about_what_is_covered(scene):
     # When red turns to blue is not seen.
     when = everything(covered, "when")
     assert "When is the square visible?" in when and "When is the square red?" not in when
+
+
+def test_answers_are_what_is_drawn():
+    """In random scenes, what is asked about is in front, and has the colour of the answer."""
+    checked = 0
+    for number in range(8):
+        scene = make_scene(2, SceneOptions(frames=12, objects=(4, 4)), number=number)
+        frames = to_uint8(np, draw(np, scene_arrays([scene])[0]))
+        for question in ask(scene, 20, number, kinds={"attributes": 1}):
+            words = re.fullmatch(r"(?:What colour is the|Which shape is) (\w+) at (\S+) s\?", question.text)
+            assert words is not None
+            shape, colour = (words[1], question.answer) if question.form == "colour" else (question.answer, words[1])
+            frame = [stamp(time) for time in scene.times].index(words[2])
+            shown = next(each for each in scene.objects if each.shape == shape)
+            x, y = (
+                int(centre + swing * math.sin(speed * scene.times[frame] + phase))
+                for centre, swing, speed, phase in zip(shown.centre, shown.swing, shown.speed, shown.phase, strict=True)
+            )
+            np.testing.assert_array_equal(frames[frame, y, x], COLOURS[colour])
+            checked += 1
+    assert checked > 80
 
 
 def test_questions_differ_and_follow_from_the_seed():
