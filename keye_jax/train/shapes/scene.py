@@ -170,19 +170,6 @@ class Scene:
         """bool [objects, frames]: whether nothing covers the place of an object, also where it is not visible yet."""
         return _free(self.objects, np.array(self.times))
 
-    def clear(self, number: int, frame: int) -> bool:
-        """Whether object `number` is visible in a frame, and nothing covers it."""
-        return self.objects[number].colour_at(frame) is not None and bool(self.free[number, frame])
-
-    @property
-    def seconds(self) -> float:
-        """Length of the clip."""
-        return clip_frames(len(self.times), self.rate) / self.rate
-
-    def visible(self, frame: int) -> list[Object]:
-        """The objects in a frame."""
-        return [each for each in self.objects if each.first <= frame <= each.last]
-
     def clock_at(self, frame: int) -> str:
         """What the clock shows in a frame, mm:ss."""
         minutes, seconds = divmod(int(self.clock + self.times[frame]), 60)

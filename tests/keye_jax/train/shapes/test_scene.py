@@ -38,7 +38,7 @@ def test_shapes_differ_and_so_do_the_colours_of_a_frame():
         assert len(set(shapes)) == len(shapes)
         assert 2 <= len([shape for shape in shapes if shape != NEEDLE]) <= 4
         for frame in range(OPTIONS.frames):
-            colours = [each.colour_at(frame) for each in scene.visible(frame)]
+            colours = [each.colour_at(frame) for each in scene.objects if each.first <= frame <= each.last]
             assert len(set(colours)) == len(colours) and set(colours) <= set(COLOURS)
         for each in scene.objects:
             assert each.first >= 0 and each.last < OPTIONS.frames
@@ -53,7 +53,7 @@ def test_options_set_what_scenes_are_like():
     options = SceneOptions(frames=50, rate=4.0, objects=(1, 1), spans=1, needle=1.0)
     for number in range(20):
         scene = make_scene(0, options, number=number)
-        assert len(scene.times) == 50 and scene.rate == 4.0 and scene.seconds == 25.0
+        assert len(scene.times) == 50 and scene.rate == 4.0
         assert [each.shape == NEEDLE for each in scene.objects] == [False, True]
         assert len(scene.objects[0].spans) == 1
 
@@ -73,9 +73,8 @@ def test_options_that_are_not_allowed(wrong, words):
         SceneOptions(**wrong)
 
 
-def test_the_clock_and_the_length(scene):
+def test_the_clock(scene):
     assert [scene.clock_at(frame) for frame in (0, 1, 2, 15)] == ["00:59", "01:00", "01:00", "01:07"]
-    assert scene.seconds == 8.0
 
 
 def test_sampled_times_are_the_processors():
@@ -88,4 +87,3 @@ def test_what_covers_an_object_is_in_front_of_it_and_visible(scene):
     covered = dataclasses.replace(scene, objects=(behind, front))
     assert covered.free[0].tolist() == [not 3 <= frame <= 6 for frame in range(16)]
     assert covered.free[1].all()
-    assert covered.clear(0, 2) and not covered.clear(0, 3) and not covered.clear(0, 0)
