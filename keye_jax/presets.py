@@ -17,6 +17,12 @@ RELEASED = DIRECTORY / "model" / "keye_vl_2_30b_a3b.json"
 TINY = DIRECTORY / "model" / "tiny.json"
 """Configuration of a model that runs on any machine in seconds."""
 
+EMBEDDED = DIRECTORY / "model" / "embedded.json"
+"""Configuration of the small model that answers questions about the generated world."""
+
+EMBEDDED_CHECKPOINT = Path(__file__).parent / "embedded"
+"""Folder of that model, in the released layout, if the package has its weights."""
+
 
 def sharding_file(name: str | Path) -> Path:
     """The path of a sharding file.

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from keye_jax.cli import batch, bench, convert, frames, generate, inspect, plan, verify
+from keye_jax.cli import batch, bench, convert, eval, frames, generate, inspect, plan, verify
 from keye_jax.errors import UserError
 from keye_jax.runtime import distributed
 from pallas_kernels.errors import UnsupportedError
@@ -23,6 +23,7 @@ app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
 app.command("plan")(plan.plan)
 app.command("frames")(frames.frames)
+app.add_typer(eval.app, name="eval")
 app.command("batch")(batch.batch)
 app.command("generate", cls=generate.InOrder)(generate.generate)
 

@@ -1,0 +1,97 @@
+"""`keye-jax eval`: measure what a model gets right."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from keye_jax import presets
+from keye_jax.cli import options
+from keye_jax.errors import UserError
+
+app = typer.Typer(help="Measure what a model gets right.", no_args_is_help=True)
+
+_SELECTIONS = ("indexer", "dense", "random", "recent")
+
+
+@app.callback()
+def group() -> None:
+    """Measure what a model gets right."""
+
+
+@app.command("shapes")
+def shapes(
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Directory of a checkpoint; the model in the package if left out.")
+    ] = None,
+    videos: Annotated[int, typer.Option(help="Clips to draw; a quarter as many long ones come on top.")] = 100,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same clips. None of them are trained on.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="File to write scores and all answers to.")
+    ] = None,
+    selection: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What attention selects: 'indexer', 'dense' (everything), 'random' or 'recent' keys; may be repeated."
+        ),
+    ] = None,
+) -> int:
+    """Ask about clips of coloured shapes, a clock and a word, which are drawn, compressed and read like any video.
+
+    Prints the score of each kind of question beside that of a guess without the video. Exits with 1 if a score is
+    beyond its threshold.
+    """
+    chosen = list(dict.fromkeys(selection or ["indexer"]))
+    for each in chosen:
+        if each not in _SELECTIONS:
+            raise UserError(f"--selection is {each!r}; it must be one of: {', '.join(_SELECTIONS)}")
+    if videos < 1:
+        raise UserError(f"--videos is {videos}; it must be at least 1")
+    if seed < 0:
+        raise UserError(f"--seed is {seed}; it must be 0 or more")
+    if checkpoint is None:
+        checkpoint = presets.EMBEDDED_CHECKPOINT
+        if not any(checkpoint.glob("*.safetensors")):
+            raise UserError("--checkpoint is missing; this package comes without a model of its own")
+
+    import rich
+    from rich.table import Table
+
+    from keye_jax.config import KeyeConfig
+    from keye_jax.engine.engine import Engine
+    from keye_jax.eval.shapes import ENGINE, SELECTIONS, answers, failures, guesses, scores, write_clips
+
+    options.enable_compilation_cache()
+    config = KeyeConfig.from_file(checkpoint)
+    found, given = {}, {}
+    with tempfile.TemporaryDirectory() as directory, options.ProgressBars() as bars:
+        clips = write_clips(
+            *(Path(directory), videos, seed, config.sa_config.topk),
+            progress=lambda done, total: bars("drawing clips", done, total),
+        )
+        for each in chosen:
+            with Engine.from_checkpoint(checkpoint, options=ENGINE, attention=SELECTIONS[each]) as engine:
+                asked = answers(engine, clips, lambda done, total, each=each: bars(f"asking, {each}", done, total))
+                given[each] = list(asked)
+            found[each] = scores(given[each])
+
+    guess = guesses(clips)
+    table = Table("question", "asked", "guess", *chosen, title=f"{checkpoint}, {len(clips)} clips, seed {seed}")
+    for kind in guess:
+        count = sum(question.kind == kind for clip in clips for question in clip.questions)
+        table.add_row(kind, f"{count:,}", f"{guess[kind]:.3f}", *(f"{found[each][kind]:.3f}" for each in chosen))
+    rich.print(table)
+    wrong = failures(found)
+    for sentence in wrong:
+        print(sentence)
+    if json_file is not None:
+        result = {
+            **{"videos": videos, "seed": seed, "guess": guess, "scores": found, "failures": wrong},
+            "answers": {each: [answer.to_dict() for answer in given[each]] for each in chosen},
+        }
+        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 1 if wrong else 0
