@@ -4,9 +4,9 @@
     adapter_model.safetensors    `base_model.model.<module>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r]
 
 Fused experts have a pair for each expert, as PEFT's `target_parameters` store them: A `[e * r, in]`, one expert after
-the other, and B `[out, r * e]`, in which the expert counts fastest. PEFT wraps a module once for each of its parameters,
-so the names under `mlp.experts` do not say which is whose: with both, `base_layer.lora_A` belongs to `gate_up_proj` and
-`lora_A` to `down_proj`; with one, `lora_A` is its.
+the other, and B `[out, r * e]`, in which the expert counts fastest. PEFT wraps a module once for each of its
+parameters, so the names under `mlp.experts` do not say which is whose. If both have pairs, `base_layer.lora_A` belongs
+to `gate_up_proj` and `lora_A` to `down_proj`. If one has, `lora_A` is its.
 """
 
 from __future__ import annotations
@@ -206,9 +206,7 @@ def _stored_names(paths: list[str], tensors: Mapping[str, mapping.Tensor]) -> It
             yield path, f"{_PREFIX}{name.removesuffix('.weight')}"
 
 
-def _wanted(
-    stored: Any, values: Mapping[str, Any], tensors: Mapping[str, mapping.Tensor]
-) -> list[tuple[str, str]]:
+def _wanted(stored: Any, values: Mapping[str, Any], tensors: Mapping[str, mapping.Tensor]) -> list[tuple[str, str]]:
     """Paths of the weights that have a pair in the file, and the names of these before `.lora_A.weight`."""
     stems = {re.sub(r"\.lora_[AB]\.weight$", "", name) for name in stored}
     targets = values.get("target_parameters") or []

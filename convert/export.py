@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -68,7 +67,7 @@ def export(
         shutil.copyfile(file, partial / file.name)
     if dst.exists():
         dst.rmdir()
-    os.replace(partial, dst)
+    partial.rename(dst)
 
 
 def _read(source: Any, item: checks.FoundTensor) -> np.ndarray:

@@ -6,14 +6,14 @@ import sys
 
 import typer
 
-from keye_jax.cli import batch, bench, convert, frames, generate, inspect, plan, verify
+from keye_jax.cli import batch, bench, convert, frames, generate, inspect, plan, train, verify
 from keye_jax.errors import UserError
 from keye_jax.runtime import distributed
 from pallas_kernels.errors import UnsupportedError
 
 app = typer.Typer(
     name="keye-jax",
-    help="Keye-VL-2.0-30B-A3B in JAX: convert a checkpoint, inspect, verify and measure it, ask about videos.",
+    help="Keye-VL-2.0-30B-A3B in JAX: convert a checkpoint, inspect, verify and measure it, ask about videos, train it.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -24,6 +24,7 @@ app.command("bench")(bench.bench)
 app.command("plan")(plan.plan)
 app.command("frames")(frames.frames)
 app.command("batch")(batch.batch)
+app.command("train")(train.train)
 app.command("generate", cls=generate.InOrder)(generate.generate)
 
 

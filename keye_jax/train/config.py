@@ -137,8 +137,8 @@ class BatchConfig:
       length: most tokens of a sample.
       row: tokens of a row; a sample fills whole rows.
       samples: most samples; 0 for one a row.
-      frames: most images and video frames on all devices; 0 for a batch of text.
-      patches: most patches of one image or frame.
+      images: how many images and video frames of at most so many patches there is room for on all devices, by patches;
+        empty for text. Each goes where it fits best.
       accumulation: batches of a step, whose gradients are averaged over tokens.
     """
 
@@ -148,8 +148,11 @@ class BatchConfig:
         256, f"a positive multiple of {PAGE_TOKENS}", lambda value: value > 0 and value % PAGE_TOKENS == 0
     )
     samples: int = _least_zero(0)
-    frames: int = _least_zero(64)
-    patches: int = _positive(1024, "integer")
+    images: Mapping[int, int] = _field(
+        {},
+        "positive numbers of images by patches, as in {1024: 64}",
+        lambda value: all(patches > 0 and count > 0 for patches, count in value.items()),
+    )
     accumulation: int = _positive(1, "integer")
 
     @property
@@ -272,6 +275,8 @@ class StageConfig:
             found.append("loss.language is false and loss.kl is 0; there must be a loss")
         if batch.tokens % batch.row:
             found.append(f"batch.tokens is {batch.tokens}; it must be a multiple of batch.row {batch.row}")
+        if batch.length % batch.row:
+            found.append(f"batch.length is {batch.length}; it must be a multiple of batch.row {batch.row}")
         if batch.length > batch.tokens:
             found.append(f"batch.length is {batch.length}; it must be at most batch.tokens {batch.tokens}")
         return found
@@ -322,7 +327,7 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
+        return {str(name): _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
@@ -367,9 +372,10 @@ def _value(value: Any, hint: Any) -> Any:
             raise TypeError
         return value
     if kind is int:
-        if not isinstance(value, int):
+        # JSON writes the keys of a mapping as text.
+        if not isinstance(value, int) and not (isinstance(value, str) and value.isdecimal()):
             raise TypeError
-        return value
+        return int(value)
     if kind is float:
         # YAML reads 1e-5 as text.
         number = float(value)
@@ -384,8 +390,8 @@ def _value(value: Any, hint: Any) -> Any:
     if origin is Mapping:
         if not isinstance(value, Mapping):
             raise TypeError
-        item = typing.get_args(kind)[1]
-        return {str(key): each if item is Any else _value(each, item) for key, each in value.items()}
+        name, item = typing.get_args(kind)
+        return {_value(key, name): each if item is Any else _value(each, item) for key, each in value.items()}
     if not isinstance(value, str):
         raise TypeError
     return value

@@ -64,10 +64,7 @@ class LowRank:
     def merged(self) -> jax.Array:
         """`base + scale * pair`, summed in float32, in the dtype of the weight."""
         a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
-        if self.of_experts:
-            pair = jnp.einsum("eir,ero->eio", a, b)
-        else:
-            pair = jnp.tensordot(b, a, 1)
+        pair = jnp.einsum("eir,ero->eio", a, b) if self.of_experts else jnp.tensordot(b, a, 1)
         return (self.base.astype(jnp.float32) + self.scale * pair).astype(self.base.dtype)
 
     def leaf_axes(self, axes: Sequence[str | None]) -> list[tuple[str | None, ...]]:
@@ -117,9 +114,7 @@ def pair_layout(
     return list(zip(shapes, _pair_axes(axes, inputs), strict=True))
 
 
-def init_pair(
-    tensor: mapping.Tensor, config: LoraConfig, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def init_pair(tensor: mapping.Tensor, config: LoraConfig, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A new pair, float32: A uniform within 1 / sqrt(inputs), as in PEFT, and B zero, so that the model is unchanged."""
     (a, _), (b, _) = pair_layout(tensor, (None,) * len(tensor.shape), config.rank)
     bound = 1 / math.sqrt(pair_sides(tensor)[0])
@@ -137,9 +132,7 @@ def to_adapter(weights: Mapping[str, Any], config: LoraConfig, model: KeyeConfig
         inputs, outputs = pair_sides(tensor)
         if _num_inputs(tensor) is None:
             a, b = a.swapaxes(1, 2), b.transpose(2, 1, 0)
-        pairs[path] = Pair(
-            np.ascontiguousarray(a).reshape(-1, inputs), np.ascontiguousarray(b).reshape(outputs, -1)
-        )
+        pairs[path] = Pair(np.ascontiguousarray(a).reshape(-1, inputs), np.ascontiguousarray(b).reshape(outputs, -1))
     return Adapter(config.rank, config.scale, pairs)
 
 
@@ -154,7 +147,10 @@ def from_adapter(adapter: Adapter, model: KeyeConfig) -> dict[str, np.ndarray]:
             a = a.reshape(len(a) // rank, rank, -1).swapaxes(1, 2)
             b = b.reshape(len(b), rank, -1).transpose(2, 1, 0)
         names = pair_names(path)
-        arrays |= {names[0]: np.ascontiguousarray(a).reshape(shape_a), names[1]: np.ascontiguousarray(b).reshape(shape_b)}
+        arrays |= {
+            names[0]: np.ascontiguousarray(a).reshape(shape_a),
+            names[1]: np.ascontiguousarray(b).reshape(shape_b),
+        }
     return arrays
 
 
@@ -166,9 +162,7 @@ def _num_inputs(tensor: mapping.Tensor) -> int | None:
     return next(n for n in range(1, len(tensor.shape)) if math.prod(tensor.shape[-n:]) == inputs)
 
 
-def _pair_axes(
-    axes: Sequence[str | None], inputs: int | None
-) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+def _pair_axes(axes: Sequence[str | None], inputs: int | None) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
     if inputs is None:
         return (axes[0], axes[1], None), (axes[0], None, axes[2])
     split = len(axes) - inputs

@@ -80,7 +80,7 @@ def gradient_norms(gradients: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         "indexer_norm": [value for path, value in gradients.items() if is_indexer(path)],
         "norm": [value for path, value in gradients.items() if not is_indexer(path)],
     }
-    return {name: optax.global_norm(values) for name, values in apart.items() if values}
+    return {name: optax.tree.norm(values) for name, values in apart.items() if values}
 
 
 def as_float32(weights: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

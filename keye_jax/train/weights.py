@@ -70,9 +70,7 @@ def cast(weights: Weights, dtypes: Mapping[str, jnp.dtype]) -> Weights:
     return {path: value.astype(dtypes.get(path, value.dtype)) for path, value in weights.items()}
 
 
-def training_sharding(
-    rules: MeshRules, shape: tuple[int, ...], axes: Sequence[str | None]
-) -> NamedSharding | None:
+def training_sharding(rules: MeshRules, shape: tuple[int, ...], axes: Sequence[str | None]) -> NamedSharding | None:
     """Where a weight, its gradient and its moments lie in training; None where there is no mesh.
 
     They lie as the rules split the weight's own axes. Besides, the rule `parameters` splits the longest dimension that
