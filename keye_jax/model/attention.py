@@ -11,14 +11,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from keye_jax.config import KeyeConfig
-from keye_jax.kv_cache import PAGE_SIZE, Pages
+from keye_jax.kv_cache import PAGE_SIZE, BatchMetadata, Pages
 from keye_jax.model.context import Context, Keys
 from keye_jax.model.indexer import Indexer
 from keye_jax.model.layers import Linear, RMSNorm
@@ -50,6 +50,40 @@ _DENSE_BYTES = 2**30
 """Most bytes of the copies of contexts that are attended to densely at once."""
 
 
+class Training(Protocol):
+    """What training puts in place of operations that have no gradient. Static in a compiled step, so hashable."""
+
+    @property
+    def detach(self) -> bool:
+        """Whether no gradient leaves the indexer by its input."""
+        ...
+
+    def attend(
+        self,
+        inputs: AttentionInputs,
+        batch: BatchMetadata,
+        step: StepSharding,
+        *,
+        top_k: int,
+        scale: float,
+        index_scale: float,
+    ) -> tuple[jax.Array, Any]:
+        """What a device's rows of a packed context attend to, `[b, t, n, d]`, and what is learned of, `[b, t, ...]`."""
+        ...
+
+    def mix_experts(self, *arrays: jax.Array, num_experts: int, rows_at_once: int | None = None) -> jax.Array:
+        """As `keye_jax.model.moe.mix_experts`, of `num_experts` on all devices together."""
+        ...
+
+    def balance(self, moe: Any, x: jax.Array, experts: jax.Array, valid: jax.Array) -> jax.Array | None:
+        """A loss of the experts chosen for a layer's tokens, or None."""
+        ...
+
+    def rematerialise(self, layer: Callable) -> Callable:
+        """A layer that keeps less for its backward pass."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionOptions:
     """How attention is computed; static in every compiled step.
@@ -60,12 +94,14 @@ class AttentionOptions:
       indexer_dtype: of index queries and keys, and of the pool's: "float8_e4m3fn", as the publisher serves them and
         less exact, or None for the parameters' dtype.
       intermediates: whether layers also return what they computed on the way, which needs memory for all scores.
+      training: what takes the place of operations without gradients, over a packed context; None but in training.
     """
 
     attention: Literal["sparse", "dense"] = "sparse"
     implementation: str | None = None
     indexer_dtype: Literal["float8_e4m3fn"] | None = None
     intermediates: bool = False
+    training: Training | None = None
 
     @property
     def kernels(self) -> str:
@@ -163,7 +199,7 @@ class Attention(nnx.Module):
         context: C,
         options: AttentionOptions,
         step: StepSharding,
-    ) -> tuple[jax.Array, C, AttentionIntermediates | None]:
+    ) -> tuple[jax.Array, C, Any]:
         """Attends from new tokens to their context and themselves.
 
         Args:
@@ -173,9 +209,13 @@ class Attention(nnx.Module):
           step: how the arrays lie over devices.
 
         Returns:
-          `[b, t, embed]`, the context with the new tokens, and intermediates if the options ask for them.
+          `[b, t, embed]`, the context with the new tokens, and `AttentionIntermediates` if the options ask for them, or
+          what training's attention returns.
         """
         inputs = self.project(x, indexer, angles, index_angles, options)
+        if options.training is not None:
+            out, learned = self._attend_in_training(inputs, indexer, context, options.training, step)
+            return self.o_proj(out), context, learned
 
         def attend(inputs: AttentionInputs, context: C) -> tuple[AttentionOutput, C]:
             context, keys = context.append(inputs.rows, step)
@@ -196,14 +236,26 @@ class Attention(nnx.Module):
         intermediates = AttentionIntermediates(inputs.q, found.lse, found.index_scores, found.selected)
         return self.o_proj(found.out), context, intermediates if options.intermediates else None
 
+    def _attend_in_training(
+        self, inputs: AttentionInputs, indexer: Indexer, context: Context, training: Training, step: StepSharding
+    ) -> tuple[jax.Array, Any]:
+        def attend(inputs: AttentionInputs, context: Context) -> tuple[jax.Array, Any]:
+            batch = context.batch
+            return training.attend(inputs, batch, step, top_k=self.top_k, scale=self.scale, index_scale=indexer.scale)
+
+        results = (spec(step.rows, (), step.heads), spec(step.rows))
+        return step.shard_map(attend, (inputs.specs(step), context.specs(step)), results)(inputs, context)
+
     def project(
         self, x: jax.Array, indexer: Indexer, angles: jax.Array, index_angles: jax.Array, options: AttentionOptions
     ) -> AttentionInputs:
         """Queries, keys and values of the layer and of its indexer; arguments as for `__call__`."""
         q = apply_rope(self.q_norm(self.q_proj(x)), angles)
         k = apply_rope(self.k_norm(self.k_proj(x)), angles)
+        detached = options.training is not None and options.training.detach
         with jax.named_scope("indexer"):
-            index_q, gates, index_keys, index_scales = indexer(x, index_angles, dtype=options.indexer_dtype)
+            seen = jax.lax.stop_gradient(x) if detached else x
+            index_q, gates, index_keys, index_scales = indexer(seen, index_angles, dtype=options.indexer_dtype)
         return AttentionInputs(q, k, self.v_proj(x), index_q, gates, index_keys, index_scales)
 
 

@@ -7,10 +7,12 @@ training and for evaluating a batch once.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from keye_jax.kv_cache import PAGE_SIZE, BatchMetadata, PagePool, Pages
 from keye_jax.sharding.collectives import Axes, all_gather, from_owner, rank
@@ -71,7 +73,7 @@ class PagedContext:
         gathered = _gather_pages(pages, table, step) if step.gathers_pages else None
         rows = jax.tree.map(lambda x: all_gather(x, step.query_sequence, axis=0), new)
         pages = pages.write(batch.slots(table, pages.count, tokens), rows)
-        own = _own_rows(batch, step)
+        own = own_rows(batch, step)
         if gathered:
             whole, whole_table = gathered
             whole = whole.write(batch.slots(whole_table, whole.count, tokens), rows)
@@ -95,39 +97,58 @@ class PackedContext:
 
     Attributes:
       batch: `page_table` counts pages of the step's own tokens: page i holds tokens `i * PAGE_SIZE` and on of all rows
-        one after the other, so rows have a multiple of `PAGE_SIZE` tokens.
+        one after the other, so rows have a multiple of `PAGE_SIZE` tokens. Where rows have their places along axes of
+        the batch, each part of them has its own samples, and counts its own pages and samples.
     """
 
     batch: BatchMetadata
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...], tokens: int) -> PackedContext:
-        """Samples of these lengths in rows of `tokens` tokens, each sample from the beginning of a row."""
+    def of(
+        cls,
+        lengths: Sequence[int],
+        tokens: int,
+        *,
+        rows: int | None = None,
+        samples: int | None = None,
+        longest: int | None = None,
+    ) -> PackedContext:
+        """Samples of these lengths in rows of `tokens` tokens, each sample from the beginning of a row.
+
+        Args:
+          rows, samples: how many there are at least; those that are not needed are idle.
+          longest: tokens of the longest sample that there may be. One shape serves all samples that fit.
+        """
         assert tokens % PAGE_SIZE == 0, "a row holds whole pages"
-        rows = [-(-length // tokens) for length in lengths]
-        width = max(rows) * tokens // PAGE_SIZE
-        first = [sum(rows[:index]) * tokens // PAGE_SIZE for index in range(len(rows))]
-        table = jnp.asarray(first, jnp.int32)[:, None] + jnp.arange(width, dtype=jnp.int32)
-        start = [row * tokens for count in rows for row in range(count)]
-        left = [length - row * tokens for length, count in zip(lengths, rows, strict=True) for row in range(count)]
-        sample = [index for index, count in enumerate(rows) for _ in range(count)]
+        needed = [-(-length // tokens) for length in lengths]
+        width = max([*needed, -(-(longest or 0) // tokens)]) * tokens // PAGE_SIZE
+        first = np.cumsum([0, *needed])[: len(needed)] * tokens // PAGE_SIZE
+        start = [row * tokens for count in needed for row in range(count)]
+        left = [length - row * tokens for length, count in zip(lengths, needed, strict=True) for row in range(count)]
+        sample = [index for index, count in enumerate(needed) for _ in range(count)]
+        rows, samples = max(rows or 0, sum(needed)), max(samples or 0, len(needed))
+
+        def padded(values: Any, size: int) -> np.ndarray:
+            return np.pad(np.asarray(values, np.int32), (0, size - len(values)))
+
+        table = padded(first, samples)[:, None] + np.arange(width, dtype=np.int32)
         return cls(
             BatchMetadata(
-                page_table=jnp.minimum(table, sum(rows) * tokens // PAGE_SIZE - 1),
-                start=jnp.asarray(start, jnp.int32),
-                count=jnp.minimum(jnp.asarray(left, jnp.int32), tokens),
-                sequence=jnp.asarray(sample, jnp.int32),
+                page_table=jnp.asarray(np.minimum(table, rows * tokens // PAGE_SIZE - 1)),
+                start=jnp.asarray(padded(start, rows)),
+                count=jnp.asarray(padded(np.minimum(left, tokens), rows)),
+                sequence=jnp.asarray(padded(sample, rows)),
             )
         )
 
     def append(self, new: Pages, step: StepSharding) -> tuple[PackedContext, Keys]:
         rows = jax.tree.map(lambda x: all_gather(x, step.query_sequence, axis=0), new)
         pages = jax.tree.map(lambda x: x.reshape(-1, PAGE_SIZE, *x.shape[2:]), rows)
-        own = _own_rows(self.batch, step)
+        own = own_rows(self.batch, step)
         return self, Keys(pages, own.tables(self.batch.page_table), own.start, count=own.count)
 
     def specs(self, step: StepSharding) -> Any:
-        return PackedContext(_batch_specs(self.batch, step))
+        return PackedContext(jax.tree.map(lambda _: spec(step.batch), self.batch))
 
 
 def paged_contexts(pool: PagePool, batch: BatchMetadata) -> tuple[PagedContext, ...]:
@@ -147,7 +168,7 @@ def _batch_specs(batch: BatchMetadata, step: StepSharding) -> Any:
     )
 
 
-def _own_rows(batch: BatchMetadata, step: StepSharding) -> BatchMetadata:
+def own_rows(batch: BatchMetadata, step: StepSharding) -> BatchMetadata:
     """The rows that this device has of those that are dealt out."""
     rows = len(batch.start) // step.size(step.query_sequence)
     if rows == len(batch.start):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,20 @@ class LayerIntermediates:
     hidden: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerLearned:
+    """What training learns of in a decoder layer, as `Training` returns it.
+
+    Attributes:
+      attention: of its attention.
+      balance: of its experts.
+    """
+
+    attention: Any
+    balance: jax.Array | None
+
+
 class DecoderLayer(nnx.Module):
     """`h = x + attention(norm(x))`, `y = h + moe(norm(h))`."""
 
@@ -55,15 +70,16 @@ class DecoderLayer(nnx.Module):
         context: C,
         options: AttentionOptions,
         step: StepSharding,
-    ) -> tuple[jax.Array, C, LayerIntermediates | None]:
+    ) -> tuple[jax.Array, C, LayerIntermediates | LayerLearned | None]:
         attended, context, found = self.attention(
             self.input_norm(x), self.indexer, angles, index_angles, context, options, step
         )
         x = step.constrain(x + attended, step.rows)
-        mixed, experts = self.moe(
-            self.post_attention_norm(x), context.batch.valid(x.shape[1]), step, implementation=options.implementation
-        )
+        normed, valid = self.post_attention_norm(x), context.batch.valid(x.shape[1])
+        mixed, experts = self.moe(normed, valid, step, implementation=options.implementation, training=options.training)
         x = x + mixed
+        if options.training is not None:
+            return x, context, LayerLearned(found, options.training.balance(self.moe, normed, experts, valid))
         return x, context, None if found is None else LayerIntermediates(found, experts, x)
 
 
@@ -87,7 +103,7 @@ def _run_layer[C: Context](
     *,
     options: AttentionOptions,
     step: StepSharding,
-) -> tuple[jax.Array, C, LayerIntermediates | None]:
+) -> tuple[jax.Array, C, LayerIntermediates | LayerLearned | None]:
     """A layer as a function of its parameters: traced once for all layers."""
     x, context = _in_its_turn(x, context, step)
     x, context, found = nnx.merge(graph, state)(x, angles, index_angles, context, options, step)
@@ -119,7 +135,7 @@ class Decoder(nnx.Module):
         contexts: tuple[C, ...],
         options: AttentionOptions,
         step: StepSharding,
-    ) -> tuple[jax.Array, tuple[C, ...], tuple[LayerIntermediates, ...]]:
+    ) -> tuple[jax.Array, tuple[C, ...], tuple[Any, ...]]:
         """Reads new tokens: a chunk of prompts, a step of decode, or packed samples.
 
         Args:
@@ -129,17 +145,18 @@ class Decoder(nnx.Module):
           step: how the arrays lie over devices.
 
         Returns:
-          hidden states `[b, t, embed]` before the final norm, the contexts with the new tokens, and intermediates of
-          each layer if the options ask for them.
+          hidden states `[b, t, embed]` before the final norm, the contexts with the new tokens, and of each layer
+          `LayerIntermediates` if the options ask for them, or `LayerLearned` in training.
         """
         angles = mrope_angles(positions, self.section, self.rope_theta)
         index_angles = mrope_angles(positions, self.index_section, self.rope_theta)
         after, found = [], []
         for layer, context in zip(self.layers, contexts, strict=True):
             graph, state = nnx.split(layer)
-            x, context, intermediates = _run_layer(
-                graph, state, x, angles, index_angles, context, options=options, step=step
-            )
+            run = functools.partial(_run_layer, graph, options=options, step=step)
+            if options.training is not None:
+                run = options.training.rematerialise(run)
+            x, context, intermediates = run(state, x, angles, index_angles, context)
             after.append(context)
             found.append(intermediates)
         return x, tuple(after), tuple(item for item in found if item is not None)

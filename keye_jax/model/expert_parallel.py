@@ -51,7 +51,7 @@ class Experts(Protocol):
 
 
 def run_experts(
-    moe: Experts, x: jax.Array, valid: jax.Array, mix: Mix, step: StepSharding
+    moe: Experts, x: jax.Array, valid: jax.Array, mix: Mix, step: StepSharding, *, differentiable: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Runs each valid token through its experts, wherever they are.
 
@@ -65,6 +65,8 @@ def run_experts(
       x: `[b, t, embed]`.
       valid: bool `[b, t]`.
       mix: what a device does with the tokens it has.
+      differentiable: whether the weights of experts travel as numbers, which have gradients, and not as bits in one
+        message with the experts.
 
     Returns:
       `[b, t, embed]`, and the experts chosen, int32 `[b, t, k]`.
@@ -91,12 +93,14 @@ def run_experts(
             return mix(x, own, weights, gate_up, down, rows_at_once=max(_FEW_ROWS, expected))
 
         if gathered or exchanged:
-            routing = jnp.concatenate([as_words(chosen), as_words(weights)], axis=1)
-            tokens, routing = all_gather(tokens, gathered, axis=0), all_gather(routing, gathered, axis=0)
-            chosen, weights = _unpack(routing)
+            tokens = all_gather(tokens, gathered, axis=0)
+            routing = (all_gather(x, gathered, axis=0) for x in _pack(chosen, weights, differentiable))
+            chosen, weights = _unpack(*routing)
         if exchanged:
             owner = _exchange_ranks(chosen // gate_up.shape[0], exchanged, step)
-            mixed = _to_owners_and_back(mix_own, tokens, chosen, weights, owner, exchanged, num_experts, step)
+            mixed = _to_owners_and_back(
+                mix_own, tokens, chosen, weights, owner, exchanged, num_experts, step, differentiable
+            )
         else:
             mixed = mix_own(tokens, chosen, weights)
         mixed = sum_over(mixed, without(owners, step.rows), scatter=gathered)
@@ -106,8 +110,18 @@ def run_experts(
     return step.shard_module(moe, body, (rows, rows), (rows, rows))(x, valid)
 
 
-def _unpack(routing: jax.Array) -> tuple[jax.Array, jax.Array]:
-    experts, weights = jnp.split(routing, 2, axis=1)
+def _pack(experts: jax.Array, weights: jax.Array, differentiable: bool) -> tuple[jax.Array, ...]:
+    """Experts int32 `[tokens, k]` and their weights float32, as one array if no gradient is wanted."""
+    if differentiable:
+        return experts, weights
+    return (jnp.concatenate([as_words(experts), as_words(weights)], axis=1),)
+
+
+def _unpack(*routing: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Undoes `_pack`."""
+    if len(routing) == 2:
+        return routing[0], routing[1]
+    experts, weights = jnp.split(routing[0], 2, axis=1)
     return from_words(experts, jnp.int32), from_words(weights, jnp.float32)
 
 
@@ -137,6 +151,7 @@ def _to_owners_and_back(
     axes: Axes,
     nowhere: int,
     step: StepSharding,
+    differentiable: bool,
 ) -> jax.Array:
     """Sends each token once to every device that has one of its experts, and adds up what comes back.
 
@@ -168,10 +183,14 @@ def _to_owners_and_back(
         with jax.named_scope("collectives"):
             return _ragged_all_to_all(rows, into, *how, axes, step)
 
-    routing = jnp.concatenate([as_words(chosen), as_words(weights)], axis=1)
-    no_routing = jnp.zeros((ranks * tokens, 2 * k), jnp.uint32).at[:, :k].set(nowhere)
+    no_experts, no_weights = jnp.full((ranks * tokens, k), nowhere), jnp.zeros((ranks * tokens, k), jnp.float32)
+    no_routing = _pack(no_experts, no_weights, differentiable)
+    routing = [
+        send(sent[token_of], into, there)
+        for sent, into in zip(_pack(chosen, weights, differentiable), no_routing, strict=True)
+    ]
     got = send(x[token_of], jnp.zeros((ranks * tokens, x.shape[1]), x.dtype), there)
-    mixed = mix_own(got, *_unpack(send(routing[token_of], no_routing, there)))
+    mixed = mix_own(got, *_unpack(*routing))
     returned = send(mixed, jnp.zeros((size, x.shape[1]), x.dtype), back)
     terms = [jnp.where(goes[:, i, None], returned[slots[:, i]], 0).astype(jnp.float32) for i in range(ranks)]
     return sum(terms[1:], start=terms[0]).astype(x.dtype)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from keye_jax.config import KeyeConfig
+from keye_jax.model.attention import Training
 from keye_jax.model.expert_parallel import run_experts
 from keye_jax.model.layers import Linear, param
 from keye_jax.sharding.step import StepSharding
@@ -49,7 +50,13 @@ class MoE(nnx.Module):
         return experts, weights
 
     def __call__(
-        self, x: jax.Array, valid: jax.Array, step: StepSharding, *, implementation: str | None
+        self,
+        x: jax.Array,
+        valid: jax.Array,
+        step: StepSharding,
+        *,
+        implementation: str | None,
+        training: Training | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Runs each valid token through its experts, wherever these are; other tokens get zeros and cost nothing.
 
@@ -57,11 +64,15 @@ class MoE(nnx.Module):
           x: `[b, t, embed]`.
           valid: bool `[b, t]`.
           step: how the arrays lie over devices.
+          training: whose operations are used, if the layer is trained.
 
         Returns:
           `[b, t, embed]`, and the experts chosen, int32 `[b, t, k]`.
         """
         with jax.named_scope("experts"):
+            if training is not None:
+                mix = functools.partial(training.mix_experts, num_experts=self.num_experts)
+                return run_experts(self, x, valid, mix, step, differentiable=True)
             mix = functools.partial(mix_experts, implementation=resolve("expert_mlp", implementation))
             return run_experts(self, x, valid, mix, step)
 

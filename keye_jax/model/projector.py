@@ -30,7 +30,8 @@ class Projector(nnx.Module):
 
         Args:
           hidden: `[f, p, vision_embed]`, patches in raster order, p a multiple of merge * merge.
-          sizes: int32 `[f, 2]`, height and width of each image in patches, multiples of merge.
+          sizes: int32 `[f, 2]`, height and width of each image in patches, multiples of merge;
+            `[1, 2]` where all have the same.
 
         Returns:
           `[f, p / (merge * merge), embed]`, tokens in raster order; those behind an image's own mean nothing.
@@ -42,7 +43,7 @@ class Projector(nnx.Module):
         inside = jnp.arange(self.merge)
         patch_rows = row[..., None, None] * self.merge + inside[:, None]
         patch_columns = column[..., None, None] * self.merge + inside
-        patches = (patch_rows * width[..., None, None] + patch_columns).reshape(hidden.shape[0], -1)
+        patches = (patch_rows * width[..., None, None] + patch_columns).reshape(len(sizes), -1)
         merged = jnp.take_along_axis(hidden, patches[..., None], axis=1, mode="clip")
         merged = self.norm(merged.reshape(hidden.shape[0], tokens, -1))
         return self.linear2(jax.nn.gelu(self.linear1(merged), approximate=False))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -104,13 +107,21 @@ class VisionEncoder(nnx.Module):
         self.layers = nnx.List([VisionLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)])
         self.final_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, axis="vision_embed", dtype=dtype)
 
-    def __call__(self, pixels: jax.Array, sizes: jax.Array, *, implementation: str | None = None) -> jax.Array:
+    def __call__(
+        self,
+        pixels: jax.Array,
+        sizes: jax.Array,
+        *,
+        implementation: str | None = None,
+        rematerialise: Callable[[Callable], Callable] | None = None,
+    ) -> jax.Array:
         """Encodes f images, each by itself.
 
         Args:
           pixels: float32 `[f, p, channels * patch * patch]`, normalised, patches in raster order; an image of fewer
             than p patches is padded behind.
-          sizes: int32 `[f, 2]`, height and width of each image in patches.
+          sizes: int32 `[f, 2]`, height and width of each image in patches; `[1, 2]` where all have the same.
+          rematerialise: makes each layer one that keeps less for its backward pass.
 
         Returns:
           `[f, p, embed]`; rows behind an image's patches mean nothing.
@@ -122,8 +133,10 @@ class VisionEncoder(nnx.Module):
         positions = interpolate_positions(self.position_embedding.weight[...], rows, columns, sizes)
         x = (x.astype(jnp.float32) + positions).astype(x.dtype)
         angles = vision_angles(rows, columns, self.head_dim, self.rope_theta)
+        lengths = jnp.broadcast_to(sizes[:, 0] * sizes[:, 1], len(pixels))
         for layer in self.layers:
-            x = layer(x, angles, sizes[:, 0] * sizes[:, 1], implementation)
+            run = functools.partial(layer, implementation=implementation)
+            x = (rematerialise(run) if rematerialise else run)(x, angles, lengths)
         return self.final_norm(x)
 
 

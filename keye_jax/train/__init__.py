@@ -1,1 +1,6 @@
-"""Training: stages from files, data, the optimiser, LoRA, checkpoints, and the loop. Needs `keye-jax[train]`."""
+"""Training: losses of packed samples that are differentiable in every parameter, and the stages that use them.
+
+forward_losses(model, batch, ...)  what is minimised (`forward.py`)
+StageConfig.from_file(path)        what a file in `configs/train` says (`config.py`)
+session.train(stage, ...)          a run, from a checkpoint and a file of samples to another checkpoint
+"""
