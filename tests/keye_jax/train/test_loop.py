@@ -1,0 +1,263 @@
+"""Training a tiny model: the loss falls, batches add up, and runs resume bit for bit."""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from convert import load_params
+from convert.synthetic import write_checkpoint
+from keye_jax import presets
+from keye_jax.config import KeyeConfig
+from keye_jax.errors import UserError
+from keye_jax.processor import Processor
+from keye_jax.sharding import MeshRules, ShardingConfig
+from keye_jax.testing import write_clip, write_processor_files
+from keye_jax.train import session
+from keye_jax.train.config import StageConfig
+from keye_jax.train.data import FileBatches
+from keye_jax.train.loop import Trainer, load_model, train_options
+
+ANSWERS = ("A red ball.", "A blue square.", "The clock.", "At two seconds.")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny checkpoint in float32 with its processor's files, and samples of text and of one clip."""
+    config = KeyeConfig.from_file(presets.TINY)
+    config = dataclasses.replace(
+        config,
+        num_hidden_layers=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        dtype="float32",
+        sa_config=dataclasses.replace(config.sa_config, topk=64),
+        vision_config=dataclasses.replace(config.vision_config, num_hidden_layers=1),
+    )
+    folder = tmp_path_factory.mktemp("train")
+    write_checkpoint(folder / "hf", config, seed=0)
+    write_processor_files(folder / "hf", config)
+    write_clip(folder / "clip.mp4", seconds=2, size=(160, 96))
+    samples = [
+        {"messages": [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": ANSWERS[i % 4]}]}
+        for i in range(8)
+    ]
+    for sample in samples[:3]:
+        sample["videos"] = ["clip.mp4"]
+    (folder / "data.jsonl").write_text("".join(json.dumps(each) + "\n" for each in samples))
+    return folder
+
+
+def stage(**values) -> StageConfig:
+    batch = {"tokens": 512, "length": 256, "row": 256, "images": {96: 4}} | values.pop("batch", {})
+    given = {
+        "train": ["*"],
+        "loss": {"kl": 0.1},
+        "optimizer": {"lr": 3e-3, "schedule": "constant", "warmup": 0},
+        "steps": 6,
+        "remat": "none",
+        "checkpoint_every": 2,
+        "data": {"workers": 0, "media": {"min_pixels": 784, "max_pixels": 24 * 784}},
+    }
+    return StageConfig.from_dict(given | {"batch": batch} | values)
+
+
+@pytest.fixture
+def trainer(folder):
+    """Makes a trainer and its batches."""
+
+    def make(config: StageConfig, rules: MeshRules | None = None, steps: int = 20):
+        rules = rules or MeshRules.single_device()
+        model_config = KeyeConfig.from_file(folder / "hf")
+        processor = Processor.from_checkpoint(folder / "hf", model_config, defaults=dict(config.data.media))
+        model = load_model(folder / "hf", config, rules)
+        batches = FileBatches(folder / "data.jsonl", processor, model_config, config, shuffle=config.data.shuffle)
+        return Trainer(model, config, train_options(config, processor), rules, steps), batches
+
+    return make
+
+
+def losses(trainer, batches, steps):
+    return [float(trainer.train(batches)["language"]) for _ in range(steps)]
+
+
+class TestSteps:
+    def test_the_loss_falls(self, trainer):
+        made, batches = trainer(stage())
+        found = losses(made, batches, 20)
+        assert np.mean(found[-4:]) < 0.5 * found[0]
+
+    def test_only_what_trains_changes_and_has_moments(self, trainer, folder):
+        made, batches = trainer(stage(train=["projector"], loss={}))
+        before = made.host_weights()
+        assert before.keys() == {
+            f"projector.{name}"
+            for name in ("norm.weight", "norm.bias", "linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias")
+        }
+        moments = [leaf.size for leaf in jax.tree.leaves(made.state.moments) if leaf.ndim]
+        assert sum(moments) == 2 * sum(value.size for value in before.values())
+        losses(made, batches, 1)
+        assert all((made.host_weights()[path] != value).any() for path, value in before.items())
+
+    def test_batches_that_are_added_equal_a_larger_one(self, trainer):
+        """Two batches of unlike numbers of targets, and both in one."""
+        data = {"workers": 0, "shuffle": False, "lookahead": 1}
+        sgd = {
+            "lr": 1.0,
+            "schedule": "constant",
+            "warmup": 0,
+            "betas": [0, 0],
+            "eps": 1e3,
+            "clip": 0,
+            "indexer_clip": 0,
+        }
+        small = stage(
+            data=data, optimizer=sgd, batch={"tokens": 512, "accumulation": 2}, loss={"kl": 0.1, "router": 0.01}
+        )
+        large = stage(
+            data=data, optimizer=sgd, batch={"tokens": 1024, "images": {96: 8}}, loss={"kl": 0.1, "router": 0}
+        )
+        small = dataclasses.replace(small, loss=large.loss)
+        (one, its_batches), (other, others) = trainer(small), trainer(large)
+        before = one.host_weights()
+        assert abs(losses(one, its_batches, 1)[0] - losses(other, others, 1)[0]) < 1e-5
+        for path, value in one.host_weights().items():
+            change, expected = value - before[path], other.host_weights()[path] - before[path]
+            np.testing.assert_allclose(change, expected, atol=2e-3 * np.abs(expected).max() + 1e-9, err_msg=path)
+
+    def test_low_rank_pairs_learn_and_weights_stay(self, trainer):
+        lora = {"targets": ["decoder.layers.*.attention", "decoder.layers.*.moe", "!*.router"], "rank": 4}
+        made, batches = trainer(stage(train=[], lora=lora, loss={}, optimizer={"lr": 1e-2, "warmup": 0}))
+        assert all(".lora_" in path for path in made.state.weights)
+        found = losses(made, batches, 20)
+        assert np.mean(found[-4:]) < 0.8 * found[0]
+
+
+class TestRuns:
+    def run(self, folder, output, config=None, **settings):
+        return session.train(
+            config or stage(),
+            source="stage",
+            checkpoint=folder / "hf",
+            output=output,
+            data=folder / "data.jsonl",
+            **settings,
+        )
+
+    def weights(self, folder, output):
+        """The weights of a run's last checkpoint."""
+        self.run(folder, output, export=output / "exported")
+        return load_params(output / "exported", KeyeConfig.from_file(folder / "hf"))
+
+    def test_a_run_that_was_stopped_ends_with_the_same_bits(self, folder, tmp_path):
+        assert self.run(folder, tmp_path / "whole").finished
+        first = self.run(folder, tmp_path / "parts", stop_after=1e-9)
+        assert (first.step, first.finished) == (0, False)
+
+        # The third step's samples end the process, as a signal would.
+        taken = FileBatches.__next__
+
+        def interrupt(batches):
+            interrupt.count += 1
+            if interrupt.count == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return taken(batches)
+
+        interrupt.count = 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FileBatches, "__next__", interrupt)
+            second = self.run(folder, tmp_path / "parts")
+        assert (second.step, second.finished, second.signal) == (3, False, signal.SIGTERM)
+        assert self.run(folder, tmp_path / "parts").finished
+        expected = jax.tree.leaves(self.weights(folder, tmp_path / "whole"))
+        found = jax.tree.leaves(self.weights(folder, tmp_path / "parts"))
+        assert all((a == b).all() for a, b in zip(found, expected, strict=True))
+
+    def test_a_run_that_was_killed_loses_what_came_after_its_last_checkpoint(self, folder, tmp_path):
+        taken = FileBatches.__next__
+
+        def die(batches):
+            die.count += 1
+            if die.count == 4:
+                raise RuntimeError("killed")
+            return taken(batches)
+
+        die.count = 0
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+            patch.setattr(FileBatches, "__next__", die)
+            self.run(folder, tmp_path / "killed")
+        self.run(folder, tmp_path / "killed")
+        self.run(folder, tmp_path / "whole")
+        expected = jax.tree.leaves(self.weights(folder, tmp_path / "whole"))
+        found = jax.tree.leaves(self.weights(folder, tmp_path / "killed"))
+        assert all((a == b).all() for a, b in zip(found, expected, strict=True))
+        lines = [json.loads(line) for line in (tmp_path / "killed" / "measures.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+    def test_evaluation_and_export(self, folder, tmp_path):
+        config = stage(steps=2, evaluate_every=1, epochs=None)
+        ended = self.run(folder, tmp_path / "run", config, evaluation=folder / "data.jsonl", export=tmp_path / "out")
+        assert ended.finished
+        lines = [json.loads(line) for line in (tmp_path / "run" / "measures.jsonl").read_text().splitlines()]
+        assert [line["kind"] for line in lines] == ["train", "evaluation"] * 2
+        assert lines[3]["loss"] < lines[1]["loss"] and 0 < lines[3]["recall"] <= 1
+        assert {"config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"} <= {
+            file.name for file in (tmp_path / "out").iterdir()
+        }
+
+    def test_epochs_are_counted_before(self, folder, tmp_path):
+        config = dataclasses.replace(stage(checkpoint_every=0), steps=None, epochs=1.0)
+        ended = self.run(folder, tmp_path / "run", config)
+        assert ended.finished and ended.step == 4
+
+    def test_an_adapter_merged_is_the_export(self, folder, tmp_path):
+        from convert import convert
+
+        lora = {"targets": ["decoder.layers.*.attention.q_proj", "decoder.layers.*.moe.down_proj"], "rank": 2}
+        config = stage(train=[], lora=lora, loss={}, steps=2)
+        self.run(folder, tmp_path / "run", config, export=tmp_path / "out")
+        convert(folder / "hf", tmp_path / "merged", merge_lora=tmp_path / "run" / "adapter")
+        model = KeyeConfig.from_file(folder / "hf")
+        exported, merged = load_params(tmp_path / "out", model), load_params(tmp_path / "merged", model)
+        assert all((a == b).all() for a, b in zip(jax.tree.leaves(exported), jax.tree.leaves(merged), strict=True))
+
+
+class TestMistakes:
+    def test_a_weight_cannot_train_and_have_a_pair(self, trainer):
+        with pytest.raises(UserError, match="a weight with a pair is frozen"):
+            trainer(stage(lora={"targets": ["decoder.layers.0.attention"]}))
+
+    def test_a_loss_that_is_not_finite_ends_the_run(self, folder, tmp_path):
+        config = stage(optimizer={"lr": 1e30, "warmup": 0, "clip": 0, "indexer_clip": 0})
+        with pytest.raises(UserError, match="is not finite"):
+            TestRuns().run(folder, tmp_path / "run", config)
+
+    def test_experts_whose_columns_are_split(self, trainer, folder):
+        sharding = ShardingConfig.from_dict({"mesh": {"x": 2}, "rules": {"expert_hidden": "x"}})
+        rules = MeshRules.create(sharding, KeyeConfig.from_file(folder / "hf"))
+        with pytest.raises(UserError, match="expert_hidden"):
+            trainer(stage(), rules)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"batch": "x", "parameters": "x"},
+        {"query_sequence": "x", "experts": "x", "vision_patches": "x", "vocab": "x"},
+        {"batch": "y", "query_sequence": "x", "experts": ["y", "x"], "parameters": "y"},
+    ],
+    ids=["data", "experts", "both"],
+)
+def test_eight_devices_give_the_losses_of_one(trainer, folder, rules):
+    mesh = {"y": 2, "x": 2} if "y" in str(rules) else {"x": 4}
+    sharding = ShardingConfig.from_dict({"mesh": mesh, "rules": rules})
+    devices = MeshRules.create(sharding, KeyeConfig.from_file(folder / "hf"))
+    config = stage(batch={"tokens": 1024, "images": {96: 8}})
+    expected = losses(*trainer(config), 4)
+    np.testing.assert_allclose(losses(*trainer(config, devices), 4), expected, rtol=2e-3)
