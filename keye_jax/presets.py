@@ -17,6 +17,9 @@ RELEASED = DIRECTORY / "model" / "keye_vl_2_30b_a3b.json"
 TINY = DIRECTORY / "model" / "tiny.json"
 """Configuration of a model that runs on any machine in seconds."""
 
+EMBEDDED = DIRECTORY / "model" / "embedded.json"
+"""Configuration of the small model that answers questions about the generated world."""
+
 
 def sharding_file(name: str | Path) -> Path:
     """The path of a sharding file.

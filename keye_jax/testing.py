@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from keye_jax.byte_level import byte_level_bpe
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 
@@ -76,22 +75,10 @@ def write_processor_files(directory: str | Path, config: KeyeConfig) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     special = _control_tokens(config)
-    plain = [token for token in ("<think>", "</think>", "<tool_call>", "</tool_call>") if token in special]
-    free = sorted(set(range(config.vocab_size)) - set(special.values()))
-    if len(free) < 257:
+    if config.vocab_size < len(special) + 257:
         size = config.vocab_size
         raise UserError(f"config: vocab_size is {size}; it must be at least 288, 256 of them for the bytes")
-    words, merges = _train(len(free))
-    vocabulary = dict(zip(words, free, strict=True)) | special
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    values = json.loads(tokenizer.to_str())
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    values["added_tokens"] = [
-        {"id": token, "content": name, **flags, "special": name not in plain}
-        for name, token in sorted(special.items(), key=lambda item: item[1])
-    ]
+    values = byte_level_bpe(_CORPUS.splitlines(), config.vocab_size, special)
     (directory / "chat_template.jinja").write_text(_TEMPLATE, encoding="utf-8")
     files = {
         "tokenizer.json": values,
@@ -144,42 +131,6 @@ def _control_tokens(config: KeyeConfig) -> dict[str, int]:
         if name not in special:
             special[name] = next(free)
     return special
-
-
-def _train(count: int) -> tuple[list[str], list[tuple[str, str]]]:
-    """The `count` tokens of a byte-level BPE in the order of their ids, and its merges."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=count,
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
-    tokenizer.train_from_iterator(_CORPUS.splitlines(), trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    words = sorted(model["vocab"], key=model["vocab"].get)
-    # The corpus is too small for more merges. The other tokens are made-up words. No text is encoded to them, but a
-    # random model may answer with them.
-    known = set(words)
-    for word in _syllables():
-        if len(words) == count:
-            break
-        if word not in known:
-            words.append(word)
-    return words, [tuple(pair) for pair in model["merges"]]
-
-
-def _syllables() -> Iterator[str]:
-    """Made-up words with a space before them, the shortest first."""
-    starts, vowels, ends = "bdfgklmnprstvz", "aeiou", "nlrst"
-    for length in (1, 2, 3):
-        for number in range((len(starts) * len(vowels)) ** length * len(ends)):
-            number, end = divmod(number, len(ends))
-            word = ""
-            for _ in range(length):
-                number, syllable = divmod(number, len(starts) * len(vowels))
-                word += starts[syllable // len(vowels)] + vowels[syllable % len(vowels)]
-            yield f"Ġ{word}{ends[end]}"
 
 
 def write_clip(path: str | Path, seconds: float = 20, fps: int = 12, size: tuple[int, int] = (640, 360)) -> None:

@@ -95,6 +95,8 @@ class AttentionOptions:
         less exact, or None for the parameters' dtype.
       intermediates: whether layers also return what they computed on the way, which needs memory for all scores.
       training: what takes the place of operations without gradients, over a packed context; None but in training.
+      selection: what sparse attention selects: the keys that score highest by the "indexer", as released, or to see
+        what that is worth "random" visible keys, or the most "recent" ones.
     """
 
     attention: Literal["sparse", "dense"] = "sparse"
@@ -102,6 +104,7 @@ class AttentionOptions:
     indexer_dtype: Literal["float8_e4m3fn"] | None = None
     intermediates: bool = False
     training: Training | None = None
+    selection: Literal["indexer", "random", "recent"] = "indexer"
 
     @property
     def kernels(self) -> str:
@@ -309,6 +312,7 @@ def attend_sparse(
                 fill=options.intermediates,
                 implementation=resolve("indexer_scores", preferred),
             )
+        scores = _scores_of_selection(options.selection, scores, start, keys.split)
         seen = start[:, None] + jnp.minimum(jnp.arange(q.shape[1]), last[:, None]) + 1
         lengths = jnp.minimum(seen, scores.shape[-1])
         if keys.split:
@@ -354,6 +358,23 @@ def attend_sparse(
 
     done = jax.lax.fori_loop(0, blocks, attend_block, _begun(q))
     return AttentionOutput(done.out[:, :queries], done.lse[:, :queries])
+
+
+def _scores_of_selection(selection: str, scores: jax.Array, start: jax.Array, axes: Axes) -> jax.Array:
+    """Scores `[b, t, s]` whose highest are what `selection` of `AttentionOptions` says, in place of the indexer's."""
+    if selection == "indexer":
+        return scores
+    key = jnp.arange(scores.shape[2])
+    key = _position_of_all(key, axes) if axes else key
+    if selection == "recent":
+        return jnp.broadcast_to(key.astype(jnp.float32), scores.shape)
+    # A hash of positions, and of the indexer's scores so that layers differ. It needs no state and no key.
+    query = start[:, None, None] + jnp.arange(scores.shape[1])[:, None]
+    mixed = jax.lax.bitcast_convert_type(scores, jnp.uint32)
+    for value in (query, key):
+        mixed = (mixed ^ (value.astype(jnp.uint32) * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA6B)
+        mixed ^= mixed >> 15
+    return (mixed >> 8).astype(jnp.float32)
 
 
 def select_split(scores: jax.Array, lengths: jax.Array, top_k: int, axes: Axes, preferred: str | None) -> jax.Array:

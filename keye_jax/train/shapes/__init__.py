@@ -1,0 +1,1 @@
+"""A generated video world with questions whose answers are known."""
