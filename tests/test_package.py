@@ -117,7 +117,9 @@ class TestDependencies:
 
     def test_of_the_packages(self):
         imported = set().union(*(self.imported(ROOT / name) for name in PACKAGES))
-        assert (imported - NOT_REQUIRED) | LOADED_BY_NAME == self.required("video", "heic", "hub", "ray", "train", "bench")
+        assert (imported - NOT_REQUIRED) | LOADED_BY_NAME == self.required(
+            "video", "heic", "hub", "ray", "train", "bench"
+        )
 
     def test_of_the_tests(self):
         assert self.imported(ROOT / "tests") <= self.required("video", "heic", "hub", "ray", "train", "bench", "dev")

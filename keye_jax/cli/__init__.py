@@ -13,7 +13,7 @@ from pallas_kernels.errors import UnsupportedError
 
 app = typer.Typer(
     name="keye-jax",
-    help="Keye-VL-2.0-30B-A3B in JAX: convert a checkpoint, inspect, verify and measure it, ask about videos, train it.",
+    help="Keye-VL-2.0-30B-A3B in JAX: convert a checkpoint, inspect, verify, measure and train it, ask about videos.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )

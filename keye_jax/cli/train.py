@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,13 +13,21 @@ from keye_jax import presets
 from keye_jax.cli import options
 from keye_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from keye_jax.train.config import StageConfig
+
 SIGNALLED = 128
 
 
 def train(
     config: Annotated[str, typer.Option(help="The stage: a preset's name, such as 'lora', or a file.")],
-    checkpoint: options.Checkpoint,
     output: Annotated[Path, typer.Option(help="Folder of the run. The same command resumes it.")],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of a checkpoint, safetensors or Orbax. Without it, of generated data a new model."
+        ),
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="File of samples, a JSON object a line.")] = None,
     evaluation: Annotated[Path | None, typer.Option(help="File of samples that are evaluated during training.")] = None,
     export: Annotated[
@@ -42,12 +50,7 @@ def train(
 
     source = presets.train_file(config)
     stage = StageConfig.from_file(source)
-    if (stage.data.source == "jsonl") != (data is not None):
-        given = "missing" if data is None else "given"
-        raise UserError(f"--data is {given}; data.source is {stage.data.source!r}, and only 'jsonl' reads a file")
-    if bool(stage.evaluate_every) != (evaluation is not None):
-        state = "missing" if evaluation is None else "given"
-        raise UserError(f"--evaluation is {state}, but evaluate_every is {stage.evaluate_every}; they go together")
+    _check_files(stage, checkpoint, data, evaluation)
     if export is not None and export.exists() and any(export.iterdir()):
         raise UserError(f"--export is {str(export)!r}; it must be a new folder or an empty one")
     options.enable_compilation_cache()
@@ -70,3 +73,19 @@ def train(
     why = f"stopped by {ended.signal.name}" if ended.signal else "stopped by --stop-after"
     print(f"keye-jax: {why} after step {ended.step:,}, which is saved; the same command goes on", file=sys.stderr)
     return SIGNALLED + ended.signal if ended.signal else 0
+
+
+def _check_files(stage: StageConfig, checkpoint: Path | None, data: Path | None, evaluation: Path | None) -> None:
+    """Raises UserError where the stage and the files that are given do not go together."""
+    given = {"--data": data, "--evaluation": evaluation}
+    if stage.data.source == "jsonl":
+        needed = {"--data": True, "--evaluation": bool(stage.evaluate_every), "--checkpoint": True}
+        given["--checkpoint"] = checkpoint
+    else:
+        needed = {"--data": False, "--evaluation": False}
+    for name, value in given.items():
+        if needed[name] != (value is not None):
+            state = "missing" if value is None else "given"
+            because = "evaluate_every" if name == "--evaluation" and stage.data.source == "jsonl" else "data.source"
+            said = stage.evaluate_every if because == "evaluate_every" else repr(stage.data.source)
+            raise UserError(f"{name} is {state}; the stage's {because} is {said}, and they go together")

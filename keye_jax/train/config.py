@@ -178,6 +178,7 @@ class DataConfig:
       media: options of videos and images, such as fps and max_pixels, where a sample has none of its own.
       template: variables of the chat template, such as enable_thinking.
       shapes: settings of the generated world.
+      evaluation: batches of the generated world that an evaluation reads.
     """
 
     source: str = _one_of("jsonl", "jsonl", "shapes")
@@ -189,6 +190,7 @@ class DataConfig:
     media: Mapping[str, Any] = _field({}, "options by name")
     template: Mapping[str, Any] = _field({}, "variables by name")
     shapes: Mapping[str, Any] = _field({}, "settings by name")
+    evaluation: int = _positive(8, "integer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,6 +275,10 @@ class StageConfig:
             found.append(f"epochs is {self.epochs}; generated data has no end, so steps must be given")
         if not self.loss.language and not self.loss.kl:
             found.append("loss.language is false and loss.kl is 0; there must be a loss")
+        if self.data.source == "shapes" and batch.row != batch.length:
+            found.append(
+                f"batch.row is {batch.row}; of generated scenes each fills a row of batch.length {batch.length}"
+            )
         if batch.tokens % batch.row:
             found.append(f"batch.tokens is {batch.tokens}; it must be a multiple of batch.row {batch.row}")
         if batch.length % batch.row:

@@ -115,7 +115,7 @@ def pair_layout(
 
 
 def init_pair(tensor: mapping.Tensor, config: LoraConfig, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A new pair, float32: A uniform within 1 / sqrt(inputs), as in PEFT, and B zero, so that the model is unchanged."""
+    """A new pair, float32: A uniform within 1 / sqrt(inputs), as in PEFT, and B zero, so the model is unchanged."""
     (a, _), (b, _) = pair_layout(tensor, (None,) * len(tensor.shape), config.rank)
     bound = 1 / math.sqrt(pair_sides(tensor)[0])
     return jax.random.uniform(key, a, jnp.float32, -bound, bound), jnp.zeros(b, jnp.float32)

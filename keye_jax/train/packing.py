@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -97,7 +98,8 @@ class PackedArrays:
       ids, positions, targets, vision_index: int32 `[rows, t]`, positions `[3, rows, t]`.
       page_table: int32 `[samples, m]`, pages of a group, from its first.
       start, count, sequence: int32 `[rows]`.
-      images: of each size, patches uint8 `[n, p, features]` and sizes int32 `[n, 2]`.
+      images: of each size, patches uint8 `[n, p, features]`, which may be on the device, and sizes int32 `[n, 2]`, or
+        `[1, 2]` where all are alike.
     """
 
     ids: np.ndarray
@@ -108,7 +110,7 @@ class PackedArrays:
     start: np.ndarray
     count: np.ndarray
     sequence: np.ndarray
-    images: tuple[tuple[np.ndarray, np.ndarray], ...]
+    images: tuple[tuple[Any, np.ndarray], ...]
 
 
 def pack(

@@ -108,12 +108,18 @@ class TrainStep:
             sequence=put(batch.sequence, own),
         )
         vision = self.step.vision_patches
+
+        def sizes_over(patches: Any, sizes: Any) -> Axes:
+            return vision if len(sizes) == len(patches) else ()
+
         return PackedBatch(
             ids=put(batch.ids, rows),
             positions=put(batch.positions, (), rows),
             targets=put(batch.targets, rows),
             context=PackedContext(metadata),
-            images=tuple(Images(put(patches, vision), put(sizes, vision)) for patches, sizes in batch.images),
+            images=tuple(
+                Images(put(patches, vision), put(sizes, sizes_over(patches, sizes))) for patches, sizes in batch.images
+            ),
             vision_index=put(batch.vision_index, rows),
         )
 

@@ -1,7 +1,6 @@
 """Training a tiny model: the loss falls, batches add up, and runs resume bit for bit."""
 
 import dataclasses
-import io
 import json
 import os
 import signal
