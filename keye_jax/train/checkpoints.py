@@ -53,13 +53,13 @@ class RunCheckpoints:
         new = file.with_suffix(".new")
         new.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
         new.replace(file)
-        policies = ocp.training.preservation_policies
+        policies: Any = ocp.training.preservation_policies
         best = policies.BestN(
             get_metric_fn=lambda metrics: -metrics["loss"], n=1, keep_checkpoints_without_metrics=False
         )
         with _quiet():
             self._checkpointer = ocp.training.Checkpointer(
-                output / CHECKPOINTS,
+                str(output / CHECKPOINTS),
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
                 cleanup_tmp_directories=True,
             )
@@ -83,7 +83,7 @@ class RunCheckpoints:
         context = ocp.Context()
         if sum(leaf.nbytes for leaf in leaves.values()) < _SMALL:
             context.array.saving.ocdbt_target_data_file_size = _SMALL_FILE
-        metrics = None if loss is None else {"loss": loss}
+        metrics: Any = None if loss is None else {"loss": loss}
         with context, _quiet():
             self._checkpointer.save(
                 step, leaves, force=True, metrics=metrics, custom_metadata={"position": dict(position)}
@@ -107,9 +107,8 @@ class RunCheckpoints:
         }
         with _quiet():
             found = self._checkpointer.load(step, wanted)
-            metadata = self._checkpointer.metadata(step).custom_metadata
+            metadata: Any = self._checkpointer.metadata(step).custom_metadata
         state = jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
-        assert metadata is not None, "every checkpoint is saved with its position"
         return step, state, dict(metadata["position"])
 
     def close(self) -> None:

@@ -212,6 +212,7 @@ class StageConfig:
       keep: how many of the last checkpoints stay, besides the best one.
       seed: of the order of the data, and of new pairs.
       tensorboard: folder of the curves, below the output; None for none.
+      layers: of the decoder, where the run begins with a new model; None for those of its configuration.
     """
 
     train: tuple[str, ...] = _field((), _PATTERNS)
@@ -232,6 +233,7 @@ class StageConfig:
     keep: int = _positive(2, "integer")
     seed: int = _least_zero(0)
     tensorboard: str | None = _field(None, "the name of a folder", bool)
+    layers: int | None = _field(None, "a positive integer", lambda value: value > 0)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -384,6 +386,8 @@ def _value(value: Any, hint: Any) -> Any:
         return int(value)
     if kind is float:
         # YAML reads 1e-5 as text.
+        if not isinstance(value, int | float | str):
+            raise TypeError
         number = float(value)
         if not math.isfinite(number):
             raise ValueError

@@ -105,7 +105,7 @@ class FileBatches:
     ):
         self._lines = Lines(path)
         order = grain.MapDataset.source(self._lines).seed(stage.seed)
-        self._order = (order.shuffle() if shuffle else order).repeat()
+        self._order: Any = (order.shuffle() if shuffle else order).repeat()
         self._end = None if epochs is None else max(1, round(epochs * len(self._lines)))
         self._stage, self._groups, self._report = stage, groups, report
         self._merge = model.vision_config.spatial_merge_size

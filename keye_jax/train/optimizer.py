@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from keye_jax.train.lora import weight_name
 from keye_jax.train.patterns import chosen, matches
 
 
-def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def schedule(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
     """The share of the peak learning rate by step.
 
     It rises from 0 in a line for `warmup` of all steps, and then follows the schedule down to `final` at the last.
@@ -55,7 +56,9 @@ def make_optimizer(config: OptimizerConfig, steps: int, paths: list[str]) -> opt
         )
 
     labels = {path: f"{rates[path]:g} {decayed[path]}" for path in paths}
-    groups = {labels[path]: group(rates[path], decayed[path]) for path in paths}
+    groups: dict[Hashable, optax.GradientTransformation] = {
+        labels[path]: group(rates[path], decayed[path]) for path in paths
+    }
     return optax.chain(_clip(config, paths), optax.partition(groups, labels))
 
 
@@ -70,7 +73,10 @@ def _clip(config: OptimizerConfig, paths: list[str]) -> optax.GradientTransforma
     def by_norm(limit: float) -> optax.GradientTransformation:
         return optax.clip_by_global_norm(limit) if limit else optax.identity()
 
-    limits = {"indexer": by_norm(config.indexer_clip), "others": by_norm(config.clip)}
+    limits: dict[Hashable, optax.GradientTransformation] = {
+        "indexer": by_norm(config.indexer_clip),
+        "others": by_norm(config.clip),
+    }
     return optax.partition(limits, {path: "indexer" if is_indexer(path) else "others" for path in paths})
 
 
@@ -107,5 +113,5 @@ def apply_gradients(
     """
     exact = as_float32(weights)
     updates, state = optimizer.update(as_float32(gradients), state, exact)
-    moved = optax.apply_updates(exact, updates)
+    moved: Any = optax.apply_updates(exact, updates)
     return {path: moved[path].astype(value.dtype) for path, value in weights.items()}, state

@@ -102,7 +102,7 @@ def _lines(file: Path) -> list[str]:
 
 def _tensorboard(folder: Path) -> Any:
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise UserError("tensorboard needs tensorboardX: pip install tensorboardX") from error
     return SummaryWriter(str(folder))

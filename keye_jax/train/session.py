@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import shutil
 import sys
@@ -61,7 +62,9 @@ def train(
         raise UserError(f"there are {jax.process_count()} processes; training runs in one")
     if checkpoint is not None:
         kind_of(checkpoint)
-    config = KeyeConfig.from_file(presets.EMBEDDED if checkpoint is None else checkpoint)
+    if checkpoint is not None and stage.layers is not None:
+        raise UserError(f"{source}: layers is {stage.layers}; it is for a new model, and --checkpoint is given")
+    config = KeyeConfig.from_file(checkpoint) if checkpoint is not None else _new_config(stage)
     rules = rules_for(config)
     step = StepSharding.prefill(rules)
     groups = step.size(step.batch)
@@ -76,7 +79,7 @@ def train(
     with contextlib.ExitStack() as opened:
         checkpoints = RunCheckpoints(output, started, keep=stage.keep)
         opened.callback(checkpoints.close)
-        base = checkpoint or _initial(output, stage.seed)
+        base = checkpoint or _initial(output, config, stage.seed)
         processor = Processor.from_checkpoint(base, config, defaults=dict(stage.data.media))
 
         def read(path: Path, epochs: float | None, *, shuffle: bool) -> FileBatches:
@@ -117,14 +120,25 @@ def train(
         return ended
 
 
-def _initial(output: Path, seed: int) -> Path:
-    """The folder of a new embedded model with random weights, which is made once."""
+def _new_config(stage: StageConfig) -> KeyeConfig:
+    """The configuration of a new embedded model."""
+    config = KeyeConfig.from_file(presets.EMBEDDED)
+    return dataclasses.replace(config, num_hidden_layers=stage.layers or config.num_hidden_layers)
+
+
+def _initial(output: Path, config: KeyeConfig, seed: int) -> Path:
+    """The folder of a new model with random weights, which is made once."""
     folder = output / INITIAL
     if not folder.is_dir():
-        partial = output / f"{INITIAL}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        write_checkpoint(partial, KeyeConfig.from_file(presets.EMBEDDED), seed=seed)
-        write_model_files(partial)
+        partial, files = (output / f"{INITIAL}.{name}" for name in ("partial", "files"))
+        for each in (partial, files):
+            shutil.rmtree(each, ignore_errors=True)
+        write_checkpoint(partial, config, seed=seed)
+        write_model_files(files)
+        for file in files.iterdir():
+            if file.name != "config.json":
+                file.rename(partial / file.name)
+        shutil.rmtree(files)
         partial.rename(folder)
     return folder
 

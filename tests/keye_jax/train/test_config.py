@@ -90,7 +90,7 @@ class TestModel:
     def check(self, released, **values) -> str:
         stage = StageConfig.from_dict(LEAST | values)
         with pytest.raises(UserError) as error:
-            stage.check(*released, "stage")
+            stage.check(released[0], released[1], "stage")
         return str(error.value)
 
     def test_patterns_without_a_parameter(self, released):
@@ -101,7 +101,7 @@ class TestModel:
         values = {"train": ["decoder.layers.*.indexer"], "loss": {"kl": 1, "language": False}}
         message = self.check(released, **values, batch={"length": 2048})
         assert "batch.length is 2048; it must be above topk 2048" in message
-        StageConfig.from_dict(LEAST | values | {"batch": {"length": 4096}}).check(*released, "stage")
+        StageConfig.from_dict(LEAST | values | {"batch": {"length": 4096}}).check(released[0], released[1], "stage")
 
     def test_the_indexer_and_its_loss_go_together(self, released):
         assert "loss.kl is 1.0; train must name the indexers" in self.check(released, loss={"kl": 1})
@@ -116,4 +116,4 @@ class TestModel:
 def test_presets_are_valid(path, released):
     stage = StageConfig.from_file(path)
     if stage.data.source == "jsonl":
-        stage.check(*released, str(path))
+        stage.check(released[0], released[1], str(path))

@@ -1,9 +1,13 @@
 """Training a tiny model: the loss falls, batches add up, and runs resume bit for bit."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,7 +46,7 @@ def folder(tmp_path_factory):
     write_checkpoint(folder / "hf", config, seed=0)
     write_processor_files(folder / "hf", config)
     write_clip(folder / "clip.mp4", seconds=2, size=(160, 96))
-    samples = [
+    samples: list[dict[str, Any]] = [
         {"messages": [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": ANSWERS[i % 4]}]}
         for i in range(8)
     ]
@@ -79,6 +83,21 @@ def trainer(folder):
         return Trainer(model, config, train_options(config, processor), rules, steps), batches
 
     return make
+
+
+@contextlib.contextmanager
+def before_batch(number: int, do: Callable[[], None]) -> Iterator[None]:
+    """Does something before a batch of that number, from 1, is taken."""
+    taken, numbers = FileBatches.__next__, itertools.count(1)
+
+    def take(batches):
+        if next(numbers) == number:
+            do()
+        return taken(batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileBatches, "__next__", take)
+        yield
 
 
 def losses(trainer, batches, steps):
@@ -159,17 +178,10 @@ class TestRuns:
         assert (first.step, first.finished) == (0, False)
 
         # The third step's samples end the process, as a signal would.
-        taken = FileBatches.__next__
+        def interrupt():
+            os.kill(os.getpid(), signal.SIGTERM)
 
-        def interrupt(batches):
-            interrupt.count += 1
-            if interrupt.count == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return taken(batches)
-
-        interrupt.count = 0
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(FileBatches, "__next__", interrupt)
+        with before_batch(3, interrupt):
             second = self.run(folder, tmp_path / "parts")
         assert (second.step, second.finished, second.signal) == (3, False, signal.SIGTERM)
         assert self.run(folder, tmp_path / "parts").finished
@@ -178,17 +190,10 @@ class TestRuns:
         assert all((a == b).all() for a, b in zip(found, expected, strict=True))
 
     def test_a_run_that_was_killed_loses_what_came_after_its_last_checkpoint(self, folder, tmp_path):
-        taken = FileBatches.__next__
+        def die():
+            raise RuntimeError("killed")
 
-        def die(batches):
-            die.count += 1
-            if die.count == 4:
-                raise RuntimeError("killed")
-            return taken(batches)
-
-        die.count = 0
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-            patch.setattr(FileBatches, "__next__", die)
+        with before_batch(4, die), pytest.raises(RuntimeError, match="killed"):
             self.run(folder, tmp_path / "killed")
         self.run(folder, tmp_path / "killed")
         self.run(folder, tmp_path / "whole")
@@ -258,5 +263,5 @@ def test_eight_devices_give_the_losses_of_one(trainer, folder, rules):
     sharding = ShardingConfig.from_dict({"mesh": mesh, "rules": rules})
     devices = MeshRules.create(sharding, KeyeConfig.from_file(folder / "hf"))
     config = stage(batch={"tokens": 1024, "images": {96: 8}})
-    expected = losses(*trainer(config), 4)
-    np.testing.assert_allclose(losses(*trainer(config, devices), 4), expected, rtol=2e-3)
+    (one, its_batches), (eight, others) = trainer(config), trainer(config, devices)
+    np.testing.assert_allclose(losses(eight, others, 4), losses(one, its_batches, 4), rtol=2e-3)
