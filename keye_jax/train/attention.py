@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from keye_jax.train.blocks import equal_blocks, scan, wide
-from keye_jax.train.selection import selected, topk_threshold
+from keye_jax.train.selection import topk_mask
 
 SAVED = "attention_output"
 """Name, for rematerialisation, of what the backward pass needs of the forward pass and cannot get cheaply."""
@@ -100,8 +100,6 @@ class _Found(NamedTuple):
 
     out: jax.Array  # [b, t, n, d]
     lse: jax.Array  # [b, t, n]
-    threshold: jax.Array  # [b, t]
-    place: jax.Array  # int32 [b, t]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -110,7 +108,7 @@ def attend(
 ) -> tuple[jax.Array, IndexerMeasures]:
     """Attends from queries to their own and earlier positions of their samples.
 
-    Memory: the results, log-sum-exps and thresholds of all queries, and a few times `plan.block_bytes`.
+    Memory: the results, log-sum-exps of all queries, and a few times `plan.block_bytes`.
 
     Args:
       start: int32 `[b]`, the position of each row's first query in its sample; 0 where a row is a sample.
@@ -175,16 +173,14 @@ def _forward_block(
       at: int32 `[b, s]` or `[1, s]`, positions of the keys; negative before the sample's first.
     """
     rows = queries.q.shape[:2]
-    visible = _visible(start, rows[1], at)
-    scores = threshold = place = None
-    if _needs_scores(plan, keys):
+    visible, scores = _visible(start, rows[1], at), None
+    chosen = jnp.broadcast_to(visible, (*rows, visible.shape[-1]))
+    if plan.kl or _selects(plan, keys):
         with jax.named_scope("indexer"):
             scores = jnp.where(visible, _index_scores(plan, queries, _index_dots(queries, keys)), -jnp.inf)
-    chosen = jnp.broadcast_to(visible, (*rows, visible.shape[-1]))
     if _selects(plan, keys):
         with jax.named_scope("selection"):
-            threshold, place = topk_threshold(scores, plan.top_k)
-            chosen = visible & selected(scores, threshold, place)
+            chosen = visible & topk_mask(scores, plan.top_k)
     with jax.named_scope("attention"):
         dots = _dots(plan, queries, keys)
         mask = chosen if plan.sparse else visible
@@ -197,10 +193,7 @@ def _forward_block(
             keys.v,
             preferred_element_type=wide(keys.v),
         )
-    if threshold is None:
-        threshold = jnp.full(rows, -jnp.inf, wide(queries.gates))
-        place = jnp.zeros(rows, jnp.int32)
-    found = _Found(out.reshape(queries.q.shape).astype(queries.q.dtype), _by_head(lse), threshold, place)
+    found = _Found(out.reshape(queries.q.shape).astype(queries.q.dtype), _by_head(lse))
     if not plan.kl:
         zeros = jnp.zeros(rows, wide(queries.gates))
         return found, IndexerMeasures(zeros, zeros, zeros)
@@ -245,7 +238,9 @@ def _backward_block(
             index_dots = _index_dots(queries, keys)
             scores = jnp.where(mask, _index_scores(plan, queries, index_dots), -jnp.inf)
     if selects:
-        mask &= selected(scores, found.threshold, found.place)
+        # Selected again, not kept: scores that are computed again may be rounded otherwise than a threshold was.
+        with jax.named_scope("selection"):
+            mask &= topk_mask(scores, plan.top_k)
     with jax.named_scope("attention"):
         q, heads = _grouped(queries.q, keys), keys.k.shape[2]
         by_group = _grouped(d_out, keys)
@@ -276,10 +271,6 @@ def _backward_block(
         d_index_keys = jnp.einsum("bqns,bqnd->bsd", d_dots, gated, preferred_element_type=wide(keys.k))
     d_index_q = (gates * pulled).astype(queries.index_q.dtype)
     return Queries(d_q, d_index_q, d_gates.astype(queries.gates.dtype)), KeysAndValues(d_k, d_v, d_index_keys)
-
-
-def _needs_scores(plan: AttentionPlan, keys: KeysAndValues) -> bool:
-    return plan.kl or _selects(plan, keys)
 
 
 def _selects(plan: AttentionPlan, keys: KeysAndValues) -> bool:

@@ -1,8 +1,4 @@
-"""Exact selection as a threshold, which is small to keep and quick to apply again.
-
-A query's selection is all keys that score above its threshold, and of those that score the same the first few. So two
-numbers a query stand for `top_k` positions.
-"""
+"""Exact selection as a mask, which takes an accelerator a few passes over the scores."""
 
 from __future__ import annotations
 
@@ -13,41 +9,34 @@ _BITS = 4
 """Bits that one pass over the scores settles: a pass counts against `2**_BITS - 1` candidates at once."""
 
 
-def topk_threshold(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k-th highest of each row's scores, of equal ones the first (0.0 equals -0.0), as `select_topk` orders them.
+def topk_mask(scores: jax.Array, k: int) -> jax.Array:
+    """The k highest of each row's scores, of equal ones the first (0.0 equals -0.0): what `select_topk` selects.
 
     Args:
       scores: floating-point `[..., s]`, -inf where a query sees nothing; s is above k.
 
     Returns:
-      that score, `[...]`, -inf if fewer than k are seen, and its place, int32 `[...]`.
+      bool `[..., s]`. Where fewer than k are seen, others are among the k; the caller masks them.
     """
     scores = jnp.where(scores == 0, 0.0, scores)  # both ways order -0.0 below 0.0
+    # Computed once: what is compared with the k-th highest must be the same to the bit.
+    scores = jax.lax.optimization_barrier(scores)
     if scores.dtype != jnp.float32:
-        return threshold_by_sorting(scores, k)
-    # An accelerator sorts rows in dozens of kernels. A CPU counts as slowly as it sorts.
+        return mask_by_sorting(scores, k)
+    # An accelerator sorts rows in dozens of kernels. A CPU counts more slowly than it sorts.
     return jax.lax.platform_dependent(
-        scores, cpu=lambda x: threshold_by_sorting(x, k), default=lambda x: threshold_by_counting(x, k)
+        scores, cpu=lambda x: mask_by_sorting(x, k), default=lambda x: mask_by_counting(x, k)
     )
 
 
-def selected(scores: jax.Array, threshold: jax.Array, place: jax.Array) -> jax.Array:
-    """Which scores `[..., s]` are at or above the threshold that `topk_threshold` found, bool `[..., s]`.
-
-    Those of -inf are counted in where fewer than k are seen; the caller masks what a query does not see.
-    """
-    threshold, place = threshold[..., None], place[..., None]
-    return (scores > threshold) | ((scores == threshold) & (jnp.arange(scores.shape[-1]) <= place))
-
-
-def threshold_by_sorting(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`topk_threshold` with `lax.top_k`, which prefers lower positions among equal values."""
+def mask_by_sorting(scores: jax.Array, k: int) -> jax.Array:
+    """`topk_mask` with `lax.top_k`, which prefers lower positions among equal values."""
     values, places = jax.lax.top_k(scores, k)
-    return values[..., -1], places[..., -1]
+    return _mask(scores, values[..., -1], places[..., -1])
 
 
-def threshold_by_counting(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`topk_threshold` of float32 scores by radix selection: each pass counts what lies above some candidates."""
+def mask_by_counting(scores: jax.Array, k: int) -> jax.Array:
+    """`topk_mask` of float32 scores by radix selection: each pass counts what lies above some candidates."""
     bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
     # Of floats as integers, the order of negative ones is reversed, and the sign bit counts as the largest.
     keys = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
@@ -65,8 +54,13 @@ def threshold_by_counting(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Arr
         candidates = [place | digit << shift for digit in range(1, 2**_BITS)]
         counts = _count([equal & (at < candidate[..., None]) for candidate in candidates])
         place |= _number_of(count < rank for count in counts) << shift
-    bits = jnp.where(threshold >> 31 == 1, threshold ^ jnp.uint32(1 << 31), ~threshold)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32), jnp.minimum(place, scores.shape[-1] - 1)
+    return _mask(keys, threshold, place)
+
+
+def _mask(scores: jax.Array, threshold: jax.Array, place: jax.Array) -> jax.Array:
+    """Scores above the k-th highest, and those equal to it up to its place."""
+    threshold, place = threshold[..., None], place[..., None]
+    return (scores > threshold) | ((scores == threshold) & (jnp.arange(scores.shape[-1]) <= place))
 
 
 def _count(masks: list[jax.Array]) -> list[jax.Array]:

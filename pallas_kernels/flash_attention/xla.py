@@ -1,6 +1,8 @@
 """Portable dense attention: chunks of queries against chunks of keys, with an online softmax."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ from pallas_kernels import paging
 _QUERY_CHUNK = 512
 _KEY_CHUNK = 512
 _WORKSPACE_BYTES = 64 * 2**20
+_GRADIENT_BYTES = 2**30
+"""Most bytes of the scores of queries whose gradients are computed at once; there are a few such arrays."""
 
 
 def _attend(
@@ -80,20 +84,76 @@ def _map_query_chunks(
 
 
 def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, *, scale: float) -> jax.Array:
+    """See `api.flash_attention`. It has a gradient, which takes memory for the scores of some queries at a time."""
+    return _flash_attention(scale, q, k, v, lengths)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flash_attention(scale: float, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
+    return _flash_attention_forward(scale, q, k, v, lengths)[0]
+
+
+def _flash_attention_forward(
+    scale: float, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     chunk_size = min(_KEY_CHUNK, k.shape[1])
     padding = ((0, 0), (0, -k.shape[1] % chunk_size), (0, 0), (0, 0))
-    k, v = jnp.pad(k, padding), jnp.pad(v, padding)
+    padded_k, padded_v = jnp.pad(k, padding), jnp.pad(v, padding)
 
     def load_chunk(chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
         start = chunk * chunk_size
-        keys, values = (jax.lax.dynamic_slice_in_dim(x, start, chunk_size, axis=1) for x in (k, v))
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, start, chunk_size, axis=1) for x in (padded_k, padded_v))
         return keys, values
 
     def attend(q: jax.Array, last_visible: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _attend(q, load_chunk, last_visible, chunk_size, k.shape[1] // chunk_size, scale=scale)
+        return _attend(q, load_chunk, last_visible, chunk_size, padded_k.shape[1] // chunk_size, scale=scale)
 
     last_visible = jnp.broadcast_to(lengths[:, None] - 1, q.shape[:2])
-    return _map_query_chunks(attend, q, last_visible)[0]
+    out, lse = _map_query_chunks(attend, q, last_visible)
+    return out, (q, k, v, lengths, out, lse)
+
+
+def _flash_attention_backward(
+    scale: float, saved: tuple[jax.Array, ...], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    """`dS = P (dO V^T - rowsum(O dO))`: FlashAttention, arXiv 2205.14135, algorithm 4, for blocks of queries."""
+    q, k, v, lengths, out, lse = saved
+    batch, queries, heads, dim = q.shape
+    shape = (k.shape[2], heads // k.shape[2])
+    seen = jnp.arange(k.shape[1]) < lengths[:, None, None, None, None]
+    rows = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+    at_once = max(1, _GRADIENT_BYTES // (4 * batch * heads * k.shape[1]))
+    blocks = -(-queries // at_once)
+    size = -(-queries // blocks)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, blocks * size - queries)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, blocks, size, *shape, *x.shape[3:]), 1, 0)
+
+    def run(sums: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+        q, d_out, lse, rows = block
+        lse, rows = (jnp.moveaxis(x, 1, 3)[..., None] for x in (lse, rows))
+        logits = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+        probabilities = jnp.where(seen, jnp.exp(logits - jnp.where(jnp.isfinite(lse), lse, 0.0)), 0.0)
+        d_p = jnp.einsum("btkgd,bskd->bkgts", d_out, v, preferred_element_type=jnp.float32)
+        d_s = (probabilities * (d_p - rows) * scale).astype(q.dtype)
+        d_k = jnp.einsum("bkgts,btkgd->bskd", d_s, q, preferred_element_type=jnp.float32)
+        d_v = jnp.einsum("bkgts,btkgd->bskd", probabilities.astype(v.dtype), d_out, preferred_element_type=jnp.float32)
+        d_q = jnp.einsum("bkgts,bskd->btkgd", d_s, k, preferred_element_type=jnp.float32)
+        return (sums[0] + d_k, sums[1] + d_v), d_q.astype(q.dtype)
+
+    zeros = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+    items = tuple(map(split, (q, d_out.astype(q.dtype), lse, rows)))
+    if blocks > 1:
+        (d_k, d_v), d_q = jax.lax.scan(run, zeros, items)
+    else:
+        (d_k, d_v), d_q = run(zeros, tuple(x[0] for x in items))
+        d_q = d_q[None]
+    d_q = jnp.moveaxis(d_q, 0, 1).reshape(batch, -1, heads, dim)[:, :queries]
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
+
+
+_flash_attention.defvjp(_flash_attention_forward, _flash_attention_backward)
 
 
 def paged_flash_attention(

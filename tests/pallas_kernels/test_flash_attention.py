@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.flash_attention import flash_attention, paged_flash_attention
+from pallas_kernels.flash_attention import flash_attention, paged_flash_attention, xla
 from tests.pallas_kernels.attention_oracle import SCALE, assert_close, attention, random_inputs
 from tests.pallas_kernels.paged import to_pages
 
@@ -49,3 +49,27 @@ class TestFlashAttention:
         got = run_dense(*arrays, lengths, scale=SCALE, implementation=implementation)
         visible = np.broadcast_to(np.arange(length) < lengths[:, None, None], (2, length, length))
         np.testing.assert_allclose(np.asarray(got, np.float32), attention(q, k, v, visible)[0], atol=atol)
+
+    @pytest.mark.parametrize("gradient_bytes", [2**30, 2**16])
+    def test_gradient(self, rng, monkeypatch, gradient_bytes):
+        """Of the portable implementation, of all queries at once and in blocks; one sequence has no key."""
+        monkeypatch.setattr(xla, "_GRADIENT_BYTES", gradient_bytes)
+        shape, lengths = (3, 70, 4, 8), np.array([70, 33, 0], np.int32)
+        q, d_out = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+        k, v = (rng.normal(size=(3, 70, 2, 8)).astype(np.float32) for _ in range(2))
+
+        def formula(q, k, v):
+            k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+            logits = jnp.einsum("btnd,bsnd->bnts", q, k) * SCALE
+            seen = jnp.arange(70) < lengths[:, None, None, None]
+            weights = jnp.where(seen, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0)
+            weights /= jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
+            return jnp.einsum("bnts,bsnd->btnd", weights, v)
+
+        with jax.enable_x64(True):
+            wide = [jnp.asarray(x, jnp.float64) for x in (q, k, v, d_out)]
+            expected = jax.vjp(formula, *wide[:3])[1](wide[3])
+        run = jax.jit(lambda *x: flash_attention(*x, lengths, scale=SCALE, implementation="xla"))
+        got = jax.vjp(run, q, k, v)[1](d_out)
+        for one, other in zip(got, expected, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-4)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from keye_jax.train.attention import AttentionPlan, IndexerMeasures, KeysAndValues, Queries, attend
-from keye_jax.train.selection import selected, threshold_by_counting, threshold_by_sorting
+from keye_jax.train.selection import mask_by_counting, mask_by_sorting
 
 HEADS, KV_HEADS, DIM, INDEX_HEADS, INDEX_DIM = 4, 2, 8, 3, 4
 TOP_K = 24
@@ -195,10 +195,7 @@ def test_selection_by_counting_is_that_by_sorting(k: int):
     rng = np.random.default_rng(0)
     scores = np.concatenate([rng.normal(size=(7, 70)), rng.integers(-2, 3, (9, 70))])
     scores = jnp.asarray(np.where(np.arange(70) < rng.integers(1, 71, 16)[:, None], scores, -np.inf), jnp.float32)
-    found = [
-        selected(scores, *jax.jit(way, static_argnums=1)(scores, k))
-        for way in (threshold_by_counting, threshold_by_sorting)
-    ]
+    found = [jax.jit(way, static_argnums=1)(scores, k) for way in (mask_by_counting, mask_by_sorting)]
     seen = scores > -jnp.inf
     np.testing.assert_array_equal(found[0] & seen, found[1] & seen)
     np.testing.assert_array_equal((found[0] & seen).sum(-1), np.minimum(k, seen.sum(-1)))

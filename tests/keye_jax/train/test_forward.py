@@ -1,0 +1,167 @@
+"""The losses of a batch and their gradients in every parameter, against the model written out in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from keye_jax.config import KeyeConfig
+from keye_jax.model.context import PackedContext
+from keye_jax.model.keye import Keye
+from keye_jax.sharding import MeshRules, StepSharding
+from keye_jax.train.forward import Images, Losses, PackedBatch, TrainOptions, forward_losses
+from tests.keye_jax.golden_models import golden_model
+from tests.keye_jax.train import reference
+from tests.near_ties import assert_leads, selection_leads
+
+LENGTHS, GRIDS, SEED = (130, 75), ((4, 6), (6, 4), (4, 6)), 4
+"""Of two samples, the first with one image and the second with two; heights and widths are in patches."""
+LEAD = 4e-4
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
+
+@functools.cache
+def model_and_config() -> tuple[Keye, KeyeConfig]:
+    return golden_model("a", 2)
+
+
+@functools.cache
+def samples() -> tuple[reference.Sample, ...]:
+    config, rng = model_and_config()[1], np.random.default_rng(SEED)
+    pixels = config.vision_config.num_channels * config.vision_config.patch_size**2
+    found = []
+    for length, grids in zip(LENGTHS, (GRIDS[:1], GRIDS[1:]), strict=True):
+        ids = rng.integers(0, 490, length).astype(np.int32)
+        index = np.full(length, -1, np.int32)
+        tokens = sum(h * w // 4 for h, w in grids)
+        index[5 : 5 + tokens] = np.arange(tokens)
+        positions = np.broadcast_to(np.arange(length, dtype=np.int32), (3, length)).copy()
+        positions[1:, 5 : 5 + tokens] += rng.integers(0, 5, (2, tokens)).astype(np.int32)
+        targets = np.where(rng.random(length) < 0.3, np.roll(ids, -1), -1).astype(np.int32)
+        images = tuple(rng.integers(0, 256, (h, w, pixels)).astype(np.uint8) for h, w in grids)
+        found.append(reference.Sample(ids, targets, positions, index, images))
+    return tuple(found)
+
+
+def batch_of(tokens: int, *, rows: int, longest: int) -> PackedBatch:
+    """The samples in rows of `tokens` tokens."""
+    context = PackedContext.of(LENGTHS, tokens, rows=rows, samples=3, longest=longest)
+    ids, targets, index = (np.full((rows, tokens), fill, np.int32) for fill in (0, -1, -1))
+    positions, begin, image_tokens = np.zeros((3, rows, tokens), np.int32), 0, 0
+    for sample in samples():
+        own = slice(begin, begin + len(sample.ids))
+        ids.reshape(-1)[own], targets.reshape(-1)[own] = sample.ids, sample.targets
+        index.reshape(-1)[own] = np.where(sample.vision_index < 0, -1, sample.vision_index + image_tokens)
+        positions.reshape(3, -1)[:, own] = sample.positions
+        begin += -(-len(sample.ids) // tokens) * tokens
+        image_tokens += sum(image.shape[0] * image.shape[1] // 4 for image in sample.images)
+    patches = [image.reshape(-1, image.shape[-1]) for sample in samples() for image in sample.images]
+    images = Images(jnp.asarray(np.stack(patches)), jnp.asarray(GRIDS, jnp.int32))
+    arrays = map(jnp.asarray, (ids, positions, targets))
+    return PackedBatch(*arrays, context, (images,), jnp.asarray(index))
+
+
+KL_WEIGHT, ROUTER_WEIGHT = 0.3, 0.2
+
+
+def objective(losses: Losses) -> jax.Array:
+    """A sum over the batch."""
+    return losses.language + KL_WEIGHT * jnp.sum(losses.kl) + ROUTER_WEIGHT * jnp.sum(losses.router)
+
+
+def reference_objective(results: list[reference.Results]) -> jax.Array:
+    config, layers = model_and_config()[1], range(len(results[0].kl))
+    chosen, routed = (
+        [sum(getattr(each, name)[layer] for each in results) for layer in layers] for name in ("chosen", "routed")
+    )
+    balance = [jnp.sum(shares * probabilities) for shares, probabilities in zip(chosen, routed, strict=True)]
+    router = sum(balance) * config.num_experts / config.num_experts_per_tok / sum(LENGTHS)
+    return sum(each.language + KL_WEIGHT * sum(each.kl) for each in results) + ROUTER_WEIGHT * router
+
+
+def flat(state: nnx.State) -> dict[str, np.ndarray]:
+    return {".".join(map(str, path)): np.asarray(x.get_value()) for path, x in nnx.to_flat_state(state)}
+
+
+def gradients(
+    batch: PackedBatch, options: TrainOptions, objective: Callable[[Losses], jax.Array] = objective
+) -> tuple[Losses, dict[str, np.ndarray]]:
+    graph, state = nnx.split(model_and_config()[0])
+    step = StepSharding.prefill(MeshRules.single_device())
+
+    @functools.partial(jax.jit, static_argnames="options")
+    @functools.partial(jax.grad, has_aux=True)
+    def run(state: nnx.State, batch: PackedBatch, options: TrainOptions) -> tuple[jax.Array, Losses]:
+        losses = forward_losses(nnx.merge(graph, state), batch, options, step)
+        return objective(losses), losses
+
+    found, losses = run(state, batch, options)
+    return losses, flat(found)
+
+
+@functools.cache
+def expected(attention: str, detach: bool) -> tuple[list[reference.Results], dict[str, np.ndarray]]:
+    """The reference's results of each sample, and the gradients of their sum; choices are safe."""
+    model, config = model_and_config()
+    with jax.enable_x64(True):
+        params = {name: jnp.asarray(x, jnp.float64) for name, x in flat(nnx.state(model)).items()}
+
+        def run(params: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+            found = [
+                reference.run(params, config, normalised(sample), attention=attention, detach=detach)
+                for sample in samples()
+            ]
+            return reference_objective(found), [dataclasses.asdict(each) for each in found]
+
+        grads, found = jax.jit(jax.grad(run, has_aux=True))(params)
+        results = [reference.Results(**each) for each in found]
+    for result in results:
+        for scores, logits in zip(result.index_scores, result.router_logits, strict=True):
+            assert_leads(selection_leads(np.asarray(scores), config.sa_config.topk), LEAD)
+            assert_leads(selection_leads(np.asarray(logits), config.num_experts_per_tok), LEAD)
+    return results, {name: np.asarray(x) for name, x in grads.items()}
+
+
+def normalised(sample: reference.Sample) -> reference.Sample:
+    return dataclasses.replace(sample, images=tuple(image / 255 * 2 - 1 for image in sample.images))
+
+
+def assert_gradients_close(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    assert got.keys() == wanted.keys()
+    for name in got:
+        scale = np.abs(wanted[name]).max()
+        assert scale > 0, f"{name} has no gradient"
+        np.testing.assert_allclose(got[name] / scale, wanted[name] / scale, atol=2e-3, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tokens", "options"),
+    [
+        (192, TrainOptions(router=True, remat="none")),
+        (64, TrainOptions(router=True, remat="attention")),
+        (192, TrainOptions("dense", router=True, remat="layer", block_bytes=2**20)),
+        (192, TrainOptions(router=True, detach=False)),
+    ],
+    ids=["sparse", "samples of several rows", "dense", "not detached"],
+)
+def test_losses_and_gradients(tokens: int, options: TrainOptions):
+    """In every parameter: of vision, projector, embeddings, attention, indexer, router, experts and head."""
+    batch = batch_of(tokens, rows=3 if tokens == 192 else 6, longest=192)
+    losses, got = gradients(batch, options)
+    results, wanted = expected(options.attention, options.detach)
+    np.testing.assert_allclose(losses.language, sum(each.language for each in results), rtol=1e-4)
+    for layer in range(2):
+        np.testing.assert_allclose(losses.kl[layer], sum(each.kl[layer] for each in results), rtol=1e-4)
+    assert int(losses.tokens) == sum(LENGTHS)
+    assert int(losses.targets) == sum((sample.targets >= 0).sum() for sample in samples())
+    assert_gradients_close(got, wanted)
