@@ -32,7 +32,8 @@ def all_gather(x: jax.Array, axes: Axes, axis: int) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.itemsize == 1 else x
     with jax.named_scope("collectives"):
         bits = jax.lax.all_gather(bits, axes, axis=axis, tiled=True)
-    return jax.lax.bitcast_convert_type(bits, x.dtype)
+    # Bits have no gradient, not even as what they were before.
+    return bits if bits.dtype == x.dtype else jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
 def sum_over(x: jax.Array, axes: Axes, scatter: Axes = (), axis: int = 0) -> jax.Array:

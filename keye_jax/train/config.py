@@ -159,9 +159,9 @@ class BatchConfig:
     def rows(self) -> int:
         return self.tokens // self.row
 
-    @property
-    def most_samples(self) -> int:
-        return self.samples or self.rows
+    def samples_of(self, groups: int) -> int:
+        """Most samples of each of several groups of devices."""
+        return max(1, (self.samples or self.rows) // groups)
 
 
 @dataclasses.dataclass(frozen=True)

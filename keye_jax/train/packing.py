@@ -47,7 +47,7 @@ class Packer:
         self._sizes = sorted(config.images)
         self._free_rows = [config.rows // groups] * groups
         self._free_images = [config.images[size] for size in self._sizes]
-        self._free_samples = config.most_samples
+        self._free_samples = [config.samples_of(groups)] * groups
 
     def place(self, tokens: int, images: Sequence[int]) -> Place | None:
         """Takes room for a sample; None if there is not enough left.
@@ -58,7 +58,7 @@ class Packer:
         """
         rows = -(-tokens // self._config.row)
         group = max(range(self._groups), key=lambda each: self._free_rows[each])
-        if rows > self._free_rows[group] or not self._free_samples:
+        if rows > self._free_rows[group] or not self._free_samples[group]:
             return None
         free, buckets = list(self._free_images), []
         for patches in images:
@@ -74,7 +74,7 @@ class Packer:
         row = (group + 1) * each - self._free_rows[group]
         self._free_images = free
         self._free_rows[group] -= rows
-        self._free_samples -= 1
+        self._free_samples[group] -= 1
         return Place(group, row, rows, tuple(buckets))
 
 
@@ -96,8 +96,8 @@ class PackedArrays:
 
     Attributes:
       ids, positions, targets, vision_index: int32 `[rows, t]`, positions `[3, rows, t]`.
-      page_table: int32 `[samples, m]`, pages of a group, from its first.
-      start, count, sequence: int32 `[rows]`.
+      page_table: int32 `[samples, m]`, pages of a group, from its first; the samples of one group after the other.
+      start, count, sequence: int32 `[rows]`; samples count from the first of their group.
       images: of each size, patches uint8 `[n, p, features]`, which may be on the device, and sizes int32 `[n, 2]`, or
         `[1, 2]` where all are alike.
     """
@@ -127,7 +127,9 @@ def pack(
     pages, per_row, group_rows = config.length // PAGE_TOKENS, t // PAGE_TOKENS, rows // groups
     ids, targets, vision = np.zeros((rows, t), np.int32), np.full((rows, t), -1, np.int32), np.full((rows, t), -1)
     positions = np.zeros((3, rows, t), np.int32)
-    table = np.zeros((config.most_samples, pages), np.int32)
+    group_samples = config.samples_of(groups)
+    table = np.zeros((groups * group_samples, pages), np.int32)
+    numbers = [0] * groups
     start, count, sequence = np.zeros((3, rows), np.int32)
     sizes = sorted(config.images)
     # What stands in an empty place is one merged token, so that no size is 0.
@@ -138,12 +140,13 @@ def pack(
     tokens_of = [size // merge**2 for size in sizes]
     first_token = np.cumsum([0, *(config.images[size] * each for size, each in zip(sizes, tokens_of, strict=True))])
     used = [0] * len(sizes)
-    for index, (place, sample) in enumerate(placed):
+    for place, sample in placed:
+        index, numbers[place.group] = numbers[place.group], numbers[place.group] + 1
         length, here = len(sample.ids), slice(place.row, place.row + place.rows)
         rows_of = np.arange(place.rows) * t
         start[here], count[here], sequence[here] = rows_of, np.clip(length - rows_of, 0, t), index
         first_page = (place.row - place.group * group_rows) * per_row
-        table[index] = np.minimum(first_page + np.arange(pages), group_rows * per_row - 1)
+        table[place.group * group_samples + index] = np.minimum(first_page + np.arange(pages), group_rows * per_row - 1)
         bases = np.zeros(len(sample.images) + 1, np.int64)
         for number, (patches, bucket) in enumerate(zip(sample.images, place.buckets, strict=True)):
             at, used[bucket] = used[bucket], used[bucket] + 1

@@ -102,7 +102,7 @@ class TrainStep:
 
         own = self.step.batch
         metadata = BatchMetadata(
-            page_table=put(batch.page_table),
+            page_table=put(batch.page_table, own),
             start=put(batch.start, own),
             count=put(batch.count, own),
             sequence=put(batch.sequence, own),

@@ -114,8 +114,10 @@ class TestBatches:
     def test_groups_count_their_own_pages(self, batches):
         batch = next(batches(TEXTS, stage(), epochs=1, shuffle=False, groups=2))
         assert (batch.count[:4] > 0).any() and (batch.count[4:] > 0).any()
+        assert batch.page_table.shape[0] == 8
         later = [row for row in range(4, 8) if batch.count[row] and batch.start[row] == 0]
-        assert [batch.page_table[batch.sequence[row], 0] for row in later] == [row - 4 for row in later]
+        assert [batch.sequence[row] for row in later] == list(range(len(later)))
+        assert [batch.page_table[4 + batch.sequence[row], 0] for row in later] == [row - 4 for row in later]
 
     def test_each_sample_comes_once_an_epoch(self, batches):
         made = batches(TEXTS, stage(), epochs=2)
@@ -171,13 +173,13 @@ class TestBroken:
 
 
 class TestPacker:
-    CONFIG = BatchConfig(tokens=512, length=256, row=64, samples=3, images={16: 1, 64: 2})
+    CONFIG = BatchConfig(tokens=512, length=256, row=64, samples=4, images={16: 1, 64: 2})
 
     def test_the_freest_group_gets_the_next_sample(self):
         packer = Packer(self.CONFIG, groups=2)
         places = [packer.place(tokens, []) for tokens in (100, 200, 64)]
         assert [(place.group, place.row, place.rows) for place in places if place] == [(0, 0, 2), (1, 4, 4), (0, 2, 1)]
-        assert packer.place(1, []) is None  # of three samples at most
+        assert packer.place(1, []) is None  # four samples are two in each group
 
     def test_images_take_the_smallest_place_that_is_free(self):
         packer = Packer(self.CONFIG)
