@@ -136,15 +136,6 @@ class TestSteps:
     def test_batches_that_are_added_equal_a_larger_one(self, trainer):
         """Two batches of unlike numbers of targets, and both in one."""
         data = {"workers": 0, "shuffle": False, "lookahead": 1}
-        sgd = {
-            "lr": 1.0,
-            "schedule": "constant",
-            "warmup": 0,
-            "betas": [0, 0],
-            "eps": 1e3,
-            "clip": 0,
-            "indexer_clip": 0,
-        }
         small = stage(data=data, optimizer=PLAIN, batch={"tokens": 512, "accumulation": 2})
         large = stage(data=data, optimizer=PLAIN, batch={"tokens": 1024, "images": {96: 8}})
         (one, its_batches), (other, others) = trainer(small), trainer(large)
@@ -254,16 +245,15 @@ class TestMistakes:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "rules",
+    ("mesh", "rules"),
     [
-        {"batch": "x", "parameters": "x"},
-        {"query_sequence": "x", "experts": "x", "vision_patches": "x", "vocab": "x"},
-        {"batch": "y", "query_sequence": "x", "experts": ["y", "x"], "parameters": ["y", "x"]},
+        ({"x": 8}, {"batch": "x", "parameters": "x"}),
+        ({"x": 4}, {"query_sequence": "x", "experts": "x", "vision_patches": "x", "vocab": "x"}),
+        ({"y": 2, "x": 4}, {"batch": "y", "query_sequence": "x", "experts": "x", "parameters": ["y", "x"]}),
     ],
     ids=["data", "experts", "both"],
 )
-def test_eight_devices_make_the_step_of_one(trainer, folder, rules, quick_to_compile):
-    mesh = {"y": 2, "x": 2} if "y" in str(rules) else {"x": 4}
+def test_several_devices_make_the_step_of_one(trainer, folder, mesh, rules, quick_to_compile):
     sharding = ShardingConfig.from_dict({"mesh": mesh, "rules": rules})
     devices = MeshRules.create(sharding, KeyeConfig.from_file(folder / "hf"))
     config = stage(optimizer=PLAIN, batch={"tokens": 2048, "row": 64, "images": {96: 8}})
