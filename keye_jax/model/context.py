@@ -141,6 +141,11 @@ class PackedContext:
             )
         )
 
+    @classmethod
+    def join(cls, parts: Sequence[PackedContext]) -> PackedContext:
+        """The parts of a batch, one for each part of the axes of `StepSharding.batch`; all have the same shapes."""
+        return cls(jax.tree.map(lambda *x: jnp.concatenate(x), *(part.batch for part in parts)))
+
     def append(self, new: Pages, step: StepSharding) -> tuple[PackedContext, Keys]:
         rows = jax.tree.map(lambda x: all_gather(x, step.query_sequence, axis=0), new)
         pages = jax.tree.map(lambda x: x.reshape(-1, PAGE_SIZE, *x.shape[2:]), rows)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,13 +42,44 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, *, dtype: jnp.dtype | None = None) -> jax.Array:
         """`[..., *inputs]` to `[..., *outputs]`, accumulated in float32, in `dtype` (that of x)."""
-        weight = self.weight[...]
-        x_axes = tuple(range(x.ndim - self.num_inputs, x.ndim))
-        w_axes = tuple(range(weight.ndim - self.num_inputs, weight.ndim))
-        out = jax.lax.dot_general(x, weight, ((x_axes, w_axes), ((), ())), preferred_element_type=jnp.float32)
+        narrow = dtype is None or dtype == x.dtype
+        out: Any = _contract(self.num_inputs, narrow, x, self.weight[...])
         if self.bias is not None:
             out += self.bias[...].astype(jnp.float32)
         return out.astype(dtype or x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _contract(inputs: int, narrow: bool, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`[..., *inputs]` and `[*outputs, *inputs]` to float32 `[..., *outputs]`.
+
+    Args:
+      inputs: how many dimensions are summed over.
+      narrow: whether the result is rounded to the dtype of x at once. Then so is its gradient, and products in the
+        backward pass have operands of that dtype too, not of float32.
+    """
+    x_axes, w_axes = (tuple(range(each.ndim - inputs, each.ndim)) for each in (x, weight))
+    return jax.lax.dot_general(x, weight, ((x_axes, w_axes), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _contract_forward(inputs: int, narrow: bool, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple]:
+    return _contract(inputs, narrow, x, weight), (x, weight)
+
+
+def _contract_backward(
+    inputs: int, narrow: bool, saved: tuple[jax.Array, jax.Array], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, weight = saved
+    d_out = d_out.astype(x.dtype) if narrow else d_out
+    outputs, rows = weight.ndim - inputs, x.ndim - inputs
+    of_out, of_weight = tuple(range(rows, d_out.ndim)), tuple(range(outputs))
+    d_x = jax.lax.dot_general(d_out, weight, ((of_out, of_weight), ((), ())), preferred_element_type=jnp.float32)
+    all_rows = tuple(range(rows))
+    d_weight = jax.lax.dot_general(d_out, x, ((all_rows, all_rows), ((), ())), preferred_element_type=jnp.float32)
+    return d_x.astype(x.dtype), d_weight.astype(weight.dtype)
+
+
+_contract.defvjp(_contract_forward, _contract_backward)
 
 
 class RMSNorm(nnx.Module):

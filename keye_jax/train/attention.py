@@ -173,12 +173,11 @@ def _forward_block(
       at: int32 `[b, s]` or `[1, s]`, positions of the keys; negative before the sample's first.
     """
     rows = queries.q.shape[:2]
-    visible, scores = _visible(start, rows[1], at), None
+    visible = _visible(start, rows[1], at)
     chosen = jnp.broadcast_to(visible, (*rows, visible.shape[-1]))
-    if plan.kl or _selects(plan, keys):
-        with jax.named_scope("indexer"):
-            scores = jnp.where(visible, _index_scores(plan, queries, _index_dots(queries, keys)), -jnp.inf)
-    if _selects(plan, keys):
+    with jax.named_scope("indexer"):
+        scores = jnp.where(visible, _index_scores(plan, queries, _index_dots(queries, keys)), -jnp.inf)
+    if keys.k.shape[1] > plan.top_k:
         with jax.named_scope("selection"):
             chosen = visible & topk_mask(scores, plan.top_k)
     with jax.named_scope("attention"):
@@ -231,13 +230,11 @@ def _backward_block(
       d_out: `[b, q, n, d]`.
       d_kl: float32 `[b, q]`.
     """
-    mask, index_dots, scores = _visible(start, queries.q.shape[1], at), None, None
-    selects = plan.sparse and _selects(plan, keys)
-    if plan.kl or selects:
-        with jax.named_scope("indexer"):
-            index_dots = _index_dots(queries, keys)
-            scores = jnp.where(mask, _index_scores(plan, queries, index_dots), -jnp.inf)
-    if selects:
+    mask = _visible(start, queries.q.shape[1], at)
+    with jax.named_scope("indexer"):
+        index_dots = _index_dots(queries, keys)
+        scores = jnp.where(mask, _index_scores(plan, queries, index_dots), -jnp.inf)
+    if plan.sparse and keys.k.shape[1] > plan.top_k:
         # Selected again, not kept: scores that are computed again may be rounded otherwise than a threshold was.
         with jax.named_scope("selection"):
             mask &= topk_mask(scores, plan.top_k)
@@ -271,11 +268,6 @@ def _backward_block(
         d_index_keys = jnp.einsum("bqns,bqnd->bsd", d_dots, gated, preferred_element_type=wide(keys.k))
     d_index_q = (gates * pulled).astype(queries.index_q.dtype)
     return Queries(d_q, d_index_q, d_gates.astype(queries.gates.dtype)), KeysAndValues(d_k, d_v, d_index_keys)
-
-
-def _selects(plan: AttentionPlan, keys: KeysAndValues) -> bool:
-    """Whether a query may see more keys than it selects, and it matters."""
-    return (plan.sparse or plan.kl) and keys.k.shape[1] > plan.top_k
 
 
 def _visible(start: jax.Array, count: int, at: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,8 @@ class TrainOptions:
             keys = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), keys)
             rows = own_rows(batch, step)
             start, first = rows.start, rows.tables(rows.page_table)[:, 0] * PAGE_SIZE
-        out, measures = attend(plan, queries, keys, start, first)
+        attended: Any = attend(plan, queries, keys, start, first)
+        out, measures = attended
         groups = inputs.k.shape[2] * step.size(step.heads)
         return out, jax.tree.map(lambda x: sum_over(x, step.heads) / groups, measures)
 
@@ -180,7 +181,9 @@ class Losses:
     tokens: jax.Array
     router: jax.Array
 
-    def objective(self, *, kl_weight: float = 0.0, router_weight: float = 0.0, language_weight: float = 1.0):
+    def objective(
+        self, *, kl_weight: float = 0.0, router_weight: float = 0.0, language_weight: float = 1.0
+    ) -> jax.Array:
         """What is minimised, float32 `[]`: weighted means over targets and over tokens, summed over layers."""
         tokens = jnp.maximum(self.tokens, 1)
         language = language_weight * self.language / jnp.maximum(self.targets, 1)
@@ -194,14 +197,15 @@ def forward_losses(model: Keye, batch: PackedBatch, options: TrainOptions, step:
     are multiples of those of the devices. Parameters may be float32 or bfloat16; sums are float32.
     """
     vision = [_encode(model, images, options, step) for images in batch.images]
-    tokens = jnp.concatenate(vision) if vision else jnp.zeros((1, model.decoder.norm.weight.shape[0]))
-    x = model.embed(batch.ids, tokens, batch.vision_index, step)
+    nothing = jnp.zeros((1, model.decoder.norm.weight.shape[0]))
+    x = model.embed(batch.ids, jnp.concatenate(vision) if vision else nothing, batch.vision_index, step)
     decoder, contexts = model.decoder, (batch.context,) * len(model.decoder.layers)
     attention = AttentionOptions(options.attention, training=options)
     hidden, _, layers = decoder(x, batch.positions, contexts, attention, step)
-    language, correct = cross_entropy(
+    found: Any = cross_entropy(
         decoder.norm(hidden), decoder.lm_head.weight[...], batch.targets, step, options.block_bytes
     )
+    language, correct = found
     valid = batch.context.batch.valid(batch.ids.shape[1])
     tokens = jnp.sum(valid, dtype=jnp.int32)
 
@@ -227,7 +231,9 @@ def _encode(model: Keye, images: Images, options: TrainOptions, step: StepShardi
     def run(modules: tuple[VisionEncoder, Projector], patches: jax.Array, sizes: jax.Array) -> jax.Array:
         vision, projector = modules
         features = patches.shape[-1] // len(options.pixel_scale)
-        scale, shift = (np.repeat(np.float32(x), features) for x in (options.pixel_scale, options.pixel_shift))
+        scale, shift = (
+            np.repeat(np.asarray(x, np.float32), features) for x in (options.pixel_scale, options.pixel_shift)
+        )
         pixels = patches.astype(jnp.float32) * scale + shift
         hidden = vision(pixels, sizes, implementation="xla", rematerialise=options.rematerialise)
         return projector(hidden, sizes)

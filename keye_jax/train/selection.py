@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 
@@ -73,5 +76,6 @@ def _count(masks: list[jax.Array]) -> list[jax.Array]:
     return list(jax.lax.reduce(numbers, (jnp.int32(0),) * len(numbers), add, (numbers[0].ndim - 1,)))
 
 
-def _number_of(conditions) -> jax.Array:
-    return sum(condition.astype(jnp.int32) for condition in conditions)
+def _number_of(conditions: Iterable[jax.Array]) -> jax.Array:
+    """How many of the conditions hold, int32 in their shape."""
+    return functools.reduce(jnp.add, (condition.astype(jnp.int32) for condition in conditions))

@@ -44,12 +44,21 @@ class Results:
     router_logits: list[jax.Array]
 
 
-def run(params: Params, config: KeyeConfig, sample: Sample, *, attention: str, detach: bool = True) -> Results:
+def run(
+    params: Params,
+    config: KeyeConfig,
+    sample: Sample,
+    *,
+    attention: str,
+    detach: bool = True,
+    teachers: np.ndarray | None = None,
+) -> Results:
     """Losses of a sample.
 
     Args:
       attention: "sparse" or "dense".
       detach: whether the indexer's input is detached.
+      teachers: attention probabilities `[l, t, t]` to learn from in place of those computed.
     """
     x = params["decoder.embed_tokens.weight"][sample.ids]
     if sample.images:
@@ -57,7 +66,8 @@ def run(params: Params, config: KeyeConfig, sample: Sample, *, attention: str, d
         x = jnp.where((sample.vision_index >= 0)[:, None], seen[np.maximum(sample.vision_index, 0)], x)
     found = Results(jnp.zeros(()), [], [], [], [], [])
     for layer in range(config.num_hidden_layers):
-        x = _layer(_below(params, f"decoder.layers.{layer}."), config, x, sample, attention, detach, found)
+        own, teacher = _below(params, f"decoder.layers.{layer}."), None if teachers is None else teachers[layer]
+        x = _layer(own, config, x, sample, attention, detach, teacher, found)
     logits = _rms(params["decoder.norm.weight"], x, config.rms_norm_eps) @ params["decoder.lm_head.weight"].T
     losses = (
         jax.nn.logsumexp(logits, axis=-1)
@@ -67,7 +77,14 @@ def run(params: Params, config: KeyeConfig, sample: Sample, *, attention: str, d
 
 
 def _layer(
-    p: Params, config: KeyeConfig, x: jax.Array, sample: Sample, attention: str, detach: bool, found: Results
+    p: Params,
+    config: KeyeConfig,
+    x: jax.Array,
+    sample: Sample,
+    attention: str,
+    detach: bool,
+    teacher: np.ndarray | None,
+    found: Results,
 ) -> jax.Array:
     tokens, sa = len(x), config.sa_config
     normed = _rms(p["input_norm.weight"], x, config.rms_norm_eps)
@@ -100,9 +117,10 @@ def _layer(
     attended = jnp.einsum("nts,snd->tnd", probabilities, wide_v)
     x = x + jnp.einsum("tnh,dnh->td", attended, p["attention.o_proj.weight"])
 
-    teacher = jax.lax.stop_gradient(probabilities).reshape(-1, group, tokens, tokens).mean(1)
+    computed = jax.lax.stop_gradient(probabilities).reshape(-1, group, tokens, tokens).mean(1)
+    p_teacher = computed if teacher is None else jnp.asarray(teacher)[None]
     log_q = jnp.where(mask, jax.nn.log_softmax(jnp.where(mask, scores, -jnp.inf), axis=-1), 0.0)
-    found.kl.append(jnp.sum(jax.scipy.special.xlogy(teacher, teacher) - teacher * log_q) / len(teacher))
+    found.kl.append(jnp.sum(jax.scipy.special.xlogy(p_teacher, p_teacher) - p_teacher * log_q) / len(p_teacher))
     found.index_scores.append(masked)
 
     normed = _rms(p["post_attention_norm.weight"], x, config.rms_norm_eps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,9 +17,10 @@ from flax import nnx
 from keye_jax.config import KeyeConfig
 from keye_jax.model.context import PackedContext
 from keye_jax.model.keye import Keye
+from keye_jax.model.params import shard_params
 from keye_jax.sharding import MeshRules, StepSharding
 from keye_jax.train.forward import Images, Losses, PackedBatch, TrainOptions, forward_losses
-from tests.keye_jax.golden_models import golden_model
+from tests.keye_jax.golden_models import golden_model, preset, rules_of
 from tests.keye_jax.train import reference
 from tests.near_ties import assert_leads, selection_leads
 
@@ -52,12 +54,28 @@ def samples() -> tuple[reference.Sample, ...]:
     return tuple(found)
 
 
-def batch_of(tokens: int, *, rows: int, longest: int) -> PackedBatch:
-    """The samples in rows of `tokens` tokens."""
-    context = PackedContext.of(LENGTHS, tokens, rows=rows, samples=3, longest=longest)
+def text_batch(ids: np.ndarray, tokens: int) -> PackedBatch:
+    """One text without targets in a row."""
+    at = jnp.arange(tokens, dtype=jnp.int32)
+    nothing = jnp.full((1, tokens), -1, jnp.int32)
+    padded = jnp.asarray(np.pad(ids, (0, tokens - len(ids)))[None].astype(np.int32))
+    context = PackedContext.of([len(ids)], tokens)
+    return PackedBatch(padded, jnp.broadcast_to(at, (3, 1, tokens)), nothing, context, (), nothing)
+
+
+def batch_of(tokens: int, *, rows: int, parts: int = 1) -> PackedBatch:
+    """The samples in rows of `tokens` tokens, of which each part has as many; idle rows and images fill them up.
+
+    Args:
+      parts: 1, or 2 for a sample in each.
+    """
+    each = {"rows": rows // parts, "samples": 3, "longest": 192}
+    of_part = [LENGTHS] if parts == 1 else [(length,) for length in LENGTHS]
+    context = PackedContext.join([PackedContext.of(lengths, tokens, **each) for lengths in of_part])
     ids, targets, index = (np.full((rows, tokens), fill, np.int32) for fill in (0, -1, -1))
     positions, begin, image_tokens = np.zeros((3, rows, tokens), np.int32), 0, 0
-    for sample in samples():
+    for number, sample in enumerate(samples()):
+        begin = max(begin, number * rows // parts * tokens if parts > 1 else 0)
         own = slice(begin, begin + len(sample.ids))
         ids.reshape(-1)[own], targets.reshape(-1)[own] = sample.ids, sample.targets
         index.reshape(-1)[own] = np.where(sample.vision_index < 0, -1, sample.vision_index + image_tokens)
@@ -65,9 +83,10 @@ def batch_of(tokens: int, *, rows: int, longest: int) -> PackedBatch:
         begin += -(-len(sample.ids) // tokens) * tokens
         image_tokens += sum(image.shape[0] * image.shape[1] // 4 for image in sample.images)
     patches = [image.reshape(-1, image.shape[-1]) for sample in samples() for image in sample.images]
-    images = Images(jnp.asarray(np.stack(patches)), jnp.asarray(GRIDS, jnp.int32))
-    arrays = map(jnp.asarray, (ids, positions, targets))
-    return PackedBatch(*arrays, context, (images,), jnp.asarray(index))
+    patches += [np.zeros_like(patches[0])] * (8 - len(patches))
+    images = Images(jnp.asarray(np.stack(patches)), jnp.asarray(GRIDS + GRIDS[:1] * 5, jnp.int32))
+    ids, positions, targets, index = map(jnp.asarray, (ids, positions, targets, index))
+    return PackedBatch(ids, positions, targets, context, (images,), index)
 
 
 KL_WEIGHT, ROUTER_WEIGHT = 0.3, 0.2
@@ -84,8 +103,8 @@ def reference_objective(results: list[reference.Results]) -> jax.Array:
         [sum(getattr(each, name)[layer] for each in results) for layer in layers] for name in ("chosen", "routed")
     )
     balance = [jnp.sum(shares * probabilities) for shares, probabilities in zip(chosen, routed, strict=True)]
-    router = sum(balance) * config.num_experts / config.num_experts_per_tok / sum(LENGTHS)
-    return sum(each.language + KL_WEIGHT * sum(each.kl) for each in results) + ROUTER_WEIGHT * router
+    router = jnp.sum(jnp.asarray(balance)) * config.num_experts / config.num_experts_per_tok / sum(LENGTHS)
+    return sum((each.language + KL_WEIGHT * sum(each.kl) for each in results), ROUTER_WEIGHT * router)
 
 
 def flat(state: nnx.State) -> dict[str, np.ndarray]:
@@ -93,10 +112,15 @@ def flat(state: nnx.State) -> dict[str, np.ndarray]:
 
 
 def gradients(
-    batch: PackedBatch, options: TrainOptions, objective: Callable[[Losses], jax.Array] = objective
+    batch: PackedBatch,
+    options: TrainOptions,
+    objective: Callable[[Losses], jax.Array] = objective,
+    rules: MeshRules | None = None,
+    model: Keye | None = None,
 ) -> tuple[Losses, dict[str, np.ndarray]]:
-    graph, state = nnx.split(model_and_config()[0])
-    step = StepSharding.prefill(MeshRules.single_device())
+    rules = rules or MeshRules.single_device()
+    graph, state = nnx.split(shard_params(model or model_and_config()[0], rules))
+    step = StepSharding.prefill(rules)
 
     @functools.partial(jax.jit, static_argnames="options")
     @functools.partial(jax.grad, has_aux=True)
@@ -126,7 +150,8 @@ def expected(attention: str, detach: bool) -> tuple[list[reference.Results], dic
         results = [reference.Results(**each) for each in found]
     for result in results:
         for scores, logits in zip(result.index_scores, result.router_logits, strict=True):
-            assert_leads(selection_leads(np.asarray(scores), config.sa_config.topk), LEAD)
+            if attention == "sparse":
+                assert_leads(selection_leads(np.asarray(scores), config.sa_config.topk), LEAD)
             assert_leads(selection_leads(np.asarray(logits), config.num_experts_per_tok), LEAD)
     return results, {name: np.asarray(x) for name, x in grads.items()}
 
@@ -156,7 +181,7 @@ def assert_gradients_close(got: dict[str, np.ndarray], wanted: dict[str, np.ndar
 )
 def test_losses_and_gradients(tokens: int, options: TrainOptions):
     """In every parameter: of vision, projector, embeddings, attention, indexer, router, experts and head."""
-    batch = batch_of(tokens, rows=3 if tokens == 192 else 6, longest=192)
+    batch = batch_of(tokens, rows=3 if tokens == 192 else 6)
     losses, got = gradients(batch, options)
     results, wanted = expected(options.attention, options.detach)
     np.testing.assert_allclose(losses.language, sum(each.language for each in results), rtol=1e-4)
@@ -165,3 +190,80 @@ def test_losses_and_gradients(tokens: int, options: TrainOptions):
     assert int(losses.tokens) == sum(LENGTHS)
     assert int(losses.targets) == sum((sample.targets >= 0).sum() for sample in samples())
     assert_gradients_close(got, wanted)
+
+
+MESHES = {
+    "expert": "expert",
+    "combined": "combined",
+    "each to its experts": (
+        {"data": 2, "expert": 4},
+        {"batch": "data", "query_sequence": "expert", "experts": ["data", "expert"], "vision_patches": "data"},
+        "all_to_all",
+    ),
+    "heads": (
+        {"sequence": 4, "tensor": 2},
+        {"query_sequence": "sequence", "heads": "tensor", "kv_heads": "tensor", "experts": "tensor", "vocab": "tensor"},
+        "all_gather",
+    ),
+}
+
+
+@functools.cache
+def of_one_device(tokens: int) -> tuple[Losses, dict[str, np.ndarray]]:
+    return gradients(batch_of(tokens, rows=8), TrainOptions(router=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [64, 192])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_eight_devices_give_what_one_does(mesh: str, tokens: int):
+    """Rows over all of them, samples over some of them, heads, experts and the vocabulary over others."""
+    config, layout = model_and_config()[1], MESHES[mesh]
+    rules = preset(layout, config) if isinstance(layout, str) else rules_of(config, *layout)
+    parts = rules.parts(StepSharding.prefill(rules).batch)
+    losses, got = gradients(batch_of(tokens, rows=8, parts=parts), TrainOptions(router=True), rules=rules)
+    expected, wanted = of_one_device(tokens)
+    for one, other in zip(jax.tree.leaves(losses), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4)
+    assert_gradients_close(got, wanted)
+
+
+@pytest.mark.slow
+def test_each_loss_reaches_its_own_parameters():
+    """The language model's loss gives the indexer exactly nothing, and the KL divergence gives it to nothing else."""
+    batch = batch_of(192, rows=3)
+    for loss, of_indexer in ((lambda x: x.language + jnp.sum(x.router), False), (lambda x: jnp.sum(x.kl), True)):
+        _, found = gradients(batch, TrainOptions(router=True), loss)
+        for name, gradient in found.items():
+            assert np.any(gradient) == (("indexer" in name) == of_indexer), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sparse", "dense"])
+def test_recorded_attention_is_the_teacher(golden: Path, attention: str):
+    """The indexer's gradients are those of cross-entropy with the recorded means of attention over all heads."""
+    model, config = golden_model("a")
+    recorded = np.load(golden / "a" / "golden.npz")
+    ids, teachers = recorded["text_ids"], recorded[f"head_mean_attention_{attention}"].astype(np.float64)
+    options = TrainOptions("sparse" if attention == "sparse" else "dense")
+    _, got = gradients(text_batch(ids, 128), options, lambda x: jnp.sum(x.kl), model=model)
+    nothing = np.full(len(ids), -1)
+    sample = reference.Sample(ids, nothing, np.broadcast_to(np.arange(len(ids)), (3, len(ids))), nothing, ())
+    with jax.enable_x64(True):
+        params = {name: jnp.asarray(x, jnp.float64) for name, x in flat(nnx.state(model)).items()}
+
+        def loss(params: dict[str, jax.Array]) -> jax.Array:
+            return sum(reference.run(params, config, sample, attention=attention, teachers=teachers).kl, jnp.zeros(()))
+
+        wanted = jax.jit(jax.grad(loss))(params)
+    of_indexer = [name for name in got if "indexer" in name]
+    assert len(of_indexer) == 5 * config.num_hidden_layers
+    assert_gradients_close(*({name: np.asarray(each[name]) for name in of_indexer} for each in (got, wanted)))
+
+
+@pytest.mark.slow
+def test_two_backward_passes_are_equal_to_the_bit():
+    batch, options = batch_of(64, rows=6), TrainOptions(router=True)
+    first, second = (gradients(batch, options)[1] for _ in range(2))
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name])

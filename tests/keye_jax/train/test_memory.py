@@ -1,0 +1,54 @@
+"""Memory of training grows as the length does: there is no array of queries times keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from keye_jax.config import KeyeConfig
+from keye_jax.model.context import PackedContext
+from keye_jax.model.keye import Keye
+from keye_jax.sharding import MeshRules, StepSharding
+from keye_jax.train.forward import PackedBatch, TrainOptions, forward_losses
+from tests.keye_jax.golden_models import GOLDEN
+
+BLOCK = 2**20
+"""Bytes, as few queries of the longest sample take."""
+
+
+def scratch_bytes(length: int, options: TrainOptions, row: int) -> int:
+    """What the compiled losses and gradients of one sample take beside arguments and results."""
+    config = dataclasses.replace(KeyeConfig.from_file(GOLDEN / "a"), num_hidden_layers=1, dtype="bfloat16")
+    graph, state = nnx.split(Keye.abstract(config))
+    step, rows = StepSharding.prefill(MeshRules.single_device()), length // row
+
+    def shape(*dimensions: int) -> Any:
+        return jax.ShapeDtypeStruct(dimensions, jnp.int32)
+
+    context = jax.eval_shape(lambda: PackedContext.of([length], row))
+    ids = shape(rows, row)
+    batch = PackedBatch(ids, shape(3, rows, row), ids, context, (), ids)
+
+    def loss(state: nnx.State, batch: PackedBatch) -> jax.Array:
+        losses = forward_losses(nnx.merge(graph, state), batch, options, step)
+        return losses.objective(kl_weight=1.0)
+
+    memory = jax.jit(jax.grad(loss)).lower(state, batch).compile().memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sparse", "dense"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_scratch_memory_is_linear(attention: Any, rows: int):
+    """From 2K to 4K to 8K, as one row and as four. With one array of queries times keys it would grow fourfold."""
+    options = TrainOptions(attention, block_bytes=BLOCK)
+    sizes = [scratch_bytes(length, options, length // rows) for length in (2048, 4096, 8192)]
+    growth = [sizes[1] - sizes[0], sizes[2] - sizes[1]]
+    assert growth[1] < 2.2 * growth[0], sizes
