@@ -49,15 +49,18 @@ class Report:
     def step(self, step: int, measures: Mapping[str, Any], epoch: float | None = None) -> None:
         """Takes the measures of a step, numbers by name; `tokens` is how many it read."""
         now = time.monotonic()
-        self._tokens += int(measures["tokens"])
+        done = step - self._begun - 1
+        if done:
+            self._tokens += int(measures["tokens"])
+        else:
+            self._start = now  # the first step compiles
         elapsed = max(now - self._start, 1e-9)
         rate = self._tokens / elapsed
         self._write(step, {**measures, "tokens_per_second": round(rate, 1)}, "train")
         interval = _TERMINAL_S if self._on_terminal else _PLAIN_S
         if step in (self._begun + 1, self._steps) or now - self._shown >= interval:
             self._shown = now
-            done = step - self._begun
-            left = _duration((self._steps - step) * elapsed / done) if done > 1 else "?"
+            left = _duration((self._steps - step) * elapsed / done) if done else "?"
             parts = [f"step {step:,}/{self._steps:,}", *([] if epoch is None else [f"epoch {epoch:.1f}"])]
             parts += [f"loss {measures['language']:.4f}", f"accuracy {measures['accuracy']:.3f}"]
             if "indexer_norm" in measures:

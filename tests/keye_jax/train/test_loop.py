@@ -19,7 +19,7 @@ from keye_jax import presets
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 from keye_jax.processor import Processor
-from keye_jax.sharding import MeshRules, ShardingConfig
+from keye_jax.sharding import MeshRules, ShardingConfig, StepSharding
 from keye_jax.testing import write_clip, write_processor_files
 from keye_jax.train import session
 from keye_jax.train.config import StageConfig
@@ -56,8 +56,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-# Steps along the gradient, each number by the same factor.
-PLAIN = {"lr": 1.0, "schedule": "constant", "warmup": 0, "betas": [0, 0], "eps": 1e3, "clip": 0, "indexer_clip": 0}
+DATA = {"workers": 0, "media": {"min_pixels": 784, "max_pixels": 24 * 784}}
+
+# A step is the gradient.
+PLAIN = {"lr": 1e3, "schedule": "constant", "warmup": 0, "betas": [0, 0], "eps": 1e3, "clip": 0, "indexer_clip": 0}
 
 
 def stage(**values) -> StageConfig:
@@ -69,7 +71,7 @@ def stage(**values) -> StageConfig:
         "steps": 6,
         "remat": "none",
         "checkpoint_every": 2,
-        "data": {"workers": 0, "media": {"min_pixels": 784, "max_pixels": 24 * 784}},
+        "data": DATA,
     }
     return StageConfig.from_dict(given | {"batch": batch} | values)
 
@@ -83,7 +85,12 @@ def trainer(folder):
         model_config = KeyeConfig.from_file(folder / "hf")
         processor = Processor.from_checkpoint(folder / "hf", model_config, defaults=dict(config.data.media))
         model = load_model(folder / "hf", config, rules)
-        batches = FileBatches(folder / "data.jsonl", processor, model_config, config, shuffle=config.data.shuffle)
+        step = StepSharding.prefill(rules)
+        batches = FileBatches(
+            *(folder / "data.jsonl", processor, model_config, config),
+            groups=step.size(step.batch),
+            shuffle=config.data.shuffle,
+        )
         return Trainer(model, config, train_options(config, processor), rules, steps), batches
 
     return make
@@ -135,7 +142,7 @@ class TestSteps:
 
     def test_batches_that_are_added_equal_a_larger_one(self, trainer):
         """Two batches of unlike numbers of targets, and both in one."""
-        data = {"workers": 0, "shuffle": False, "lookahead": 1}
+        data = DATA | {"shuffle": False, "lookahead": 1}
         small = stage(data=data, optimizer=PLAIN, batch={"tokens": 512, "accumulation": 2})
         large = stage(data=data, optimizer=PLAIN, batch={"tokens": 1024, "images": {96: 8}})
         (one, its_batches), (other, others) = trainer(small), trainer(large)
@@ -256,7 +263,9 @@ class TestMistakes:
 def test_several_devices_make_the_step_of_one(trainer, folder, mesh, rules, quick_to_compile):
     sharding = ShardingConfig.from_dict({"mesh": mesh, "rules": rules})
     devices = MeshRules.create(sharding, KeyeConfig.from_file(folder / "hf"))
-    config = stage(optimizer=PLAIN, batch={"tokens": 2048, "row": 64, "images": {96: 8}})
+    # Eight samples, one for each of at most eight groups of devices, so that all take the same ones.
+    batch = {"tokens": 2048, "row": 64, "samples": 8, "images": {96: 16}}
+    config = stage(optimizer=PLAIN, batch=batch, data=DATA | {"lookahead": 8})
     (one, its_batches), (several, others) = trainer(config), trainer(config, devices)
     before = one.host_weights()
     np.testing.assert_allclose(losses(several, others, 1), losses(one, its_batches, 1), rtol=1e-5)

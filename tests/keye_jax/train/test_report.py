@@ -31,7 +31,7 @@ def test_measures_are_lines_and_go_on_where_a_run_resumes(tmp_path):
         (3, "evaluation"),
     ]
     assert [line["language"] for line in lines] == [1.5, 1.5, 1.25, 1.5]
-    assert lines[0]["tokens"] == 100 and lines[0]["tokens_per_second"] > 0
+    assert lines[0]["tokens"] == 100 and lines[1]["tokens_per_second"] > 0 == lines[0]["tokens_per_second"]
 
 
 def test_progress_names_what_counts(tmp_path):
