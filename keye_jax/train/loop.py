@@ -32,7 +32,7 @@ from keye_jax.train.forward import Losses, TrainOptions
 from keye_jax.train.lora import init_pair, pair_layout, pair_names, targets, to_adapter
 from keye_jax.train.optimizer import init_optimizer, make_optimizer
 from keye_jax.train.report import Report
-from keye_jax.train.steps import TrainStep, measures, total_loss
+from keye_jax.train.steps import TrainStep, measures, selecting_share, total_loss
 from keye_jax.train.weights import ModelDef, Weights, dotted, training_sharding
 
 _AHEAD = 2
@@ -164,17 +164,17 @@ class Trainer:
         )
         self.state = TrainState(model.trained, init_optimizer(self._step.optimizer, model.trained))
 
-    def train(self, batches: Batches) -> dict[str, jax.Array]:
+    def train(self, batches: Batches) -> dict[str, Any]:
         """One step on the next batches. Returns its measures, which may not be computed yet.
 
         Raises:
           StopIteration: the data have ended.
         """
-        taken = tuple(self._step.place(next(batches)) for _ in range(self._stage.batch.accumulation))
-        state = self.state
-        state.weights, state.moments, found = self._step.train(state.weights, state.moments, self._model.frozen, taken)
+        taken = [next(batches) for _ in range(self._stage.batch.accumulation)]
+        placed, state = tuple(map(self._step.place, taken)), self.state
+        state.weights, state.moments, found = self._step.train(state.weights, state.moments, self._model.frozen, placed)
         state.step += 1
-        return found
+        return found | {"selecting": selecting_share(taken, self._model.config.sa_config.topk)}
 
     def evaluate(self, batches: Batches) -> dict[str, float]:
         """Measures over all batches there are, with the whole objective as `loss`."""
@@ -257,7 +257,8 @@ def run(
     if found is not None:
         state.step, (state.weights, state.moments), position = found
         batches.restore(position)
-    waiting: deque[tuple[int, dict[str, jax.Array], float | None]] = deque()
+    waiting: deque[tuple[int, dict[str, Any], float | None]] = deque()
+    first = state.step + 1
 
     def show(most: int) -> None:
         while len(waiting) > most:
@@ -268,6 +269,8 @@ def run(
                     f"step {step} gives a loss or a gradient that is not finite; "
                     f"start again from the last checkpoint with a lower optimizer.lr"
                 )
+            if step == first and stage.loss.kl and not numbers["selecting"]:
+                report.say("no sample of the first step is longer than topk, so the indexer learns nothing from it")
             report.step(step, numbers | {"tokens": int(numbers["tokens"]), "targets": int(numbers["targets"])}, epoch)
 
     with _stop_signal() as stopped:

@@ -146,11 +146,9 @@ def total_loss(found: Mapping[str, Any], loss: LossConfig, layers: int) -> float
 
 
 def selecting_share(batches: Sequence[PackedArrays], top_k: int) -> float:
-    """The share of tokens that see more keys than they select, so that the selection matters."""
-    chosen = tokens = 0
-    for batch in batches:
-        seen = batch.start[:, None] + np.arange(batch.ids.shape[1]) + 1
-        valid = np.arange(batch.ids.shape[1]) < batch.count[:, None]
-        chosen += int(np.sum((seen > top_k) & valid))
-        tokens += int(np.sum(valid))
-    return chosen / max(tokens, 1)
+    """The share of tokens that see more keys than `top_k`, so that some are left out."""
+    column = np.arange(batches[0].ids.shape[1])
+    valid = [column < each.count[:, None] for each in batches]
+    choosing = [each.start[:, None] + column >= top_k for each in batches]
+    chosen = sum(int(np.sum(here & there)) for here, there in zip(valid, choosing, strict=True))
+    return chosen / max(1, sum(map(int, map(np.sum, valid))))

@@ -9,6 +9,7 @@ from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 from keye_jax.model.params import parameter_axes
 from keye_jax.train.config import StageConfig
+from keye_jax.train.generated import read_options
 from keye_jax.train.patterns import chosen, matches, unmatched
 
 PRESETS = sorted((presets.DIRECTORY / "train").glob("*.yaml"))
@@ -115,5 +116,9 @@ class TestModel:
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_are_valid(path, released):
     stage = StageConfig.from_file(path)
-    if stage.data.source == "jsonl":
-        stage.check(released[0], released[1], str(path))
+    config, names = released
+    if stage.data.source == "shapes":
+        config = KeyeConfig.from_file(presets.EMBEDDED)
+        names = [".".join(path) for path in parameter_axes(config)]
+        read_options(stage.data.shapes, stage.batch)
+    stage.check(config, names, str(path))

@@ -25,6 +25,7 @@ from keye_jax.train import session
 from keye_jax.train.config import StageConfig
 from keye_jax.train.data import FileBatches
 from keye_jax.train.loop import Trainer, load_model, train_options
+from keye_jax.train.steps import selecting_share
 
 ANSWERS = ("A red ball.", "A blue square.", "The clock.", "At two seconds.")
 
@@ -122,6 +123,7 @@ def losses(trainer, batches, steps):
     return [float(trainer.train(batches)["language"]) for _ in range(steps)]
 
 
+@pytest.mark.slow
 class TestSteps:
     def test_the_loss_falls(self, trainer):
         made, batches = trainer(stage())
@@ -158,6 +160,7 @@ class TestSteps:
         assert np.mean(found[-4:]) < 0.8 * found[0]
 
 
+@pytest.mark.slow
 class TestRuns:
     def run(self, folder, output, config=None, **settings):
         return session.train(
@@ -233,11 +236,21 @@ class TestRuns:
         assert all((a == b).all() for a, b in zip(jax.tree.leaves(exported), jax.tree.leaves(merged), strict=True))
 
 
+def test_the_share_of_tokens_that_select(trainer):
+    _, batches = trainer(stage())
+    batch = next(batches)
+    lengths = [int(batch.count[batch.sequence == each].sum()) for each in set(batch.sequence[batch.count > 0])]
+    over = sum(max(0, length - 64) for length in lengths)
+    assert over > 0 and selecting_share([batch, batch], 64) == over / sum(lengths)
+    assert selecting_share([batch], 256) == 0
+
+
 class TestMistakes:
     def test_a_weight_cannot_train_and_have_a_pair(self, trainer):
         with pytest.raises(UserError, match="a weight with a pair is frozen"):
             trainer(stage(lora={"targets": ["decoder.layers.0.attention"]}))
 
+    @pytest.mark.slow
     def test_a_loss_that_is_not_finite_ends_the_run(self, folder, tmp_path):
         config = stage(optimizer={"lr": 1e30, "warmup": 0, "clip": 0, "indexer_clip": 0})
         with pytest.raises(UserError, match="is not finite"):
