@@ -25,16 +25,22 @@ class Report:
       steps: of the whole run.
       begun: steps that were done before; later lines of an earlier process are dropped.
       tensorboard: folder of curves; None for none.
-      stream: of progress.
+      stream: of progress; standard error if left out.
 
     Raises:
       UserError: TensorBoard is asked for and not installed.
     """
 
     def __init__(
-        self, output: Path, *, steps: int, begun: int = 0, tensorboard: Path | None = None, stream: TextIO = sys.stderr
+        self,
+        output: Path,
+        *,
+        steps: int,
+        begun: int = 0,
+        tensorboard: Path | None = None,
+        stream: TextIO | None = None,
     ):
-        self._steps, self._begun, self._stream = steps, begun, stream
+        self._steps, self._begun, self._stream = steps, begun, stream or sys.stderr
         self._writer = None if tensorboard is None else _tensorboard(tensorboard)
         file = output / MEASURES
         kept = [line for line in _lines(file) if json.loads(line)["step"] <= begun]
@@ -44,7 +50,7 @@ class Report:
         self._file = file.open("a", encoding="utf-8")
         self._start = self._shown = time.monotonic()
         self._tokens = 0
-        self._on_terminal = stream.isatty()
+        self._on_terminal = self._stream.isatty()
 
     def step(self, step: int, measures: Mapping[str, Any], epoch: float | None = None) -> None:
         """Takes the measures of a step, numbers by name; `tokens` is how many it read."""
