@@ -28,12 +28,12 @@ def all_gather(x: jax.Array, axes: Axes, axis: int) -> jax.Array:
     """The parts of all devices along `axes`, concatenated on dimension `axis` in the order of their ranks."""
     if not axes:
         return x
-    # Not every platform's collectives know float8. Bits have no gradient, so others travel as numbers.
-    as_bits = x.dtype.itemsize == 1
+    # Not every platform's collectives know float8.
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.itemsize == 1 else x
     with jax.named_scope("collectives"):
-        sent = jax.lax.bitcast_convert_type(x, jnp.uint8) if as_bits else x
-        got = jax.lax.all_gather(sent, axes, axis=axis, tiled=True)
-    return jax.lax.bitcast_convert_type(got, x.dtype) if as_bits else got
+        bits = jax.lax.all_gather(bits, axes, axis=axis, tiled=True)
+    # Bits have no gradient, not even as what they were before.
+    return bits if bits.dtype == x.dtype else jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
 def sum_over(x: jax.Array, axes: Axes, scatter: Axes = (), axis: int = 0) -> jax.Array:

@@ -183,30 +183,30 @@ def _forward_block(
     with jax.named_scope("attention"):
         dots = _dots(plan, queries, keys)
         mask = chosen if plan.sparse else visible
-        dots_seen = jnp.where(mask[:, None, None], dots, -jnp.inf)
+        dots_seen = jnp.where(_of_heads(mask), dots, -jnp.inf)
         lse = jax.nn.logsumexp(dots_seen, axis=-1)
         probabilities = jnp.exp(dots_seen - lse[..., None])
         out = jnp.einsum(
-            "bhgqs,bshd->bqhgd",
+            "bhqgs,bshd->bqhgd",
             probabilities.astype(keys.v.dtype),
             keys.v,
             preferred_element_type=wide(keys.v),
         )
-    found = _Found(out.reshape(queries.q.shape).astype(queries.q.dtype), _by_head(lse))
+    found = _Found(out.reshape(queries.q.shape).astype(queries.q.dtype), lse.swapaxes(1, 2).reshape(*rows, -1))
     if not plan.kl:
         zeros = jnp.zeros(rows, wide(queries.gates))
         return found, IndexerMeasures(zeros, zeros, zeros)
     with jax.named_scope("kl_divergence"):
-        teacher = jnp.mean(probabilities, axis=2)  # [b, h, q, s]
+        teacher = jnp.mean(probabilities, axis=3)  # [b, h, q, s]
         negentropy = jnp.sum(jax.scipy.special.xlogy(teacher, teacher), axis=(1, 3))
         index_lse = jax.nn.logsumexp(jnp.where(mask, scores, -jnp.inf), axis=-1)
         log_q = jnp.where(mask, scores - index_lse[..., None], 0.0)
         kl = negentropy - jnp.sum(jnp.sum(teacher, axis=1) * log_q, axis=-1)
         if plan.sparse:
-            over, under = lse, jax.nn.logsumexp(jnp.where(visible[:, None, None], dots, -jnp.inf), axis=-1)
+            over, under = lse, jax.nn.logsumexp(jnp.where(_of_heads(visible), dots, -jnp.inf), axis=-1)
         else:
-            over, under = jax.nn.logsumexp(jnp.where(chosen[:, None, None], dots, -jnp.inf), axis=-1), lse
-        recall = jnp.sum(jnp.mean(jnp.exp(over - under), axis=2), axis=1)
+            over, under = jax.nn.logsumexp(jnp.where(_of_heads(chosen), dots, -jnp.inf), axis=-1), lse
+        recall = jnp.sum(jnp.mean(jnp.exp(over - under), axis=3), axis=1)
     return found, IndexerMeasures(kl, -negentropy, recall)
 
 
@@ -241,23 +241,23 @@ def _backward_block(
     with jax.named_scope("attention"):
         q, heads = _grouped(queries.q, keys), keys.k.shape[2]
         by_group = _grouped(d_out, keys)
-        dots = jnp.where(mask[:, None, None], _dots(plan, queries, keys), -jnp.inf)
-        lse = jnp.moveaxis(found.lse.reshape(*found.lse.shape[:2], heads, -1), 1, 3)
+        dots = jnp.where(_of_heads(mask), _dots(plan, queries, keys), -jnp.inf)
+        lse = found.lse.reshape(*found.lse.shape[:2], heads, -1).swapaxes(1, 2)
         probabilities = jnp.exp(dots - lse[..., None])
-        d_p = jnp.einsum("bqhgd,bshd->bhgqs", by_group, keys.v, preferred_element_type=wide(keys.v))
+        d_p = jnp.einsum("bqhgd,bshd->bhqgs", by_group, keys.v, preferred_element_type=wide(keys.v))
         row = jnp.sum(d_out.astype(wide(d_out)) * found.out.astype(wide(d_out)), axis=-1)
-        row = jnp.moveaxis(row.reshape(*row.shape[:2], heads, -1), 1, 3)
+        row = row.reshape(*row.shape[:2], heads, -1).swapaxes(1, 2)
         d_s = (probabilities * (d_p - row[..., None]) * plan.scale).astype(keys.k.dtype)
-        d_q = jnp.einsum("bhgqs,bshd->bqhgd", d_s, keys.k, preferred_element_type=wide(keys.k))
-        d_k = jnp.einsum("bhgqs,bqhgd->bshd", d_s, q, preferred_element_type=wide(q))
+        d_q = jnp.einsum("bhqgs,bshd->bqhgd", d_s, keys.k, preferred_element_type=wide(keys.k))
+        d_k = jnp.einsum("bhqgs,bqhgd->bshd", d_s, q, preferred_element_type=wide(q))
         rounded = probabilities.astype(keys.v.dtype)
-        d_v = jnp.einsum("bhgqs,bqhgd->bshd", rounded, by_group.astype(keys.v.dtype), preferred_element_type=wide(q))
+        d_v = jnp.einsum("bhqgs,bqhgd->bshd", rounded, by_group.astype(keys.v.dtype), preferred_element_type=wide(q))
     d_q = d_q.reshape(queries.q.shape).astype(queries.q.dtype)
     if not plan.kl:
         nothing = (jnp.zeros_like(queries.index_q), jnp.zeros_like(queries.gates))
         return Queries(d_q, *nothing), KeysAndValues(d_k, d_v, jnp.zeros(keys.index_keys.shape, wide(keys.k)))
     with jax.named_scope("indexer"):
-        wanted = jnp.sum(jnp.mean(probabilities, axis=2), axis=1)
+        wanted = jnp.sum(jnp.mean(probabilities, axis=3), axis=1)
         given = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
         d_scores = (heads * given - wanted) * d_kl[..., None]
         d_dots = jnp.where(index_dots > 0, d_scores[:, :, None], 0.0).astype(keys.index_keys.dtype)
@@ -287,20 +287,19 @@ def _index_scores(plan: AttentionPlan, queries: Queries, dots: jax.Array) -> jax
 
 
 def _dots(plan: AttentionPlan, queries: Queries, keys: KeysAndValues) -> jax.Array:
-    """Scaled dot products `[b, h, g, q, s]`."""
+    """Scaled dot products `[b, h, q, g, s]`, in the order in which a product of matrices gives them."""
     q = _grouped(queries.q, keys)
-    return jnp.einsum("bqhgd,bshd->bhgqs", q, keys.k, preferred_element_type=wide(q)) * plan.scale
+    return jnp.einsum("bqhgd,bshd->bhqgs", q, keys.k, preferred_element_type=wide(q)) * plan.scale
+
+
+def _of_heads(mask: jax.Array) -> jax.Array:
+    """`[b, q, s]` to `[b, 1, q, 1, s]`."""
+    return mask[:, None, :, None]
 
 
 def _grouped(x: jax.Array, keys: KeysAndValues) -> jax.Array:
     """`[b, q, n, d]` to `[b, q, h, g, d]`: the g heads that share each of h key heads."""
     return x.reshape(*x.shape[:2], keys.k.shape[2], -1, x.shape[-1])
-
-
-def _by_head(lse: jax.Array) -> jax.Array:
-    """`[b, h, g, q]` to `[b, q, n]`."""
-    moved = jnp.moveaxis(lse, 3, 1)
-    return moved.reshape(*moved.shape[:2], -1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,8 +127,8 @@ def test_rows_that_are_samples(case: str, block_bytes: int):
     nowhere = jnp.zeros(len(LENGTHS), jnp.int32)
 
     def run(queries: Queries, keys: KeysAndValues) -> tuple[jax.Array, Any]:
-        results: Any = attend(plan, queries, keys, nowhere, nowhere)
-        return loss_of(*results, out_weights, kl_weights), results
+        out, measures = attend(plan, queries, keys, nowhere, nowhere)
+        return loss_of(out, measures, out_weights, kl_weights), (out, measures)
 
     gradients, results = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))(queries, keys)
     for number, own in enumerate(LENGTHS):
@@ -183,8 +183,8 @@ def test_gradients_are_finite_differences(case: str):
         return loss_of(out, attend(CASES[case], queries, keys, nowhere, nowhere)[1], *counts)
 
     def whole(arguments: Any) -> jax.Array:
-        results: Any = attend(CASES[case], *arguments, nowhere, nowhere)
-        return loss_of(*results, *counts)
+        out, measures = attend(CASES[case], *arguments, nowhere, nowhere)
+        return loss_of(out, measures, *counts)
 
     gradients = jax.jit(jax.grad(whole))(arguments)
     rng, size = np.random.default_rng(1), 1e-6
