@@ -20,9 +20,11 @@ def test_the_python_of_run_md(golden, tmp_path, monkeypatch, capsys):
     write_processor_files(tmp_path / "hf", config)
     convert(tmp_path / "hf", tmp_path / "keye-orbax")
     monkeypatch.chdir(tmp_path)
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "run.md").read_text(encoding="utf-8"), re.S)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "run.md").read_text(encoding="utf-8"), re.S)
     names = {}
-    exec(code.replace("max_new_tokens=256", "max_new_tokens=4"), names)
+    for code in blocks:
+        exec(code.replace("max_tokens=256", "max_tokens=4"), names)
+    assert len(names["inputs"].input_ids) == names["plan"].num_tokens
     assert 0 < len(names["answer"].token_ids) <= 4
     assert capsys.readouterr().out == names["answer"].text + "\n"
 

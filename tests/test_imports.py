@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import keye_jax
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +30,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "keye_jax.jobs": ("keye_jax.engine", "keye_jax.presets"),
     "keye_jax.engine": ("keye_jax.runtime", "keye_jax.processor", "convert"),
     "keye_jax.eval": ("keye_jax.runtime", "keye_jax.engine"),
-    "keye_jax.bench": ("keye_jax.engine", "keye_jax.presets", "keye_jax.testing"),
+    "keye_jax.bench": ("keye_jax.engine", "keye_jax.jobs", "keye_jax.presets", "keye_jax.testing"),
     "keye_jax.planning": ("keye_jax.runtime", "keye_jax.train"),
     "keye_jax.train": (
         "keye_jax.model",
@@ -47,7 +51,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "keye_jax.presets": ("keye_jax.errors",),
     "keye_jax.config": ("keye_jax.errors",),
     "keye_jax.errors": (),
-    "keye_jax": (),  # __init__.py: the version
+    "keye_jax": (),  # __init__.py: the version, and names of the library that are looked up late
     "keye_jax.progress": (),
     "convert": ("keye_jax.config", "keye_jax.sharding", "keye_jax.progress"),
     "pallas_kernels": (),
@@ -141,7 +145,15 @@ def test_modules_do_not_import_each_other_in_a_circle():
 
 
 def test_the_package_itself_imports_nothing():
+    """Its names, those of the library, are looked up when they are used."""
     assert not list(imported("keye_jax", MODULES["keye_jax"]))
+    program = "import sys, keye_jax; print('jax' in sys.modules, keye_jax.Engine.__name__, 'jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "Engine", "True"]
+    for name in keye_jax._LIBRARY:
+        assert getattr(keye_jax, name).__name__ == name
+    with pytest.raises(AttributeError, match="module 'keye_jax' has no attribute 'engin'"):
+        keye_jax.engin  # noqa: B018
 
 
 def test_an_import_in_a_function_or_for_types_is_found(tmp_path):

@@ -1,13 +1,16 @@
 """`python -m keye_jax.bench.engine`: an engine under load, with random weights, beside the bare decode loop.
 
 A cell has a number of requests at once, each with a prompt of random tokens. Figures are of the time in which all of
-them write: output tokens a second, and the time between two tokens of an answer.
+them write: output tokens a second, and the time between two tokens of an answer. The bare loop runs the engine's own
+program of decode, with as many rows active, and nothing else. For cells of one request there is also the loop of a
+batch of one row.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import tempfile
 import time
@@ -19,12 +22,14 @@ import numpy as np
 
 from keye_jax import presets
 from keye_jax.bench.inputs import random_model
-from keye_jax.bench.timing import time_decode
+from keye_jax.bench.timing import MIXED_SAMPLING, SHORTEST_CONTEXT, random_pool, time_decode, time_steps
 from keye_jax.config import KeyeConfig
 from keye_jax.engine.engine import Engine
 from keye_jax.engine.generation_config import GenerationDefaults
 from keye_jax.engine.options import EngineOptions
+from keye_jax.engine.plan import SchedulerConfig
 from keye_jax.engine.request import Request
+from keye_jax.page_allocator import pages_for
 from keye_jax.processor import Processor, PromptPlan
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.runtime.sampling import SamplingParams
@@ -39,14 +44,15 @@ class Cell:
       requests, context: how many, and tokens of each prompt.
       tokens_per_second: of all answers together.
       gaps_ms: milliseconds between two tokens of an answer: median, 95th and 99th percentile, and the largest.
-      bare_tokens_per_second: of the decode loop with as many rows.
     """
 
     requests: int
     context: int
     tokens_per_second: float
     gaps_ms: tuple[float, float, float, float]
-    bare_tokens_per_second: float
+
+
+_COLUMNS = ("requests", "context", "tokens/s", "bare", "ratio", "median", "95%", "99%", "largest ms")
 
 
 def prompt_of(engine: Engine, rng: np.random.Generator, tokens: int) -> PromptPlan:
@@ -55,15 +61,31 @@ def prompt_of(engine: Engine, rng: np.random.Generator, tokens: int) -> PromptPl
     return PromptPlan(tuple(rng.integers(low, high, tokens).tolist()), (), (), False)
 
 
-def measure(engine: Engine, requests: int, context: int, tokens: int, bare: float) -> Cell:
-    """Asks an engine a number of requests at once."""
+def bare_rate(runtime: Runtime, config: SchedulerConfig, requests: int, context: int) -> float:
+    """Tokens a second of the bare loop, for `requests` sequences of random keys and `context` tokens each."""
+    pool = random_pool(runtime, config.pages_per_shard * config.homes * config.turns)
+    state = runtime.new_state(config.rows, config.table_width)
+    each = pages_for(context)
+    for row, sampling in zip(range(requests), itertools.cycle(MIXED_SAMPLING), strict=False):
+        pages = np.arange(row * each, (row + 1) * each, dtype=np.int32)
+        length = context - SHORTEST_CONTEXT
+        state = runtime.set_row(state, row, token=0, length=length, position_delta=0, pages=pages, sampling=sampling)
+    return requests / time_steps(runtime, state, pool)
+
+
+def measure(engine: Engine, requests: int, context: int, tokens: int) -> Cell:
+    """Asks an engine a number of requests at once, and for enough tokens that all write `tokens` of them together.
+
+    Prompts are read one after the other, and the first answers are written meanwhile.
+    """
+    meanwhile = requests * engine.scheduler_config.chunks_left(context, 0)
     rng = np.random.default_rng(requests * context)
     sampling = SamplingParams(temperature=0.6, top_p=0.95, top_k=20)
     handles, begun = [], []
     for _ in range(requests):
         plan = prompt_of(engine, rng, context)
         begun.append(time.perf_counter())
-        handles.append(engine.submit(Request(plan=plan, sampling=sampling, max_tokens=tokens)))
+        handles.append(engine.submit(Request(plan=plan, sampling=sampling, max_tokens=meanwhile + tokens)))
     times = [
         start + np.asarray(handle.result().choices[0].token_seconds)
         for start, handle in zip(begun, handles, strict=True)
@@ -73,7 +95,7 @@ def measure(engine: Engine, requests: int, context: int, tokens: int, bare: floa
     gaps = 1e3 * np.concatenate([np.diff(each) for each in inside])
     written = sum(len(each) - 1 for each in inside)
     quantiles = np.quantile(gaps, (0.5, 0.95, 0.99, 1.0)).tolist()
-    return Cell(requests, context, written / (last - first), tuple(quantiles), bare)
+    return Cell(requests, context, float(written / (last - first)), tuple(quantiles))
 
 
 def measure_gap(engine: Engine, running: int, context: int, prompt: int, tokens: int) -> dict[str, Any]:
@@ -113,6 +135,28 @@ def measure_gap(engine: Engine, running: int, context: int, prompt: int, tokens:
     }
 
 
+def same_tokens(engine: Engine, count: int, tokens: int) -> tuple[int, int]:
+    """Asks prompts alone and beside others, greedy and sampled; counts those with the same tokens, and all.
+
+    Half of them are asked alone first. The second time, most of a prompt comes from the prefix cache.
+    """
+    rng = np.random.default_rng(1)
+    samplings = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, top_p=0.95, top_k=0, seed=7)
+    requests = [
+        Request(plan=prompt_of(engine, rng, 3000 + 37 * number), sampling=samplings[number % 2], max_tokens=tokens)
+        for number in range(engine.options.rows)
+    ]
+
+    def ask(chosen: list[Request]) -> list[tuple[int, ...]]:
+        return [handle.result().choices[0].token_ids for handle in [engine.submit(request) for request in chosen]]
+
+    first, second = requests[: count // 2], requests[count // 2 : count]
+    alone = [ask([request])[0] for request in first]
+    together = ask(requests)[:count]
+    alone += [ask([request])[0] for request in second]
+    return sum(one == other for one, other in zip(alone, together, strict=True)), len(alone)
+
+
 def main() -> int:
     """Parses the command line, measures and prints."""
     parser = argparse.ArgumentParser(prog="python -m keye_jax.bench.engine", description=__doc__)
@@ -125,6 +169,7 @@ def main() -> int:
     parser.add_argument("--prefill-chunk", type=int, help="tokens of a large chunk")
     parser.add_argument("--long-prompt", type=int, default=0, help="read a prompt of this length beside eight answers")
     parser.add_argument("--target-gap-ms", type=float, help="as of the engine")
+    parser.add_argument("--promise", action="store_true", help="compare tokens of requests alone and beside others")
     parser.add_argument("--json", type=Path, help="also write all figures there")
     arguments = parser.parse_args()
     config = KeyeConfig.from_file(arguments.config)
@@ -135,39 +180,45 @@ def main() -> int:
         requests, context = cell.split("x")
         cells.append((int(requests), int(context)))
     runtime = Runtime(random_model(config), config, prefill_chunk=arguments.prefill_chunk)
-    bare = {}
-    for requests, context in cells:
-        timing = time_decode(runtime, requests, context)
-        bare[requests, context] = requests / timing.seconds
-        print(f"bare {requests} x {context}: {1e3 * timing.seconds:.2f} ms a step", flush=True)
+    options = EngineOptions(rows=arguments.rows, cache_tokens=arguments.cache_tokens)
+    found, gap = [], None
     with tempfile.TemporaryDirectory(prefix="keye-jax-") as directory:
         tiny = KeyeConfig.from_file(presets.TINY)
         write_processor_files(directory, tiny)
         processor = Processor.from_checkpoint(directory, tiny, defaults={"max_pixels": 256 * 784})
-        options = EngineOptions(
-            rows=arguments.rows, cache_tokens=arguments.cache_tokens, target_gap_ms=arguments.target_gap_ms
-        )
-        with Engine(runtime, processor, GenerationDefaults(SamplingParams(), frozenset()), options) as engine:
-            warm = engine.warmup(lambda done, total: print(f"{done} of {total} programs", flush=True))
+        defaults = GenerationDefaults(SamplingParams(), frozenset())
+        with Engine(runtime, processor, defaults, options) as engine:
             print(f"{jax.devices()[0].device_kind}, {config.num_hidden_layers} layers, {arguments.rows} rows")
-            print(f"warm-up {warm:.0f} s")
-            found = []
+            warm = engine.warmup(lambda done, total: print(f"{done} of {total} programs", flush=True))
+            print(f"warm-up {warm:.0f} s", flush=True)
             for cell in cells:
-                found.append(measure(engine, cell[0], cell[1], arguments.tokens, bare[cell]))
+                found.append(measure(engine, *cell, arguments.tokens))
                 print(found[-1], flush=True)
-            head = ("requests", "context", "tokens/s", "bare", "ratio", "median", "95%", "99%", "largest ms")
-            print("  ".join(f"{name:>10}" for name in head))
-            for cell in found:
-                ratio = cell.tokens_per_second / cell.bare_tokens_per_second
-                numbers = (cell.tokens_per_second, cell.bare_tokens_per_second, ratio, *cell.gaps_ms)
-                print("  ".join([f"{cell.requests:>10}", f"{cell.context:>10}", *(f"{x:>10.2f}" for x in numbers)]))
-            gap = None
-            if arguments.long_prompt:
-                gap = measure_gap(engine, 8, 2048, arguments.long_prompt, 4096)
-                print(json.dumps(gap))
-            print(f"compilations after warm-up: {engine.stats().compilations}")
+            if arguments.promise:
+                same, asked = same_tokens(engine, min(8, arguments.rows), 96)
+                print(f"the same tokens alone and beside others: {same} of {asked} requests", flush=True)
+            print(f"compilations after warm-up: {engine.stats().compilations}", flush=True)
+            shapes = engine.scheduler_config
+        if arguments.long_prompt:
+            options = dataclasses.replace(options, target_gap_ms=arguments.target_gap_ms)
+            with Engine(runtime, processor, defaults, options) as engine:
+                engine.warmup()
+                gap = measure_gap(engine, 8, 2048, arguments.long_prompt, 2048)
+                print(json.dumps(gap), flush=True)
+    rates = [bare_rate(runtime, shapes, *cell) for cell in cells]
+    print("  ".join(f"{name:>10}" for name in _COLUMNS))
+    for cell, rate in zip(found, rates, strict=True):
+        numbers = (cell.tokens_per_second, rate, cell.tokens_per_second / rate, *cell.gaps_ms)
+        print("  ".join([f"{cell.requests:>10}", f"{cell.context:>10}", *(f"{x:>10.2f}" for x in numbers)]), flush=True)
+    for cell in [cell for cell in found if cell.requests == 1][:1]:
+        rate = 1 / time_decode(runtime, 1, cell.context).seconds
+        ratio = cell.tokens_per_second / rate
+        print(f"one request of {cell.context} tokens: {ratio:.2f} of a batch of one row, {rate:.1f} tokens/s")
     if arguments.json:
-        figures = {"warmup_s": warm, "cells": [dataclasses.asdict(cell) for cell in found], "gap": gap}
+        whole = [
+            dataclasses.asdict(cell) | {"bare_tokens_per_second": rate} for cell, rate in zip(found, rates, strict=True)
+        ]
+        figures = {"warmup_s": warm, "cells": whole, "gap": gap}
         arguments.json.write_text(json.dumps(figures, indent=2), encoding="utf-8")
     return 0
 

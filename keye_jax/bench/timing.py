@@ -8,7 +8,6 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -88,9 +87,7 @@ def compile_steps(
             for batch, context in batches
         ),
     ]
-    # Processes of one job must compile in the same order.
-    with ThreadPoolExecutor(1 if jax.process_count() > 1 else None) as pool:
-        list(pool.map(lambda program: lowering.workspace_bytes([program]), programs))
+    lowering.compile_side_by_side(programs)
 
 
 def time_prefill(runtime: Runtime, prompt: Prompt, repeats: int) -> tuple[Timing, PagePool, np.ndarray]:
@@ -174,12 +171,21 @@ def random_batch(
       length: tokens that each has.
     """
     pool, tables = runtime.new_cache(batch, context)
-    leaves, tree = jax.tree.flatten(pool)
-    leaves = [_fill(np.uint32(seed), np.uint32(i), x, x.sharding) for i, x in enumerate(leaves)]
+    pool = _filled(pool, seed)
     state = runtime.new_state(_rows(runtime, batch), tables.shape[1])
     for row, (pages, sampling) in enumerate(zip(tables, itertools.cycle(MIXED_SAMPLING), strict=False)):
         state = runtime.set_row(state, row, token=0, length=length, position_delta=0, pages=pages, sampling=sampling)
-    return state, jax.tree.unflatten(tree, leaves)
+    return state, pool
+
+
+def random_pool(runtime: Runtime, pages: int, seed: int = 0) -> PagePool:
+    """A pool of random keys and values."""
+    return _filled(runtime.new_pool(pages), seed)
+
+
+def _filled(pool: PagePool, seed: int) -> PagePool:
+    leaves, tree = jax.tree.flatten(pool)
+    return jax.tree.unflatten(tree, [_fill(np.uint32(seed), np.uint32(i), x, x.sharding) for i, x in enumerate(leaves)])
 
 
 @functools.partial(jax.jit, donate_argnums=2, static_argnums=3)
@@ -198,14 +204,18 @@ def _rows(runtime: Runtime, batch: int) -> int:
 def time_decode(runtime: Runtime, batch: int, context: int) -> Timing:
     """Writes a few dozen tokens to each of `batch` sequences, the last of them with `context` tokens before it."""
     workspace = lowering.workspace_bytes([lowering.decode_program(runtime, _rows(runtime, batch), context)])
-    state, pool = random_batch(runtime, batch, context, context - SHORTEST_CONTEXT)
+    seconds = time_steps(runtime, *random_batch(runtime, batch, context, context - SHORTEST_CONTEXT))
+    return Timing(seconds, batch / seconds, workspace)
+
+
+def time_steps(runtime: Runtime, state: DecodeState, pool: PagePool) -> float:
+    """Seconds of a step of decode, which writes `SHORTEST_CONTEXT` tokens to each active row: the median."""
     times = []
     for _ in range(_DECODE_SAMPLES + 1):
         start = time.perf_counter()
         state, pool = decode_steps(runtime, state, pool)
         times.append((time.perf_counter() - start) / DECODE_STEPS)
-    seconds = statistics.median(times[1:])
-    return Timing(seconds, batch / seconds, workspace)
+    return statistics.median(times[1:])
 
 
 def decode_steps(runtime: Runtime, state: DecodeState, pool: PagePool) -> tuple[DecodeState, PagePool]:

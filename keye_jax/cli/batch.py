@@ -8,9 +8,10 @@ import dataclasses
 import functools
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ import typer
 
 from keye_jax.cli import options
 from keye_jax.errors import UserError
+from keye_jax.runtime import distributed
 
 if TYPE_CHECKING:
     from keye_jax.jobs.batch import Engine
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 # Exit codes; SIGNALLED plus the number of a signal.
 SOME_FAILED, STOPPED, SIGNALLED = 1, 3, 128
+# Told to the other processes of a job before process 0 opens its engine.
+_OPENS = "opens its engine"
 
 
 def batch(
@@ -55,7 +59,8 @@ def batch(
     allow_remote: options.AllowRemote = False,
     rows: Annotated[int, typer.Option(help="Answers that are written at once.")] = 32,
     cache_tokens: Annotated[
-        str | None, typer.Option(help="Tokens of all requests at once that the cache holds, such as 640K.")
+        str | None,
+        typer.Option(help="Tokens of all requests at once that the cache holds, such as 640K; what fits if left out."),
     ] = None,
     optimistic: Annotated[
         bool,
@@ -78,6 +83,9 @@ def batch(
     prefill_chunk: options.PrefillChunk = None,
     dtype: options.Dtype = "checkpoint",
     sharding: options.Sharding = None,
+    coordinator: options.Coordinator = None,
+    processes: options.Processes = None,
+    process_id: options.ProcessId = None,
 ) -> int:
     """Answer many requests from a file, or the same question about each video of a folder.
 
@@ -89,6 +97,11 @@ def batch(
     cast = options.parameter_dtype(dtype)
     _at_least(1, rows=rows, media_workers=media_workers, concurrency=concurrency, max_tokens=max_tokens, ray=ray)
     _at_least(0, retries=retries, grace=grace, ray_gpus=ray_gpus)
+    if ray is None:
+        distributed.start(coordinator, processes, process_id, lost_code=STOPPED)
+        options.check_sharding_is_given(sharding)
+    elif coordinator or processes is not None or process_id is not None:
+        raise UserError("--coordinator, --processes and --process-id do not go with --ray")
 
     from convert import kind_of
     from keye_jax.engine.generation_config import GenerationDefaults
@@ -139,6 +152,8 @@ def batch(
         allow_remote=allow_remote,
         media=media,
     )
+    if not distributed.is_main():
+        return _follow(opener)
     try:
         source = _input(input, videos, prompt, output)
         digest, lines = count_lines(source)
@@ -169,6 +184,16 @@ def batch(
     if tally.failed:
         print(f"keye-jax: {tally.failed:,} of {tally.total:,} requests failed; see {output}", file=sys.stderr)
         return SOME_FAILED
+    return 0
+
+
+def _follow(opener: Callable[[], Any]) -> int:
+    """Does what process 0 says until its job is done or stopped, which signals are left to."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if distributed.tell(""):
+        with opener():
+            pass
     return 0
 
 
@@ -208,8 +233,11 @@ def _engine(opener: Any, workers: int | None, gpus: float, concurrency: int) -> 
     """The engine of this process, or those of workers on a Ray cluster."""
     if workers is None:
         start = time.monotonic()
+        options.enable_compilation_cache()
+        distributed.tell(_OPENS)
         with opener() as engine:
-            print(f"the engine is ready after {time.monotonic() - start:.0f} s", file=sys.stderr)
+            ready = f"the engine is ready after {time.monotonic() - start:.0f} s"
+            print(f"{ready}; its cache holds {engine.cache_tokens:,} tokens", file=sys.stderr)
             yield engine
         return
     from keye_jax.jobs import ray

@@ -18,10 +18,9 @@ from keye_jax.errors import UserError, shorten
 from keye_jax.runtime import distributed
 
 if TYPE_CHECKING:
-    from keye_jax.engine.generate import Answer
-    from keye_jax.processor import FrameShare, ModelInputs, PromptPlan
+    from keye_jax.engine.request import Choice, Result
+    from keye_jax.processor import PromptPlan
     from keye_jax.runtime.sampling import SamplingParams
-    from keye_jax.sharding import MeshRules
 
 
 class InOrder(TyperCommand):
@@ -92,10 +91,11 @@ def generate(
     request = _request(prompt, given, ctx.meta["media"], messages, stdin)
     distributed.start(coordinator, processes, process_id)
 
-    import jax
-
     from keye_jax.engine.checkpoint import load_runtime, read_checkpoint
-    from keye_jax.engine.generate import Generator, Hooks, new_token_limit
+    from keye_jax.engine.engine import Engine
+    from keye_jax.engine.limits import new_token_limit
+    from keye_jax.engine.options import options_for_one
+    from keye_jax.engine.request import Request, RequestError
     from keye_jax.runtime.device import memory_limit_bytes, peak_memory_bytes
 
     options.enable_compilation_cache()
@@ -125,14 +125,10 @@ def generate(
         rules=rules,
     )
 
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     began = time.perf_counter()
     with options.ProgressBars() as report:
-        inputs = processor.process(
-            plan,
-            progress=lambda done, total: report("decoding frames", done, total),
-            share=_frame_share(rules) if jax.process_count() > 1 else None,
-        )
-        decoded = time.perf_counter()
         report("loading weights", 0, None)
         runtime = load_runtime(
             checkpoint,
@@ -144,40 +140,32 @@ def generate(
             dense_below=dense,
         )
         report("loading weights", 1, 1)
-    loaded = time.perf_counter()
-    for warning in inputs.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    generator = Generator(runtime, processor, defaults.end_tokens)
-    with options.ProgressBars() as report:
-        printer = _Printer(enabled=stream and not as_json, before=report.stop)
-        answer = generator.generate(
-            inputs,
-            sampling=sampling,
-            max_new_tokens=limit,
-            hooks=Hooks(text=printer, progress=report),
-        )
-    printer.finish(answer, plain=not stream and not as_json)
-    summary = _summary(plan, inputs, answer, sampling, decoded - began, loaded - decoded)
+    load_seconds = time.perf_counter() - began
+    with Engine(runtime, processor, defaults, options_for_one(rules, plan.num_tokens + limit)) as engine:
+        if not engine.takes_requests:
+            return 0
+        with options.ProgressBars() as report:
+            printer = _Printer(enabled=stream and not as_json, before=report.stop)
+            handle = engine.submit(Request(plan=plan, sampling=sampling, max_tokens=limit), report)
+            try:
+                for piece in handle:
+                    printer(piece.text, piece.reasoning)
+            except RequestError as error:
+                if error.kind in ("internal", "closed"):
+                    raise
+                raise UserError(str(error)) from error
+        result = handle.result()
+    printer.finish(result.choices[0], plain=not stream and not as_json)
+    for warning in result.warnings:
+        if warning not in plan.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    summary = _summary(plan, result, sampling, load_seconds)
     summary["peak_memory_bytes"] = peak_memory_bytes()
     if as_json:
         print(json.dumps(summary, ensure_ascii=False, indent=2))
     else:
         _print_summary(summary)
     return 0
-
-
-def _frame_share(rules: MeshRules) -> FrameShare:
-    """Of each frame, the process that will encode it decodes it."""
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    from keye_jax.processor import FrameShare
-    from keye_jax.runtime.encode import images_here
-
-    return FrameShare(
-        here=lambda grids: images_here(grids, rules),
-        gather=lambda part: np.max(multihost_utils.process_allgather(part), axis=0, initial=-1),
-    )
 
 
 def _standard_input(given: Mapping[str, Sequence[object]]) -> bytes:
@@ -238,47 +226,42 @@ class _Printer:
             self._reasoned = False
         print(piece, end="", flush=True)
 
-    def finish(self, answer: Answer, *, plain: bool) -> None:
+    def finish(self, answer: Choice, *, plain: bool) -> None:
         if plain:
             print(answer.text)
         elif self._enabled:
             print(file=sys.stderr if self._reasoned else sys.stdout, flush=True)
 
 
-def _summary(
-    plan: PromptPlan,
-    inputs: ModelInputs,
-    answer: Answer,
-    sampling: SamplingParams,
-    decode_seconds: float,
-    load_seconds: float,
-) -> dict[str, Any]:
+def _summary(plan: PromptPlan, result: Result, sampling: SamplingParams, load_seconds: float) -> dict[str, Any]:
+    (choice,), usage, timings = result.choices, result.usage, result.timings
+    times = choice.token_seconds
+    # Of the tokens after the second, whose step may have had to be compiled.
+    rate = (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else 0.0
     return {
-        "answer": answer.text,
-        "reasoning": answer.reasoning,
-        "finish_reason": answer.finish_reason,
+        "answer": choice.text,
+        "reasoning": choice.reasoning,
+        "finish_reason": choice.finish_reason,
         "tokens": {
-            "prompt": plan.num_tokens,
-            "image": plan.image_tokens,
-            "video": plan.video_tokens,
-            "completion": len(answer.token_ids),
-            "reasoning": answer.reasoning_tokens,
+            "prompt": usage.prompt,
+            "image": usage.image,
+            "video": usage.prompt - plan.text_tokens - plan.image_tokens,  # with the text of its frames
+            "completion": usage.completion,
+            "reasoning": usage.reasoning,
         },
-        "frame_times": [[round(float(seconds), 3) for seconds in times] for times in inputs.frame_times],
-        "undecodable_frame_times": [
-            [round(float(seconds), 3) for seconds in times] for times in inputs.undecodable_times
-        ],
-        "warnings": list(inputs.warnings),
+        "frame_times": [[round(seconds, 3) for seconds in times] for times in result.frame_times],
+        "undecodable_frame_times": [[round(seconds, 3) for seconds in times] for times in result.undecodable_times],
+        "warnings": list(result.warnings),
         "sampling": dataclasses.asdict(sampling),
         "seconds": {
-            "decode_media": decode_seconds,
             "load_weights": load_seconds,
-            "encode_vision": answer.timings.vision,
-            "prefill": answer.timings.prefill,
-            "first_token": answer.timings.first_token,
-            "generate": answer.timings.total,
+            "decode_media": timings.media,
+            "encode_vision": timings.encoded,
+            "prefill": timings.first_token - timings.encoded,
+            "first_token": timings.first_token,
+            "generate": timings.last_token,
         },
-        "tokens_per_second": answer.timings.tokens_per_second,
+        "tokens_per_second": rate,
     }
 
 
@@ -291,9 +274,9 @@ def _print_summary(summary: dict[str, Any]) -> None:
         "prompt": f"{tokens['prompt']:,} tokens ({tokens['video']:,} video, {tokens['image']:,} image, {text:,} text)",
         "written": f"{tokens['completion']:,} tokens, {tokens['reasoning']:,} of them reasoning"
         f" (ended by {'an end token' if summary['finish_reason'] == 'stop' else 'the limit'})",
-        "before": f"{seconds['decode_media']:.2f} s decoding media, {seconds['load_weights']:.2f} s loading weights",
-        "first token": f"{seconds['first_token']:.2f} s: {seconds['encode_vision']:.2f} s encoding vision,"
-        f" {seconds['prefill']:.2f} s reading the prompt",
+        "before": f"{seconds['load_weights']:.2f} s loading weights",
+        "first token": f"{seconds['first_token']:.2f} s: media decoded after {seconds['decode_media']:.2f} s, encoded"
+        f" after {seconds['encode_vision']:.2f} s, then {seconds['prefill']:.2f} s reading the prompt",
         "speed": f"{summary['tokens_per_second']:.1f} tokens/s",
         "peak memory": f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB",
     }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from keye_jax.errors import UserError
+from keye_jax.runtime import distributed
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -67,19 +68,22 @@ def given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def check_sharding_is_given(sharding: str | None) -> None:
+    """Raises UserError if there are several processes and `--sharding` is left out."""
+    if sharding is None and distributed.process_count() > 1:
+        raise UserError(f"{distributed.process_count()} processes need --sharding, which says what each of them has")
+
+
 def mesh_rules(sharding: str | None, config: KeyeConfig) -> MeshRules:
     """The rules of a preset or a sharding file on the devices there are; all on one device without.
 
     Raises UserError: the file, or what it asks of these devices or this model, is impossible.
     """
-    import jax
-
     from keye_jax import presets
     from keye_jax.sharding import MeshRules, ShardingConfig
 
+    check_sharding_is_given(sharding)
     if sharding is None:
-        if jax.process_count() > 1:
-            raise UserError(f"{jax.process_count()} processes need --sharding, which says what each of them has")
         return MeshRules.single_device()
     return MeshRules.create(ShardingConfig.from_file(presets.sharding_file(sharding)), config)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from keye_jax.engine.memory import pages_per_shard
 from keye_jax.engine.plan import SchedulerConfig
 from keye_jax.errors import UserError
-from keye_jax.page_allocator import pages_for
+from keye_jax.page_allocator import PAGE_SIZE
+from keye_jax.runtime.prefill import round_up
 from keye_jax.runtime.runtime import Runtime
+from keye_jax.sharding import MeshRules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +20,12 @@ class EngineOptions:
 
     Attributes:
       rows: sequences that are decoded together.
-      cache_tokens: tokens that the page pool holds, of all sequences together.
+      cache_tokens: tokens that the page pool holds, of all sequences together; what the devices have room for if left
+        out (`keye_jax.engine.memory`).
       max_context: most tokens of a sequence; what the model's positions allow if left out.
       small_chunk: tokens of a small chunk of a prompt, and of a block of the prefix cache.
       chunks_between, decodes_between, target_gap_ms, optimistic, prefix_cache: as in `SchedulerConfig`.
-      media_workers: processes that decode media.
+      media_workers: processes that decode media; 0 for a thread of this process, where a crash is not contained.
       media_bytes: shared memory for decoded frames that are not encoded yet.
       media_timeout: seconds that a plan, or a piece of a video, may take.
       frame_cache: directory for decoded frames; None for none.
@@ -30,7 +34,7 @@ class EngineOptions:
     """
 
     rows: int = 8
-    cache_tokens: int = 65536
+    cache_tokens: int | None = None
     max_context: int | None = None
     small_chunk: int = 512
     chunks_between: int = 1
@@ -46,23 +50,55 @@ class EngineOptions:
     embedding_cache_bytes: int = 2 << 30
 
 
-def scheduler_config(runtime: Runtime, options: EngineOptions) -> SchedulerConfig:
+def options_for_one(rules: MeshRules, tokens: int) -> EngineOptions:
+    """Options of an engine that answers one request, with just the pages that it needs.
+
+    Args:
+      rules: how the model lies over devices.
+      tokens: of the prompt and the answer.
+    """
+    homes = rules.size("batch")
+    return EngineOptions(
+        rows=homes,
+        cache_tokens=homes * round_up(tokens),
+        prefix_cache=False,
+        media_workers=0,
+        embedding_cache_bytes=0,
+    )
+
+
+def scheduler_config(runtime: Runtime, options: EngineOptions, most_patches: int) -> SchedulerConfig:
     """The scheduler's settings for a model and options.
 
+    Args:
+      most_patches: of the largest image that is going to be encoded.
+
     Raises:
-      UserError: an option is not allowed.
+      UserError: an option is not allowed, or the page pool does not fit into the devices' memory.
     """
     homes, turns = runtime.rules.size("batch"), runtime.page_multiple
     devices = runtime.prefill_step.size(runtime.prefill_step.query_sequence)
     positions = runtime.config.max_position_embeddings
     if options.max_context is not None and not 1 <= options.max_context <= positions:
         raise UserError(f"max_context is {options.max_context}; it must be from 1 to {positions}")
-    small = options.small_chunk
-    large = max(small, runtime.prefill_chunk * devices // small * small)
+    chunk = runtime.prefill_chunk * devices
+    # A small chunk is no larger than what a step reads, but at least a page.
+    small = min(options.small_chunk, max(PAGE_SIZE, chunk // PAGE_SIZE * PAGE_SIZE))
+    large = max(small, chunk // small * small)
+    context = options.max_context or positions
+    pages = pages_per_shard(
+        runtime,
+        options.cache_tokens,
+        rows=options.rows,
+        max_context=context,
+        large=large,
+        most_patches=most_patches,
+        optimistic=options.optimistic,
+    )
     return SchedulerConfig(
         rows=options.rows,
-        pages_per_shard=-(-pages_for(options.cache_tokens) // (homes * turns)),
-        max_context=options.max_context or positions,
+        pages_per_shard=pages,
+        max_context=context,
         homes=homes,
         turns=turns,
         large=large,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from keye_jax.engine.pages import Program
 from keye_jax.errors import UserError
-from keye_jax.page_allocator import PAGE_SIZE
+from keye_jax.page_allocator import PAGE_SIZE, pages_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,11 @@ class SchedulerConfig:
     def most_tokens(self) -> int:
         """Most tokens of a sequence that can ever run: those that positions and one home's pages allow."""
         return min(self.max_context, self.pages_per_shard * self.turns * PAGE_SIZE)
+
+    @property
+    def table_width(self) -> int:
+        """Columns of page tables: pages of the longest sequence, the same number on each shard that holds it."""
+        return -(-pages_for(self.most_tokens) // self.turns) * self.turns
 
     def next_chunk(self, prompt_tokens: int, done: int) -> tuple[Program, int]:
         """The chunk that is read after `done` tokens of a prompt: its program, and how many tokens it has.

@@ -137,6 +137,7 @@ class Timings:
       admitted: until pages were reserved for it.
       media: until its media were decoded; `planned` without media.
       first_token, last_token: until the first and the last token of any choice.
+      encoded: until its media were encoded; `planned` if there was nothing to encode.
     """
 
     planned: float
@@ -144,6 +145,7 @@ class Timings:
     media: float
     first_token: float
     last_token: float
+    encoded: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +156,9 @@ class Result:
       choices: its answers.
       usage: tokens.
       timings: seconds.
-      frame_times: one list a video, seconds.
+      frame_times: one list a video, seconds of the frames that were shown.
       warnings: what the user should know about the media.
+      undecodable_times: one list a video, seconds of frames that cannot be decoded. Frames near them were shown.
     """
 
     choices: tuple[Choice, ...]
@@ -163,6 +166,7 @@ class Result:
     timings: Timings
     frame_times: tuple[tuple[float, ...], ...] = ()
     warnings: tuple[str, ...] = ()
+    undecodable_times: tuple[tuple[float, ...], ...] = ()
 
 
 class RequestError(Exception):

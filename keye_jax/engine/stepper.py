@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import numpy as np
 
 from keye_jax.engine.plan import Placed, Plan, SchedulerConfig
 from keye_jax.kv_cache import PagePool
-from keye_jax.page_allocator import pages_for
 from keye_jax.progress import Progress
+from keye_jax.runtime import lowering
 from keye_jax.runtime.encode import IMAGE_PATCHES, images_at_once, padded_patches
 from keye_jax.runtime.prefill import Segment
 from keye_jax.runtime.programs import unpack_drawn
@@ -95,9 +94,8 @@ class Stepper:
     def __init__(self, runtime: Runtime, config: SchedulerConfig, *, pixel_scale: np.ndarray, pixel_shift: np.ndarray):
         self.runtime, self.config = runtime, config
         self._normalisation = runtime.pixel_normalisation(pixel_scale, pixel_shift)
-        self._width = -(-pages_for(config.most_tokens) // runtime.page_multiple) * runtime.page_multiple
         self._pool = runtime.new_pool(config.pages_per_shard * config.homes * config.turns)
-        self._state = runtime.new_state(config.rows, self._width)
+        self._state = runtime.new_state(config.rows, config.table_width)
         self._saved: dict[str, PagePool] = {}
 
     def run(self, plan: Plan, sequence: Callable[[str], SequenceData]) -> DrawnTokens:
@@ -128,7 +126,9 @@ class Stepper:
                 read.start,
             )
             size = self.config.large if read.program == "large" else self.config.small
-            logits, self._pool = runtime.read_chunk(segment, self._pool, tokens=size, table_width=self._width)
+            logits, self._pool = runtime.read_chunk(
+                segment, self._pool, tokens=size, table_width=self.config.table_width
+            )
             for begin in plan.begin:
                 # The row draws its first token as it draws the others; `draw` counts the prompt's last token as read.
                 self._set_row(
@@ -144,6 +144,11 @@ class Stepper:
     def forget(self, name: str) -> None:
         """Drops what is kept in host memory of an offloaded sequence."""
         self._saved.pop(name, None)
+
+    def close(self) -> None:
+        """Frees the pages and the batch. No other method may be called afterwards."""
+        for array in jax.tree.leaves((self._pool, self._state)):
+            array.delete()
 
     def encode(self, patches: np.ndarray, grid: np.ndarray) -> jax.Array:
         """Queues the encoding of images of one size; arguments as for `Runtime.encode_images`.
@@ -165,7 +170,7 @@ class Stepper:
         return images_at_once(patches, step.size(step.vision_patches))
 
     def warmup(self, most_patches: int, progress: Progress = lambda done, total: None) -> None:
-        """Runs each program once, on idle rows and pages that nothing reads.
+        """Compiles the large programs side by side, then runs each once, on idle rows and pages that nothing reads.
 
         Args:
           most_patches: of the largest image that is going to be encoded.
@@ -174,18 +179,19 @@ class Stepper:
         config, runtime = self.config, self.runtime
         side = runtime.config.vision_config.patch_size
         sizes = [size for size in IMAGE_PATCHES if size <= padded_patches(most_patches)]
-        total = len(sizes) + 4
-        done = 0
-
-        def step(result: Any) -> None:
-            nonlocal done
-            jax.block_until_ready(result)
-            done += 1
-            progress(done, total)
-
+        programs = lowering.engine_programs(
+            runtime,
+            rows=config.rows,
+            pages=self._pool.page_count,
+            table_width=config.table_width,
+            chunks=(config.large, config.small),
+            images=sizes,
+            normalisation=self._normalisation,
+        )
+        lowering.compile_side_by_side(programs, progress)
         for patches in sizes:
             pixels = np.zeros((patches, runtime.config.vision_config.num_channels, side, side), np.uint8)
-            step(self.encode(pixels, np.asarray([1, 2, patches // 2], np.int32)))
+            jax.block_until_ready(self.encode(pixels, np.asarray([1, 2, patches // 2], np.int32)))
         dummy = np.zeros(1, np.int32)
         data = SequenceData(
             dummy, np.zeros((3, 1), np.int32), 0, np.zeros(2, int), np.zeros((0, 1)), SamplingParams(), {}
@@ -194,9 +200,10 @@ class Stepper:
         logits = None
         for size in (config.large, config.small):
             for start in starts:
-                segment = Segment(dummy, data.positions, np.zeros(self._width, np.int32), None, start)
-                logits, self._pool = runtime.read_chunk(segment, self._pool, tokens=size, table_width=self._width)
-            step(logits)
+                segment = Segment(dummy, data.positions, np.zeros(config.table_width, np.int32), None, start)
+                logits, self._pool = runtime.read_chunk(
+                    segment, self._pool, tokens=size, table_width=self.config.table_width
+                )
         assert logits is not None, "there are two sizes of chunks"
         self._set_row(0, (), data, token=0, length=0)
         self._draw(logits, 0)
@@ -204,9 +211,8 @@ class Stepper:
         self._state = runtime.clear_row(self._state, 0)
         if config.optimistic:
             self._pool = runtime.put_pages(self._pool, (0,), runtime.take_pages(self._pool, (0,)))
-        step(runtime.drawn(self._state))
         self._state, self._pool = runtime.decode_and_sample(self._state, self._pool)
-        step(runtime.drawn(self._state))
+        jax.block_until_ready(runtime.drawn(self._state))
 
     def _restore(self, placed: Placed, data: SequenceData) -> None:
         saved = self._saved.pop(placed.id)

@@ -23,7 +23,7 @@ from keye_jax.planning.collectives import Collective, of_program, of_trace
 from keye_jax.planning.hardware import Platform
 from keye_jax.planning.work import Work
 from keye_jax.runtime import lowering
-from keye_jax.runtime.memory import pool_bytes, weight_bytes
+from keye_jax.runtime.memory import decode_workspace_bytes, pool_bytes, prefill_workspace_bytes, weight_bytes
 from keye_jax.runtime.prefill import chunk_tokens
 from keye_jax.runtime.runtime import PREFILL_CHUNK, Runtime
 from keye_jax.sharding import MeshRules, ShardingConfig
@@ -175,6 +175,10 @@ def plan(
     prompt = context * config.hidden_size * config.jax_dtype.itemsize
     memory = int(memory_bytes(platform))
     work, steps, problem = Work(config, rules, chunk, indexer_dtype), {}, None
+    estimates = {
+        "prefill": functools.partial(prefill_workspace_bytes, config, rules, chunk, indexer_dtype=indexer_dtype),
+        "decode": functools.partial(decode_workspace_bytes, config, rules, batch),
+    }
     for name, traced in programs.items():
         reading = name == "prefill"
         tokens = read_at_once if reading else batch
@@ -198,7 +202,7 @@ def plan(
             collectives = of_program(text)
         else:
             arguments = weights + cache
-            workspace = work.prefill_workspace(context) if reading else work.decode_workspace(batch, context)
+            workspace = estimates[name](context)
         flops, moved = work.prefill(context, tokens) if reading else work.decode(batch, context)
         steps[name] = Step(
             tokens=tokens,
@@ -214,13 +218,12 @@ def plan(
         )
     found = [steps.get("prefill"), steps.get("decode")]
     peak = max((step.peak for step in found if step), default=0)
-    estimates = work.prefill_workspace, functools.partial(work.decode_workspace, batch)
 
     def needs(tokens: int) -> int:
         """Estimated bytes at another context: compiled workspaces follow it as estimated ones do."""
         workspaces = [
             step.workspace * estimate(tokens) / estimate(context) if step else estimate(tokens)
-            for step, estimate in zip(found, estimates, strict=True)
+            for step, estimate in zip(found, estimates.values(), strict=True)
         ]
         embeds = tokens * config.hidden_size * config.jax_dtype.itemsize
         return int(weights + sizes(batch, tokens) + max(embeds + workspaces[0], workspaces[1]))

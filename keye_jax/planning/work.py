@@ -1,4 +1,4 @@
-"""Formulas for the work of a step: floating point operations, bytes moved and workspace of one device."""
+"""Formulas for the work of a step: floating point operations and bytes moved of one device."""
 
 from __future__ import annotations
 
@@ -71,24 +71,3 @@ class Work:
         """Bytes of the weights that a step reads."""
         unread = weight_bytes(self.config, self.rules, only=("vision", "projector", *but))
         return weight_bytes(self.config, self.rules) - unread
-
-    def prefill_workspace(self, context: int) -> int:
-        """What a step of reading needs on GPUs: scores of a block of queries, or the experts' rows."""
-        step = StepSharding.prefill(self.rules)
-        ranks, owners, _ = self._shares(step)
-        # One H200 needed 1.13 GiB at 128K and 1.12 GiB at 256K, where a block of scores takes one; XLA's compiler gives
-        # two and more that share positions 1.29 GiB at 32K, 1.46 to 1.50 at 128K and 1.72 at 256K.
-        attention = min(2**30, 4 * min(self.chunk, context) * context) + 2**27
-        whole = context * (self.kv_row + self.index_row) + 2**27 if step.gathers_pages else 0
-        tokens = min(self.chunk, context) * ranks
-        rows = tokens * self.config.num_experts_per_tok / owners * (1.5 if owners > 1 else 1)
-        widths = 2 * self.config.hidden_size + 2 * self.config.moe_intermediate_size
-        exchanged = 2 * tokens * self.config.hidden_size * self.item if ranks > 1 else 0
-        return int(max(attention + whole, rows * widths * self.item + exchanged))
-
-    def decode_workspace(self, batch: int, context: int) -> int:
-        """Scores, what is selected, and logits."""
-        step = StepSharding.decode(self.rules)
-        each = batch / step.size(step.batch)
-        scores = 4 * context / step.size(step.cache_sequence) + self.config.sa_config.topk * self.kv_row
-        return int(2 * each * scores + 3 * 4 * batch * self.config.vocab_size + 64 * 2**20)

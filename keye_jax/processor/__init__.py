@@ -1,7 +1,6 @@
 """Turns messages and media files into arrays: token ids, patches, grids and positions. Needs no JAX."""
 
 from keye_jax.processor.processor import (
-    FrameShare,
     ImagePlan,
     MediaPlanner,
     ModelInputs,
@@ -14,7 +13,6 @@ from keye_jax.processor.prompt import Detokenizer
 
 __all__ = [
     "Detokenizer",
-    "FrameShare",
     "ImagePlan",
     "MediaPlanner",
     "ModelInputs",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,21 +74,6 @@ class PromptTokens:
     position_delta: int
     image_grids: np.ndarray
     video_grids: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class FrameShare:
-    """The video frames that this process decodes, if several processes share the work.
-
-    In the `ModelInputs` of this process, the pixels of all other frames are zeros.
-
-    Attributes:
-      here: takes the grids, int32 [F, 3], one row a frame; returns which frames this process decodes, bool [F].
-      gather: takes int32 [F] with this process's values, and -1 elsewhere; returns the values of all processes.
-    """
-
-    here: Callable[[np.ndarray], np.ndarray]
-    gather: Callable[[np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -330,15 +315,12 @@ class Processor:
         ready = self._template.render(messages, tools=tools, variables=variables)
         return ready.pieces[-1][0].removeprefix(rendered.pieces[-1][0])
 
-    def process(
-        self, plan: PromptPlan, progress: Progress | None = None, share: FrameShare | None = None
-    ) -> ModelInputs:
+    def process(self, plan: PromptPlan, progress: Progress | None = None) -> ModelInputs:
         """Decodes the media of a prompt.
 
         Args:
           plan: the result of `plan`.
           progress: called after each frame with the number of decoded frames and of frames to decode.
-          share: the frames that this process decodes; None for all of them.
 
         Raises:
           UserError: nothing of an image or of a video can be decoded.
@@ -347,9 +329,7 @@ class Processor:
         patch = self.patch_size
         image_grids, video_grids = self._grids(plan)
         image_patches, video_patches = (
-            # Pages of zeros that are never written, those of other processes' frames, take no memory.
-            np.zeros((int(grids.prod(1).sum()), 3, patch, patch), np.uint8)
-            for grids in (image_grids, video_grids)
+            np.empty((int(grids.prod(1).sum()), 3, patch, patch), np.uint8) for grids in (image_grids, video_grids)
         )
         start = 0
         for image in plan.images:
@@ -357,24 +337,18 @@ class Processor:
             image_patches[start : start + len(shown)] = shown
             start += len(shown)
 
-        here = share.here(video_grids) if share else np.ones(len(video_grids), bool)
-        used = np.full(len(video_grids), -1, np.int32)
-        first = start = done = 0
+        used = np.zeros(len(video_grids), np.int32)
+        first = start = 0
         for video in plan.videos:
-            own = np.flatnonzero(here[first : first + video.frames])
             each = video.height * video.width // patch**2
-            for frame_number, (index, pixels) in zip(own, video.pixels(own), strict=True):
-                shown = patchify(pixels, patch)
+            for frame_number, (index, pixels) in enumerate(video.pixels(np.arange(video.frames))):
                 at = start + frame_number * each
-                video_patches[at : at + each] = shown
+                video_patches[at : at + each] = patchify(pixels, patch)
                 used[first + frame_number] = index
-                done += 1
                 if progress is not None:
-                    progress(done, int(np.count_nonzero(here)))
+                    progress(first + frame_number + 1, plan.num_frames)
             warnings += video.source.warnings
             first, start = first + video.frames, start + each * video.frames
-        if share:
-            used = share.gather(used)
         times, undecodable = [], []
         first = 0
         for video in plan.videos:

@@ -16,6 +16,11 @@ def memory_limit_bytes() -> int:
     return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
 
 
+def memory_in_use_bytes() -> int:
+    """Memory in use now: of the device here that uses most; 0 on a CPU, whose allocator does not say."""
+    return max((device.memory_stats() or {}).get("bytes_in_use", 0) for device in jax.local_devices())
+
+
 def peak_memory_bytes() -> int:
     """The most memory used at once so far: of the device here that used most, or on a CPU of this process."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]

@@ -30,10 +30,13 @@ _HEARTBEAT_S = 60
 _START_S = 300
 _SHUTDOWN_S = 7 * 24 * 3600  # whoever is lost before is named by its silence
 _ALIVE, _DONE, _FAILED = "keye/alive/", "done", "failed: "
+_TOLD = "keye/told/"
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
-def start(coordinator: str | None = None, processes: int | None = None, process_id: int | None = None) -> None:
+def start(
+    coordinator: str | None = None, processes: int | None = None, process_id: int | None = None, *, lost_code: int = 1
+) -> None:
     """Joins this process to the others of its job; does nothing where there is only one.
 
     Without arguments the environment decides: a Slurm step of several tasks (each with the GPU of its local number),
@@ -44,6 +47,7 @@ def start(coordinator: str | None = None, processes: int | None = None, process_
       coordinator: "HOST:PORT" of process 0, the same for all processes.
       processes: how many there are.
       process_id: which one this is, from 0.
+      lost_code: the exit code of the others if one is lost or fails.
 
     Raises:
       UserError: some of the arguments are missing or impossible, or the others cannot be reached.
@@ -73,7 +77,7 @@ def start(coordinator: str | None = None, processes: int | None = None, process_
         raise UserError(f"the processes of this job cannot find each other: {str(error).splitlines()[0]}") from error
     if jax.process_count() > 1:
         global _job
-        _job = _Job(jax.process_index(), jax.process_count())
+        _job = _Job(jax.process_index(), jax.process_count(), lost_code)
 
 
 def _checked(given: dict[str, Any]) -> dict[str, Any]:
@@ -107,6 +111,11 @@ def _several_in_environment() -> bool:
     return "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 
 
+def process_count() -> int:
+    """How many processes `start` has joined."""
+    return 1 if _job is None else len(_job.names)
+
+
 def is_main() -> bool:
     """Whether this process prints and writes files: process 0, or the only one."""
     return _job is None or _job.process_id == 0
@@ -117,6 +126,34 @@ def finish() -> None:
     if _job is not None:
         _job.sign = _DONE
         _job.send_sign()
+
+
+def store() -> Any:
+    """JAX's key-value store, which all processes of a job share: its client, after `start`."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def tell(word: str) -> str:
+    """A word of process 0, in every process: the others wait for it, and get "" if process 0 is done without one."""
+    if _job is None:
+        return word
+    if _job.process_id == 0:
+        store().key_value_set(f"{_TOLD}word", word)
+        return word
+    while True:
+        if told := store().key_value_dir_get(_TOLD):
+            return told[0][1]
+        if _job.signs().get(0) == _DONE:
+            return ""
+        time.sleep(_SIGN_S)
+
+
+def crash(error: Exception) -> None:
+    """Ends this process after an error of one of its threads, and the others with it; returns where there are none."""
+    if _job is not None:
+        _job.crash(type(error), error, error.__traceback__)
 
 
 def fail(message: str, code: int) -> None:
@@ -148,11 +185,10 @@ class _Job:
       sign: what the others see of this one: a counter, or that it is done or has failed.
     """
 
-    def __init__(self, process_id: int, processes: int):
-        from jax._src import distributed
-
+    def __init__(self, process_id: int, processes: int, lost_code: int):
         self.process_id, self.errors, self.sign = process_id, sys.stderr, "0"
-        self._client: Any = distributed.global_state.client
+        self._lost_code = lost_code
+        self._client = store()
         self._client.key_value_set(f"keye/name/{process_id}", f"process {process_id} ({socket.gethostname()})")
         self._client.wait_at_barrier("keye/start", _START_S * 1000)
         names = self._read("keye/name/")
@@ -165,7 +201,7 @@ class _Job:
             sys.stderr = sys.stdout
             self._name_the_coordinator_when_jax_aborts()
         # Left to itself, Python would wait at its exit for the others, who may be waiting for this process.
-        sys.excepthook = self._crash
+        sys.excepthook = self.crash
         self._over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
@@ -225,9 +261,9 @@ class _Job:
         self.say(f"{why}; {self.names[self.process_id]} ends")
         if self.process_id == 0:
             time.sleep(3 * _SIGN_S)  # until the others have seen it too: with this process their connection breaks
-        os._exit(1)
+        os._exit(self._lost_code)
 
-    def _crash(self, _: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
+    def crash(self, _: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
         """Ends this process after an error that nothing caught.
 
         A process whose partner dies in the middle of a collective gets an error too; so the partner has its time to be

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from keye_jax.runtime.prefill import round_up
-from keye_jax.sharding.mesh_rules import MeshRules
 
 ENCODE_PATCHES = 8192
 """Patches encoded in one step: whole frames, at least one (the publisher's Chunk ViT)."""
@@ -80,29 +79,6 @@ def padded_patches(patches: int) -> int:
 def images_at_once(patches: int, devices: int) -> int:
     """Images of `patches` patches in one batch of a fixed shape."""
     return devices * max(1, ENCODE_PATCHES // padded_patches(patches))
-
-
-def images_here(grids: np.ndarray, rules: MeshRules) -> np.ndarray:
-    """Which images, or frames, devices of this process encode; the pixels of others are not looked at.
-
-    Args:
-      grids: int `[g, 3]`, as for `batch_images`.
-
-    Returns:
-      bool `[g]`.
-    """
-    over = rules.sharding("vision_patches")
-    if over is None:
-        return np.ones(len(grids), bool)
-    here, first = np.zeros(len(grids), bool), 0
-    for height, width, images in _runs(grids):
-        at_once = _at_once(images, height * width, rules.size("vision_patches"))
-        for index in over.addressable_devices_indices_map((at_once,)).values():
-            own = range(at_once)[index[0] if index else slice(None)]
-            for start in range(0, images, at_once):
-                here[first + start + own.start : first + min(start + own.stop, images)] = True
-        first += images
-    return here
 
 
 def _at_once(images: int, patches: int, devices: int) -> int:

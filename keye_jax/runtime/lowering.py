@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from keye_jax.kv_cache import BatchMetadata, PagePool
+from keye_jax.progress import Progress
 from keye_jax.runtime import programs
 from keye_jax.runtime.decode import idle_row
+from keye_jax.runtime.encode import images_at_once
 from keye_jax.runtime.prefill import ChunkShape, packed_shape, single_shape
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.sharding.collectives import Axes
@@ -57,12 +60,72 @@ def decode_program(
       pages: of the pool; just those of these rows if left out.
     """
     width = runtime.table_width(tokens)
-    row = idle_row(width, runtime.config.vocab_size)
-    state = jax.tree.map(lambda x: _shape(runtime, (rows, *np.shape(x)), np.asarray(x).dtype), row)
+    return _decode_program(runtime, rows, width, pages or rows * width, sample=sample)
+
+
+def _decode_program(runtime: Runtime, rows: int, width: int, pages: int, *, sample: bool = True) -> jax.stages.Traced:
     program = (programs.decode_and_sample if sample else programs.decode)(runtime.rules.platform)
-    pool = _pool_shape(runtime, pages or rows * width)
-    arguments: Any = runtime.model_def, runtime.params, state, pool
+    pool = _pool_shape(runtime, pages)
+    arguments: Any = runtime.model_def, runtime.params, _state_shape(runtime, rows, width), pool
     return program.trace(*arguments, step=runtime.decode_step, options=runtime.options)
+
+
+def engine_programs(
+    runtime: Runtime,
+    *,
+    rows: int,
+    pages: int,
+    table_width: int,
+    chunks: Sequence[int],
+    images: Sequence[int],
+    normalisation: tuple[jax.Array, jax.Array],
+) -> list[jax.stages.Traced]:
+    """The large programs of an engine: `decode_and_sample`, `draw`, `read_chunk` and `encode_images`.
+
+    Args:
+      rows: of the batch.
+      pages: of the pool.
+      table_width: columns of page tables.
+      chunks: tokens of the chunks that `read_chunk` reads.
+      images: patches that images are padded to.
+      normalisation: what `Runtime.pixel_normalisation` returned.
+    """
+    sparse = runtime.options.attention == "sparse"
+    shapes = [
+        dataclasses.replace(single_shape(tokens, table_width, tokens, runtime.prefill_step), dense=dense)
+        for tokens in chunks
+        for dense in ((True, False) if sparse and runtime.dense_below else (False,))
+    ]
+    return [
+        _decode_program(runtime, rows, table_width, pages),
+        _draw_program(runtime, rows, table_width),
+        *(_chunk_program(runtime, shape, pages) for shape in shapes),
+        *(_encode_program(runtime, patches, normalisation) for patches in images),
+    ]
+
+
+def compile_side_by_side(traced: Sequence[jax.stages.Traced], progress: Progress = lambda done, total: None) -> None:
+    """Compiles programs, which are then there for calls of the same shapes.
+
+    Processes of one job must compile in the same order, so they do it one after the other.
+
+    Args:
+      progress: told the programs done.
+    """
+    # In order: Mosaic GPU numbers the kernels that it lowers, and their names are part of the persistent cache's keys.
+    lowered = [program.lower() for program in traced]
+    with ThreadPoolExecutor(1 if jax.process_count() > 1 else None) as pool:
+        for done, _ in enumerate(pool.map(lambda program: program.compile(), lowered), 1):
+            progress(done, len(traced))
+
+
+def _draw_program(runtime: Runtime, rows: int, width: int) -> jax.stages.Traced:
+    logits: Any = _shape(runtime, (rows, runtime.config.vocab_size), jnp.float32)
+    drawing: Any = _shape(runtime, (rows,), jnp.bool_)
+    state = _state_shape(runtime, rows, width)
+    return programs.draw.trace(
+        logits, state, drawing, step=runtime.decode_step, implementation=runtime.options.implementation
+    )
 
 
 def workspace_bytes(traced: Iterable[jax.stages.Traced]) -> int:
@@ -90,8 +153,29 @@ def _chunk_program(
     return programs.prefill_chunk.trace(*arguments, last, pool, step=step, options=options)
 
 
+def _encode_program(runtime: Runtime, patches: int, normalisation: tuple[jax.Array, jax.Array]) -> jax.stages.Traced:
+    step, vision = runtime.prefill_step, runtime.config.vision_config
+    images = images_at_once(patches, step.size(step.vision_patches))
+    features = vision.num_channels * vision.patch_size**2
+    return programs.encode.trace(
+        runtime.model_def,
+        runtime.params,
+        _shape(runtime, (images, patches, features), jnp.uint8, step.vision_patches),
+        _shape(runtime, (images, 2), jnp.int32, step.vision_patches),
+        *normalisation,
+        step=step,
+        implementation=runtime.options.implementation,
+        project=True,
+    )
+
+
 def _shape(runtime: Runtime, shape: tuple[int, ...], dtype: Any, *dimensions: Axes) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=runtime.rules.over(*dimensions))
+
+
+def _state_shape(runtime: Runtime, rows: int, width: int) -> Any:
+    row = idle_row(width, runtime.config.vocab_size)
+    return jax.tree.map(lambda x: _shape(runtime, (rows, *np.shape(x)), np.asarray(x).dtype), row)
 
 
 def _pool_shape(runtime: Runtime, pages: int) -> PagePool:

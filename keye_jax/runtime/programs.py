@@ -243,12 +243,13 @@ def decode_and_sample(platform: str) -> jax.stages.Wrapped:
     )
 
 
-@jax.jit
-def drawn(state: DecodeState) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="step")
+def drawn(state: DecodeState, *, step: StepSharding) -> jax.Array:
     """What the rows drew last, as one array that the next step does not overwrite; see `unpack_drawn`."""
     scores = state.scores
     columns = (state.tokens[:, None], scores.logprob[:, None], scores.top_tokens, scores.top_logprobs)
-    return jnp.concatenate([jax.lax.bitcast_convert_type(column, jnp.int32) for column in columns], axis=1)
+    packed = jnp.concatenate([jax.lax.bitcast_convert_type(column, jnp.int32) for column in columns], axis=1)
+    return step.constrain(packed)  # every process looks at it
 
 
 def unpack_drawn(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -276,10 +277,10 @@ def spread(logits: jax.Array, rows: int) -> jax.Array:
     return jnp.broadcast_to(logits, (rows, logits.shape[1]))
 
 
-@jax.jit
-def take_pages(pool: PagePool, pages: jax.Array) -> PagePool:
-    """Copies of some pages, int32 `[n]`, in their order."""
-    return jax.tree.map(lambda x: x[pages], pool)
+@functools.partial(jax.jit, static_argnames="step")
+def take_pages(pool: PagePool, pages: jax.Array, *, step: StepSharding) -> PagePool:
+    """Copies of some pages, int32 `[n]`, in their order, on every device."""
+    return jax.tree.map(lambda x: step.constrain(x[pages]), pool)
 
 
 @functools.partial(jax.jit, static_argnames="step", donate_argnames="pool")

@@ -139,7 +139,7 @@ class Runtime:
         for first in range(0, len(pages), PAGES_AT_ONCE):
             part = np.asarray(pages[first : first + PAGES_AT_ONCE], np.int32)
             padded = np.pad(part, (0, PAGES_AT_ONCE - len(part)), mode="edge")
-            parts.append(jax.tree.map(np.asarray, programs.take_pages(pool, self.put(padded))))
+            parts.append(jax.tree.map(np.asarray, programs.take_pages(pool, self.put(padded), step=self.decode_step)))
         return jax.tree.map(lambda *arrays: np.concatenate(arrays)[: len(pages)], *parts)
 
     def put_pages(self, pool: PagePool, pages: Sequence[int], values: PagePool) -> PagePool:
@@ -147,6 +147,7 @@ class Runtime:
         for first in range(0, len(pages), PAGES_AT_ONCE):
             part = np.asarray(pages[first : first + PAGES_AT_ONCE], np.int32)
             rest = PAGES_AT_ONCE - len(part)
+            jax.block_until_ready(pool)  # so that one part at a time is on its way
             padded = np.pad(part, (0, rest), constant_values=pool.page_count)
             content = jax.tree.map(
                 lambda x, first=first, rest=rest: self.put(
@@ -425,7 +426,7 @@ class Runtime:
 
     def drawn(self, state: DecodeState) -> jax.Array:
         """What the rows drew last, in an array that no step overwrites, for `unpack_drawn` of `programs`."""
-        return programs.drawn(state)
+        return programs.drawn(state, step=self.decode_step)
 
     def decode(self, state: DecodeState, pool: PagePool) -> tuple[jax.Array, PagePool]:
         """Reads the last token of each row.

@@ -39,6 +39,10 @@ class EmbeddingCache[ArrayT: _Array]:
     def __len__(self) -> int:
         return len(self._arrays)
 
+    def __contains__(self, media_hash: bytes) -> bool:
+        """Whether a medium's array is kept; does not count as a use."""
+        return media_hash in self._arrays
+
     def get(self, media_hash: bytes) -> ArrayT | None:
         """The array of a medium, None if it is not kept."""
         with self._lock:

@@ -35,7 +35,7 @@ class Job:
       messages, options: as for `Processor.plan`.
       plan: the plan; pickled unless the work is done in this process.
       prompt: what is told about it, once it is planned.
-      skip: as for `MediaWorkers.decode`.
+      skip, shown: as for `MediaWorkers.decode`.
       folder: of downloads; None before it is planned by a worker.
       cancelled: whether nothing more is wanted of it.
     """
@@ -48,6 +48,7 @@ class Job:
     plan: PromptPlan | bytes | None = None
     prompt: Prompt | None = None
     skip: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    shown: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
     folder: Path | None = None
     cancelled: bool = False
 
@@ -128,7 +129,7 @@ class Lane:
             processor = self._settings.processor
             plan = job.plan if isinstance(job.plan, PromptPlan) else processor.plan(job.messages, **job.options)
             job.plan = plan
-            return describe(processor, plan, self._files)
+            return describe(processor, plan, self._files if self._settings.hashes else None)
         process = self.start()
         with self._watched(job, lambda: "the media of the request"):
             job.folder = self._folder / str(job.serial)
@@ -159,6 +160,7 @@ class Lane:
                     job.plan,
                     job.prompt.media,
                     job.skip,
+                    job.shown,
                     here,
                     piece_patches=settings.piece_patches,
                     threads=threads,
@@ -171,7 +173,7 @@ class Lane:
         field = job.prompt.media[0].field
         try:
             with self._watched(job, lambda: field):
-                process.send(("decode", job.serial, job.plan, job.prompt.media, job.skip, threads))
+                process.send(("decode", job.serial, job.plan, job.prompt.media, job.skip, job.shown, threads))
                 while True:
                     message = self._receive(process, job)
                     if message[0] == "decoded":

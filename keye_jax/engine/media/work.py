@@ -12,7 +12,7 @@ import numpy as np
 from keye_jax.engine.media.frame_cache import FrameCache
 from keye_jax.engine.media.hashes import FileHashes, media_hash
 from keye_jax.errors import MediaError, UnreachableError, UserError
-from keye_jax.processor import ImagePlan, Processor, PromptPlan, VideoPlan
+from keye_jax.processor import ImagePlan, Processor, PromptPlan, PromptTokens, VideoPlan
 from keye_jax.processor.image import patchify
 
 # In the frame cache, in place of the name that a medium has in its request.
@@ -30,7 +30,7 @@ class Medium:
     Attributes:
       kind: which of both.
       field: its name in error messages.
-      hash: `media_hash`, 32 bytes.
+      hash: `media_hash`, 32 bytes; empty where nothing is kept by it.
       frames: how many.
       grid: (1, h, w) of a frame in patches.
       frame_bytes: size of a frame as the model takes it.
@@ -63,8 +63,8 @@ class Medium:
 class Prompt:
     """What is known of a prompt of T tokens before its media are decoded.
 
-    The times of frames are those of the plan. Of a damaged video, where a frame near by is shown in the place of one
-    that cannot be decoded, the text keeps the planned time; `Processor.process` states that of the frame shown.
+    The times of frames are those of the plan. Where a frame near by is shown in the place of one that cannot be
+    decoded, `Decoded` has what the prompt is then.
 
     Attributes:
       input_ids: int32 [T], with all pad tokens.
@@ -91,20 +91,33 @@ class Prompt:
     prompt_opens_thinking: bool
     warnings: tuple[str, ...]
 
+    def restated(self, tokens: PromptTokens) -> Prompt:
+        """The prompt with other text beside its frames; its pads stay the same in number and order."""
+        names = [field.name for field in dataclasses.fields(PromptTokens)]
+        text = len(tokens.input_ids) - self.image_tokens - self.video_tokens
+        return dataclasses.replace(self, text_tokens=text, **{name: getattr(tokens, name) for name in names})
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Decoded:
     """What came out of decoding the media of a prompt.
 
     Attributes:
-      undecodable_times: one array a video, as in `ModelInputs`; frames that were skipped count as decodable.
+      frame_times: one array a video, float64 [frames], seconds of the frames that are shown.
+      undecodable_times: one array a video, as in `ModelInputs`.
       warnings: those of planning and of decoding.
       cached_frames: how many frames came from the frame cache.
+      shown: of each video whose frames are not those of the plan, the index in the video of each frame that is shown,
+        by the place of the video in `Prompt.media`.
+      tokens: the prompt that states their times; None if the plan's does.
     """
 
+    frame_times: tuple[np.ndarray, ...]
     undecodable_times: tuple[np.ndarray, ...]
     warnings: tuple[str, ...]
-    cached_frames: int
+    cached_frames: int = 0
+    shown: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    tokens: PromptTokens | None = None
 
 
 class Sink(Protocol):
@@ -123,8 +136,11 @@ class Sink(Protocol):
         ...
 
 
-def describe(processor: Processor, plan: PromptPlan, files: FileHashes) -> Prompt:
+def describe(processor: Processor, plan: PromptPlan, files: FileHashes | None) -> Prompt:
     """All that is known of a planned prompt.
+
+    Args:
+      files: hashes of files; None leaves the hashes of media empty.
 
     Raises:
       MediaError: a file cannot be read any more.
@@ -138,7 +154,7 @@ def describe(processor: Processor, plan: PromptPlan, files: FileHashes) -> Promp
         per_frame = each.num_tokens if isinstance(each, ImagePlan) else each.tokens_per_frame
         grid = (1, each.height // processor.patch_size, each.width // processor.patch_size)
         try:
-            digest = media_hash(each, processor.patch_size, files)
+            digest = b"" if files is None else media_hash(each, processor.patch_size, files)
         except OSError as error:
             raise MediaError(f"{each.field} cannot be read any more: {error.strerror or error}") from error
         size = each.height * each.width * 3
@@ -172,6 +188,7 @@ def decode(
     plan: PromptPlan,
     media: Sequence[Medium],
     skip: Mapping[int, int],
+    shown: Mapping[int, np.ndarray],
     sink: Sink,
     *,
     piece_patches: int,
@@ -183,6 +200,7 @@ def decode(
     Args:
       media: those of `Prompt`.
       skip: how many of the first frames of a medium are left out, by the place of the medium in `media`.
+      shown: as in `Decoded`, of videos that are left out; the others of these count as decodable.
       sink: takes the pieces.
       piece_patches: most patches of a piece of more than one frame.
       threads: of a video decoder.
@@ -193,13 +211,15 @@ def decode(
       Stopped: the sink says so.
     """
     warnings = list(plan.warnings)
+    times: list[np.ndarray] = []
     undecodable: list[np.ndarray] = []
+    replaced: dict[int, np.ndarray] = {}
     sentences: list[str] = []
     cached_frames = 0
     for number, (each, medium) in enumerate(zip(processor.in_order(plan), media, strict=True)):
         start = min(skip.get(number, 0), medium.frames)
         frames = _Frames(each, medium, processor.patch_size, threads, cache)
-        used = np.arange(medium.frames) if isinstance(each, ImagePlan) else each.indices.copy()
+        used = np.arange(medium.frames) if isinstance(each, ImagePlan) else shown.get(number, each.indices).copy()
         at_once = frames_per_piece(medium, piece_patches)
         with contextlib.closing(frames.patches(start)) as patches, _as_media_error():
             for first in range(start, medium.frames, at_once):
@@ -207,8 +227,8 @@ def decode(
                 room = sink.space(number, first, count).reshape(count, medium.patches_per_frame, -1)
                 for index in range(count):
                     sink.check()
-                    used[first + index], shown = next(patches)
-                    room[index] = shown.reshape(medium.patches_per_frame, -1)
+                    used[first + index], seen = next(patches)
+                    room[index] = seen.reshape(medium.patches_per_frame, -1)
                 sink.filled()
             next(patches, None)  # finishes the entry of the cache
         warnings += frames.warnings
@@ -216,8 +236,18 @@ def decode(
         if isinstance(each, VideoPlan):
             missing, sentence = each.undecodable(used)
             undecodable.append(missing)
-            sentences += [sentence] if sentence else []
-    return Decoded(tuple(undecodable), tuple(dict.fromkeys(warnings + sentences)), cached_frames)
+            times.append(each.source.info.times[used])
+            if sentence:
+                sentences.append(sentence)
+                replaced[number] = used
+    return Decoded(
+        tuple(times),
+        tuple(undecodable),
+        tuple(dict.fromkeys(warnings + sentences)),
+        cached_frames,
+        replaced,
+        processor.expand(plan, times) if replaced else None,
+    )
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ It talks with the process that started it over a pipe, in tuples whose first ite
 shared memory.
 
   in   ("plan", serial, request, folder, hashes)        request: pickled (messages, options); folder: for downloads
-       ("decode", serial, plan, media, skip, threads)   plan: pickled
+       ("decode", serial, plan, media, skip, shown, threads)   plan: pickled
        ("room", serial, offset)                         the answer to "want"
        ("stop", serial)                                 the work is no longer wanted
   out  ("ready",)
@@ -47,11 +47,13 @@ class Settings:
       processor: plans and decodes.
       cache: of decoded frames; None for none.
       piece_patches: most patches of a piece of more than one frame.
+      hashes: whether media are named by their content, for which files are read once more.
     """
 
     processor: Processor
     cache: FrameCache | None
     piece_patches: int
+    hashes: bool = True
 
 
 def main() -> None:
@@ -92,7 +94,7 @@ class _Worker:
         messages, options = pickle.loads(request)
         plan = self._settings.processor.plan(messages, **options)
         try:
-            prompt = describe(self._settings.processor, plan, self._files)
+            prompt = describe(self._settings.processor, plan, self._files if self._settings.hashes else None)
         except BaseException:
             plan.close()
             raise
@@ -103,7 +105,13 @@ class _Worker:
         return "planned", content, prompt, {key: found[key] for key in found.keys() - hashes.keys()}
 
     def _decode(
-        self, serial: int, plan: bytes, media: Sequence[Medium], skip: Mapping[int, int], threads: int
+        self,
+        serial: int,
+        plan: bytes,
+        media: Sequence[Medium],
+        skip: Mapping[int, int],
+        shown: Mapping[int, np.ndarray],
+        threads: int,
     ) -> tuple[Any, ...]:
         settings = self._settings
         decoded = decode(
@@ -111,6 +119,7 @@ class _Worker:
             pickle.loads(plan),
             media,
             skip,
+            shown,
             _Pipe(self._pipe, self._memory, serial, media),
             piece_patches=settings.piece_patches,
             threads=threads,

@@ -53,15 +53,16 @@ class MediaWorkers:
     does not depend on the length of a video. Pieces have to be released without waiting for other requests.
 
     Requests with arrays or PIL images in them, and plans that the caller made, are worked on by threads of this
-    process. There, a crash is not contained, and the time limit does not hold.
+    process; without worker processes all are. There, a crash is not contained, and the time limit does not hold.
 
     Any thread may call the methods. Only `close` waits for workers.
 
     Args:
       processor: plans and decodes; the workers get a copy.
-      processes: how many requests are decoded at once.
+      processes: how many requests are decoded at once; 0 for one, by a thread of this process.
       byte_budget: bytes of shared memory.
       frame_cache: decoded frames on disk; None for none.
+      hashes: whether media are named by their content; with a frame cache they always are.
       timeout: seconds that a worker may take to plan a request, downloads included, and to decode each piece of it.
         Waiting for memory does not count.
       piece_patches: most patches of a piece of more than one frame.
@@ -72,7 +73,7 @@ class MediaWorkers:
       folder: for downloads.
 
     Raises:
-      UserError: a number is not positive.
+      UserError: a number is not allowed.
     """
 
     def __init__(
@@ -82,17 +83,21 @@ class MediaWorkers:
         byte_budget: int = BYTE_BUDGET,
         *,
         frame_cache: FrameCache | None = None,
+        hashes: bool = True,
         timeout: float = 300,
         piece_patches: int = PIECE_PATCHES,
         notify: Callable[[], None] = lambda: None,
     ):
-        for name, value in (("processes", processes), ("byte_budget", byte_budget), ("timeout", timeout)):
+        if processes < 0:
+            raise UserError(f"processes is {processes}; it must not be negative")
+        for name, value in (("byte_budget", byte_budget), ("timeout", timeout)):
             if value <= 0:
                 raise UserError(f"{name} is {value}; it must be positive")
-        self._settings = Settings(processor, frame_cache, piece_patches)
+        self._settings = Settings(processor, frame_cache, piece_patches, hashes or frame_cache is not None)
         self._setup = pickle.dumps(self._settings, pickle.HIGHEST_PROTOCOL)
-        self._processes, self._timeout, self._notify = processes, timeout, notify
-        self.arena = Arena(byte_budget, byte_budget // processes)
+        self._threads_only = processes == 0
+        self._processes, self._timeout, self._notify = max(1, processes), timeout, notify
+        self.arena = Arena(byte_budget, byte_budget // self._processes)
         self.folder = Path(tempfile.mkdtemp(prefix="keye-jax-"))
         self._files = FileHashes()
         self._serials = itertools.count()
@@ -107,7 +112,7 @@ class MediaWorkers:
         self._closed = False
         with self._changed:
             # One more than may decode, so that planning does not wait for a long video.
-            for _ in range(processes + 1):
+            for _ in range(self._processes + 1):
                 self._add_lane()
 
     def __enter__(self) -> MediaWorkers:
@@ -141,7 +146,7 @@ class MediaWorkers:
           ValueError: another request has this name.
         """
         job = Job(job_id, next(self._serials), plan=plan, messages=messages or (), options=options or {})
-        if plan is None and not _holds_pixels((messages, options)):
+        if plan is None and not self._threads_only and not _holds_pixels((messages, options)):
             # What cannot be pickled is not a request from outside either.
             with contextlib.suppress(Exception):
                 job.request = pickle.dumps((job.messages, job.options), pickle.HIGHEST_PROTOCOL)
@@ -152,25 +157,32 @@ class MediaWorkers:
             self._to_plan.append(job)
             self._changed.notify_all()
 
-    def decode(self, job_id: Hashable, skip: Mapping[int, int] | None = None) -> None:
+    def decode(
+        self,
+        job_id: Hashable,
+        skip: Mapping[int, int] | None = None,
+        shown: Mapping[int, np.ndarray] | None = None,
+    ) -> None:
         """Has the media of a planned request decoded.
 
         Args:
           skip: how many of the first frames of a medium are not needed, by its place in `Prompt.media`.
+          shown: what `Decoded.shown` said of media that are not needed now.
         """
         with self._changed:
             job = self._jobs.get(job_id)
             if job is None:  # it was cancelled
                 return
             assert job.prompt is not None, "decode comes after Planned"
-            job.skip = dict(skip or {})
-            wanted = any(job.skip.get(index, 0) < medium.frames for index, medium in enumerate(job.prompt.media))
-            if wanted:
+            job.skip, job.shown = dict(skip or {}), dict(shown or {})
+            media = enumerate(job.prompt.media)
+            if job.shown or any(job.skip.get(index, 0) < medium.frames for index, medium in media):
                 self._to_decode.append(job)
                 self._changed.notify_all()
                 return
-        none = tuple(np.zeros(0) for _ in job.prompt.frame_times)
-        self._tell(job, Finished(job_id, Decoded(none, job.prompt.warnings, 0)))
+        times = job.prompt.frame_times
+        none = tuple(np.zeros(0) for _ in times)
+        self._tell(job, Finished(job_id, Decoded(times, none, job.prompt.warnings)))
 
     def cancel(self, job_id: Hashable) -> None:
         """Ends a request. No more events come about it; pieces that were taken still have to be released."""
@@ -219,8 +231,9 @@ class MediaWorkers:
 
     def _run(self, lane: Lane) -> None:
         """A thread: starts a worker, and has it work."""
-        with contextlib.suppress(Failed):  # it is started again for the first request, and fails that
-            lane.start()
+        if not self._threads_only:
+            with contextlib.suppress(Failed):  # it is started again for the first request, and fails that
+                lane.start()
         with self._changed:
             self._idle -= 1
         while (job := self._next(lane)) is not None:

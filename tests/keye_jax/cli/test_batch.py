@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from keye_jax.engine.options import EngineOptions
 from keye_jax.runtime.sampling import SamplingParams
 from tests.keye_jax.jobs.fake import FakeEngine, line
+from tests.keye_jax.processes import SHARDING, begin, finish, free_port, write_inputs
 
 
 @pytest.fixture
@@ -56,6 +59,7 @@ def results(path):
 def test_a_job(batch, engines, inputs, tmp_path):
     code, out, err = batch(line("a") + line("b", logprobs=True, max_tokens=3))
     assert code == 0 and out == "" and "2 of 2 done, 0 failed" in err
+    assert "its cache holds 65,536 tokens" in err
     got = results(tmp_path / "out.jsonl")
     assert got.keys() == {"a", "b"} and got["a"]["response"]["body"]["model"] == "hf"
     assert isinstance(got["b"]["response"]["body"]["choices"][0]["logprobs"]["content"][0]["token"], str)
@@ -64,7 +68,8 @@ def test_a_job(batch, engines, inputs, tmp_path):
     assert (tmp_path / "out.jsonl.report.svg").exists()
     _, (checkpoint, settings, engine) = engines
     assert checkpoint == str(inputs / "hf")
-    assert settings["options"].rows == 32 and settings["media"] == {} and settings["allow_remote"] is False
+    assert settings["options"].rows == 32 and settings["options"].cache_tokens is None
+    assert settings["media"] == {} and settings["allow_remote"] is False
     assert {request.max_tokens for request in engine.requests} == {None, 3}
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -191,6 +196,8 @@ def test_no_plot_without_matplotlib(batch, tmp_path, monkeypatch):
         (("--input", "x", "--grace", "nan"), "--grace is nan; it must be at least 0"),
         (("--input", "x", "--fps", -1), "fps is -1.0; it must be a positive number"),
         (("--input", "x", "--ray", 0), "--ray is 0; it must be at least 1"),
+        (("--input", "x", "--ray", 1, "--process-id", 0), "--process-id do not go with --ray"),
+        (("--input", "x", "--coordinator", "host:1"), "--processes and --process-id must be given too"),
     ],
 )
 def test_a_wrong_option_is_refused(batch, tmp_path, arguments, message):
@@ -213,3 +220,40 @@ def test_with_a_model(keye, inputs, tmp_path, quick_to_compile):
     body = got["clip.mp4"]["response"]["body"]
     assert body["usage"]["completion_tokens"] == 4 and body["usage"]["prompt_tokens_details"]["video_tokens"] > 0
     assert body["choices"][0]["finish_reason"] == "length" and body["choices"][0]["message"]["reasoning"]
+
+
+@pytest.mark.slow
+def test_two_processes_one_of_which_is_killed(tmp_path):
+    write_inputs(tmp_path)
+    video = [{"type": "video", "video": str(tmp_path / "clip.mp4")}, {"type": "text", "text": "What moves?"}]
+    content = b"".join(line(str(index), max_tokens=50) for index in range(12))
+    content += line("video", video) + line("broken", [{"type": "image", "image": "/nowhere.png"}])
+    (tmp_path / "in.jsonl").write_bytes(content)
+    command = ("-m", "keye_jax.cli", "batch", "--checkpoint", tmp_path / "orbax", "--input", tmp_path / "in.jsonl")
+    command += ("--output", tmp_path / "out.jsonl", "--rows", 2, "--cache-tokens", "4K", "--prefill-chunk", 256)
+    command += ("--no-warmup", "--max-tokens", 4, "--sharding", SHARDING, "--processes", 2)
+
+    def start():
+        address = f"127.0.0.1:{free_port()}"
+        return [begin(*command, "--coordinator", address, "--process-id", number) for number in range(2)]
+
+    workers = start()
+    try:
+        while not (tmp_path / "out.jsonl").exists() or not (tmp_path / "out.jsonl").stat().st_size:
+            assert all(worker.poll() is None for worker in workers), finish(workers[0])[2]
+            time.sleep(0.05)
+        workers[1].kill()
+        code, _, err = finish(workers[0])
+        assert code == 3 and f"keye-jax: process 1 ({socket.gethostname()}) is lost" in err, err
+        assert 0 < len(results(tmp_path / "out.jsonl")) < 14
+        for _ in range(2):  # the rest, and nothing
+            workers = start()
+            (code, _, err), (other, _, _) = [finish(worker) for worker in workers]
+            assert (code, other) == (1, 0) and "1 of 14 requests failed" in err, err
+    finally:
+        for worker in workers:
+            worker.kill()
+    got = results(tmp_path / "out.jsonl")
+    assert len((tmp_path / "out.jsonl").read_bytes().splitlines()) == len(got) == 14
+    assert [name for name, result in got.items() if result["error"]] == ["broken"]
+    assert got["video"]["response"]["body"]["usage"]["prompt_tokens_details"]["video_tokens"] > 0

@@ -153,14 +153,14 @@ def test_files_that_hold_no_messages(keye, inputs, tmp_path):
 
 
 def test_warnings_are_told(ask, ask_json, monkeypatch):
-    process = Processor.process
+    plan = Processor.plan
     monkeypatch.setattr(
-        Processor, "process", lambda *args, **kwargs: dataclasses.replace(process(*args, **kwargs), warnings=("late",))
+        Processor, "plan", lambda *args, **kwargs: dataclasses.replace(plan(*args, **kwargs), warnings=("early",))
     )
-    assert ask_json("--prompt", "What?", tokens=1)["warnings"] == ["late"]
+    assert ask_json("--prompt", "What?", tokens=1)["warnings"] == ["early"]
     code, _, err = ask("--prompt", "What?", tokens=1)
     assert code == 0
-    assert "\nwarning: late\n" in f"\n{err}"
+    assert f"\n{err}".count("\nwarning: early\n") == 1
 
 
 def test_text_is_streamed_and_summed_up(ask, inputs):
@@ -177,7 +177,8 @@ def test_generation_stops_at_the_checkpoints_end_tokens(ask_json, copy_of, keye)
     ids = _Asked(copy_of, "What?").ids
     (copy_of / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids[3]]}))
     code, out, _ = keye(
-        *("generate", "--checkpoint", copy_of, "--prompt", "What?", "--greedy", "--json", "--max-new-tokens", 8)
+        *("generate", "--checkpoint", copy_of, "--prompt", "What?", "--greedy", "--json", "--max-new-tokens", 8),
+        *("--dtype", "float32"),
     )
     assert code == 0
     got = json.loads(out)
@@ -197,22 +198,21 @@ class _Asked:
     """
 
     def __init__(self, checkpoint, question, prefill_chunk=None):
-        from convert import load_params
-        from keye_jax.engine.generate import Generator
-        from keye_jax.model.keye import Keye
-        from keye_jax.processor import Processor
-        from keye_jax.runtime.runtime import Runtime
+        from keye_jax.engine.checkpoint import load
+        from keye_jax.engine.engine import Engine
+        from keye_jax.engine.generation_config import GenerationDefaults
+        from keye_jax.engine.options import options_for_one
+        from keye_jax.engine.request import Request
         from keye_jax.runtime.sampling import SamplingParams
 
-        config = KeyeConfig.from_file(checkpoint)
-        processor = Processor.from_checkpoint(checkpoint, config)
-        params = load_params(checkpoint, config, dtype="float32")
-        self.runtime = Runtime(Keye.from_params(config, params), config, prefill_chunk=prefill_chunk)
+        self.runtime, processor, _ = load(checkpoint, dtype="float32", prefill_chunk=prefill_chunk)
         messages = [{"role": "user", "content": [{"type": "text", "text": question}]}]
         self.inputs = processor.process(processor.plan(messages))
-        generator = Generator(self.runtime, processor, frozenset())
-        answer = generator.generate(self.inputs, sampling=SamplingParams(temperature=0.0), max_new_tokens=8)
-        self.ids = list(answer.token_ids)
+        greedy = GenerationDefaults(SamplingParams(temperature=0.0), frozenset())
+        options = options_for_one(self.runtime.rules, len(self.inputs.input_ids) + 8)
+        with Engine(self.runtime, processor, greedy, options) as engine:
+            (choice,) = engine.submit(Request(messages=messages, max_tokens=8)).result(300).choices
+        self.ids = list(choice.token_ids)
 
     def trace(self, ids):
         """What is computed of the prompt and of all tokens of an answer but the last."""
@@ -276,7 +276,7 @@ def test_a_context_that_does_not_fit_is_refused_with_the_numbers(keye, inputs):
 
 
 def test_a_context_larger_than_the_memory_is_refused_with_the_numbers(golden):
-    from keye_jax.engine.generate import new_token_limit
+    from keye_jax.engine.limits import new_token_limit
     from keye_jax.sharding import MeshRules
 
     config = KeyeConfig.from_file(golden.parents[1] / "configs" / "model" / "keye_vl_2_30b_a3b.json")

@@ -3,11 +3,15 @@
 import asyncio
 import contextlib
 
+import jax
+import numpy as np
 import pytest
 
 from keye_jax.engine.request import Piece, Request, RequestError
+from keye_jax.runtime.prefill import Segment
 from keye_jax.runtime.sampling import SamplingParams
 from tests.keye_jax.engine.conftest import GREEDY, ask, words
+from tests.keye_jax.processor.conftest import clips  # noqa: F401
 
 
 def tokens(handle):
@@ -61,6 +65,47 @@ def test_videos_and_pictures(engine, files, loaded):
     assert plan.num_tokens == first.usage.prompt
     third = engine.submit(Request(plan=plan, max_tokens=8, sampling=GREEDY)).result(120)
     assert third.choices[0].token_ids == first.choices[0].token_ids
+
+
+def logprobs(runtime, processor, inputs, tokens, answer):
+    """Log probabilities that the runtime gives an answer, without an engine.
+
+    Args:
+      inputs: the media of the prompt.
+      tokens: what the prompt is, as `Processor.expand` returns it.
+    """
+    embeds = runtime.encode(
+        inputs.video_patches, inputs.video_grids, scale=processor.pixel_scale, shift=processor.pixel_shift
+    )
+    prompt = len(tokens.input_ids)
+    ids = np.concatenate([tokens.input_ids, np.asarray(answer[:-1], np.int32)])
+    new = np.arange(prompt, len(ids), dtype=np.int32) + tokens.position_delta
+    positions = np.concatenate([tokens.positions, np.broadcast_to(new, (3, len(new)))], axis=1)
+    pool, tables = runtime.new_cache(1, len(ids))
+    parts = runtime.forward_with_intermediates(Segment(ids, positions, tables[0], np.asarray(embeds)), pool)
+    logits = np.concatenate([np.asarray(part[0]) for part in parts])[prompt - 1 :]
+    return np.asarray(jax.nn.log_softmax(logits))[np.arange(len(answer)), answer]
+
+
+def test_of_a_damaged_video_the_prompt_states_the_times_that_are_shown(engine, loaded, clips, tmp_path):  # noqa: F811
+    runtime, processor, _ = loaded
+    path = clips.write_damaged(tmp_path / "a.mp4", 1, 2)
+    content = [{"type": "video", "video": str(path)}, {"type": "text", "text": "What?"}]
+    plan = processor.plan([{"role": "user", "content": content}])
+    inputs = processor.process(plan)
+    # The second time embeddings are kept, and the third time the prompt too.
+    results = [engine.submit(ask(content, top_logprobs=0)).result(120) for _ in range(3)]
+    for result in results:
+        assert result.frame_times == (tuple(inputs.frame_times[0].tolist()),) != (tuple(plan.videos[0].times.tolist()),)
+        assert result.undecodable_times == (tuple(inputs.undecodable_times[0].tolist()),)
+        assert result.warnings == inputs.warnings
+        assert result.usage.prompt == len(inputs.input_ids)
+        assert result.choices[0].token_ids == results[0].choices[0].token_ids
+    (choice,) = results[0].choices
+    found = [each.logprob for each in choice.logprobs]
+    np.testing.assert_allclose(found, logprobs(runtime, processor, inputs, inputs, choice.token_ids), atol=1e-3)
+    planned = logprobs(runtime, processor, inputs, processor.expand(plan), choice.token_ids)
+    assert np.abs(found - planned).max() > 1e-2, "the times make a difference"
 
 
 def test_pieces_are_the_answer(engine):
@@ -131,6 +176,20 @@ def test_cancelling_leaves_what_was_written(engine):
     assert stats.running + stats.reading + stats.waiting <= 1  # the last step of the last request may be under way
 
 
+def test_progress_is_told(make, files):
+    content = [{"type": "video", "video": str(files / "clip.mp4")}, {"type": "text", "text": "What?"}]
+    with make(media_workers=0) as engine:
+        told = []
+        result = engine.submit(ask(content), lambda *step: told.append(step)).result(120)
+    steps = {name: [(done, total) for step, done, total in told if step == name] for name, _, _ in told}
+    assert steps.keys() == {"decoding frames", "encoding frames", "reading the prompt"}
+    for name, rows in steps.items():
+        total = result.usage.prompt if name == "reading the prompt" else len(result.frame_times[0])
+        assert rows == sorted(rows) and rows[-1] == (total, total)
+    timings = result.timings
+    assert timings.planned < timings.media <= timings.encoded < timings.first_token
+
+
 def test_awaiting(engine):
     async def main():
         one, two = engine.submit(ask(words(11))), engine.submit(ask(words(12)))
@@ -142,14 +201,17 @@ def test_awaiting(engine):
     assert len(two.choices[0].token_ids) == 8
 
 
-def test_closing_ends_requests(make):
+def test_closing_ends_requests_and_frees_the_devices(make):
+    before = sum(array.nbytes for array in jax.live_arrays())
     engine = make()
+    pool = sum(array.nbytes for array in jax.live_arrays()) - before
     handle = engine.submit(ask(words(1), tokens=1500))
     engine.close()
     with pytest.raises(RequestError, match="closed"):
         handle.result(120)
     with pytest.raises(RequestError, match="takes no more requests"):
         engine.submit(ask("hello"))
+    assert sum(array.nbytes for array in jax.live_arrays()) - before < pool / 100
 
 
 def test_draining_answers_what_there_is(make):

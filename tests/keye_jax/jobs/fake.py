@@ -38,10 +38,13 @@ class FakeEngine:
       after: what is called once so many requests were submitted.
 
     Attributes:
+      cache_tokens: as of an engine.
       most: how many requests were outstanding at once, at most.
       cancelled: how many were cancelled while they ran.
       requests: all that were submitted.
     """
+
+    cache_tokens = 65536
 
     def __init__(self, delay_s: float = 0.0, threads: int = 8, after: Mapping[int, Callable[[], None]] | None = None):
         self.most = self.cancelled = 0

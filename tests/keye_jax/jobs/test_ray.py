@@ -1,6 +1,7 @@
 """On a local Ray cluster of two workers, one of which kills itself in the middle of the work."""
 
 import asyncio
+import contextlib
 import functools
 import json
 import os
@@ -10,17 +11,20 @@ from pathlib import Path
 import pytest
 
 from keye_jax.config import KeyeConfig
+from keye_jax.engine.options import EngineOptions
 from keye_jax.engine.request import Request, RequestError
 from keye_jax.errors import UserError
-from keye_jax.jobs.batch import Batch
+from keye_jax.jobs.batch import Batch, open_engine
 from keye_jax.jobs.journal import Journal
 from keye_jax.jobs.lines import Shard, count_lines, read_lines
 from keye_jax.jobs.ray import RayEngines, Worker
 from keye_jax.jobs.report import Progress, Tally
 from keye_jax.runtime.sampling import SamplingParams
 from keye_jax.testing import write_processor_files
+from tests.keye_jax.engine.conftest import files  # noqa: F401
 from tests.keye_jax.jobs.fake import FakeEngine, answerer, line
 from tests.keye_jax.jobs.test_batch import outcomes
+from tests.keye_jax.jobs.test_real_jobs import answers, real_lines
 
 ray = pytest.importorskip("ray")
 ROOT = Path(__file__).parents[3]
@@ -81,6 +85,54 @@ def test_a_job_that_loses_a_worker(cluster, tmp_path, way, workers):
     got, tally = run(tmp_path / "ray.jsonl", lambda: RayEngines(opener, workers=workers, gpus=0, concurrency=8))
     assert got == expected and len(got) == 151
     assert marker.exists() and tally.report()["run"]["retries"] > 0
+
+
+class MortalModel:
+    """An engine with a model, in a process that kills itself at its 10th request, if no other did so before."""
+
+    def __init__(self, marker, checkpoint):
+        options = EngineOptions(rows=4, cache_tokens=8192, media_workers=1)
+        settings = {"dtype": "float32", "prefill_chunk": 128, "options": options}
+        self._engine = open_engine(str(checkpoint), warmup=False, **settings)
+        self._marker, self._asked = marker, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._engine.close()
+
+    def submit(self, request):
+        self._asked += 1
+        if self._marker is not None and self._asked == 10:
+            with contextlib.suppress(FileExistsError):
+                self._marker.touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return self._engine.submit(request)
+
+
+def test_a_job_with_a_model_that_loses_a_worker(cluster, tmp_path, files):  # noqa: F811
+    """The answers are those of one engine in this process: greedy ones, and sampled ones by their seeds."""
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(real_lines(files, 60))
+    digest, lines = count_lines(source)
+
+    def run(output, engine):
+        with Journal(output, {"input": digest, "checkpoint": "", "options": {}}) as journal, source.open("rb") as file:
+            job = Batch(
+                *(answerer(engine), journal, read_lines(file, Shard()), Tally(lines, 0, {}), Progress()),
+                concurrency=16,
+                grace_s=1.0,
+            )
+            assert asyncio.run(job.run()) is None
+        return answers(output)
+
+    with MortalModel(None, files / "checkpoint") as engine:
+        expected = run(tmp_path / "alone.jsonl", engine)
+    marker = tmp_path / "lost"
+    opener = functools.partial(MortalModel, marker, files / "checkpoint")
+    got = run(tmp_path / "ray.jsonl", RayEngines(opener, workers=2, gpus=0, concurrency=8))
+    assert got == expected and len(got) == 61 and marker.exists()
 
 
 def test_workers_that_do_not_start_end_the_job(cluster):

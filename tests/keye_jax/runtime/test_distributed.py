@@ -1,28 +1,18 @@
 """Real processes on one machine: they load a checkpoint by parts, give one answer, and end together."""
 
-import dataclasses
 import json
 import math
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from convert import convert
 from convert.mapping import rows
-from convert.synthetic import write_checkpoint
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 from keye_jax.runtime import distributed
-from keye_jax.testing import write_clip, write_processor_files
-
-ROOT = Path(__file__).parents[3]
-SHARDING = ROOT / "configs" / "sharding" / "combined.yaml"
+from tests.keye_jax.processes import SHARDING, begin, finish, free_port, told, write_inputs
 
 # Reads a prompt and writes tokens, says what it wrote and how much it read from disk, and goes on until it is stopped.
 WORKER = """
@@ -90,48 +80,17 @@ sys.exit(code)
 """
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def begin(program, *arguments):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process, seconds=240):
-    """Exit code, stdout and stderr; a process that does not end in time is killed, and its test fails."""
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    return process.returncode, out, err
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A converted checkpoint that is mostly experts, as the released one is."""
     directory = tmp_path_factory.mktemp("distributed")
-    config = KeyeConfig.from_file(ROOT / "configs" / "model" / "tiny.json")
-    vision = dataclasses.replace(config.vision_config, num_hidden_layers=1)
-    config = dataclasses.replace(
-        config, num_hidden_layers=1, hidden_size=256, moe_intermediate_size=768, vision_config=vision
-    )
-    write_checkpoint(directory / "hf", config, dtype="float32")
-    write_processor_files(directory / "hf", config)
-    convert(directory / "hf", directory / "orbax")
-    write_clip(directory / "clip.mp4", seconds=4, size=(112, 56))
+    write_inputs(directory)
     return directory / "orbax"
 
 
 @pytest.fixture(scope="module")
 def alone(checkpoint):
     """What one process writes, and the bytes it reads."""
-    code, out, err = finish(begin(WORKER, checkpoint, SHARDING, 1, 0, 0))
+    code, out, err = finish(begin("-c", WORKER, checkpoint, SHARDING, 1, 0, 0))
     assert code == 0, err
     return json.loads(out)
 
@@ -147,16 +106,14 @@ def small_bytes(checkpoint):
 @pytest.mark.parametrize(("count", "victim"), [(4, 2)])
 def test_processes_read_their_parts_write_the_same_and_end_when_one_is_killed(checkpoint, alone, count, victim):
     port = free_port()
-    workers = [begin(WORKER, checkpoint, SHARDING, count, port, i) for i in range(count)]
+    workers = [begin("-c", WORKER, checkpoint, SHARDING, count, port, i) for i in range(count)]
     (tokens, leads, whole), small = alone, small_bytes(checkpoint)
     # The tokens are the same on any machine: each is ahead by more than the rounding.
     assert min(leads) > 1e-3
     assert small < 0.15 * whole
     try:
         for worker in workers:
-            assert worker.stderr is not None
-            line = next(line for line in worker.stderr if line.startswith("[["))
-            found, _, read = json.loads(line)
+            found, _, read = json.loads(told(worker, "[["))
             assert found == tokens
             assert read <= 1.15 * ((whole - small) / count + small)  # chunks are no finer than 1 MB
         workers[victim].send_signal(signal.SIGKILL)
@@ -181,11 +138,10 @@ def test_the_coordinator_is_named_when_it_is_killed():
         time.sleep(60)
     """
     address = f"127.0.0.1:{free_port()}"
-    workers = [begin(program, address, i) for i in range(2)]
+    workers = [begin("-c", program, address, i) for i in range(2)]
     try:
         for worker in workers:
-            assert worker.stderr is not None
-            assert next(line for line in worker.stderr if line == "up\n")
+            told(worker, "up")
         workers[0].kill()
         code, _, err = finish(workers[1], seconds=30)
         assert code == 1 and f"keye-jax: process 0 ({socket.gethostname()}) is lost" in err
@@ -195,22 +151,21 @@ def test_the_coordinator_is_named_when_it_is_killed():
 
 
 @pytest.mark.slow
-def test_two_processes_answer_as_one_and_share_the_frames(checkpoint, tmp_path):
+def test_two_processes_answer_as_one_and_the_first_decodes_all_frames(checkpoint, tmp_path):
     ask = ["generate", "--checkpoint", checkpoint, "--video", checkpoint.parent / "clip.mp4", "--prompt", "What moves?"]
     ask += ["--greedy", "--max-new-tokens", 4, "--json"]
-    code, out, err = finish(begin(COMMAND, tmp_path / "alone", *ask))
+    code, out, err = finish(begin("-c", COMMAND, tmp_path / "alone", *ask))
     assert code == 0, err
     several = [*ask, "--sharding", SHARDING, "--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2]
-    workers = [begin(COMMAND, tmp_path / str(i), *several, "--process-id", i) for i in range(2)]
+    workers = [begin("-c", COMMAND, tmp_path / str(i), *several, "--process-id", i) for i in range(2)]
     (code, first, err), (_, second, _) = [finish(worker) for worker in workers]
     assert code == 0, err
     answers = [json.loads(text) for text in (out, first)]
     assert answers[0]["reasoning"] == answers[1]["reasoning"] and answers[0]["answer"] == answers[1]["answer"]
     assert answers[0]["frame_times"] == answers[1]["frame_times"]
     assert second == ""
-    frames = len(answers[0]["frame_times"][0])
-    assert frames == 8 == int((tmp_path / "alone").read_text())
-    assert [int((tmp_path / str(i)).read_text()) for i in range(2)] == [4, 4]
+    assert len(answers[0]["frame_times"][0]) == 8
+    assert [int((tmp_path / name).read_text()) for name in ("alone", "0", "1")] == [8, 8, 0]
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def all_ended(told):
     return all(one.ended for one in told.values())
 
 
-def follow(workers, names, *, decode=True, skip=None, until=all_ended, told=None, limit=60):
+def follow(workers, names, *, decode=True, skip=None, shown=None, until=all_ended, told=None, limit=60):
     """Polls until requests end, and starts decoding when they are planned. Returns a `Told` for each name.
 
     Args:
@@ -78,7 +78,7 @@ def follow(workers, names, *, decode=True, skip=None, until=all_ended, told=None
         for event in workers.poll():
             told[event.job_id].take(event)
             if decode and isinstance(event, Planned):
-                workers.decode(event.job_id, skip)
+                workers.decode(event.job_id, skip, shown)
         time.sleep(0.002)
     return told
 

@@ -120,18 +120,28 @@ def test_frames_that_are_not_needed_are_left_out(workers, processor, clip):
     np.testing.assert_array_equal(told.all_patches("video"), inputs.video_patches[5 * len(inputs.video_patches) // 8 :])
 
 
-def test_a_damaged_video_keeps_the_planned_times(workers, processor, clips, tmp_path):
+def test_a_damaged_video_states_the_times_that_are_shown(workers, processor, clips, tmp_path):
     path = clips.write_damaged(tmp_path / "a.mp4", 1, 2)
     workers.submit("a", user(video(path)))
     told = follow(workers, ["a"])["a"]
     plan = processor.plan(user(video(path)))
     inputs = processor.process(plan)
     np.testing.assert_array_equal(told.all_patches("video"), inputs.video_patches)
-    np.testing.assert_array_equal(told.decoded.undecodable_times[0], inputs.undecodable_times[0])
     assert len(told.decoded.undecodable_times[0]) == 2
-    assert told.decoded.warnings == inputs.warnings
     np.testing.assert_array_equal(told.prompt.frame_times[0], plan.videos[0].times)
     np.testing.assert_array_equal(told.prompt.input_ids, processor.expand(plan).input_ids)
+    assert (told.decoded.frame_times[0] != plan.videos[0].times).sum() == 2
+    workers.submit("b", user(video(path)))
+    again = follow(workers, ["b"], skip={0: 8}, shown=told.decoded.shown)["b"]
+    assert not again.pieces
+    for decoded in (told.decoded, again.decoded):
+        np.testing.assert_array_equal(decoded.frame_times[0], inputs.frame_times[0])
+        np.testing.assert_array_equal(decoded.undecodable_times[0], inputs.undecodable_times[0])
+        assert decoded.warnings == inputs.warnings
+        restated = told.prompt.restated(decoded.tokens)
+        np.testing.assert_array_equal(restated.input_ids, inputs.input_ids)
+        np.testing.assert_array_equal(restated.positions, inputs.positions)
+        assert restated.text_tokens + restated.video_tokens == len(inputs.input_ids)
 
 
 def test_memory_is_bounded_and_decoding_waits(processor, clips, tmp_path):
@@ -269,11 +279,23 @@ def test_a_name_that_is_in_use(workers, clip):
     follow(workers, ["a"])
 
 
-@pytest.mark.parametrize("name", ["processes", "byte_budget", "timeout"])
-def test_numbers_that_are_not_positive(processor, name):
-    numbers: dict[str, Any] = {name: 0}
-    with pytest.raises(UserError, match=f"{name} is 0; it must be positive"):
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [("processes", -1, "not be negative"), ("byte_budget", 0, "be positive"), ("timeout", 0, "be positive")],
+)
+def test_numbers_that_are_not_allowed(processor, name, value, rule):
+    numbers: dict[str, Any] = {name: value}
+    with pytest.raises(UserError, match=f"{name} is {value}; it must {rule}"):
         MediaWorkers(processor, **numbers)
+
+
+def test_without_worker_processes(processor, clip, picture):
+    with MediaWorkers(processor, 0, hashes=False) as workers:
+        workers.submit("a", requests(clip, picture)["mixed"])
+        told = follow(workers, ["a"])["a"]
+        assert not workers.worker_pids
+        assert {medium.hash for medium in told.prompt.media} == {b""}
+    assert_equal(told, processor.process(processor.plan(requests(clip, picture)["mixed"])))
 
 
 def test_notify_and_no_processes_left(processor, clip):

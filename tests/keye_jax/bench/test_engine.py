@@ -1,0 +1,37 @@
+"""The benchmarks of the engine and of jobs, with a tiny model."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from keye_jax import presets
+
+pytestmark = pytest.mark.slow
+
+
+def run(module, *options):
+    command = [sys.executable, "-m", f"keye_jax.bench.{module}", "--config", str(presets.TINY), *options]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_engine(tmp_path):
+    options = ["--rows", "2", "--cache-tokens", "8192", "--cells", "1x600,2x600", "--tokens", "16", "--promise"]
+    out = run("engine", *options, "--json", str(tmp_path / "found.json"))
+    assert "compilations after warm-up: 0" in out
+    assert re.search(r"^one request of 600 tokens: \d\.\d\d of a batch of one row", out, re.M)
+    assert "alone and beside others: 2 of 2 requests" in out
+    cells = json.loads((tmp_path / "found.json").read_text())["cells"]
+    assert [(cell["requests"], cell["context"]) for cell in cells] == [(1, 600), (2, 600)]
+    assert all(cell["tokens_per_second"] > 0 and cell["bare_tokens_per_second"] > 0 for cell in cells)
+
+
+def test_jobs():
+    out = run("jobs", "--lines", "6", "--words", "20", "60", "--tokens", "4", "--rows", "2", "--traced-lines", "2")
+    assert json.loads(next(line for line in out.splitlines() if line.startswith("{")))["job"]["succeeded"] == 6
+    assert "\n6 lines in " in out and "\ncompilations after warm-up: 0\n" in out
