@@ -81,4 +81,5 @@ def test_a_strangers_clips(tmp_path, capsys):
     arrays = [load_params(tmp_path / name, config) for name in ("tuned", "merged")]
     for key in layer:
         arrays = [each[key] for each in arrays]
-    np.testing.assert_array_equal(*arrays)
+    tuned, merged = arrays
+    np.testing.assert_array_equal(tuned, merged)
