@@ -160,6 +160,7 @@ class Trainer:
             lora_scale=stage.lora.scale if stage.lora else 0.0,
             dtypes=model.dtypes,
             optimizer=make_optimizer(stage.optimizer, steps, list(model.trained)),
+            shardings={path: value.sharding for path, value in model.trained.items()} if rules.devices > 1 else {},
             step=StepSharding.prefill(rules),
         )
         self.state = TrainState(model.trained, init_optimizer(self._step.optimizer, model.trained))
@@ -273,12 +274,18 @@ def run(
                 report.say("no sample of the first step is longer than topk, so the indexer learns nothing from it")
             report.step(step, numbers | {"tokens": int(numbers["tokens"]), "targets": int(numbers["targets"])}, epoch)
 
+    over = False
     with _stop_signal() as stopped:
         while state.step < trainer.steps:
             late = stop_after is not None and time.monotonic() - start >= stop_after
             if stopped or late:
                 break
-            values = trainer.train(batches)
+            try:
+                values = trainer.train(batches)
+            except StopIteration:
+                report.say(f"the data end after step {state.step:,}, since some of it cannot be read")
+                over = True
+                break
             waiting.append((state.step, values, batches.epoch()))
             show(_AHEAD)
             last = state.step == trainer.steps
@@ -292,7 +299,7 @@ def run(
         show(0)
         if state.step:
             checkpoints.save(state.step, (state.weights, state.moments), batches.state())
-    return Ended(state.step, state.step >= trainer.steps, stopped[0] if stopped else None)
+    return Ended(state.step, over or state.step >= trainer.steps, stopped[0] if stopped else None)
 
 
 def _evaluate(trainer: Trainer, evaluation: Callable[[], Batches], report: Report) -> float:

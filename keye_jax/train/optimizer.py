@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from keye_jax.train.config import INDEXER, OptimizerConfig
 from keye_jax.train.lora import weight_name
@@ -94,10 +94,22 @@ def as_float32(weights: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {path: value.astype(jnp.float32) for path, value in weights.items()}
 
 
-@functools.partial(jax.jit, static_argnames="optimizer")
 def init_optimizer(optimizer: optax.GradientTransformation, weights: dict[str, jax.Array]) -> optax.OptState:
     """The state before the first step; moments are float32 and lie as their weights do."""
-    return optimizer.init(as_float32(weights))
+
+    def init(weights: dict[str, jax.Array]) -> optax.OptState:
+        return optimizer.init(as_float32(weights))
+
+    some = next(iter(weights.values())).sharding
+    everywhere = NamedSharding(some.mesh, PartitionSpec()) if isinstance(some, NamedSharding) else some
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> jax.sharding.Sharding:
+        names = (key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        weight = next((weights[name] for name in names if name in weights), None)
+        return everywhere if weight is None or leaf.shape != weight.shape else weight.sharding
+
+    shardings = jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(init, weights))
+    return jax.jit(init, out_shardings=shardings)(weights)
 
 
 def apply_gradients(

@@ -92,7 +92,7 @@ def train(
             training, steps = GeneratedBatches(base, config, stage), stage.steps
         else:
             training = read(data, stage.epochs, shuffle=stage.data.shuffle)
-            steps = stage.steps or -(-training.count() // stage.batch.accumulation)
+            steps = stage.steps or _steps_of(training, stage, source)
         opened.callback(training.close)
         assert steps, "the stage has steps, or epochs of a file"
         evaluated: Callable[[], Batches] | None = None
@@ -118,6 +118,14 @@ def train(
         if export is not None and ended.finished:
             trainer.export(base, export)
         return ended
+
+
+def _steps_of(batches: FileBatches, stage: StageConfig, source: str) -> int:
+    """Whole steps that the epochs of a stage make."""
+    count, each = batches.count(), stage.batch.accumulation
+    if count < each:
+        raise UserError(f"{source}: batch.accumulation is {each}; the data make only {count} batches in all epochs")
+    return count // each
 
 
 def _new_config(stage: StageConfig) -> KeyeConfig:

@@ -34,6 +34,7 @@ class TrainStep:
       lora_scale: of the products of low-rank pairs.
       dtypes: of weights that train, in the forward pass.
       optimizer: of them.
+      shardings: where they and their gradients lie; empty on one device.
       step: how a batch lies over devices.
     """
 
@@ -43,6 +44,7 @@ class TrainStep:
     lora_scale: float
     dtypes: Mapping[str, jnp.dtype]
     optimizer: optax.GradientTransformation
+    shardings: Mapping[str, jax.sharding.Sharding]
     step: StepSharding
 
     def losses(self, weights: Weights, frozen: Weights, batch: PackedBatch) -> Losses:
@@ -84,9 +86,17 @@ class TrainStep:
                 ), None
 
             (gradients, losses), _ = jax.lax.scan(add, (gradients, losses), stacked)
+        gradients = self._in_place(gradients)
         found = measures(losses) | gradient_norms(gradients)
         weights, moments = apply_gradients(self.optimizer, weights, gradients, moments)
-        return weights, moments, found
+        return self._in_place(weights), moments, found
+
+    def _in_place(self, values: Weights) -> Weights:
+        """Values of what trains, each where it is to lie."""
+        return {
+            path: jax.lax.with_sharding_constraint(value, self.shardings[path]) if path in self.shardings else value
+            for path, value in values.items()
+        }
 
     @functools.partial(jax.jit, static_argnums=0)
     def evaluate(self, weights: Weights, frozen: Weights, batch: PackedBatch) -> Losses:

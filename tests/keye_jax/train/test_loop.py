@@ -22,6 +22,7 @@ from keye_jax.processor import Processor
 from keye_jax.sharding import MeshRules, ShardingConfig, StepSharding
 from keye_jax.testing import write_clip, write_processor_files
 from keye_jax.train import session
+from keye_jax.train.checkpoints import RunCheckpoints
 from keye_jax.train.config import StageConfig
 from keye_jax.train.data import FileBatches
 from keye_jax.train.loop import Trainer, load_model, train_options
@@ -243,6 +244,25 @@ def test_the_share_of_tokens_that_select(trainer):
     over = sum(max(0, length - 64) for length in lengths)
     assert over > 0 and selecting_share([batch, batch], 64) == over / sum(lengths)
     assert selecting_share([batch], 256) == 0
+
+
+def test_moments_lie_as_their_weights_do_and_are_restored_there(trainer, folder, tmp_path):
+    sharding = ShardingConfig.from_dict({"mesh": {"x": 4}, "rules": {"experts": "x", "parameters": "x"}})
+    rules = MeshRules.create(sharding, KeyeConfig.from_file(folder / "hf"))
+    state = trainer(stage(), rules)[0].state
+    moments = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.moments)}
+    query = "decoder.layers.0.attention.q_proj.weight"
+    own = [leaf for path, leaf in moments.items() if query in path]
+    assert len(own) == 2 and {leaf.sharding for leaf in own} == {state.weights[query].sharding}
+    assert own[0].addressable_shards[0].data.size == own[0].size // 4
+    checkpoints = RunCheckpoints(tmp_path / "run", {}, keep=1)
+    checkpoints.save(1, (state.weights, state.moments), {})
+    found = checkpoints.restore((state.weights, state.moments))
+    checkpoints.close()
+    assert found is not None
+    for got, expected in zip(*map(jax.tree.leaves, (found[1], (state.weights, state.moments))), strict=True):
+        assert got.sharding == expected.sharding and len(got.sharding.device_set) == 4
+        np.testing.assert_array_equal(got, expected)
 
 
 class TestMistakes:
