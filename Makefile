@@ -11,7 +11,7 @@ ifeq ($(shell uname -sm),Linux x86_64)
 LIBTPU := $(VENV)/libtpu/.installed
 endif
 
-.PHONY: setup demo test test-all test-jax-next test-gpu test-tpu test-tpu-compile lint clean
+.PHONY: setup demo train-demo test test-all test-jax-next test-gpu test-tpu test-tpu-compile lint clean
 
 setup: $(VENV)/.installed-dev
 
@@ -26,6 +26,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' 'jax==$(JAX)'
 	@touch $@
 
+$(VENV)/.installed-train: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train]' 'jax==$(JAX)'
+	@touch $@
+
 # The version that belongs to the installed JAX.
 $(VENV)/libtpu/.installed: $(VENV)/.installed-dev
 	$(BIN)/python -c 'from importlib.metadata import requires; print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))' \
@@ -34,6 +38,10 @@ $(VENV)/libtpu/.installed: $(VENV)/.installed-dev
 
 demo: $(VENV)/.installed
 	@$(BIN)/python -m keye_jax.demo build/demo
+
+# Trains a small model on generated clips; its losses fall.
+train-demo: $(VENV)/.installed-train
+	$(BIN)/keye-jax train --config shapes_cpu --output build/train-demo
 
 # Without the tests that are marked slow.
 test: $(VENV)/.installed-dev $(LIBTPU)

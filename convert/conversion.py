@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from convert import checks, detect
+from convert.adapter import Adapter, read_adapter
 from convert.checks import FoundTensor
 from convert.orbax_io import MANIFEST, PARAMS, OrbaxSource, OrbaxWriter, write_manifest
 from convert.reader import SafetensorsSource
@@ -63,6 +64,7 @@ def convert(
     check_finite: bool = False,
     overwrite: bool = False,
     shard_size: int = SHARD_BYTES,
+    merge_lora: str | Path | None = None,
     progress: PhaseProgress | None = None,
 ) -> Conversion:
     """Converts the checkpoint in `src` into the other kind, bit by bit, and writes it into the directory `dst`.
@@ -76,6 +78,7 @@ def convert(
       check_finite: read all tensors first, and refuse infinities and NaNs.
       overwrite: replace the checkpoint in `dst`, and start again if `dst.partial` belongs to another source.
       shard_size: maximum bytes of tensor data in one safetensors file; a larger tensor has a file of its own.
+      merge_lora: a directory with a LoRA adapter in PEFT's layout, which is added to the weights that it is for.
       progress: called with the phase, "check" or "convert", the bytes done and the bytes of all tensors.
 
     Raises:
@@ -90,11 +93,12 @@ def convert(
     try:
         config = detect.read_config(source_directory)
         _check_destination(source_directory.resolve(), destination, overwrite=overwrite)
+        adapter = None if merge_lora is None else read_adapter(merge_lora, config)
         found, problems = checks.check(source, config)
         if check_finite:
             problems += _non_finite(source, found, report)
         checks.raise_problems(source_directory, problems)
-        return _run(source, destination, found, overwrite, shard_size, report, started)
+        return _run(source, destination, found, adapter, overwrite, shard_size, report, started)
     finally:
         source.close()
 
@@ -103,6 +107,7 @@ def _run(
     source: Source,
     destination: Path,
     found: list[FoundTensor],
+    adapter: Adapter | None,
     overwrite: bool,
     shard_size: int,
     report: PhaseProgress,
@@ -111,7 +116,7 @@ def _run(
     to_orbax = isinstance(source, SafetensorsSource)
     total = sum(item.nbytes for item in found)
     _check_space(destination, total)
-    staging = Staging(destination, _fingerprint(source, found, shard_size), overwrite=overwrite)
+    staging = Staging(destination, _fingerprint(source, found, shard_size, adapter), overwrite=overwrite)
     writer: _OrbaxSink | _SafetensorsSink | None = None
     try:
         writer = _OrbaxSink(staging) if to_orbax else _SafetensorsSink(staging, found, shard_size)
@@ -121,7 +126,7 @@ def _run(
             names = [item.tensor.checkpoint_name for item in group]
             if staging.done.issuperset(names):
                 continue
-            writer.write(group, _read_or_discard(source, group, staging))
+            writer.write(group, _merged(_read_or_discard(source, group, staging), group, adapter))
             staging.record(names, writer.saved())
             done += sum(item.nbytes for item in group)
             report("convert", done, total)
@@ -209,6 +214,15 @@ def _read(source: Source, group: list[FoundTensor]) -> dict[tuple[str, ...], np.
     return source.read([item.tensor.path for item in group])
 
 
+def _merged(
+    arrays: dict[tuple[str, ...], np.ndarray], group: list[FoundTensor], adapter: Adapter | None
+) -> dict[tuple[str, ...], np.ndarray]:
+    """Arrays with an adapter's pairs added to those that have one."""
+    if adapter is None:
+        return arrays
+    return {item.tensor.path: adapter.merge(item.tensor, arrays[item.tensor.path]) for item in group}
+
+
 def _read_or_discard(source: Source, group: list[FoundTensor], staging: Staging) -> dict[tuple[str, ...], np.ndarray]:
     try:
         return _read(source, group)
@@ -265,18 +279,22 @@ def _check_space(destination: Path, total: int) -> None:
         raise UserError(f"DST {destination} needs {total:,} bytes and its filesystem has {free:,} bytes free")
 
 
-def _fingerprint(source: Source, found: list[FoundTensor], shard_size: int) -> str:
+def _fingerprint(source: Source, found: list[FoundTensor], shard_size: int, adapter: Adapter | None) -> str:
     """A digest of the files and tensors of the source, and of the options that change the output."""
+
+    def stamp(file: Path, directory: Path) -> tuple[str, int, int]:
+        return str(file.relative_to(directory)), file.stat().st_size, file.stat().st_mtime_ns
+
     files = [source.directory / "config.json", *source.files]
     state = {
-        "files": [
-            (str(file.relative_to(source.directory)), file.stat().st_size, file.stat().st_mtime_ns) for file in files
-        ],
+        "files": [stamp(file, source.directory) for file in files],
         "config": (source.directory / "config.json").read_text(encoding="utf-8"),
         "tensors": [(item.tensor.checkpoint_name, item.tensor.checkpoint_shape, str(item.dtype)) for item in found],
         "shard_size": None if isinstance(source, SafetensorsSource) else shard_size,
         "groups": (_LARGE_BYTES, _GROUP_BYTES),
     }
+    if adapter is not None:
+        state["adapter"] = [stamp(file, file.parent) for file in adapter.files]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 

@@ -142,6 +142,16 @@ class SafetensorsSource:
                 self._open_file(file)
         self._descriptors: dict[Path, int] = {}
 
+    @classmethod
+    def of_files(cls, directory: Path, files: list[Path]) -> SafetensorsSource:
+        """The tensors of the named files of `directory`, whatever else is there."""
+        source = cls.__new__(cls)
+        source.directory, source.files = directory, []
+        source.entries, source.problems, source.in_bad_files, source._descriptors = {}, [], set(), {}
+        for file in files:
+            source._open_file(file)
+        return source
+
     def _open_file(self, file: Path) -> dict[str, TensorEntry] | None:
         self.files.append(file)
         try:

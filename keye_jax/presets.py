@@ -9,7 +9,7 @@ from keye_jax.errors import UserError
 _INSTALLED, _CHECKOUT = Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs"
 
 DIRECTORY = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
-"""The folder that holds `model/*.json` and `sharding/*.yaml`."""
+"""The folder that holds `model/*.json`, `sharding/*.yaml` and `train/*.yaml`."""
 
 RELEASED = DIRECTORY / "model" / "keye_vl_2_30b_a3b.json"
 """Configuration of the released model."""
@@ -33,9 +33,18 @@ def sharding_file(name: str | Path) -> Path:
     Raises:
       UserError: there is no such preset and no such file.
     """
-    presets = {path.stem: path for path in sorted((DIRECTORY / "sharding").glob("*.yaml"))}
+    return _preset("sharding", "--sharding", name)
+
+
+def train_file(name: str | Path) -> Path:
+    """The path of a stage file, from a preset's name, such as "lora", or a path. Raises UserError as above."""
+    return _preset("train", "--config", name)
+
+
+def _preset(kind: str, option: str, name: str | Path) -> Path:
+    presets = {path.stem: path for path in sorted((DIRECTORY / kind).glob("*.yaml"))}
     if str(name) in presets:
         return presets[str(name)]
     if not Path(name).is_file():
-        raise UserError(f"--sharding is {str(name)!r}; it must be a file or one of the presets: {', '.join(presets)}")
+        raise UserError(f"{option} is {str(name)!r}; it must be a file or one of the presets: {', '.join(presets)}")
     return Path(name)

@@ -6,14 +6,14 @@ import sys
 
 import typer
 
-from keye_jax.cli import batch, bench, convert, eval, frames, generate, inspect, plan, verify
+from keye_jax.cli import batch, bench, convert, eval, frames, generate, inspect, plan, train, verify
 from keye_jax.errors import UserError
 from keye_jax.runtime import distributed
 from pallas_kernels.errors import UnsupportedError
 
 app = typer.Typer(
     name="keye-jax",
-    help="Keye-VL-2.0-30B-A3B in JAX: convert a checkpoint, inspect, verify and measure it, ask about videos.",
+    help="Keye-VL-2.0-30B-A3B in JAX: convert a checkpoint, inspect, verify, measure and train it, ask about videos.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -25,6 +25,7 @@ app.command("plan")(plan.plan)
 app.command("frames")(frames.frames)
 app.add_typer(eval.app, name="eval")
 app.command("batch")(batch.batch)
+app.command("train")(train.train)
 app.command("generate", cls=generate.InOrder)(generate.generate)
 
 

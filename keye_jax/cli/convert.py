@@ -37,6 +37,9 @@ def convert(
     shard_size: Annotated[
         int, typer.Option(metavar="BYTES", help="Tensor data in one safetensors file.")
     ] = 5_000_000_000,
+    merge_lora: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Add a LoRA adapter in PEFT's layout to the weights.")
+    ] = None,
     sharding: options.Sharding = None,
 ) -> None:
     """Converts a checkpoint: safetensors into Orbax, Orbax into safetensors.
@@ -64,6 +67,7 @@ def convert(
                 check_finite=check_finite,
                 overwrite=overwrite,
                 shard_size=shard_size,
+                merge_lora=merge_lora,
                 progress=progress,
             )
     except KeyboardInterrupt as error:

@@ -15,6 +15,7 @@ from keye_jax.errors import UserError
 
 if TYPE_CHECKING:
     from keye_jax.planning.plan import Plan, Step
+    from keye_jax.planning.train import TrainPlan
 
 _GIB = 2**30
 
@@ -23,7 +24,12 @@ def plan(
     platform: Annotated[
         str, typer.Option(help="The devices: KIND:COUNT, such as h200:4, or of TPUs KIND:TOPOLOGY, such as v5p:2x2x4.")
     ],
-    context: Annotated[str, typer.Option(help="Tokens that each sequence has room for, such as 131072 or 128K.")],
+    context: Annotated[
+        str | None, typer.Option(help="Tokens that each sequence has room for, such as 131072 or 128K.")
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="Plan training by a stage's preset or file, in place of a job.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Sequences that are decoded together.")] = 1,
     config: Annotated[Path, typer.Option(help="Configuration of the model, a config.json.")] = presets.RELEASED,
     sharding: options.Sharding = None,
@@ -43,6 +49,11 @@ def plan(
     Exits with 1 if it does not.
     """
     chunk = options.prefill_chunk_size(prefill_chunk)
+    if (context is None) == (train is None):
+        raise UserError("give either --context, for a job that answers, or --train, for one that trains")
+    if train is not None:
+        return _plan_train(train, config, sharding, platform, slices, as_json=as_json)
+    assert context is not None
     tokens = options.tokens("--context", context)
     _without_devices()
 
@@ -70,6 +81,48 @@ def plan(
     else:
         _print(found)
     return 0 if found.fits else 1
+
+
+def _plan_train(train: str, config: Path, sharding: str | None, platform: str, slices: int, *, as_json: bool) -> int:
+    stage_file = presets.train_file(train)
+    _without_devices()
+
+    from keye_jax.config import KeyeConfig
+    from keye_jax.planning.hardware import Platform
+    from keye_jax.planning.train import plan_train
+    from keye_jax.sharding import ShardingConfig
+    from keye_jax.train.config import StageConfig
+
+    found = plan_train(
+        KeyeConfig.from_file(config),
+        StageConfig.from_file(stage_file),
+        ShardingConfig.from_file(presets.sharding_file(sharding or "train")),
+        Platform.parse(platform, slices),
+        source=str(stage_file),
+    )
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        _print_train(found)
+    return 0 if found.fits else 1
+
+
+def _print_train(found: TrainPlan) -> None:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
+    print(f"{found.platform}: {found.devices} devices ({mesh})")
+    print(f"{found.trained:,} numbers train, of {found.total:,}; {found.tokens:,} tokens a step")
+    print()
+    names = ("frozen", "weights", "gradients", "moments", "activations", "workspace", "peak")
+    _print_table(
+        [
+            ("GiB on each device", *names, ""),
+            ("training", *(_gib(getattr(found, name)) for name in names), "estimated"),
+        ]
+    )
+    print(f"weights, gradients and moments are computed; there are {_gib(found.memory)} GiB")
+    print()
+    needed = "" if found.needed is None else f"; the least power of two that fits is {found.needed} of these devices"
+    print(f"it fits{needed}" if found.fits else f"it does NOT fit{needed}")
 
 
 def _without_devices() -> None:

@@ -173,7 +173,7 @@ def plan(
     sizes = functools.partial(pool_bytes, config, rules=rules, indexer_dtype=indexer_dtype)
     weights, cache = weight_bytes(config, rules), sizes(batch, context)
     prompt = context * config.hidden_size * config.jax_dtype.itemsize
-    memory = int(_memory(platform))
+    memory = int(memory_bytes(platform))
     work, steps, problem = Work(config, rules, chunk, indexer_dtype), {}, None
     estimates = {
         "prefill": functools.partial(prefill_workspace_bytes, config, rules, chunk, indexer_dtype=indexer_dtype),
@@ -290,7 +290,8 @@ def _at_least(platform: Platform, flops: float, moved: float, collectives: tuple
     return max(flops / chip.flops, moved / chip.bandwidth, received / chip.interconnect)
 
 
-def _memory(platform: Platform) -> float:
+def memory_bytes(platform: Platform) -> float:
+    """Bytes of one device that a job can have."""
     from keye_jax.runtime.device import memory_limit_bytes
 
     if platform.chip.memory is None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from keye_jax.processor.messages import MediaPart, check_template_variables
 from keye_jax.processor.options import merge_options, request_options
 from keye_jax.processor.planner import ImagePlan, MediaPlanner, VideoPlan
 from keye_jax.processor.positions import mrope_positions
-from keye_jax.processor.prompt import ChatTemplate, Detokenizer, SafeTokenizer
+from keye_jax.processor.prompt import ChatTemplate, Detokenizer, RenderedPrompt, SafeTokenizer
 from keye_jax.processor.settings import ProcessorSettings, read_template
+from keye_jax.processor.targets import split_targets
 from keye_jax.progress import Progress
 
 MAX_DECODED_BYTES = 3 << 29
@@ -84,6 +86,7 @@ class PromptPlan:
       prompt_opens_thinking: see `ModelInputs`.
       downloads: files that `close`, or the end of the plan's life, removes.
       warnings: as in `ModelInputs`.
+      learnt: of a conversation to learn, whether each of `prompt_ids` belongs to an answer; empty otherwise.
     """
 
     prompt_ids: tuple[int, ...]
@@ -92,6 +95,7 @@ class PromptPlan:
     prompt_opens_thinking: bool
     downloads: tuple[DownloadedFile, ...] = ()
     warnings: tuple[str, ...] = ()
+    learnt: tuple[bool, ...] = ()
 
     @property
     def text_tokens(self) -> int:
@@ -239,6 +243,7 @@ class Processor:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         media_io_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
+        learn: Sequence[bool] | None = None,
     ) -> PromptPlan:
         """Renders the prompt, measures its media, and chooses frames and sizes. It decodes no more than that needs.
 
@@ -253,6 +258,8 @@ class Processor:
           chat_template_kwargs: the same, by the name that it has in request bodies; it wins.
           media_io_kwargs, mm_processor_kwargs: options of all media of this request, by kind and for both kinds. Those
             of a part win.
+          learn: for training, whether the model learns each of `messages`, answers of the assistant. The conversation
+            then has no generation prompt.
 
         Raises:
           UserError: a message or an option is not valid; the text is one sentence.
@@ -261,11 +268,20 @@ class Processor:
         asked = request_options(media_io_kwargs, mm_processor_kwargs)
         variables = check_template_variables(template_variables, "template_variables")
         variables |= check_template_variables(chat_template_kwargs, "chat_template_kwargs")
-        rendered = self._template.render(messages, tools=tools, variables=variables)
+        rendered = self._template.render(messages, tools=tools, variables=variables, generation_prompt=learn is None)
         media = [
             dataclasses.replace(part, options=merge_options(asked[part.kind], part.options)) for part in rendered.media
         ]
-        ids = self._tokenizer.encode_pieces(rendered.pieces)
+        learnt: list[bool] = []
+        if learn is None:
+            ids = self._tokenizer.encode_pieces(rendered.pieces)
+        else:
+            ids = []
+            opening = self._generation_prompt(messages, tools, variables, rendered)
+            for pieces, is_answer in split_targets(rendered, learn, opening, self._template.end_of_turn):
+                part = self._tokenizer.encode_pieces(pieces)
+                ids += part
+                learnt += [is_answer] * len(part)
         self._check_pads(ids, media)
         downloads: list[DownloadedFile] = []
         try:
@@ -288,7 +304,16 @@ class Processor:
                 f"the checkpoint does not say how the time of a frame is written, so {example} is a guess; "
                 f"frame_format in preprocessor_config.json sets it: {', '.join(PRESETS)}, or a format string"
             )
-        return PromptPlan(tuple(ids), images, plans, rendered.opens_thinking, tuple(downloads), tuple(warnings))
+        return PromptPlan(
+            tuple(ids), images, plans, rendered.opens_thinking, tuple(downloads), tuple(warnings), tuple(learnt)
+        )
+
+    def _generation_prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, variables: Mapping[str, Any], rendered: RenderedPrompt
+    ) -> str:
+        """What the template writes behind a conversation for the assistant to go on."""
+        ready = self._template.render(messages, tools=tools, variables=variables)
+        return ready.pieces[-1][0].removeprefix(rendered.pieces[-1][0])
 
     def process(self, plan: PromptPlan, progress: Progress | None = None) -> ModelInputs:
         """Decodes the media of a prompt.
@@ -358,7 +383,7 @@ class Processor:
             The two differ only for a damaged video.
         """
         stated = [video.times for video in plan.videos] if times is None else times
-        input_ids = np.fromiter(self._expand(plan, stated), np.int32)
+        input_ids = np.fromiter(itertools.chain.from_iterable(self._expand(plan, stated)), np.int32)
         image_grids, video_grids = self._grids(plan)
         positions, delta = mrope_positions(
             input_ids,
@@ -369,6 +394,20 @@ class Processor:
             merge_size=self._merge_size,
         )
         return PromptTokens(input_ids, positions, delta, image_grids, video_grids)
+
+    def targets(self, plan: PromptPlan, times: Sequence[np.ndarray] | None = None) -> np.ndarray:
+        """Which tokens of a conversation belong to an answer to learn.
+
+        Args:
+          plan: made with `learn`.
+          times: as for `expand`.
+
+        Returns:
+          bool [T], for the `input_ids` of `expand`.
+        """
+        stated = [video.times for video in plan.videos] if times is None else times
+        counts = [len(tokens) for tokens in self._expand(plan, stated)]
+        return np.repeat(np.array(plan.learnt, bool), counts)
 
     def in_order(self, plan: PromptPlan) -> list[ImagePlan | VideoPlan]:
         """The media in the order in which they stand in the prompt."""
@@ -404,21 +443,23 @@ class Processor:
                 f"together they must be at most max_decoded_bytes {self._max_decoded_bytes:,}"
             )
 
-    def _expand(self, plan: PromptPlan, times: Sequence[np.ndarray]) -> Iterator[int]:
-        """The ids of the whole prompt: all pad tokens, and the time stamps of the decoded frames (`times`, seconds)."""
+    def _expand(self, plan: PromptPlan, times: Sequence[np.ndarray]) -> Iterator[list[int]]:
+        """The ids in place of each of `prompt_ids`: all pad tokens, and the time stamps of the decoded frames."""
         images = iter(plan.images)
         videos = iter(zip(plan.videos, times, strict=True))
         for token in plan.prompt_ids:
             if token == self.image_token_id:
-                yield from [token] * next(images).num_tokens
+                yield [token] * next(images).num_tokens
             elif token == self.video_token_id:
                 video, stamps = next(videos)
-                for before, after in self._encoder.interleave(stamps, video.cues):
-                    yield from before
-                    yield from [token] * video.tokens_per_frame
-                    yield from after
+                frame = [token] * video.tokens_per_frame
+                yield [
+                    each
+                    for before, after in self._encoder.interleave(stamps, video.cues)
+                    for each in (*before, *frame, *after)
+                ]
             else:
-                yield token
+                yield [token]
 
 
 def _grids(sizes: Sequence[tuple[int, int]], patch: int) -> np.ndarray:

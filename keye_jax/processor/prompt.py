@@ -34,6 +34,8 @@ _SHAPE = frozenset(
     )
 )
 _TYPES = ("text", "image", "video", "function")
+# Of a checkpoint that names no eos_token.
+_END_OF_TURN = "<|im_end|>"
 
 
 class SafeTokenizer:
@@ -178,11 +180,13 @@ class RenderedPrompt:
       pieces: rows (text, trusted), in order. Trusted text was written by the template.
       media: images and videos, in order.
       opens_thinking: whether the prompt ends inside `<think>`.
+      authors: the message that each piece comes from; None for one of the template or of a tool.
     """
 
     pieces: list[tuple[str, bool]]
     media: list[MediaPart]
     opens_thinking: bool
+    authors: list[int | None]
 
 
 _PLACEHOLDERS = "_placeholders"
@@ -197,26 +201,38 @@ class _Placeholders:
         while any(self._start in text for text in given):
             self._start = f"\ue000{secrets.randbits(96)}:"
         self._texts: list[str] = []
+        self._authors: list[int | None] = []
         self._pattern = re.compile(re.escape(self._start) + r"(\d+)\ue001")
 
-    def hide(self, value: Any) -> Any:
+    def hide(self, value: Any, author: int | None = None) -> Any:
         """Replaces every string in `value` by a placeholder, except the fixed names of the OpenAI shape.
 
         An empty string stays, since templates test for it.
+
+        Args:
+          author: the message that the strings are of.
         """
         if isinstance(value, str):
             if not value:
                 return value
             self._texts.append(value)
+            self._authors.append(author)
             return f"{self._start}{len(self._texts) - 1}\ue001"
         if isinstance(value, Mapping):
             return {
-                key if key in _SHAPE else self.hide(key): item if key == "type" and item in _TYPES else self.hide(item)
+                key if key in _SHAPE else self.hide(key, author): (
+                    item if key == "type" and item in _TYPES else self.hide(item, author)
+                )
                 for key, item in value.items()
             }
         if isinstance(value, list | tuple):
-            return [self.hide(item) for item in value]
+            return [self.hide(item, author) for item in value]
         return value
+
+    def author_of(self, text: str) -> int | None:
+        """The message that the first placeholder in `text` is of."""
+        found = self._pattern.search(text)
+        return self._authors[int(found[1])] if found else None
 
     def reveal(self, value: Any) -> Any:
         """Replaces every placeholder in `value` by its string."""
@@ -228,13 +244,14 @@ class _Placeholders:
             return [self.reveal(item) for item in value]
         return value
 
-    def split(self, text: str) -> list[tuple[str, bool]]:
-        """Splits a rendered template into rows (text, trusted)."""
-        pieces, end = [], 0
+    def split(self, text: str) -> tuple[list[tuple[str, bool]], list[int | None]]:
+        """Splits a rendered template into rows (text, trusted), and the message of each."""
+        pieces, authors, end = [], [], 0
         for match in self._pattern.finditer(text):
             pieces += [(text[end : match.start()], True), (self._texts[int(match[1])], False)]
+            authors += [None, self._authors[int(match[1])]]
             end = match.end()
-        return [*pieces, (text[end:], True)]
+        return [*pieces, (text[end:], True)], [*authors, None]
 
 
 class ChatTemplate:
@@ -270,21 +287,23 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        generation_prompt: bool = True,
     ) -> RenderedPrompt:
-        """Renders a conversation, ready for the assistant's next message.
+        """Renders a conversation, by default ready for the assistant's next message.
 
         Args:
           messages: the conversation in the OpenAI chat shape.
           tools: function descriptions in the OpenAI shape.
           variables: further template variables, such as `enable_thinking`. Strings in them are text of a user.
+          generation_prompt: whether it ends with the beginning of the assistant's next message.
 
         Raises:
           UserError: a message or a tool does not have that shape, or the template refuses it or leaves it out.
         """
         checked, media = check_messages(messages)
         tools, variables = check_tools(tools), variables or {}
-        pieces = self._pieces(checked, tools, variables)
-        if tools and self._leaves_tools_out(pieces, checked, variables):
+        pieces, authors = self._pieces(checked, tools, variables, generation_prompt)
+        if tools and self._leaves_tools_out(pieces, checked, variables, generation_prompt):
             raise UserError(
                 f"tools holds {len(tools)} function(s), but the chat template of this checkpoint takes none"
             )
@@ -297,27 +316,42 @@ class ChatTemplate:
                         f"it must take a message of role {message['role']!r} with this kind of content"
                     )
         tail = pieces[-1][0]
-        return RenderedPrompt(pieces, media, tail.rfind("<think>") > tail.rfind("</think>"))
+        return RenderedPrompt(pieces, media, tail.rfind("<think>") > tail.rfind("</think>"), authors)
+
+    @property
+    def end_of_turn(self) -> str:
+        """The control token that ends an answer."""
+        return self._variables.get("eos_token") or _END_OF_TURN
 
     def _leaves_tools_out(
-        self, pieces: list[tuple[str, bool]], messages: list[dict[str, Any]], variables: Mapping[str, Any]
+        self,
+        pieces: list[tuple[str, bool]],
+        messages: list[dict[str, Any]],
+        variables: Mapping[str, Any],
+        generation_prompt: bool,
     ) -> bool:
         try:
-            return pieces == self._pieces(messages, [], variables)
+            return pieces == self._pieces(messages, [], variables, generation_prompt)[0]
         except UserError:  # these messages need tools
             return False
 
     def _pieces(
-        self, messages: list[dict[str, Any]], tools: list[Mapping[str, Any]], variables: Mapping[str, Any]
-    ) -> list[tuple[str, bool]]:
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+        generation_prompt: bool,
+    ) -> tuple[list[tuple[str, bool]], list[int | None]]:
         placeholders = _Placeholders([messages, tools, variables])
         given = self._variables | {name: placeholders.hide(value) for name, value in variables.items()}
         given |= {
             _PLACEHOLDERS: placeholders,
-            "messages": [{**placeholders.hide(message), "role": message["role"]} for message in messages],
+            "messages": [
+                {**placeholders.hide(message, index), "role": message["role"]} for index, message in enumerate(messages)
+            ],
             "tools": placeholders.hide(tools) if tools else None,
             "documents": None,
-            "add_generation_prompt": True,
+            "add_generation_prompt": generation_prompt,
         }
         try:
             return placeholders.split(self._template.render(given))
@@ -351,7 +385,8 @@ def _strftime_now(form: str) -> str:
 def _tojson(context: jinja2.runtime.Context, value: Any, indent: int | None = None, **_: Any) -> str:
     """The filter `tojson`. It escapes the real strings, and hides the resulting JSON as a text of the user."""
     placeholders = context[_PLACEHOLDERS]
-    return placeholders.hide(json.dumps(placeholders.reveal(value), ensure_ascii=False, indent=indent))
+    author = placeholders.author_of(json.dumps(value, ensure_ascii=False))
+    return placeholders.hide(json.dumps(placeholders.reveal(value), ensure_ascii=False, indent=indent), author)
 
 
 def _texts(content: str | list[dict[str, Any]]) -> list[str]:

@@ -39,6 +39,7 @@ LOGICAL_AXES = {
     "expert_hidden": "the hidden dimension inside an expert",
     "vocab": "the vocabulary",
     "vision_patches": "images and frames in the vision encoder",
+    "parameters": "in training, weights, gradients and moments, besides what their own axes split",
 }
 """What a rule can be for."""
 

@@ -126,14 +126,20 @@ class StepSharding:
         graph, state = nnx.split(module)
         leaves, tree = jax.tree.flatten(state)
         variables = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-        assert len(variables) == len(leaves)
-        specs = [self.rules.spec(*x.get_metadata("axes")) for x in variables]
+        specs = [self.rules.spec(*axes) for x in variables for axes in _leaf_axes(x)]
+        assert len(specs) == len(leaves)
 
         def run(leaves: list[jax.Array], *arguments: Any) -> Any:
             return body(nnx.merge(graph, jax.tree.unflatten(tree, leaves)), *arguments)
 
         call = self.shard_map(run, (specs, *in_specs), out_specs)
         return lambda *arguments: call(leaves, *arguments)
+
+
+def _leaf_axes(variable: nnx.Variable) -> list[tuple[str | None, ...]]:
+    """Logical axes of the arrays of a parameter: one, or several where training puts another value in its place."""
+    axes, value = variable.get_metadata("axes"), variable.get_value()
+    return value.leaf_axes(axes) if hasattr(value, "leaf_axes") else [axes]
 
 
 def spec(*dimensions: Axes) -> PartitionSpec:

@@ -1,0 +1,91 @@
+"""`keye-jax train`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from keye_jax import presets
+from keye_jax.cli import options
+from keye_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from keye_jax.train.config import StageConfig
+
+SIGNALLED = 128
+
+
+def train(
+    config: Annotated[str, typer.Option(help="The stage: a preset's name, such as 'lora', or a file.")],
+    output: Annotated[Path, typer.Option(help="Folder of the run. The same command resumes it.")],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of a checkpoint, safetensors or Orbax. Without it, of generated data a new model."
+        ),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="File of samples, a JSON object a line.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="File of samples that are evaluated during training.")] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="When all steps are done, write the model there in the released layout.")
+    ] = None,
+    stop_after: Annotated[
+        float | None, typer.Option(metavar="MINUTES", help="Save and end after that time; the same command resumes.")
+    ] = None,
+    sharding: options.Sharding = None,
+) -> int:
+    """Trains a checkpoint by a stage file, and resumes where it was stopped.
+
+    Ctrl-C and SIGTERM save and end the run. What trains, the loss, the speed and the data are in the stage file.
+    """
+    if importlib.util.find_spec("optax") is None or importlib.util.find_spec("grain") is None:
+        raise UserError("training needs optax and grain: pip install 'keye-jax[train]'")
+    if stop_after is not None and stop_after <= 0:
+        raise UserError(f"--stop-after is {stop_after}; it must be a positive number of minutes")
+    from keye_jax.train.config import StageConfig
+
+    source = presets.train_file(config)
+    stage = StageConfig.from_file(source)
+    _check_files(stage, checkpoint, data, evaluation)
+    if export is not None and export.exists() and any(export.iterdir()):
+        raise UserError(f"--export is {str(export)!r}; it must be a new folder or an empty one")
+    options.enable_compilation_cache()
+
+    from keye_jax.train.session import train as run
+
+    ended = run(
+        stage,
+        source=str(source),
+        checkpoint=checkpoint,
+        output=output,
+        data=data,
+        evaluation=evaluation,
+        export=export,
+        stop_after=None if stop_after is None else 60 * stop_after,
+        rules_for=lambda model: options.mesh_rules(sharding, model),
+    )
+    if ended.finished:
+        return 0
+    why = f"stopped by {ended.signal.name}" if ended.signal else "stopped by --stop-after"
+    print(f"keye-jax: {why} after step {ended.step:,}, which is saved; the same command goes on", file=sys.stderr)
+    return SIGNALLED + ended.signal if ended.signal else 0
+
+
+def _check_files(stage: StageConfig, checkpoint: Path | None, data: Path | None, evaluation: Path | None) -> None:
+    """Raises UserError where the stage and the files that are given do not go together."""
+    given = {"--data": data, "--evaluation": evaluation}
+    if stage.data.source == "jsonl":
+        needed = {"--data": True, "--evaluation": bool(stage.evaluate_every), "--checkpoint": True}
+        given["--checkpoint"] = checkpoint
+    else:
+        needed = {"--data": False, "--evaluation": False}
+    for name, value in given.items():
+        if needed[name] != (value is not None):
+            state = "missing" if value is None else "given"
+            because = "evaluate_every" if name == "--evaluation" and stage.data.source == "jsonl" else "data.source"
+            said = stage.evaluate_every if because == "evaluate_every" else repr(stage.data.source)
+            raise UserError(f"{name} is {state}; the stage's {because} is {said}, and they go together")

@@ -1,0 +1,169 @@
+"""Checkpoints of a run: weights that train, moments, step and the position in the data. Written whole or not at all.
+
+OUTPUT/run.json            the stage and what it was started with; a run resumes only with the same
+OUTPUT/checkpoints/<step>  Orbax: the last ones and the best one
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint.experimental import v1 as ocp
+
+from keye_jax.errors import UserError, shorten
+
+RUN, CHECKPOINTS = "run.json", "checkpoints"
+
+# A checkpoint of fewer bytes is written in files of at most `_SMALL_FILE` bytes, which travel easily.
+_SMALL, _SMALL_FILE = 1 << 30, 8 << 20
+# Bytes at either end of a file that tell it from others of its length.
+_END = 1 << 16
+
+# Fields of a stage that may differ when a run resumes: its result does not depend on them.
+_FREE = ("checkpoint_every", "evaluate_every", "keep", "tensorboard", "data.workers", "data.byte_budget")
+
+
+class RunCheckpoints:
+    """The checkpoints of one run.
+
+    Args:
+      output: the folder of the run; it is made if it does not exist.
+      run: what the run is started with, a JSON object: `stage`, `StageConfig.to_dict`, and other values by name.
+      keep: how many of the last checkpoints stay.
+
+    Raises:
+      UserError: the folder belongs to a run that was started with something else, which the message names.
+    """
+
+    def __init__(self, output: str | Path, run: Mapping[str, Any], *, keep: int):
+        output = Path(output).absolute()
+        file = output / RUN
+        if file.is_file():
+            _refuse_others(file, run)
+        elif output.is_dir() and any(output.iterdir()):
+            raise UserError(f"--output is {str(output)!r}; it must be a new folder, or that of a run to resume")
+        output.mkdir(parents=True, exist_ok=True)
+        new = file.with_suffix(".new")
+        new.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        new.replace(file)
+        policies: Any = ocp.training.preservation_policies
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: -metrics["loss"], n=1, keep_checkpoints_without_metrics=False
+        )
+        with _quiet():
+            self._checkpointer = ocp.training.Checkpointer(
+                str(output / CHECKPOINTS),
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+                cleanup_tmp_directories=True,
+            )
+
+    @property
+    def steps(self) -> list[int]:
+        """Of the checkpoints there are, in order."""
+        return sorted(found.step for found in self._checkpointer.checkpoints)
+
+    def save(self, step: int, state: Any, position: Mapping[str, Any], loss: float | None = None) -> None:
+        """Writes a checkpoint, unless that step has one.
+
+        Args:
+          state: a pytree of arrays.
+          position: where the data stand, a JSON object.
+          loss: of the evaluation; None if there was none.
+        """
+        if step in self.steps:
+            return
+        leaves = _by_name(state)
+        context = ocp.Context()
+        if sum(leaf.nbytes for leaf in leaves.values()) < _SMALL:
+            context.array.saving.ocdbt_target_data_file_size = _SMALL_FILE
+        metrics: Any = None if loss is None else {"loss": loss}
+        with context, _quiet():
+            self._checkpointer.save(
+                step, leaves, force=True, metrics=metrics, custom_metadata={"position": dict(position)}
+            )
+
+    def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
+        """The last checkpoint, or that of a step; None if there is none.
+
+        Args:
+          like: the state to restore, arrays or shapes, each where it is to lie.
+
+        Returns:
+          its step, the state and the position of the data.
+        """
+        step = next(reversed(self.steps), None) if step is None else step
+        if step is None:
+            return None
+        wanted = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            for name, leaf in _by_name(like).items()
+        }
+        with _quiet():
+            found = self._checkpointer.load(step, wanted)
+            metadata: Any = self._checkpointer.metadata(step).custom_metadata
+        state = jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
+        return step, state, dict(metadata["position"])
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+
+def fingerprint(path: str | Path) -> str:
+    """A digest of a file, or of a folder: of the names and lengths of its files, and of both ends of each."""
+    path, digest = Path(path), hashlib.sha256()
+    if path.is_file():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    for file in sorted(each for each in path.rglob("*") if each.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)} {size}\n".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_END))
+            stream.seek(max(0, size - _END))
+            digest.update(stream.read(_END))
+    return digest.hexdigest()
+
+
+def _by_name(state: Any) -> dict[str, Any]:
+    """The arrays of a pytree by their paths in it, in the order of its leaves."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def _refuse_others(file: Path, run: Mapping[str, Any]) -> None:
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}") from error
+    known, given = _flat(before), _flat(run)
+    for name in dict.fromkeys((*known, *given)):
+        field = name.removeprefix("stage.")
+        if field not in _FREE and known.get(name) != given.get(name):
+            raise UserError(
+                f"{field} is {shorten(given.get(name))}; the run in {file.parent} was started with "
+                f"{shorten(known.get(name))}, and resumes only with the same"
+            )
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, Mapping) or not values:
+        return {prefix.rstrip("."): values}
+    return {name: leaf for key, value in values.items() for name, leaf in _flat(value, f"{prefix}{key}.").items()}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the log of Orbax."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,107 @@
+"""Batches of the generated world, without end: scenes are made on the host, and their frames drawn on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from keye_jax.config import KeyeConfig
+from keye_jax.errors import UserError, shorten
+from keye_jax.page_allocator import PAGE_SIZE
+from keye_jax.train.config import BatchConfig, StageConfig
+from keye_jax.train.packing import PackedArrays
+from keye_jax.train.shapes.batches import Batches as Conversations
+from keye_jax.train.shapes.batches import BatchOptions, frame_patches
+from keye_jax.train.shapes.scene import SIDE, SceneOptions
+
+_SETTINGS = ("turns", "kinds", *(field.name for field in dataclasses.fields(SceneOptions)))
+
+
+class GeneratedBatches:
+    """Batches of scenes, one a row; see `keye_jax.train.data.Batches`.
+
+    Args:
+      checkpoint: has the tokenizer and the processor's configuration.
+      model: its configuration.
+      stage: `data.shapes` may hold the fields of `SceneOptions`, and `turns` and `kinds` of `BatchOptions`.
+      held_out: whether the scenes are others than those of training.
+      count: how many batches there are; None for no end.
+
+    Raises:
+      UserError: a setting is not known or not allowed.
+    """
+
+    skipped = 0
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        model: KeyeConfig,
+        stage: StageConfig,
+        *,
+        held_out: bool = False,
+        count: int | None = None,
+    ):
+        options = read_options(stage.data.shapes, stage.batch)
+        self._made = Conversations(checkpoint, model, options)
+        self._patch, self._count = model.vision_config.patch_size, count
+        # Even numbers are seeds of training, and odd ones of evaluations.
+        self._seed = 2 * stage.seed + held_out
+        self._number = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"next": self._number}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._number = state["next"]
+
+    def epoch(self) -> None:
+        return None
+
+    def close(self) -> None:
+        """Does nothing: no process and no file is open."""
+
+    def __next__(self) -> PackedArrays:
+        if self._number == self._count:
+            raise StopIteration
+        made = self._made.batch(self._seed, self._number)
+        key = jax.random.fold_in(jax.random.key(self._seed), self._number)
+        self._number += 1
+        rows, tokens = made.ids.shape
+        pages = tokens // PAGE_SIZE
+        side = SIDE // self._patch
+        return PackedArrays(
+            ids=made.ids,
+            positions=made.positions,
+            targets=made.targets,
+            vision_index=made.vision_index,
+            page_table=np.arange(rows * pages, dtype=np.int32).reshape(rows, pages),
+            start=np.zeros(rows, np.int32),
+            count=made.lengths,
+            sequence=np.arange(rows, dtype=np.int32),
+            images=((frame_patches(made.scenes, key, patch=self._patch), np.full((1, 2), side, np.int32)),),
+        )
+
+
+def read_options(values: Mapping[str, Any], batch: BatchConfig) -> BatchOptions:
+    """The settings of `data.shapes`, with the rows of a batch.
+
+    Raises:
+      UserError: a setting is not known or not allowed.
+    """
+    for name in values:
+        if name not in _SETTINGS:
+            raise UserError(f"data.shapes.{name} is not known; known are {', '.join(_SETTINGS)}")
+    given = dict(values)
+    own = {name: given.pop(name) for name in ("turns", "kinds") if name in given}
+    if "objects" in given:
+        given["objects"] = tuple(given["objects"]) if isinstance(given["objects"], list) else given["objects"]
+    try:
+        return BatchOptions(scenes=SceneOptions(**given), rows=batch.rows, tokens=batch.row, **own)
+    except TypeError as error:
+        raise UserError(f"data.shapes is {shorten(dict(values))}; a value has a wrong type ({error})") from error

@@ -1,0 +1,330 @@
+"""A run of training: from a checkpoint and a stage to another checkpoint, in as many sittings as it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert import load_params
+from convert.adapter import adaptable, write_adapter
+from convert.export import export
+from keye_jax.config import KeyeConfig
+from keye_jax.errors import UserError
+from keye_jax.model.keye import Keye
+from keye_jax.model.params import parameter_axes
+from keye_jax.processor import Processor
+from keye_jax.sharding import MeshRules, StepSharding
+from keye_jax.train.checkpoints import RunCheckpoints
+from keye_jax.train.config import StageConfig
+from keye_jax.train.data import Batches
+from keye_jax.train.forward import Losses, TrainOptions
+from keye_jax.train.lora import init_pair, pair_layout, pair_names, targets, to_adapter
+from keye_jax.train.optimizer import init_optimizer, make_optimizer
+from keye_jax.train.report import Report
+from keye_jax.train.steps import TrainStep, measures, selecting_share, total_loss
+from keye_jax.train.weights import ModelDef, Weights, dotted, training_sharding
+
+_AHEAD = 2
+"""Steps that are begun before the measures of the first of them are waited for."""
+
+
+@dataclasses.dataclass
+class TrainState:
+    """What a step changes.
+
+    Attributes:
+      weights: those that train, with low-rank pairs.
+      moments: of the optimiser.
+      step: how many steps are done.
+    """
+
+    weights: Weights
+    moments: Any
+    step: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model that is loaded for a stage.
+
+    Attributes:
+      config: of the model.
+      structure: the model without its weights.
+      frozen: the weights that do not train.
+      trained: those that do, as they are before the first step.
+      dtypes: of `trained` in the forward pass.
+    """
+
+    config: KeyeConfig
+    structure: ModelDef
+    frozen: Weights
+    trained: Weights
+    dtypes: Mapping[str, jnp.dtype]
+
+
+def load_model(checkpoint: str | Path, stage: StageConfig, rules: MeshRules, *, source: str = "stage") -> Model:
+    """Loads a checkpoint for a stage: what trains, and what stays as it is.
+
+    Args:
+      checkpoint: a directory of either kind.
+      rules: where weights lie; see `training_sharding`.
+      source: what messages call the stage.
+
+    Raises:
+      UserError: the checkpoint is not whole, or stage and model do not go together.
+    """
+    config = KeyeConfig.from_file(checkpoint)
+    if rules.axes("expert_hidden"):
+        raise UserError("rules.expert_hidden splits the experts' columns; training needs a sharding without it")
+    layout = parameter_axes(config)
+    stage.check(config, [dotted(path) for path in layout], source)
+    shardings: dict[str, Any] = {}
+    for path, (shape, axes) in layout.items():
+        node = shardings
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = training_sharding(rules, shape, axes)
+    params = load_params(checkpoint, config, shardings=shardings if rules.devices > 1 else None)
+    structure, weights = ModelDef.split(Keye.from_params(config, params))
+    if stage.dtype != "checkpoint":
+        weights = {path: value.astype(stage.dtype) for path, value in weights.items()}
+    trained, frozen, dtypes = {}, {}, {}
+    for path, value in weights.items():
+        if stage.trains(path):
+            trained[path] = value.astype(jnp.float32) if stage.master else value
+            dtypes[path] = value.dtype
+        else:
+            frozen[path] = value
+    if stage.lora is not None:
+        trained |= _new_pairs(structure, config, stage, rules, source)
+    return Model(config, structure, frozen, trained, dtypes)
+
+
+def _new_pairs(structure: ModelDef, config: KeyeConfig, stage: StageConfig, rules: MeshRules, source: str) -> Weights:
+    assert stage.lora is not None
+    pairs: Weights = {}
+    for index, (path, tensor) in enumerate(targets(stage.lora, config, source).items()):
+        if stage.trains(path):
+            raise UserError(f"{source}: train and lora.targets both have {path}; a weight with a pair is frozen")
+        made = init_pair(tensor, stage.lora, jax.random.fold_in(jax.random.key(stage.seed), index))
+        layout = pair_layout(tensor, structure.axes[path], stage.lora.rank)
+        for name, value, (shape, axes) in zip(pair_names(path), made, layout, strict=True):
+            pairs[name] = jax.device_put(value, training_sharding(rules, shape, axes))
+    return pairs
+
+
+def train_options(stage: StageConfig, processor: Processor) -> TrainOptions:
+    """How the losses of a stage are computed."""
+    return TrainOptions(
+        attention=stage.attention,
+        kl=stage.loss.kl > 0,
+        detach=stage.detach,
+        router=stage.loss.router > 0,
+        remat=stage.remat,
+        pixel_scale=tuple(map(float, processor.pixel_scale)),
+        pixel_shift=tuple(map(float, processor.pixel_shift)),
+    )
+
+
+class Trainer:
+    """One stage on one model.
+
+    Args:
+      model: loaded for the stage.
+      stage: what is done.
+      options: how losses are computed.
+      rules: the devices.
+      steps: how many steps the run has.
+
+    Attributes:
+      state: what the steps so far have made.
+    """
+
+    def __init__(self, model: Model, stage: StageConfig, options: TrainOptions, rules: MeshRules, steps: int):
+        self._model, self._stage, self.steps = model, stage, steps
+        self._step = TrainStep(
+            model=model.structure,
+            options=options,
+            loss=stage.loss,
+            lora_scale=stage.lora.scale if stage.lora else 0.0,
+            dtypes=model.dtypes,
+            optimizer=make_optimizer(stage.optimizer, steps, list(model.trained)),
+            shardings={path: value.sharding for path, value in model.trained.items()} if rules.devices > 1 else {},
+            step=StepSharding.prefill(rules),
+        )
+        self.state = TrainState(model.trained, init_optimizer(self._step.optimizer, model.trained))
+
+    def train(self, batches: Batches) -> dict[str, Any]:
+        """One step on the next batches. Returns its measures, which may not be computed yet.
+
+        Raises:
+          StopIteration: the data have ended.
+        """
+        taken = [next(batches) for _ in range(self._stage.batch.accumulation)]
+        placed, state = tuple(map(self._step.place, taken)), self.state
+        state.weights, state.moments, found = self._step.train(state.weights, state.moments, self._model.frozen, placed)
+        state.step += 1
+        return found | {"selecting": selecting_share(taken, self._model.config.sa_config.topk)}
+
+    def evaluate(self, batches: Batches) -> dict[str, float]:
+        """Measures over all batches there are, with the whole objective as `loss`."""
+        total: Losses | None = None
+        for batch in iter(lambda: next(batches, None), None):  # pyright: ignore[reportCallIssue, reportArgumentType]
+            found = self._step.evaluate(self.state.weights, self._model.frozen, self._step.place(batch))
+            total = found if total is None else jax.tree.map(jnp.add, total, found)
+        if total is None:
+            raise UserError("--evaluation holds no sample that can be read; it must hold at least one")
+        means = {name: float(value) for name, value in measures(total).items()}
+        return means | {"loss": total_loss(means, self._stage.loss, self._model.config.num_hidden_layers)}
+
+    def host_weights(self) -> dict[str, np.ndarray]:
+        """The weights that train, on the host."""
+        return {path: np.asarray(value) for path, value in self.state.weights.items()}
+
+    def export(self, checkpoint: str | Path, dst: str | Path) -> None:
+        """Writes the trained model in the released layout; pairs are merged into their weights.
+
+        Args:
+          checkpoint: the one that was trained from, for all other weights and files.
+          dst: a directory that does not exist or is empty.
+
+        Raises:
+          UserError: `dst` is not empty.
+        """
+        weights, lora = self.state.weights, self._stage.lora
+        made: dict[str, Callable[[], Any]] = {
+            path: lambda value=value: np.asarray(value) for path, value in weights.items() if path in self._model.dtypes
+        }
+        if lora is not None:
+            adapter, tensors = to_adapter(weights, lora, self._model.config), adaptable(self._model.config)
+            for path in adapter.pairs:
+                made[path] = lambda path=path: adapter.merge(tensors[path], np.asarray(self._model.frozen[path]))
+        export(checkpoint, dst, made)
+
+    def write_adapter(self, directory: str | Path, base: str) -> None:
+        """Writes the pairs in PEFT's layout; there must be some."""
+        assert self._stage.lora is not None
+        adapter = to_adapter(self.state.weights, self._stage.lora, self._model.config)
+        write_adapter(directory, adapter, self._model.config, base=base)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a run, or a sitting of it, ended.
+
+    Attributes:
+      step: steps that are done and saved.
+      finished: whether that is all of them.
+      signal: what stopped it, or None.
+    """
+
+    step: int
+    finished: bool
+    signal: signal.Signals | None
+
+
+def run(
+    trainer: Trainer,
+    batches: Batches,
+    checkpoints: RunCheckpoints,
+    report: Report,
+    stage: StageConfig,
+    *,
+    evaluation: Callable[[], Batches] | None = None,
+    stop_after: float | None = None,
+) -> Ended:
+    """Trains from the last checkpoint to the end, to a signal, or for a while; what is done then is saved.
+
+    A run that is killed loses what came after its last checkpoint. Resumed, it goes on bit for bit.
+
+    Args:
+      evaluation: makes the batches that are evaluated; None for none.
+      stop_after: seconds after which this sitting ends; None for no limit.
+    """
+    start = time.monotonic()
+    state = trainer.state
+    found = checkpoints.restore((state.weights, state.moments))
+    if found is not None:
+        state.step, (state.weights, state.moments), position = found
+        batches.restore(position)
+    waiting: deque[tuple[int, dict[str, Any], float | None]] = deque()
+    first = state.step + 1
+
+    def show(most: int) -> None:
+        while len(waiting) > most:
+            step, values, epoch = waiting.popleft()
+            numbers = {name: float(value) for name, value in jax.device_get(values).items()}
+            if not np.isfinite(numbers["language"]) or not all(map(np.isfinite, numbers.values())):
+                raise UserError(
+                    f"step {step} gives a loss or a gradient that is not finite; "
+                    f"start again from the last checkpoint with a lower optimizer.lr"
+                )
+            if step == first and stage.loss.kl and not numbers["selecting"]:
+                report.say("no sample of the first step is longer than topk, so the indexer learns nothing from it")
+            report.step(step, numbers | {"tokens": int(numbers["tokens"]), "targets": int(numbers["targets"])}, epoch)
+
+    over = False
+    with _stop_signal() as stopped:
+        while state.step < trainer.steps:
+            late = stop_after is not None and time.monotonic() - start >= stop_after
+            if stopped or late:
+                break
+            try:
+                values = trainer.train(batches)
+            except StopIteration:
+                report.say(f"the data end after step {state.step:,}, since some of it cannot be read")
+                over = True
+                break
+            waiting.append((state.step, values, batches.epoch()))
+            show(_AHEAD)
+            last = state.step == trainer.steps
+            loss = None
+            if evaluation is not None and stage.evaluate_every and (last or state.step % stage.evaluate_every == 0):
+                show(0)
+                loss = _evaluate(trainer, evaluation, report)
+            if last or (stage.checkpoint_every and state.step % stage.checkpoint_every == 0):
+                show(0)
+                checkpoints.save(state.step, (state.weights, state.moments), batches.state(), loss)
+        show(0)
+        if state.step:
+            checkpoints.save(state.step, (state.weights, state.moments), batches.state())
+    return Ended(state.step, over or state.step >= trainer.steps, stopped[0] if stopped else None)
+
+
+def _evaluate(trainer: Trainer, evaluation: Callable[[], Batches], report: Report) -> float:
+    batches = evaluation()
+    try:
+        found = trainer.evaluate(batches)
+    finally:
+        batches.close()
+    report.evaluation(trainer.state.step, found)
+    return found["loss"]
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[list[signal.Signals]]:
+    """Collects SIGINT and SIGTERM in a list in place of ending the process; a second one ends it."""
+    got: list[signal.Signals] = []
+
+    def take(number: int, _: FrameType | None) -> None:
+        if got:
+            raise KeyboardInterrupt
+        got.append(signal.Signals(number))
+
+    before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield got
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

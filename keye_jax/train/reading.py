@@ -1,0 +1,210 @@
+"""Reads samples in processes of their own: a plan from the headers of the media, and then the arrays. Needs no JAX."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import pickle
+import signal
+from collections.abc import Callable, Mapping
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keye_jax.errors import UserError
+from keye_jax.processor import ModelInputs, Processor
+from keye_jax.train.samples import read_conversation
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken:
+    """Why a sample cannot be read."""
+
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A sample whose media are measured but not decoded.
+
+    Attributes:
+      tokens: its length.
+      images: patches of each image and each video frame, images first.
+      content: what `Reader.decode` takes.
+    """
+
+    tokens: int
+    images: tuple[int, ...]
+    content: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A sample of T tokens as arrays.
+
+    Attributes:
+      ids: int32 `[T]`.
+      positions: int32 `[3, T]`.
+      targets: int32 `[T]`, the token after each, if it is learnt; -1 otherwise.
+      images: of each image and frame, images first: patches uint8 `[p, 3 * patch * patch]`, in raster order.
+      sizes: int32 `[images, 2]`, height and width in patches.
+      image_of, token_of: int32 `[T]`, the image that stands at a token and which of its merged tokens; -1 for text.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    images: list[np.ndarray]
+    sizes: np.ndarray
+    image_of: np.ndarray
+    token_of: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a process needs to know.
+
+    Attributes:
+      processor: of the checkpoint.
+      folder: what paths in samples are relative to.
+      template: variables of the chat template.
+      merge: side of a merged token in patches.
+    """
+
+    processor: Processor
+    folder: Path
+    template: Mapping[str, Any]
+    merge: int
+
+    def plan(self, line: bytes) -> Planned | Broken:
+        """Measures the sample in a line."""
+        try:
+            sample = read_conversation(line, self.folder)
+            plan = self.processor.plan(
+                sample.messages, tools=sample.tools, template_variables=self.template, learn=sample.learn
+            )
+        except (UserError, OSError) as error:
+            return Broken(str(error))
+        patch = self.processor.patch_size
+        images = [image.height * image.width // patch**2 for image in plan.images]
+        images += [video.height * video.width // patch**2 for video in plan.videos for _ in range(video.frames)]
+        return Planned(plan.num_tokens, tuple(images), pickle.dumps(plan, pickle.HIGHEST_PROTOCOL))
+
+    def decode(self, content: bytes) -> Sample | Broken:
+        """Decodes the media of a planned sample."""
+        plan = pickle.loads(content)
+        try:
+            inputs = self.processor.process(plan)
+        except (UserError, OSError) as error:
+            return Broken(str(error))
+        return self._arrays(inputs, self.processor.targets(plan, inputs.frame_times))
+
+    def _arrays(self, inputs: ModelInputs, learnt: np.ndarray) -> Sample:
+        ids = inputs.input_ids
+        targets = np.full(len(ids), -1, np.int32)
+        targets[:-1] = np.where(learnt[1:], ids[1:], -1)
+        image_of, token_of = np.full((2, len(ids)), -1, np.int32)
+        images, sizes = [], []
+        kinds = (
+            (self.processor.image_token_id, inputs.image_patches, inputs.image_grids),
+            (self.processor.video_token_id, inputs.video_patches, inputs.video_grids),
+        )
+        for token, patches, grids in kinds:
+            counts = grids.prod(1) // self.merge**2
+            where = np.flatnonzero(ids == token)
+            image_of[where] = np.repeat(len(images) + np.arange(len(grids)), counts)
+            token_of[where] = np.arange(len(where)) - np.repeat(np.cumsum(counts) - counts, counts)
+            ends = np.cumsum(grids.prod(1))
+            images += [
+                patches[end - size : end].reshape(size, -1) for end, size in zip(ends, grids.prod(1), strict=True)
+            ]
+            sizes += [grids[:, 1:]]
+        return Sample(
+            ids, inputs.positions, targets, images, np.concatenate(sizes).astype(np.int32), image_of, token_of
+        )
+
+
+_settings: Settings | None = None
+
+
+def _start(content: bytes) -> None:
+    """Begins the work of a process."""
+    global _settings
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    _settings = pickle.loads(content)
+
+
+def _run(method: str, argument: bytes) -> Any:
+    assert _settings is not None
+    return getattr(_settings, method)(argument)
+
+
+class Reader:
+    """Plans and decodes samples, in processes or in this one.
+
+    A process that a damaged file crashes costs only that sample: its work is tried once more alone, and what crashes
+    then is `Broken`.
+
+    Args:
+      settings: for all of them.
+      workers: how many processes; 0 for this one.
+    """
+
+    def __init__(self, settings: Settings, workers: int):
+        self._settings, self._workers = settings, workers
+        self._content = pickle.dumps(settings, pickle.HIGHEST_PROTOCOL)
+        self._pool = self._new_pool(workers) if workers else None
+
+    def plan(self, line: bytes) -> Callable[[], Planned | Broken]:
+        """Begins `Settings.plan`, and returns what waits for its result."""
+        return self._submit("plan", line)
+
+    def decode(self, content: bytes) -> Callable[[], Sample | Broken]:
+        """Begins `Settings.decode`, and returns what waits for its result."""
+        return self._submit("decode", content)
+
+    def close(self) -> None:
+        """Ends the processes."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _new_pool(self, workers: int) -> concurrent.futures.ProcessPoolExecutor:
+        # Not forked: JAX has threads.
+        context = multiprocessing.get_context("spawn")
+        return concurrent.futures.ProcessPoolExecutor(workers, context, _start, (self._content,))
+
+    def _submit(self, method: str, argument: bytes) -> Callable[[], Any]:
+        if self._pool is None:
+            return lambda: getattr(self._settings, method)(argument)
+        pool, future = self._pool, None
+        try:
+            future = pool.submit(_run, method, argument)
+        except BrokenProcessPool:
+            self._replace(pool)
+
+        def wait() -> Any:
+            try:
+                if future is not None:
+                    return future.result()
+            except BrokenProcessPool:
+                self._replace(pool)
+            return self._alone(method, argument)
+
+        return wait
+
+    def _replace(self, broken: concurrent.futures.ProcessPoolExecutor) -> None:
+        """Takes new processes in place of those that a crash ended, once."""
+        if self._pool is broken:
+            broken.shutdown(wait=False)
+            self._pool = self._new_pool(self._workers)
+
+    def _alone(self, method: str, argument: bytes) -> Any:
+        """Does work again in a process that does nothing else."""
+        with self._new_pool(1) as pool:
+            try:
+                return pool.submit(_run, method, argument).result()
+            except BrokenProcessPool:
+                return Broken("it crashes the process that decodes it")

@@ -1,0 +1,58 @@
+"""Batches of the generated world."""
+
+import json
+
+import numpy as np
+import pytest
+
+from keye_jax import presets
+from keye_jax.config import KeyeConfig
+from keye_jax.errors import UserError
+from keye_jax.train.config import StageConfig
+from keye_jax.train.generated import GeneratedBatches, read_options
+from keye_jax.train.shapes.files import write_model_files
+
+CONFIG = KeyeConfig.from_file(presets.EMBEDDED)
+
+
+def stage(**shapes) -> StageConfig:
+    batch = {"tokens": 1024, "length": 512, "row": 512}
+    data = {"source": "shapes", "shapes": {"frames": 8, **shapes}}
+    return StageConfig.from_dict({"train": ["projector"], "steps": 1, "batch": batch, "data": data})
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("embedded")
+    write_model_files(folder)
+    return folder
+
+
+def test_restored_batches_are_the_same(files):
+    batches = GeneratedBatches(files, CONFIG, stage())
+    first = next(batches)
+    state = json.loads(json.dumps(batches.state()))
+    second = next(batches)
+    again = GeneratedBatches(files, CONFIG, stage())
+    again.restore(state)
+    found = next(again)
+    assert (found.ids == second.ids).all() and not (found.ids == first.ids).all()
+    np.testing.assert_array_equal(found.images[0][0], second.images[0][0])
+    assert (found.count == (found.ids != CONFIG.extra["bos_token_id"]).sum(1)).all()
+
+
+def test_evaluations_end_and_have_other_scenes(files):
+    batches = GeneratedBatches(files, CONFIG, stage(), held_out=True, count=1)
+    found = next(batches)
+    assert not (found.ids == next(GeneratedBatches(files, CONFIG, stage())).ids).all()
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_settings():
+    config = stage(objects=[1, 2], turns=3)
+    options = read_options(config.data.shapes, config.batch)
+    assert (options.scenes.objects, options.turns, options.rows, options.tokens) == ((1, 2), 3, 2, 512)
+    for shapes, message in (({"frame": 3}, "data.shapes.frame is not known"), ({"frames": "many"}, "a wrong type")):
+        with pytest.raises(UserError, match=message):
+            read_options(stage(**shapes).data.shapes, config.batch)

@@ -1,0 +1,305 @@
+"""Training a tiny model: the loss falls, batches add up, and runs resume bit for bit."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from convert import load_params
+from convert.synthetic import write_checkpoint
+from keye_jax import presets
+from keye_jax.config import KeyeConfig
+from keye_jax.errors import UserError
+from keye_jax.processor import Processor
+from keye_jax.sharding import MeshRules, ShardingConfig, StepSharding
+from keye_jax.testing import write_clip, write_processor_files
+from keye_jax.train import session
+from keye_jax.train.checkpoints import RunCheckpoints
+from keye_jax.train.config import StageConfig
+from keye_jax.train.data import FileBatches
+from keye_jax.train.loop import Trainer, load_model, train_options
+from keye_jax.train.steps import selecting_share
+
+ANSWERS = ("A red ball.", "A blue square.", "The clock.", "At two seconds.")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny checkpoint in float32 with its processor's files, and samples of text and of one clip."""
+    config = KeyeConfig.from_file(presets.TINY)
+    config = dataclasses.replace(
+        config,
+        num_hidden_layers=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        dtype="float32",
+        sa_config=dataclasses.replace(config.sa_config, topk=64),
+        vision_config=dataclasses.replace(config.vision_config, num_hidden_layers=1),
+    )
+    folder = tmp_path_factory.mktemp("train")
+    write_checkpoint(folder / "hf", config, seed=0)
+    write_processor_files(folder / "hf", config)
+    write_clip(folder / "clip.mp4", seconds=2, size=(160, 96))
+    samples: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": ANSWERS[i % 4]}]}
+        for i in range(8)
+    ]
+    for sample in samples[:3]:
+        sample["videos"] = ["clip.mp4"]
+    (folder / "data.jsonl").write_text("".join(json.dumps(each) + "\n" for each in samples))
+    return folder
+
+
+DATA = {"workers": 0, "media": {"min_pixels": 784, "max_pixels": 24 * 784}}
+
+# A step is the gradient.
+PLAIN = {"lr": 1e3, "schedule": "constant", "warmup": 0, "betas": [0, 0], "eps": 1e3, "clip": 0, "indexer_clip": 0}
+
+
+def stage(**values) -> StageConfig:
+    batch = {"tokens": 512, "length": 256, "row": 256, "images": {96: 4}} | values.pop("batch", {})
+    given = {
+        "train": ["*"],
+        "loss": {"kl": 0.1},
+        "optimizer": {"lr": 3e-3, "schedule": "constant", "warmup": 0},
+        "steps": 6,
+        "remat": "none",
+        "checkpoint_every": 2,
+        "data": DATA,
+    }
+    return StageConfig.from_dict(given | {"batch": batch} | values)
+
+
+@pytest.fixture
+def trainer(folder):
+    """Makes a trainer and its batches."""
+
+    def make(config: StageConfig, rules: MeshRules | None = None, steps: int = 20):
+        rules = rules or MeshRules.single_device()
+        model_config = KeyeConfig.from_file(folder / "hf")
+        processor = Processor.from_checkpoint(folder / "hf", model_config, defaults=dict(config.data.media))
+        model = load_model(folder / "hf", config, rules)
+        step = StepSharding.prefill(rules)
+        batches = FileBatches(
+            *(folder / "data.jsonl", processor, model_config, config),
+            groups=step.size(step.batch),
+            shuffle=config.data.shuffle,
+        )
+        return Trainer(model, config, train_options(config, processor), rules, steps), batches
+
+    return make
+
+
+@contextlib.contextmanager
+def before_batch(number: int, do: Callable[[], None]) -> Iterator[None]:
+    """Does something before a batch of that number, from 1, is taken."""
+    taken, numbers = FileBatches.__next__, itertools.count(1)
+
+    def take(batches):
+        if next(numbers) == number:
+            do()
+        return taken(batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileBatches, "__next__", take)
+        yield
+
+
+def assert_same_change(before, found, expected):
+    """Weights changed alike, to rounding."""
+    for path, value in before.items():
+        wanted = expected[path] - value
+        np.testing.assert_allclose(found[path] - value, wanted, atol=5e-3 * np.abs(wanted).max() + 1e-9, err_msg=path)
+
+
+def losses(trainer, batches, steps):
+    return [float(trainer.train(batches)["language"]) for _ in range(steps)]
+
+
+@pytest.mark.slow
+class TestSteps:
+    def test_the_loss_falls(self, trainer):
+        made, batches = trainer(stage())
+        found = losses(made, batches, 20)
+        assert np.mean(found[-4:]) < 0.5 * found[0]
+
+    def test_only_what_trains_changes_and_has_moments(self, trainer, folder):
+        made, batches = trainer(stage(train=["projector"], loss={}))
+        before = made.host_weights()
+        assert before.keys() == {
+            f"projector.{name}"
+            for name in ("norm.weight", "norm.bias", "linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias")
+        }
+        moments = [leaf.size for leaf in jax.tree.leaves(made.state.moments) if leaf.ndim]
+        assert sum(moments) == 2 * sum(value.size for value in before.values())
+        losses(made, batches, 1)
+        assert all((made.host_weights()[path] != value).any() for path, value in before.items())
+
+    def test_batches_that_are_added_equal_a_larger_one(self, trainer):
+        """Two batches of unlike numbers of targets, and both in one."""
+        data = DATA | {"shuffle": False, "lookahead": 1}
+        small = stage(data=data, optimizer=PLAIN, batch={"tokens": 512, "accumulation": 2})
+        large = stage(data=data, optimizer=PLAIN, batch={"tokens": 1024, "images": {96: 8}})
+        (one, its_batches), (other, others) = trainer(small), trainer(large)
+        before = one.host_weights()
+        np.testing.assert_allclose(losses(one, its_batches, 1), losses(other, others, 1), rtol=1e-5)
+        assert_same_change(before, one.host_weights(), other.host_weights())
+
+    def test_low_rank_pairs_learn_and_weights_stay(self, trainer):
+        lora = {"targets": ["decoder.layers.*.attention", "decoder.layers.*.moe", "!*.router"], "rank": 4}
+        made, batches = trainer(stage(train=[], lora=lora, loss={}, optimizer={"lr": 1e-2, "warmup": 0}))
+        assert all(".lora_" in path for path in made.state.weights)
+        found = losses(made, batches, 20)
+        assert np.mean(found[-4:]) < 0.8 * found[0]
+
+
+@pytest.mark.slow
+class TestRuns:
+    def run(self, folder, output, config=None, **settings):
+        return session.train(
+            config or stage(),
+            source="stage",
+            checkpoint=folder / "hf",
+            output=output,
+            data=folder / "data.jsonl",
+            **settings,
+        )
+
+    def weights(self, folder, output):
+        """The weights of a run's last checkpoint."""
+        self.run(folder, output, export=output / "exported")
+        return load_params(output / "exported", KeyeConfig.from_file(folder / "hf"))
+
+    def test_a_run_that_was_stopped_ends_with_the_same_bits(self, folder, tmp_path):
+        assert self.run(folder, tmp_path / "whole").finished
+        first = self.run(folder, tmp_path / "parts", stop_after=1e-9)
+        assert (first.step, first.finished) == (0, False)
+
+        # The third step's samples end the process, as a signal would.
+        def interrupt():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        with before_batch(3, interrupt):
+            second = self.run(folder, tmp_path / "parts")
+        assert (second.step, second.finished, second.signal) == (3, False, signal.SIGTERM)
+        assert self.run(folder, tmp_path / "parts").finished
+        expected = jax.tree.leaves(self.weights(folder, tmp_path / "whole"))
+        found = jax.tree.leaves(self.weights(folder, tmp_path / "parts"))
+        assert all((a == b).all() for a, b in zip(found, expected, strict=True))
+
+    def test_a_run_that_was_killed_loses_what_came_after_its_last_checkpoint(self, folder, tmp_path):
+        def die():
+            raise RuntimeError("killed")
+
+        with before_batch(4, die), pytest.raises(RuntimeError, match="killed"):
+            self.run(folder, tmp_path / "killed")
+        self.run(folder, tmp_path / "killed")
+        self.run(folder, tmp_path / "whole")
+        expected = jax.tree.leaves(self.weights(folder, tmp_path / "whole"))
+        found = jax.tree.leaves(self.weights(folder, tmp_path / "killed"))
+        assert all((a == b).all() for a, b in zip(found, expected, strict=True))
+        lines = [json.loads(line) for line in (tmp_path / "killed" / "measures.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+    def test_evaluation_and_export(self, folder, tmp_path):
+        config = stage(steps=2, evaluate_every=1, epochs=None)
+        ended = self.run(folder, tmp_path / "run", config, evaluation=folder / "data.jsonl", export=tmp_path / "out")
+        assert ended.finished
+        lines = [json.loads(line) for line in (tmp_path / "run" / "measures.jsonl").read_text().splitlines()]
+        assert [line["kind"] for line in lines] == ["train", "evaluation"] * 2
+        assert lines[3]["loss"] < lines[1]["loss"] and 0 < lines[3]["recall"] <= 1
+        assert {"config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"} <= {
+            file.name for file in (tmp_path / "out").iterdir()
+        }
+
+    def test_epochs_are_counted_before(self, folder, tmp_path):
+        config = dataclasses.replace(stage(checkpoint_every=0), steps=None, epochs=1.0)
+        ended = self.run(folder, tmp_path / "run", config)
+        assert ended.finished and ended.step == 4
+
+    def test_an_adapter_merged_is_the_export(self, folder, tmp_path):
+        from convert import convert
+
+        lora = {"targets": ["decoder.layers.*.attention.q_proj", "decoder.layers.*.moe.down_proj"], "rank": 2}
+        config = stage(train=[], lora=lora, loss={}, steps=2)
+        self.run(folder, tmp_path / "run", config, export=tmp_path / "out")
+        convert(folder / "hf", tmp_path / "merged", merge_lora=tmp_path / "run" / "adapter")
+        model = KeyeConfig.from_file(folder / "hf")
+        exported, merged = load_params(tmp_path / "out", model), load_params(tmp_path / "merged", model)
+        assert all((a == b).all() for a, b in zip(jax.tree.leaves(exported), jax.tree.leaves(merged), strict=True))
+
+
+def test_the_share_of_tokens_that_select(trainer):
+    _, batches = trainer(stage())
+    batch = next(batches)
+    lengths = [int(batch.count[batch.sequence == each].sum()) for each in set(batch.sequence[batch.count > 0])]
+    over = sum(max(0, length - 64) for length in lengths)
+    assert over > 0 and selecting_share([batch, batch], 64) == over / sum(lengths)
+    assert selecting_share([batch], 256) == 0
+
+
+def test_moments_lie_as_their_weights_do_and_are_restored_there(trainer, folder, tmp_path):
+    sharding = ShardingConfig.from_dict({"mesh": {"x": 4}, "rules": {"experts": "x", "parameters": "x"}})
+    rules = MeshRules.create(sharding, KeyeConfig.from_file(folder / "hf"))
+    state = trainer(stage(), rules)[0].state
+    moments = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.moments)}
+    query = "decoder.layers.0.attention.q_proj.weight"
+    own = [leaf for path, leaf in moments.items() if query in path]
+    assert len(own) == 2 and {leaf.sharding for leaf in own} == {state.weights[query].sharding}
+    assert own[0].addressable_shards[0].data.size == own[0].size // 4
+    checkpoints = RunCheckpoints(tmp_path / "run", {}, keep=1)
+    checkpoints.save(1, (state.weights, state.moments), {})
+    found = checkpoints.restore((state.weights, state.moments))
+    checkpoints.close()
+    assert found is not None
+    for got, expected in zip(*map(jax.tree.leaves, (found[1], (state.weights, state.moments))), strict=True):
+        assert got.sharding == expected.sharding and len(got.sharding.device_set) == 4
+        np.testing.assert_array_equal(got, expected)
+
+
+class TestMistakes:
+    def test_a_weight_cannot_train_and_have_a_pair(self, trainer):
+        with pytest.raises(UserError, match="a weight with a pair is frozen"):
+            trainer(stage(lora={"targets": ["decoder.layers.0.attention"]}))
+
+    @pytest.mark.slow
+    def test_a_loss_that_is_not_finite_ends_the_run(self, folder, tmp_path):
+        config = stage(optimizer={"lr": 1e30, "warmup": 0, "clip": 0, "indexer_clip": 0})
+        with pytest.raises(UserError, match="is not finite"):
+            TestRuns().run(folder, tmp_path / "run", config)
+
+    def test_experts_whose_columns_are_split(self, trainer, folder):
+        sharding = ShardingConfig.from_dict({"mesh": {"x": 2}, "rules": {"expert_hidden": "x"}})
+        rules = MeshRules.create(sharding, KeyeConfig.from_file(folder / "hf"))
+        with pytest.raises(UserError, match="expert_hidden"):
+            trainer(stage(), rules)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "rules"),
+    [
+        ({"x": 8}, {"batch": "x", "parameters": "x"}),
+        ({"x": 4}, {"query_sequence": "x", "experts": "x", "vision_patches": "x", "vocab": "x"}),
+        ({"y": 2, "x": 4}, {"batch": "y", "query_sequence": "x", "experts": "x", "parameters": ["y", "x"]}),
+    ],
+    ids=["data", "experts", "both"],
+)
+def test_several_devices_make_the_step_of_one(trainer, folder, mesh, rules, quick_to_compile):
+    sharding = ShardingConfig.from_dict({"mesh": mesh, "rules": rules})
+    devices = MeshRules.create(sharding, KeyeConfig.from_file(folder / "hf"))
+    # Eight samples, one for each of at most eight groups of devices, so that all take the same ones.
+    batch = {"tokens": 2048, "row": 64, "samples": 8, "images": {96: 16}}
+    config = stage(optimizer=PLAIN, batch=batch, data=DATA | {"lookahead": 8})
+    (one, its_batches), (several, others) = trainer(config), trainer(config, devices)
+    before = one.host_weights()
+    np.testing.assert_allclose(losses(several, others, 1), losses(one, its_batches, 1), rtol=1e-5)
+    assert_same_change(before, several.host_weights(), one.host_weights())
