@@ -79,6 +79,9 @@ class Runtime:
         graph, state = nnx.split(shard_params(model, self.rules))
         arrays, tree = jax.tree.flatten(state)
         self.model_def, self.params = programs.model_def(graph, tree), tuple(arrays)
+        # What many steps take, by its shape, so that it is on the devices once.
+        self._idle_rows: dict[int, tuple[DecodeState, DecodeState]] = {}
+        self._no_vision: dict[int, jax.Array] = {}
 
     def put(self, array: np.ndarray, *dimensions: Axes) -> jax.Array:
         """An array on the devices, its dimensions split over these mesh axes, () for not at all.
@@ -257,9 +260,7 @@ class Runtime:
         """
         pads = np.isin(segment.input_ids, (self.config.image_token_id, self.config.video_token_id))
         row_of = np.where(pads, np.cumsum(pads) - 1, -1).astype(np.int32)
-        vision = np.zeros((tokens, self.config.hidden_size), self.dtype)
-        if segment.vision_embeds is not None:
-            vision[: len(segment.vision_embeds)] = segment.vision_embeds
+        vision = self._vision_rows(tokens, segment.vision_embeds)
         step, count = self.prefill_step, len(segment.input_ids)
         below = self.dense_below if self.options.attention == "sparse" else 0
         cut = int(np.clip(below - segment.start, 0, count))
@@ -277,7 +278,7 @@ class Runtime:
             there = np.arange(chunk.ids.shape[1]) < chunk.batch.count[:, None]
             seen = self.put(np.where(there, row_of[first:end][chunk.token], -1), step.rows)
             ids = self.put(chunk.ids, step.rows)
-            x = programs.embed(self.model_def, self.params, ids, self.put(vision), seen, step=step)
+            x = programs.embed(self.model_def, self.params, ids, vision, seen, step=step)
             logits, pool = programs.prefill_chunk(
                 self.model_def,
                 self.params,
@@ -291,6 +292,16 @@ class Runtime:
             )
         assert logits is not None, "a segment has no tokens"
         return logits, pool
+
+    def _vision_rows(self, tokens: int, embeds: np.ndarray | jax.Array | None) -> jax.Array:
+        """Embeddings of pads in `[tokens, embed]`, with zeros behind them."""
+        if embeds is None or not len(embeds):
+            if tokens not in self._no_vision:
+                self._no_vision[tokens] = self.put(np.zeros((tokens, self.config.hidden_size), self.dtype))
+            return self._no_vision[tokens]
+        vision = np.zeros((tokens, self.config.hidden_size), self.dtype)
+        vision[: len(embeds)] = embeds
+        return self.put(vision)
 
     def prefill(
         self, segments: Sequence[Segment], pool: PagePool, *, progress: Progress | None = None
@@ -404,11 +415,21 @@ class Runtime:
           values: arguments of `keye_jax.runtime.decode.active_row` that say what the sequence is.
         """
         width, vocab = state.page_table.shape[1], self.config.vocab_size
-        return self._write_row(state, row, active_row(**values, table_width=width, vocab=vocab))
+
+        def put(value: np.ndarray, idle: np.ndarray, there: jax.Array) -> jax.Array:
+            # Arrays as long as the vocabulary are mostly those of an idle row.
+            return (
+                there if np.size(value) >= vocab // 32 and np.array_equal(value, idle) else self.put(np.asarray(value))
+            )
+
+        put_row = jax.tree.map(put, active_row(**values, table_width=width, vocab=vocab), *self._idle_row(width))
+        return programs.set_row(state, self.put(np.asarray(row, np.int32)), put_row)
 
     def clear_row(self, state: DecodeState, row: int) -> DecodeState:
         """The state with row `row` idle. The state is donated."""
-        return self._write_row(state, row, idle_row(state.page_table.shape[1], self.config.vocab_size))
+        return programs.set_row(
+            state, self.put(np.asarray(row, np.int32)), self._idle_row(state.page_table.shape[1])[1]
+        )
 
     def set_pages(self, state: DecodeState, row: int, pages: np.ndarray) -> DecodeState:
         """The state with other pages, int32 `[n]`, of the sequence in row `row`. The state is donated."""
@@ -416,9 +437,12 @@ class Runtime:
         table[: len(pages)] = pages
         return programs.set_pages(state, self.put(np.asarray(row, np.int32)), self.put(table))
 
-    def _write_row(self, state: DecodeState, row: int, values: DecodeState) -> DecodeState:
-        put = jax.tree.map(lambda value: self.put(np.asarray(value)), values)
-        return programs.set_row(state, self.put(np.asarray(row, np.int32)), put)
+    def _idle_row(self, width: int) -> tuple[DecodeState, DecodeState]:
+        """An idle row whose page table has `width` columns, on the host and on the devices."""
+        if width not in self._idle_rows:
+            row = jax.tree.map(np.asarray, idle_row(width, self.config.vocab_size))
+            self._idle_rows[width] = row, jax.tree.map(self.put, row)
+        return self._idle_rows[width]
 
     def spread(self, logits: jax.Array, rows: int) -> jax.Array:
         """Logits `[1, vocab]` in each of a number of rows, for `draw`."""

@@ -79,7 +79,7 @@ class SamplingState:
       top_k: int32.
       seed: uint32.
       counts: int32 `[b, vocab]`, how often the row's answer has each token.
-      in_prompt: bool `[b, vocab]`, whether its prompt has it.
+      in_prompt: bool `[b, vocab]`, whether its prompt has it; False without a repetition penalty.
       bias: float32 `[b, vocab]`, added to the logits.
       allowed: uint32 `[b, ceil(vocab / 32)]`; a token may be drawn if bit `token % 32` of word `token // 32` is set.
     """
@@ -140,7 +140,8 @@ def sampling_row(
             raise UserError(f"logit_bias has token {token}; it must be from 0 to {vocab - 1}")
         biases[token] = value
     seen = np.zeros(vocab, bool)
-    seen[np.asarray([] if prompt is None else prompt, np.int64)] = True
+    if prompt is not None and params.repetition_penalty != 1:
+        seen[np.asarray(prompt, np.int64)] = True
     words = np.full(-(-vocab // 32), 0xFFFFFFFF, np.uint32) if allowed is None else np.asarray(allowed, np.uint32)
     assert words.shape == (-(-vocab // 32),), "one word for each 32 tokens"
     counted = np.bincount(np.asarray([] if answer is None else answer, np.int64), minlength=vocab)
