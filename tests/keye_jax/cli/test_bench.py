@@ -17,6 +17,7 @@ def config(golden, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_measures_prompts_and_steps(keye, config, tmp_path):
     file = tmp_path / "figures.json"
     code, out, err = keye(
