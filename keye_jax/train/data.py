@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import grain
-
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 from keye_jax.processor import Processor
@@ -103,6 +101,8 @@ class FileBatches:
         shuffle: bool = True,
         report: Callable[[str], None] = lambda _: None,
     ):
+        import grain  # here, since generated data do without
+
         self._lines = Lines(path)
         order = grain.MapDataset.source(self._lines).seed(stage.seed)
         self._order: Any = (order.shuffle() if shuffle else order).repeat()

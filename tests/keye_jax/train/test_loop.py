@@ -162,6 +162,14 @@ class TestSteps:
 
 
 @pytest.mark.slow
+def test_indexers_alone_are_compared_by_their_divergence(trainer):
+    config = stage(train=["decoder.layers.*.indexer"], loss={"language": False, "kl": 1.0}, attention="dense")
+    made, batches = trainer(config)
+    found = made.evaluate(itertools.islice(batches, 1))
+    assert found["loss"] == found["kl"] > 0
+
+
+@pytest.mark.slow
 class TestRuns:
     def run(self, folder, output, config=None, **settings):
         return session.train(
@@ -175,7 +183,7 @@ class TestRuns:
 
     def weights(self, folder, output):
         """The weights of a run's last checkpoint."""
-        self.run(folder, output, export=output / "exported")
+        self.run(folder, output, export=output / "exported", export_step="last")
         return load_params(output / "exported", KeyeConfig.from_file(folder / "hf"))
 
     def test_a_run_that_was_stopped_ends_with_the_same_bits(self, folder, tmp_path):
@@ -210,15 +218,39 @@ class TestRuns:
         assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
     def test_evaluation_and_export(self, folder, tmp_path):
-        config = stage(steps=2, evaluate_every=1, epochs=None)
+        config = stage(steps=2, evaluate_every=1, checkpoint_every=0)
         ended = self.run(folder, tmp_path / "run", config, evaluation=folder / "data.jsonl", export=tmp_path / "out")
         assert ended.finished
         lines = [json.loads(line) for line in (tmp_path / "run" / "measures.jsonl").read_text().splitlines()]
         assert [line["kind"] for line in lines] == ["train", "evaluation"] * 2
         assert lines[3]["loss"] < lines[1]["loss"] and 0 < lines[3]["recall"] <= 1
+        # The indexers' KL divergence does not decide which is best.
+        assert all(line["loss"] == line["language"] and line["kl"] > 0 for line in (lines[1], lines[3]))
+        assert {int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()} == {1, 2}
         assert {"config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"} <= {
             file.name for file in (tmp_path / "out").iterdir()
         }
+
+    def test_a_stopped_run_is_exported_where_it_stands(self, folder, tmp_path):
+        def interrupt():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        with before_batch(3, interrupt):
+            ended = self.run(folder, tmp_path / "run", export=tmp_path / "end")
+        assert (ended.step, ended.finished) == (3, False) and not (tmp_path / "end").exists()
+        config = KeyeConfig.from_file(folder / "hf")
+        start = load_params(folder / "hf", config)
+        for which, step in (("2", 2), ("last", 3)):
+            made = self.run(folder, tmp_path / "run", export=tmp_path / which, export_step=which)
+            assert made.step == step
+            found = load_params(tmp_path / which, config)
+            assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (found, start)), strict=True))
+            start = found
+
+    def test_only_a_run_has_a_checkpoint_to_export(self, folder, tmp_path):
+        with pytest.raises(UserError, match="--output is .*; it must be the folder of a run"):
+            self.run(folder, tmp_path / "none", export=tmp_path / "out", export_step="last")
+        assert not (tmp_path / "none").exists()
 
     def test_epochs_are_counted_before(self, folder, tmp_path):
         config = dataclasses.replace(stage(checkpoint_every=0), steps=None, epochs=1.0)
