@@ -26,8 +26,8 @@ _SMALL, _SMALL_FILE = 1 << 30, 8 << 20
 # Bytes at either end of a file that tell it from others of its length.
 _END = 1 << 16
 
-# Fields of a stage that may differ when a run resumes: its result does not depend on them.
-_FREE = ("checkpoint_every", "evaluate_every", "keep", "tensorboard", "data.workers", "data.byte_budget")
+# Fields of a stage that may differ when a run resumes: its result does not depend on them, but for rounding.
+_FREE = ("scan_layers", "checkpoint_every", "evaluate_every", "keep", "tensorboard", "data.workers", "data.byte_budget")
 
 
 class RunCheckpoints:

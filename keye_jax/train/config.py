@@ -204,6 +204,7 @@ class StageConfig:
       attention: "sparse", as the model is used, or "dense", for the indexer's warm-up.
       detach: whether the indexer's loss stays out of the layers below; False only to see what happens.
       remat: what the backward pass computes again: nothing, all but the attention's output, or whole layers.
+      scan_layers: whether the decoder's layers are one loop: it compiles sooner, and copies their weights.
       dtype: of weights in the forward pass; "checkpoint" for their own.
       master: whether weights that train are kept in float32 beside.
       steps: how many; None where `epochs` says.
@@ -221,6 +222,7 @@ class StageConfig:
     attention: Literal["sparse", "dense"] = _one_of("sparse", "sparse", "dense")
     detach: bool = True
     remat: Literal["none", "attention", "layer"] = _one_of("layer", "none", "attention", "layer")
+    scan_layers: bool = False
     dtype: str = _one_of("checkpoint", "checkpoint", "bfloat16", "float32")
     master: bool = True
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -308,6 +310,14 @@ class StageConfig:
         learns = any(map(self.trains, indexers)) or (
             self.lora is not None and any(chosen(self.lora.targets, path) for path in indexers)
         )
+        if self.scan_layers and self.lora:
+            of_layer = {str(index): set[str]() for index in range(config.num_hidden_layers)}
+            for path in paths:
+                if path.startswith("decoder.layers.") and chosen(self.lora.targets, path):
+                    _, _, index, name = path.split(".", 3)
+                    of_layer[index].add(name)
+            if len(set(map(frozenset, of_layer.values()))) > 1:
+                problems.append("scan_layers is true; lora.targets must then have the same weights of all layers")
         top_k = config.sa_config.topk
         if self.loss.kl and not learns:
             problems.append(f"loss.kl is {self.loss.kl}; train must name the indexers ({INDEXER}), which learn from it")

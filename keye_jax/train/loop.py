@@ -132,6 +132,7 @@ def train_options(stage: StageConfig, processor: Processor) -> TrainOptions:
         detach=stage.detach,
         router=stage.loss.router > 0,
         remat=stage.remat,
+        scan_layers=stage.scan_layers,
         pixel_scale=tuple(map(float, processor.pixel_scale)),
         pixel_shift=tuple(map(float, processor.pixel_shift)),
     )

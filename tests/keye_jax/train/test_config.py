@@ -112,6 +112,13 @@ class TestModel:
         message = self.check(released, batch={"tokens": 2**20, "length": 2**20})
         assert "at most max_position_embeddings 262144" in message
 
+    def test_layers_in_a_loop_are_alike(self, released):
+        values = {"train": [], "scan_layers": True}
+        lora = {"targets": ["decoder.layers.*.moe", "!decoder.layers.3.moe"]}
+        assert "lora.targets must then have the same weights of all layers" in self.check(released, **values, lora=lora)
+        alike = {"targets": ["decoder.layers.*.moe", "!*.router", "projector"]}
+        StageConfig.from_dict(LEAST | values | {"lora": alike}).check(released[0], released[1], "stage")
+
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_are_valid(path, released):

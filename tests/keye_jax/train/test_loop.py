@@ -155,7 +155,8 @@ class TestSteps:
 
     def test_low_rank_pairs_learn_and_weights_stay(self, trainer):
         lora = {"targets": ["decoder.layers.*.attention", "decoder.layers.*.moe", "!*.router"], "rank": 4}
-        made, batches = trainer(stage(train=[], lora=lora, loss={}, optimizer={"lr": 1e-2, "warmup": 0}))
+        optimizer = {"lr": 1e-2, "warmup": 0}
+        made, batches = trainer(stage(train=[], lora=lora, loss={}, optimizer=optimizer, scan_layers=True))
         assert all(".lora_" in path for path in made.state.weights)
         found = losses(made, batches, 20)
         assert np.mean(found[-4:]) < 0.8 * found[0]
@@ -248,7 +249,7 @@ class TestRuns:
             start = found
 
     def test_only_a_run_has_a_checkpoint_to_export(self, folder, tmp_path):
-        with pytest.raises(UserError, match="--output is .*; it must be the folder of a run"):
+        with pytest.raises(UserError, match=r"--output is .*; it must be the folder of a run"):
             self.run(folder, tmp_path / "none", export=tmp_path / "out", export_step="last")
         assert not (tmp_path / "none").exists()
 
@@ -317,21 +318,24 @@ class TestMistakes:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "rules"),
+    ("mesh", "rules", "scan"),
     [
-        ({"x": 8}, {"batch": "x", "parameters": "x"}),
-        ({"x": 4}, {"query_sequence": "x", "experts": "x", "vision_patches": "x", "vocab": "x"}),
-        ({"y": 2, "x": 4}, {"batch": "y", "query_sequence": "x", "experts": "x", "parameters": ["y", "x"]}),
+        ({"x": 8}, {"batch": "x", "parameters": "x"}, False),
+        ({"x": 4}, {"query_sequence": "x", "experts": "x", "vision_patches": "x", "vocab": "x"}, False),
+        ({"y": 2, "x": 4}, {"batch": "y", "query_sequence": "x", "experts": "x", "parameters": ["y", "x"]}, True),
     ],
-    ids=["data", "experts", "both"],
+    ids=["data", "experts", "both, layers in a loop"],
 )
-def test_several_devices_make_the_step_of_one(trainer, folder, mesh, rules, quick_to_compile):
+def test_several_devices_make_the_step_of_one(trainer, folder, mesh, rules, scan, quick_to_compile):
     sharding = ShardingConfig.from_dict({"mesh": mesh, "rules": rules})
     devices = MeshRules.create(sharding, KeyeConfig.from_file(folder / "hf"))
     # Eight samples, one for each of at most eight groups of devices, so that all take the same ones.
     batch = {"tokens": 2048, "row": 64, "samples": 8, "images": {96: 16}}
     config = stage(optimizer=PLAIN, batch=batch, data=DATA | {"lookahead": 8})
-    (one, its_batches), (several, others) = trainer(config), trainer(config, devices)
+    (one, its_batches), (several, others) = (
+        trainer(config),
+        trainer(dataclasses.replace(config, scan_layers=scan), devices),
+    )
     before = one.host_weights()
     np.testing.assert_allclose(losses(several, others, 1), losses(one, its_batches, 1), rtol=1e-5)
     assert_same_change(before, several.host_weights(), one.host_weights())
