@@ -252,6 +252,12 @@ def check_groups(stage: StageConfig, groups: int, row_parts: int, image_parts: i
             f"{source}: batch.length is {batch.length}; it must be at most batch.tokens {batch.tokens} divided by the "
             f"{groups} groups of devices that have samples of their own"
         )
+    long = stage.data.long
+    if long is not None and (batch.tokens // long.length) % row_parts:
+        raise UserError(
+            f"{source}: batch.tokens is {batch.tokens}; it must be a multiple of {row_parts} rows of data.long.length "
+            f"{long.length} tokens, into which the sharding splits it"
+        )
     for patches, count in batch.images.items():
         if count % image_parts:
             raise UserError(

@@ -76,6 +76,9 @@ class TestReading:
             (LEAST | {"batch": {"tokens": 512, "length": 768}}, "it must be at most batch.tokens 512"),
             (LEAST | {"batch": {"length": 300}}, "batch.length is 300; it must be a multiple of batch.row 256"),
             ({"train": ["*"], "epochs": 1, "data": {"source": "shapes"}}, "generated data has no end"),
+            (LEAST | {"data": {"long": {}}}, "data.long is given and data.source is 'jsonl'"),
+            (LEAST | {"data": {"long": {"length": 768}}}, "it must be a multiple of data.long.length 768"),
+            (LEAST | {"data": {"long": {"share": 1}}}, "data.long.share is 1; it must be a number above 0 and below 1"),
         ],
     )
     def test_fields_that_contradict_each_other(self, values, message):
@@ -127,5 +130,5 @@ def test_presets_are_valid(path, released):
     if stage.data.source == "shapes":
         config = KeyeConfig.from_file(presets.EMBEDDED)
         names = [".".join(path) for path in parameter_axes(config)]
-        read_options(stage.data.shapes, stage.batch)
+        read_options(stage)
     stage.check(config, names, str(path))
