@@ -200,14 +200,6 @@ class Losses:
     tokens: jax.Array
     router: jax.Array
 
-    def objective(
-        self, *, kl_weight: float = 0.0, router_weight: float = 0.0, language_weight: float = 1.0
-    ) -> jax.Array:
-        """What is minimised, float32 `[]`: weighted means over targets and over tokens, summed over layers."""
-        tokens = jnp.maximum(self.tokens, 1)
-        language = language_weight * self.language / jnp.maximum(self.targets, 1)
-        return language + (kl_weight * jnp.sum(self.kl) + router_weight * jnp.sum(self.router)) / tokens
-
 
 def forward_losses(model: Keye, batch: PackedBatch, options: TrainOptions, step: StepSharding) -> Losses:
     """The losses of a batch, differentiable in the parameters of the model.

@@ -193,10 +193,6 @@ class Trainer:
         means = {name: float(value) for name, value in measures(total).items()}
         return means | {"loss": means["language" if self._stage.loss.language else "kl"]}
 
-    def host_weights(self) -> dict[str, np.ndarray]:
-        """The weights that train, on the host."""
-        return {path: np.asarray(value) for path, value in self.state.weights.items()}
-
     def write_adapter(self, directory: str | Path, base: str) -> None:
         """Writes the pairs in PEFT's layout; there must be some."""
         assert self._stage.lora is not None
