@@ -74,9 +74,10 @@ class GeneratedBatches:
         if self._number == self._count:
             raise StopIteration
         # All batches of a step have one shape. Long ones come evenly.
-        step = self._number // self._accumulation
-        is_long = self._long is not None and int((step + 1) * self._share) > int(step * self._share)
-        made = (self._long if self._long and is_long else self._usual).batch(self._seed, self._number)
+        step, maker = self._number // self._accumulation, self._usual
+        if self._long is not None and int((step + 1) * self._share) > int(step * self._share):
+            maker = self._long
+        made = maker.batch(self._seed, self._number)
         key = jax.random.fold_in(jax.random.key(self._seed), self._number)
         self._number += 1
         rows, tokens = made.ids.shape
