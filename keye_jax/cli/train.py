@@ -33,6 +33,12 @@ def train(
     export: Annotated[
         Path | None, typer.Option(help="When all steps are done, write the model there in the released layout.")
     ] = None,
+    export_step: Annotated[
+        str | None,
+        typer.Option(
+            metavar="last|best|STEP", help="Write that checkpoint of the run to --export now, and do not train."
+        ),
+    ] = None,
     stop_after: Annotated[
         float | None, typer.Option(metavar="MINUTES", help="Save and end after that time; the same command resumes.")
     ] = None,
@@ -42,8 +48,7 @@ def train(
 
     Ctrl-C and SIGTERM save and end the run. What trains, the loss, the speed and the data are in the stage file.
     """
-    if importlib.util.find_spec("optax") is None or importlib.util.find_spec("grain") is None:
-        raise UserError("training needs optax and grain: pip install 'keye-jax[train]'")
+    _check_installed("optax")
     if stop_after is not None and stop_after <= 0:
         raise UserError(f"--stop-after is {stop_after}; it must be a positive number of minutes")
     from keye_jax.train.config import StageConfig
@@ -51,6 +56,10 @@ def train(
     source = presets.train_file(config)
     stage = StageConfig.from_file(source)
     _check_files(stage, checkpoint, data, evaluation)
+    if data is not None:
+        _check_installed("grain")
+    if export_step is not None and export is None:
+        raise UserError(f"--export is missing; --export-step is {export_step!r}, and they go together")
     if export is not None and export.exists() and any(export.iterdir()):
         raise UserError(f"--export is {str(export)!r}; it must be a new folder or an empty one")
     options.enable_compilation_cache()
@@ -65,14 +74,22 @@ def train(
         data=data,
         evaluation=evaluation,
         export=export,
+        export_step=export_step,
         stop_after=None if stop_after is None else 60 * stop_after,
         rules_for=lambda model: options.mesh_rules(sharding, model),
     )
+    if export_step is not None:
+        print(f"the checkpoint after step {ended.step:,} is in {export}")
     if ended.finished:
         return 0
     why = f"stopped by {ended.signal.name}" if ended.signal else "stopped by --stop-after"
     print(f"keye-jax: {why} after step {ended.step:,}, which is saved; the same command goes on", file=sys.stderr)
     return SIGNALLED + ended.signal if ended.signal else 0
+
+
+def _check_installed(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"training needs {package}: pip install 'keye-jax[train]'")
 
 
 def _check_files(stage: StageConfig, checkpoint: Path | None, data: Path | None, evaluation: Path | None) -> None:

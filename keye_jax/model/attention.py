@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
@@ -79,8 +79,10 @@ class Training(Protocol):
         """A loss of the experts chosen for a layer's tokens, or None."""
         ...
 
-    def rematerialise(self, layer: Callable) -> Callable:
-        """A layer that keeps less for its backward pass."""
+    def run_layers(
+        self, layer: Callable[[Any, jax.Array], tuple[jax.Array, Any]], states: Sequence[Any], x: jax.Array
+    ) -> tuple[jax.Array, list[Any]]:
+        """Runs a layer with one state after the other. Returns the last output, and what each layer returned beside."""
         ...
 
 

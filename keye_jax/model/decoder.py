@@ -150,16 +150,38 @@ class Decoder(nnx.Module):
         """
         angles = mrope_angles(positions, self.section, self.rope_theta)
         index_angles = mrope_angles(positions, self.index_section, self.rope_theta)
+        if options.training is not None:
+            return self._train(x, angles, index_angles, contexts, options, step)
         after, found = [], []
         for layer, context in zip(self.layers, contexts, strict=True):
             graph, state = nnx.split(layer)
             run = functools.partial(_run_layer, graph, options=options, step=step)
-            if options.training is not None:
-                run = options.training.rematerialise(run)
             x, context, intermediates = run(state, x, angles, index_angles, context)
             after.append(context)
             found.append(intermediates)
         return x, tuple(after), tuple(item for item in found if item is not None)
+
+    def _train[C: Context](
+        self,
+        x: jax.Array,
+        angles: jax.Array,
+        index_angles: jax.Array,
+        contexts: tuple[C, ...],
+        options: AttentionOptions,
+        step: StepSharding,
+    ) -> tuple[jax.Array, tuple[C, ...], tuple[Any, ...]]:
+        """`__call__` in training, where all layers have the same context and leave it as it is."""
+        assert options.training is not None
+        graphs, states = zip(*map(nnx.split, self.layers), strict=True)
+
+        def run(state: nnx.State, x: jax.Array) -> tuple[jax.Array, Any]:
+            x, _, learned = _run_layer(
+                graphs[0], state, x, angles, index_angles, contexts[0], options=options, step=step
+            )
+            return x, learned
+
+        x, found = options.training.run_layers(run, states, x)
+        return x, contexts, tuple(found)
 
     def logits(self, hidden: jax.Array, step: StepSharding) -> jax.Array:
         """float32 `[..., vocab]` of hidden states `[..., embed]` before the final norm; on every device."""

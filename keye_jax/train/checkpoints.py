@@ -26,8 +26,8 @@ _SMALL, _SMALL_FILE = 1 << 30, 8 << 20
 # Bytes at either end of a file that tell it from others of its length.
 _END = 1 << 16
 
-# Fields of a stage that may differ when a run resumes: its result does not depend on them.
-_FREE = ("checkpoint_every", "evaluate_every", "keep", "tensorboard", "data.workers", "data.byte_budget")
+# Fields of a stage that may differ when a run resumes: its result does not depend on them, but for rounding.
+_FREE = ("scan_layers", "checkpoint_every", "evaluate_every", "keep", "tensorboard", "data.workers", "data.byte_budget")
 
 
 class RunCheckpoints:
@@ -73,7 +73,7 @@ class RunCheckpoints:
         """Writes a checkpoint, unless that step has one.
 
         Args:
-          state: a pytree of arrays.
+          state: a pytree of arrays, a tuple that begins with the weights by path.
           position: where the data stand, a JSON object.
           loss: of the evaluation; None if there was none.
         """
@@ -89,8 +89,8 @@ class RunCheckpoints:
                 step, leaves, force=True, metrics=metrics, custom_metadata={"position": dict(position)}
             )
 
-    def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
-        """The last checkpoint, or that of a step; None if there is none.
+    def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """The last checkpoint; None if there is none.
 
         Args:
           like: the state to restore, arrays or shapes, each where it is to lie.
@@ -98,18 +98,50 @@ class RunCheckpoints:
         Returns:
           its step, the state and the position of the data.
         """
-        step = next(reversed(self.steps), None) if step is None else step
+        step = next(reversed(self.steps), None)
         if step is None:
             return None
+        state = self._load(step, like)
+        with _quiet():
+            metadata: Any = self._checkpointer.metadata(step).custom_metadata
+        return step, state, dict(metadata["position"])
+
+    def restore_weights(self, like: Mapping[str, Any], which: str) -> tuple[int, dict[str, Any]]:
+        """The first part of the state of a checkpoint, the weights.
+
+        Args:
+          like: the weights, as for `restore`.
+          which: "last", "best" or the number of a step.
+
+        Returns:
+          the checkpoint's step, and the weights.
+
+        Raises:
+          UserError: there is no such checkpoint.
+        """
+        losses: Any = {found.step: found.metrics for found in self._checkpointer.checkpoints}
+        chosen = {str(step): step for step in self.steps}
+        if self.steps:
+            chosen["last"] = self.steps[-1]
+        evaluated = {step: metrics["loss"] for step, metrics in losses.items() if metrics}
+        if evaluated:
+            chosen["best"] = min(evaluated, key=lambda step: evaluated[step])
+        if which not in chosen:
+            allowed = ", ".join(chosen) or "nothing yet, since the run has no checkpoint"
+            raise UserError(f"--export-step is {which!r}; it must be one of: {allowed}")
+        return chosen[which], self._load(chosen[which], (dict(like),), partial=True)[0]
+
+    def _load(self, step: int, like: Any, *, partial: bool = False) -> Any:
+        """The state of a step, or with `partial` a part of it."""
         wanted = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, leaf in _by_name(like).items()
         }
-        with _quiet():
+        context = ocp.Context()
+        context.pytree.loading.partial_load = partial
+        with context, _quiet():
             found = self._checkpointer.load(step, wanted)
-            metadata: Any = self._checkpointer.metadata(step).custom_metadata
-        state = jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
-        return step, state, dict(metadata["position"])
+        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
 
     def close(self) -> None:
         self._checkpointer.close()

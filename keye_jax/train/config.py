@@ -165,6 +165,23 @@ class BatchConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LongConfig:
+    """Batches of longer clips of the generated world, now and then. Their shape is compiled besides.
+
+    Attributes:
+      share: of all steps, above 0.
+      length: tokens of a row, each with one clip. A batch has as many tokens as others.
+      shapes: settings of the generated world.
+    """
+
+    share: float = _field(0.25, "a number above 0 and below 1", lambda value: 0 < value < 1)
+    length: int = _field(
+        2304, f"a positive multiple of {PAGE_TOKENS}", lambda value: value > 0 and value % PAGE_TOKENS == 0
+    )
+    shapes: Mapping[str, Any] = _field({}, "settings by name")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where samples come from and how they are read.
 
@@ -178,6 +195,7 @@ class DataConfig:
       media: options of videos and images, such as fps and max_pixels, where a sample has none of its own.
       template: variables of the chat template, such as enable_thinking.
       shapes: settings of the generated world.
+      long: longer clips of the generated world, or none.
       evaluation: batches of the generated world that an evaluation reads.
     """
 
@@ -190,6 +208,7 @@ class DataConfig:
     media: Mapping[str, Any] = _field({}, "options by name")
     template: Mapping[str, Any] = _field({}, "variables by name")
     shapes: Mapping[str, Any] = _field({}, "settings by name")
+    long: LongConfig | None = None
     evaluation: int = _positive(8, "integer")
 
 
@@ -204,6 +223,7 @@ class StageConfig:
       attention: "sparse", as the model is used, or "dense", for the indexer's warm-up.
       detach: whether the indexer's loss stays out of the layers below; False only to see what happens.
       remat: what the backward pass computes again: nothing, all but the attention's output, or whole layers.
+      scan_layers: whether the decoder's layers are one loop: it compiles sooner, and copies their weights.
       dtype: of weights in the forward pass; "checkpoint" for their own.
       master: whether weights that train are kept in float32 beside.
       steps: how many; None where `epochs` says.
@@ -221,6 +241,7 @@ class StageConfig:
     attention: Literal["sparse", "dense"] = _one_of("sparse", "sparse", "dense")
     detach: bool = True
     remat: Literal["none", "attention", "layer"] = _one_of("layer", "none", "attention", "layer")
+    scan_layers: bool = False
     dtype: str = _one_of("checkpoint", "checkpoint", "bfloat16", "float32")
     master: bool = True
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -281,6 +302,11 @@ class StageConfig:
             found.append(
                 f"batch.row is {batch.row}; of generated scenes each fills a row of batch.length {batch.length}"
             )
+        if (long := self.data.long) is not None:
+            if self.data.source != "shapes":
+                found.append(f"data.long is given and data.source is {self.data.source!r}; it must be 'shapes'")
+            if batch.tokens % long.length:
+                found.append(f"batch.tokens is {batch.tokens}; it must be a multiple of data.long.length {long.length}")
         if batch.tokens % batch.row:
             found.append(f"batch.tokens is {batch.tokens}; it must be a multiple of batch.row {batch.row}")
         if batch.length % batch.row:
@@ -308,6 +334,14 @@ class StageConfig:
         learns = any(map(self.trains, indexers)) or (
             self.lora is not None and any(chosen(self.lora.targets, path) for path in indexers)
         )
+        if self.scan_layers and self.lora:
+            of_layer = {str(index): set[str]() for index in range(config.num_hidden_layers)}
+            for path in paths:
+                if path.startswith("decoder.layers.") and chosen(self.lora.targets, path):
+                    _, _, index, name = path.split(".", 3)
+                    of_layer[index].add(name)
+            if len(set(map(frozenset, of_layer.values()))) > 1:
+                problems.append("scan_layers is true; lora.targets must then have the same weights of all layers")
         top_k = config.sa_config.topk
         if self.loss.kl and not learns:
             problems.append(f"loss.kl is {self.loss.kl}; train must name the indexers ({INDEXER}), which learn from it")
@@ -318,9 +352,12 @@ class StageConfig:
                 f"batch.length is {self.batch.length}; it must be above topk {top_k}, or no key is ever left out and "
                 "the indexer learns nothing"
             )
-        if self.batch.length > config.max_position_embeddings:
-            limit = config.max_position_embeddings
-            problems.append(f"batch.length is {self.batch.length}; it must be at most max_position_embeddings {limit}")
+        lengths = {"batch.length": self.batch.length}
+        lengths |= {"data.long.length": self.data.long.length} if self.data.long else {}
+        for field, length in lengths.items():
+            if length > config.max_position_embeddings:
+                limit = config.max_position_embeddings
+                problems.append(f"{field} is {length}; it must be at most max_position_embeddings {limit}")
         _raise(source, problems)
 
 

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import grain
-
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 from keye_jax.processor import Processor
@@ -103,6 +101,8 @@ class FileBatches:
         shuffle: bool = True,
         report: Callable[[str], None] = lambda _: None,
     ):
+        import grain  # here, since generated data do without
+
         self._lines = Lines(path)
         order = grain.MapDataset.source(self._lines).seed(stage.seed)
         self._order: Any = (order.shuffle() if shuffle else order).repeat()
@@ -251,6 +251,12 @@ def check_groups(stage: StageConfig, groups: int, row_parts: int, image_parts: i
         raise UserError(
             f"{source}: batch.length is {batch.length}; it must be at most batch.tokens {batch.tokens} divided by the "
             f"{groups} groups of devices that have samples of their own"
+        )
+    long = stage.data.long
+    if long is not None and (batch.tokens // long.length) % row_parts:
+        raise UserError(
+            f"{source}: batch.tokens is {batch.tokens}; it must be a multiple of {row_parts} rows of data.long.length "
+            f"{long.length} tokens, into which the sharding splits it"
         )
     for patches, count in batch.images.items():
         if count % image_parts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -38,6 +38,8 @@ class TrainOptions:
       pixel_scale, pixel_shift: of each colour channel; the encoder sees `patches * scale + shift`.
       block_bytes: most bytes of the attention scores of one block of queries, and of the logits of one chunk of tokens;
         a few such arrays are there at once.
+      scan_layers: whether the decoder's layers, which must be alike, are one loop. It compiles sooner, and copies their
+        weights.
     """
 
     attention: Literal["sparse", "dense"] = "sparse"
@@ -48,6 +50,7 @@ class TrainOptions:
     pixel_scale: tuple[float, ...] = (2 / 255,) * 3
     pixel_shift: tuple[float, ...] = (-1.0,) * 3
     block_bytes: int = 2**30
+    scan_layers: bool = False
 
     def attend(
         self,
@@ -113,6 +116,20 @@ class TrainOptions:
             jnp.sum(jnp.where(valid[..., None], x, 0), axis=(0, 1)) / tokens for x in (chosen, probabilities)
         )
         return moe.num_experts * jnp.sum(chosen * probabilities)
+
+    def run_layers(
+        self, layer: Callable[[Any, jax.Array], tuple[jax.Array, Any]], states: Sequence[Any], x: jax.Array
+    ) -> tuple[jax.Array, list[Any]]:
+        """See `keye_jax.model.attention.Training`."""
+        run, found = self.rematerialise(layer), []
+        if not self.scan_layers:
+            for state in states:
+                x, each = run(state, x)
+                found.append(each)
+            return x, found
+        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *states)
+        x, learned = jax.lax.scan(lambda x, state: run(state, x), x, stacked)
+        return x, [jax.tree.map(lambda array, index=index: array[index], learned) for index in range(len(states))]
 
     def rematerialise(self, layer: Callable) -> Callable:
         """The layer, computed again in the backward pass as `remat` says."""
@@ -182,14 +199,6 @@ class Losses:
     recall: jax.Array
     tokens: jax.Array
     router: jax.Array
-
-    def objective(
-        self, *, kl_weight: float = 0.0, router_weight: float = 0.0, language_weight: float = 1.0
-    ) -> jax.Array:
-        """What is minimised, float32 `[]`: weighted means over targets and over tokens, summed over layers."""
-        tokens = jnp.maximum(self.tokens, 1)
-        language = language_weight * self.language / jnp.maximum(self.targets, 1)
-        return language + (kl_weight * jnp.sum(self.kl) + router_weight * jnp.sum(self.router)) / tokens
 
 
 def forward_losses(model: Keye, batch: PackedBatch, options: TrainOptions, step: StepSharding) -> Losses:

@@ -13,7 +13,7 @@ import numpy as np
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError, shorten
 from keye_jax.page_allocator import PAGE_SIZE
-from keye_jax.train.config import BatchConfig, StageConfig
+from keye_jax.train.config import StageConfig
 from keye_jax.train.packing import PackedArrays
 from keye_jax.train.shapes.batches import Batches as Conversations
 from keye_jax.train.shapes.batches import BatchOptions, frame_patches
@@ -28,7 +28,8 @@ class GeneratedBatches:
     Args:
       checkpoint: has the tokenizer and the processor's configuration.
       model: its configuration.
-      stage: `data.shapes` may hold the fields of `SceneOptions`, and `turns` and `kinds` of `BatchOptions`.
+      stage: `data.shapes` and `data.long.shapes` may hold the fields of `SceneOptions`, and `turns` and `kinds` of
+        `BatchOptions`.
       held_out: whether the scenes are others than those of training.
       count: how many batches there are; None for no end.
 
@@ -47,8 +48,11 @@ class GeneratedBatches:
         held_out: bool = False,
         count: int | None = None,
     ):
-        options = read_options(stage.data.shapes, stage.batch)
-        self._made = Conversations(checkpoint, model, options)
+        usual, long = read_options(stage)
+        self._usual = Conversations(checkpoint, model, usual)
+        self._long = None if long is None else Conversations(checkpoint, model, long)
+        self._share = stage.data.long.share if stage.data.long else 0.0
+        self._accumulation = stage.batch.accumulation
         self._patch, self._count = model.vision_config.patch_size, count
         # Even numbers are seeds of training, and odd ones of evaluations.
         self._seed = 2 * stage.seed + held_out
@@ -69,7 +73,11 @@ class GeneratedBatches:
     def __next__(self) -> PackedArrays:
         if self._number == self._count:
             raise StopIteration
-        made = self._made.batch(self._seed, self._number)
+        # All batches of a step have one shape. Long ones come evenly.
+        step, maker = self._number // self._accumulation, self._usual
+        if self._long is not None and int((step + 1) * self._share) > int(step * self._share):
+            maker = self._long
+        made = maker.batch(self._seed, self._number)
         key = jax.random.fold_in(jax.random.key(self._seed), self._number)
         self._number += 1
         rows, tokens = made.ids.shape
@@ -88,20 +96,28 @@ class GeneratedBatches:
         )
 
 
-def read_options(values: Mapping[str, Any], batch: BatchConfig) -> BatchOptions:
-    """The settings of `data.shapes`, with the rows of a batch.
+def read_options(stage: StageConfig) -> tuple[BatchOptions, BatchOptions | None]:
+    """The settings of a stage's batches, and of its long ones if it has some.
 
     Raises:
       UserError: a setting is not known or not allowed.
     """
+    usual = _read_options("data.shapes", stage.data.shapes, stage.batch.rows, stage.batch.row)
+    long = stage.data.long
+    if long is None:
+        return usual, None
+    return usual, _read_options("data.long.shapes", long.shapes, stage.batch.tokens // long.length, long.length)
+
+
+def _read_options(field: str, values: Mapping[str, Any], rows: int, tokens: int) -> BatchOptions:
     for name in values:
         if name not in _SETTINGS:
-            raise UserError(f"data.shapes.{name} is not known; known are {', '.join(_SETTINGS)}")
+            raise UserError(f"{field}.{name} is not known; known are {', '.join(_SETTINGS)}")
     given = dict(values)
     own = {name: given.pop(name) for name in ("turns", "kinds") if name in given}
     if "objects" in given:
         given["objects"] = tuple(given["objects"]) if isinstance(given["objects"], list) else given["objects"]
     try:
-        return BatchOptions(scenes=SceneOptions(**given), rows=batch.rows, tokens=batch.row, **own)
+        return BatchOptions(scenes=SceneOptions(**given), rows=rows, tokens=tokens, **own)
     except TypeError as error:
-        raise UserError(f"data.shapes is {shorten(dict(values))}; a value has a wrong type ({error})") from error
+        raise UserError(f"{field} is {shorten(dict(values))}; a value has a wrong type ({error})") from error

@@ -32,7 +32,7 @@ from keye_jax.train.forward import Losses, TrainOptions
 from keye_jax.train.lora import init_pair, pair_layout, pair_names, targets, to_adapter
 from keye_jax.train.optimizer import init_optimizer, make_optimizer
 from keye_jax.train.report import Report
-from keye_jax.train.steps import TrainStep, measures, selecting_share, total_loss
+from keye_jax.train.steps import TrainStep, measures, selecting_share
 from keye_jax.train.weights import ModelDef, Weights, dotted, training_sharding
 
 _AHEAD = 2
@@ -132,6 +132,7 @@ def train_options(stage: StageConfig, processor: Processor) -> TrainOptions:
         detach=stage.detach,
         router=stage.loss.router > 0,
         remat=stage.remat,
+        scan_layers=stage.scan_layers,
         pixel_scale=tuple(map(float, processor.pixel_scale)),
         pixel_shift=tuple(map(float, processor.pixel_shift)),
     )
@@ -178,7 +179,11 @@ class Trainer:
         return found | {"selecting": selecting_share(taken, self._model.config.sa_config.topk)}
 
     def evaluate(self, batches: Batches) -> dict[str, float]:
-        """Measures over all batches there are, with the whole objective as `loss`."""
+        """Measures over all batches there are, with `loss`, by which checkpoints are compared.
+
+        That is the next token's loss, or the indexers' KL divergence where the stage trains nothing else. It is not
+        their sum: attention sharpens as it learns, so its divergence from the indexers may grow while answers improve.
+        """
         total: Losses | None = None
         for batch in iter(lambda: next(batches, None), None):  # pyright: ignore[reportCallIssue, reportArgumentType]
             found = self._step.evaluate(self.state.weights, self._model.frozen, self._step.place(batch))
@@ -186,37 +191,35 @@ class Trainer:
         if total is None:
             raise UserError("--evaluation holds no sample that can be read; it must hold at least one")
         means = {name: float(value) for name, value in measures(total).items()}
-        return means | {"loss": total_loss(means, self._stage.loss, self._model.config.num_hidden_layers)}
-
-    def host_weights(self) -> dict[str, np.ndarray]:
-        """The weights that train, on the host."""
-        return {path: np.asarray(value) for path, value in self.state.weights.items()}
-
-    def export(self, checkpoint: str | Path, dst: str | Path) -> None:
-        """Writes the trained model in the released layout; pairs are merged into their weights.
-
-        Args:
-          checkpoint: the one that was trained from, for all other weights and files.
-          dst: a directory that does not exist or is empty.
-
-        Raises:
-          UserError: `dst` is not empty.
-        """
-        weights, lora = self.state.weights, self._stage.lora
-        made: dict[str, Callable[[], Any]] = {
-            path: lambda value=value: np.asarray(value) for path, value in weights.items() if path in self._model.dtypes
-        }
-        if lora is not None:
-            adapter, tensors = to_adapter(weights, lora, self._model.config), adaptable(self._model.config)
-            for path in adapter.pairs:
-                made[path] = lambda path=path: adapter.merge(tensors[path], np.asarray(self._model.frozen[path]))
-        export(checkpoint, dst, made)
+        return means | {"loss": means["language" if self._stage.loss.language else "kl"]}
 
     def write_adapter(self, directory: str | Path, base: str) -> None:
         """Writes the pairs in PEFT's layout; there must be some."""
         assert self._stage.lora is not None
         adapter = to_adapter(self.state.weights, self._stage.lora, self._model.config)
         write_adapter(directory, adapter, self._model.config, base=base)
+
+
+def export_model(model: Model, stage: StageConfig, weights: Weights, checkpoint: str | Path, dst: str | Path) -> None:
+    """Writes a trained model in the released layout; pairs are merged into their weights.
+
+    Args:
+      model: as it was loaded for the stage.
+      weights: those that train, after some steps.
+      checkpoint: the one that was trained from, for all other weights and files.
+      dst: a directory that does not exist or is empty.
+
+    Raises:
+      UserError: `dst` is not empty.
+    """
+    made: dict[str, Callable[[], Any]] = {
+        path: lambda value=value: np.asarray(value) for path, value in weights.items() if path in model.dtypes
+    }
+    if stage.lora is not None:
+        adapter, tensors = to_adapter(weights, stage.lora, model.config), adaptable(model.config)
+        for path in adapter.pairs:
+            made[path] = lambda path=path: adapter.merge(tensors[path], np.asarray(model.frozen[path]))
+    export(checkpoint, dst, made)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +296,9 @@ def run(
             if evaluation is not None and stage.evaluate_every and (last or state.step % stage.evaluate_every == 0):
                 show(0)
                 loss = _evaluate(trainer, evaluation, report)
-            if last or (stage.checkpoint_every and state.step % stage.checkpoint_every == 0):
+            due = stage.checkpoint_every and state.step % stage.checkpoint_every == 0
+            # What was evaluated is saved, or it could not be the best.
+            if last or due or loss is not None:
                 show(0)
                 checkpoints.save(state.step, (state.weights, state.moments), batches.state(), loss)
         show(0)

@@ -66,12 +66,12 @@ class Report:
         interval = _TERMINAL_S if self._on_terminal else _PLAIN_S
         if step in (self._begun + 1, self._steps) or now - self._shown >= interval:
             self._shown = now
-            left = _duration((self._steps - step) * elapsed / done) if done else "?"
             parts = [f"step {step:,}/{self._steps:,}", *([] if epoch is None else [f"epoch {epoch:.1f}"])]
             parts += [f"loss {measures['language']:.4f}", f"accuracy {measures['accuracy']:.3f}"]
             if "indexer_norm" in measures:
                 parts += [f"KL {measures['kl']:.4f}", f"recall {measures['recall']:.3f}"]
-            parts += [f"{rate:,.0f} tokens/s", f"{left} left"]
+            if done:
+                parts += [f"{rate:,.0f} tokens/s", f"{_duration((self._steps - step) * elapsed / done)} left"]
             end = "\r" if self._on_terminal and step < self._steps else "\n"
             self._stream.write(", ".join(parts) + ("\x1b[K" if self._on_terminal else "") + end)
             self._stream.flush()

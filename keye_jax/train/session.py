@@ -19,11 +19,11 @@ from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 from keye_jax.processor import Processor
 from keye_jax.sharding import MeshRules, StepSharding
-from keye_jax.train.checkpoints import RunCheckpoints, fingerprint
+from keye_jax.train.checkpoints import RUN, RunCheckpoints, fingerprint
 from keye_jax.train.config import StageConfig
 from keye_jax.train.data import Batches, FileBatches, check_groups
 from keye_jax.train.generated import GeneratedBatches
-from keye_jax.train.loop import Ended, Trainer, load_model, run, train_options
+from keye_jax.train.loop import Ended, Trainer, export_model, load_model, run, train_options
 from keye_jax.train.report import Report
 from keye_jax.train.shapes.files import write_model_files
 
@@ -40,6 +40,7 @@ def train(
     data: Path | None = None,
     evaluation: Path | None = None,
     export: Path | None = None,
+    export_step: str | None = None,
     stop_after: float | None = None,
     rules_for: Callable[[KeyeConfig], MeshRules] = lambda _: MeshRules.single_device(),
 ) -> Ended:
@@ -52,6 +53,8 @@ def train(
       output: folder of the run.
       data, evaluation: files of samples; None where the stage's data are generated.
       export: where the trained model is written in the released layout, once all steps are done.
+      export_step: the checkpoint that is written to `export` in place of training: "last", "best" or a step; None to
+        train.
       stop_after: seconds; None for no limit.
       rules_for: gives the devices for a model.
 
@@ -68,6 +71,8 @@ def train(
     rules = rules_for(config)
     step = StepSharding.prefill(rules)
     groups = step.size(step.batch)
+    if export_step is not None and not (output / RUN).is_file():
+        raise UserError(f"--output is {str(output)!r}; it must be the folder of a run, since --export-step is given")
     check_groups(stage, groups, step.size(step.rows), step.size(step.vision_patches), source)
     started = {
         "stage": stage.to_dict(),
@@ -80,6 +85,12 @@ def train(
         checkpoints = RunCheckpoints(output, started, keep=stage.keep)
         opened.callback(checkpoints.close)
         base = checkpoint or _initial(output, config, stage.seed)
+        if export_step is not None:
+            model = load_model(base, stage, rules, source=source)
+            number, weights = checkpoints.restore_weights(model.trained, export_step)
+            assert export is not None
+            export_model(model, stage, weights, base, export)
+            return Ended(number, finished=True, signal=None)
         processor = Processor.from_checkpoint(base, config, defaults=dict(stage.data.media))
 
         def read(path: Path, epochs: float | None, *, shuffle: bool) -> FileBatches:
@@ -116,7 +127,7 @@ def train(
         if stage.lora is not None:
             trainer.write_adapter(output / ADAPTER, str(base))
         if export is not None and ended.finished:
-            trainer.export(base, export)
+            export_model(model, stage, trainer.state.weights, base, export)
         return ended
 
 

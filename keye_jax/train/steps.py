@@ -149,12 +149,6 @@ def measures(losses: Losses) -> dict[str, jax.Array]:
     }
 
 
-def total_loss(found: Mapping[str, Any], loss: LossConfig, layers: int) -> float:
-    """The objective from `measures`: what a step minimises."""
-    total = float(found["language"]) if loss.language else 0.0
-    return total + layers * (loss.kl * float(found["kl"]) + loss.router * float(found["router"]))
-
-
 def selecting_share(batches: Sequence[PackedArrays], top_k: int) -> float:
     """The share of tokens that see more keys than `top_k`, so that some are left out."""
     column = np.arange(batches[0].ids.shape[1])

@@ -1,7 +1,9 @@
 """`keye-jax train`: mistakes, and a stranger's own clips."""
 
 import dataclasses
+import importlib.util
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -39,9 +41,21 @@ class TestMistakes:
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "x").touch()
         assert "it must be a new folder or an empty one" in error(capsys, *given, "--export", tmp_path / "full")
+        assert "--export is missing; --export-step is 'best'" in error(capsys, *given, "--export-step", "best")
         assert "one of the presets: indexer_warmup, lora" in error(capsys, "--config", "x", "--output", tmp_path)
         (tmp_path / "stage.yaml").write_text("train: 3\nstep: 4\n")
         assert "has 2 mistakes" in error(capsys, "--config", tmp_path / "stage.yaml", "--output", tmp_path / "run")
+
+
+def test_only_files_of_samples_need_grain(capsys, tmp_path, monkeypatch):
+    """A run without a folder ends by another mistake, after the packages are looked for."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "grain" else find(name, *rest))
+    monkeypatch.setitem(sys.modules, "grain", None)
+    given = ("--output", tmp_path / "run", "--export", tmp_path / "out", "--export-step", "last")
+    assert "must be the folder of a run" in error(capsys, "--config", "shapes_cpu", *given)
+    given += ("--data", tmp_path / "data.jsonl", "--checkpoint", tmp_path)
+    assert "training needs grain: pip install" in error(capsys, "--config", "lora", *given)
 
 
 @pytest.mark.slow

@@ -55,6 +55,25 @@ class TestSaved:
             checkpoints.save(step, state(step), {}, loss)
         assert checkpoints.steps == [2, 4, 5]
 
+    def test_weights_of_the_last_of_the_best_and_of_a_step(self, opened):
+        checkpoints = opened(keep=1)
+        for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0)):
+            checkpoints.save(step, state(step), {}, loss)
+        for reopened in (checkpoints, opened(keep=1)):
+            for which, step in (("last", 3), ("best", 2), ("2", 2), ("3", 3)):
+                found, weights = reopened.restore_weights(state(0.0)[0], which)
+                assert found == step and weights.keys() == state(0.0)[0].keys()
+                np.testing.assert_array_equal(weights["a.weight"], np.full((3, 2), step))
+            with pytest.raises(UserError, match="--export-step is '1'; it must be one of: 2, 3, last, best"):
+                reopened.restore_weights(state(0.0)[0], "1")
+
+    def test_none_is_the_best_without_an_evaluation(self, opened):
+        with pytest.raises(UserError, match="nothing yet, since the run has no checkpoint"):
+            opened().restore_weights(state(0.0)[0], "last")
+        opened().save(4, state(1.0), {})
+        with pytest.raises(UserError, match="it must be one of: 4, last"):
+            opened().restore_weights(state(0.0)[0], "best")
+
     def test_small_checkpoints_are_small_files(self, opened, tmp_path):
         large = {"a": jnp.asarray(np.random.default_rng(0).standard_normal((6, 1 << 20)), jnp.float32)}
         opened().save(1, large, {})

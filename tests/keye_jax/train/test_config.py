@@ -76,6 +76,9 @@ class TestReading:
             (LEAST | {"batch": {"tokens": 512, "length": 768}}, "it must be at most batch.tokens 512"),
             (LEAST | {"batch": {"length": 300}}, "batch.length is 300; it must be a multiple of batch.row 256"),
             ({"train": ["*"], "epochs": 1, "data": {"source": "shapes"}}, "generated data has no end"),
+            (LEAST | {"data": {"long": {}}}, "data.long is given and data.source is 'jsonl'"),
+            (LEAST | {"data": {"long": {"length": 768}}}, "it must be a multiple of data.long.length 768"),
+            (LEAST | {"data": {"long": {"share": 1}}}, "data.long.share is 1; it must be a number above 0 and below 1"),
         ],
     )
     def test_fields_that_contradict_each_other(self, values, message):
@@ -112,6 +115,13 @@ class TestModel:
         message = self.check(released, batch={"tokens": 2**20, "length": 2**20})
         assert "at most max_position_embeddings 262144" in message
 
+    def test_layers_in_a_loop_are_alike(self, released):
+        values = {"train": [], "scan_layers": True}
+        lora = {"targets": ["decoder.layers.*.moe", "!decoder.layers.3.moe"]}
+        assert "lora.targets must then have the same weights of all layers" in self.check(released, **values, lora=lora)
+        alike = {"targets": ["decoder.layers.*.moe", "!*.router", "projector"]}
+        StageConfig.from_dict(LEAST | values | {"lora": alike}).check(released[0], released[1], "stage")
+
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_are_valid(path, released):
@@ -120,5 +130,5 @@ def test_presets_are_valid(path, released):
     if stage.data.source == "shapes":
         config = KeyeConfig.from_file(presets.EMBEDDED)
         names = [".".join(path) for path in parameter_axes(config)]
-        read_options(stage.data.shapes, stage.batch)
+        read_options(stage)
     stage.check(config, names, str(path))

@@ -175,11 +175,11 @@ def assert_gradients_close(got: dict[str, np.ndarray], wanted: dict[str, np.ndar
     ("tokens", "options"),
     [
         (192, TrainOptions(router=True, remat="none")),
-        (64, TrainOptions(router=True, remat="attention")),
-        (192, TrainOptions("dense", router=True, remat="layer", block_bytes=2**20)),
+        (64, TrainOptions(router=True, remat="attention", scan_layers=True)),
+        (192, TrainOptions("dense", router=True, remat="layer", block_bytes=2**20, scan_layers=True)),
         (192, TrainOptions(router=True, detach=False)),
     ],
-    ids=["sparse", "samples of several rows", "dense", "not detached"],
+    ids=["sparse", "samples of several rows, scanned", "dense, scanned", "not detached"],
 )
 def test_losses_and_gradients(tokens: int, options: TrainOptions):
     """In every parameter: of vision, projector, embeddings, attention, indexer, router, experts and head."""

@@ -1,5 +1,6 @@
 """Batches of the generated world."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from keye_jax import presets
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
-from keye_jax.train.config import StageConfig
+from keye_jax.train.config import LongConfig, StageConfig
 from keye_jax.train.generated import GeneratedBatches, read_options
 from keye_jax.train.shapes.files import write_model_files
 
@@ -49,10 +50,21 @@ def test_evaluations_end_and_have_other_scenes(files):
         next(batches)
 
 
+def test_long_clips_come_evenly(files):
+    """Of 8 steps of two batches, a quarter has rows of another length, and both batches of a step the same."""
+    config = stage()
+    long = LongConfig(share=0.25, length=1024, shapes={"frames": 16, "needle": 1})
+    data, batch = dataclasses.replace(config.data, long=long), dataclasses.replace(config.batch, accumulation=2)
+    batches = GeneratedBatches(files, CONFIG, dataclasses.replace(config, data=data, batch=batch))
+    shapes = [next(batches).ids.shape for _ in range(16)]
+    assert shapes == ([(2, 512)] * 6 + [(1, 1024)] * 2) * 2
+
+
 def test_settings():
     config = stage(objects=[1, 2], turns=3)
-    options = read_options(config.data.shapes, config.batch)
+    options, long = read_options(config)
+    assert long is None
     assert (options.scenes.objects, options.turns, options.rows, options.tokens) == ((1, 2), 3, 2, 512)
     for shapes, message in (({"frame": 3}, "data.shapes.frame is not known"), ({"frames": "many"}, "a wrong type")):
         with pytest.raises(UserError, match=message):
-            read_options(stage(**shapes).data.shapes, config.batch)
+            read_options(stage(**shapes))

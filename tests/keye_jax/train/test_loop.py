@@ -120,6 +120,11 @@ def assert_same_change(before, found, expected):
         np.testing.assert_allclose(found[path] - value, wanted, atol=5e-3 * np.abs(wanted).max() + 1e-9, err_msg=path)
 
 
+def host_weights(trainer):
+    """A copy of the weights that train."""
+    return {path: np.array(value) for path, value in trainer.state.weights.items()}
+
+
 def losses(trainer, batches, steps):
     return [float(trainer.train(batches)["language"]) for _ in range(steps)]
 
@@ -133,7 +138,7 @@ class TestSteps:
 
     def test_only_what_trains_changes_and_has_moments(self, trainer, folder):
         made, batches = trainer(stage(train=["projector"], loss={}))
-        before = made.host_weights()
+        before = host_weights(made)
         assert before.keys() == {
             f"projector.{name}"
             for name in ("norm.weight", "norm.bias", "linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias")
@@ -141,7 +146,7 @@ class TestSteps:
         moments = [leaf.size for leaf in jax.tree.leaves(made.state.moments) if leaf.ndim]
         assert sum(moments) == 2 * sum(value.size for value in before.values())
         losses(made, batches, 1)
-        assert all((made.host_weights()[path] != value).any() for path, value in before.items())
+        assert all((host_weights(made)[path] != value).any() for path, value in before.items())
 
     def test_batches_that_are_added_equal_a_larger_one(self, trainer):
         """Two batches of unlike numbers of targets, and both in one."""
@@ -149,16 +154,25 @@ class TestSteps:
         small = stage(data=data, optimizer=PLAIN, batch={"tokens": 512, "accumulation": 2})
         large = stage(data=data, optimizer=PLAIN, batch={"tokens": 1024, "images": {96: 8}})
         (one, its_batches), (other, others) = trainer(small), trainer(large)
-        before = one.host_weights()
+        before = host_weights(one)
         np.testing.assert_allclose(losses(one, its_batches, 1), losses(other, others, 1), rtol=1e-5)
-        assert_same_change(before, one.host_weights(), other.host_weights())
+        assert_same_change(before, host_weights(one), host_weights(other))
 
     def test_low_rank_pairs_learn_and_weights_stay(self, trainer):
         lora = {"targets": ["decoder.layers.*.attention", "decoder.layers.*.moe", "!*.router"], "rank": 4}
-        made, batches = trainer(stage(train=[], lora=lora, loss={}, optimizer={"lr": 1e-2, "warmup": 0}))
+        optimizer = {"lr": 1e-2, "warmup": 0}
+        made, batches = trainer(stage(train=[], lora=lora, loss={}, optimizer=optimizer, scan_layers=True))
         assert all(".lora_" in path for path in made.state.weights)
         found = losses(made, batches, 20)
         assert np.mean(found[-4:]) < 0.8 * found[0]
+
+
+@pytest.mark.slow
+def test_indexers_alone_are_compared_by_their_divergence(trainer):
+    config = stage(train=["decoder.layers.*.indexer"], loss={"language": False, "kl": 1.0}, attention="dense")
+    made, batches = trainer(config)
+    found = made.evaluate(itertools.islice(batches, 1))
+    assert found["loss"] == found["kl"] > 0
 
 
 @pytest.mark.slow
@@ -175,7 +189,7 @@ class TestRuns:
 
     def weights(self, folder, output):
         """The weights of a run's last checkpoint."""
-        self.run(folder, output, export=output / "exported")
+        self.run(folder, output, export=output / "exported", export_step="last")
         return load_params(output / "exported", KeyeConfig.from_file(folder / "hf"))
 
     def test_a_run_that_was_stopped_ends_with_the_same_bits(self, folder, tmp_path):
@@ -210,15 +224,39 @@ class TestRuns:
         assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
     def test_evaluation_and_export(self, folder, tmp_path):
-        config = stage(steps=2, evaluate_every=1, epochs=None)
+        config = stage(steps=2, evaluate_every=1, checkpoint_every=0)
         ended = self.run(folder, tmp_path / "run", config, evaluation=folder / "data.jsonl", export=tmp_path / "out")
         assert ended.finished
         lines = [json.loads(line) for line in (tmp_path / "run" / "measures.jsonl").read_text().splitlines()]
         assert [line["kind"] for line in lines] == ["train", "evaluation"] * 2
         assert lines[3]["loss"] < lines[1]["loss"] and 0 < lines[3]["recall"] <= 1
+        # The indexers' KL divergence does not decide which is best.
+        assert all(line["loss"] == line["language"] and line["kl"] > 0 for line in (lines[1], lines[3]))
+        assert {int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()} == {1, 2}
         assert {"config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"} <= {
             file.name for file in (tmp_path / "out").iterdir()
         }
+
+    def test_a_stopped_run_is_exported_where_it_stands(self, folder, tmp_path):
+        def interrupt():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        with before_batch(3, interrupt):
+            ended = self.run(folder, tmp_path / "run", export=tmp_path / "end")
+        assert (ended.step, ended.finished) == (3, False) and not (tmp_path / "end").exists()
+        config = KeyeConfig.from_file(folder / "hf")
+        start = load_params(folder / "hf", config)
+        for which, step in (("2", 2), ("last", 3)):
+            made = self.run(folder, tmp_path / "run", export=tmp_path / which, export_step=which)
+            assert made.step == step
+            found = load_params(tmp_path / which, config)
+            assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (found, start)), strict=True))
+            start = found
+
+    def test_only_a_run_has_a_checkpoint_to_export(self, folder, tmp_path):
+        with pytest.raises(UserError, match=r"--output is .*; it must be the folder of a run"):
+            self.run(folder, tmp_path / "none", export=tmp_path / "out", export_step="last")
+        assert not (tmp_path / "none").exists()
 
     def test_epochs_are_counted_before(self, folder, tmp_path):
         config = dataclasses.replace(stage(checkpoint_every=0), steps=None, epochs=1.0)
@@ -285,21 +323,24 @@ class TestMistakes:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "rules"),
+    ("mesh", "rules", "scan"),
     [
-        ({"x": 8}, {"batch": "x", "parameters": "x"}),
-        ({"x": 4}, {"query_sequence": "x", "experts": "x", "vision_patches": "x", "vocab": "x"}),
-        ({"y": 2, "x": 4}, {"batch": "y", "query_sequence": "x", "experts": "x", "parameters": ["y", "x"]}),
+        ({"x": 8}, {"batch": "x", "parameters": "x"}, False),
+        ({"x": 4}, {"query_sequence": "x", "experts": "x", "vision_patches": "x", "vocab": "x"}, False),
+        ({"y": 2, "x": 4}, {"batch": "y", "query_sequence": "x", "experts": "x", "parameters": ["y", "x"]}, True),
     ],
-    ids=["data", "experts", "both"],
+    ids=["data", "experts", "both, layers in a loop"],
 )
-def test_several_devices_make_the_step_of_one(trainer, folder, mesh, rules, quick_to_compile):
+def test_several_devices_make_the_step_of_one(trainer, folder, mesh, rules, scan, quick_to_compile):
     sharding = ShardingConfig.from_dict({"mesh": mesh, "rules": rules})
     devices = MeshRules.create(sharding, KeyeConfig.from_file(folder / "hf"))
     # Eight samples, one for each of at most eight groups of devices, so that all take the same ones.
     batch = {"tokens": 2048, "row": 64, "samples": 8, "images": {96: 16}}
     config = stage(optimizer=PLAIN, batch=batch, data=DATA | {"lookahead": 8})
-    (one, its_batches), (several, others) = trainer(config), trainer(config, devices)
-    before = one.host_weights()
+    (one, its_batches), (several, others) = (
+        trainer(config),
+        trainer(dataclasses.replace(config, scan_layers=scan), devices),
+    )
+    before = host_weights(one)
     np.testing.assert_allclose(losses(several, others, 1), losses(one, its_batches, 1), rtol=1e-5)
-    assert_same_change(before, several.host_weights(), one.host_weights())
+    assert_same_change(before, host_weights(several), host_weights(one))

@@ -56,6 +56,7 @@ def hidden(model: Keye) -> jax.Array:
 
 
 class TestForward:
+    @pytest.mark.slow
     def test_it_equals_that_of_merged_weights(self, checkpoint, tmp_path):
         directory, config, pairs = checkpoint
         structure, weights = ModelDef.split(Keye.from_params(config, load_params(directory, config)))
