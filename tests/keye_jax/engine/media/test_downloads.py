@@ -35,8 +35,8 @@ def test_a_killed_process_leaves_nothing_for_long(temporary):
         other.mkdir()
     (temporary / "keye-jax-file").touch()
     kept = set(temporary.iterdir())
-    environment = os.environ | {"TMPDIR": str(temporary)}
-    with subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, stdout=subprocess.PIPE) as process:
+    environment, command = os.environ | {"TMPDIR": str(temporary)}, [sys.executable, "-c", PROGRAM]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == b"there\n"
             (theirs,) = set(temporary.iterdir()) - kept
