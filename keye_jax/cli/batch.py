@@ -233,7 +233,6 @@ def _engine(opener: Any, workers: int | None, gpus: float, concurrency: int) -> 
     """The engine of this process, or those of workers on a Ray cluster."""
     if workers is None:
         start = time.monotonic()
-        options.enable_compilation_cache()
         distributed.tell(_OPENS)
         with opener() as engine:
             ready = f"the engine is ready after {time.monotonic() - start:.0f} s"

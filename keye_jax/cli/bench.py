@@ -96,6 +96,7 @@ def bench(
     from keye_jax.bench.timing import SHORTEST_CONTEXT, compile_steps
     from keye_jax.config import KeyeConfig
     from keye_jax.model.params import shard_params
+    from keye_jax.runtime.compilation_cache import enable_compilation_cache
     from keye_jax.runtime.runtime import Runtime
 
     if breakdown and jax.default_backend() != "gpu":
@@ -103,7 +104,7 @@ def bench(
     for batch, context in batches:
         if context < SHORTEST_CONTEXT:
             raise UserError(f"--decode has {batch}x{context}; a context must have at least {SHORTEST_CONTEXT} tokens")
-    options.enable_compilation_cache()
+    enable_compilation_cache()
     sizes = KeyeConfig.from_file(config)
     if layers is not None:
         if not 1 <= layers <= sizes.num_hidden_layers:

@@ -64,8 +64,9 @@ def shapes(
     from keye_jax.config import KeyeConfig
     from keye_jax.engine.engine import Engine
     from keye_jax.eval.shapes import ENGINE, SELECTIONS, answers, failures, guesses, scores, write_clips
+    from keye_jax.runtime.compilation_cache import enable_compilation_cache
 
-    options.enable_compilation_cache()
+    enable_compilation_cache()
     config = KeyeConfig.from_file(checkpoint)
     found, given = {}, {}
     with tempfile.TemporaryDirectory() as directory, options.ProgressBars() as bars:

@@ -96,9 +96,10 @@ def generate(
     from keye_jax.engine.limits import new_token_limit
     from keye_jax.engine.options import options_for_one
     from keye_jax.engine.request import Request, RequestError
+    from keye_jax.runtime.compilation_cache import enable_compilation_cache
     from keye_jax.runtime.device import memory_limit_bytes, peak_memory_bytes
 
-    options.enable_compilation_cache()
+    enable_compilation_cache()
     media = options.given(
         fps=fps,
         max_frames=max_frames,

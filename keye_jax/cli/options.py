@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -129,15 +128,6 @@ def parameter_dtype(value: str) -> str | None:
     if value not in ("checkpoint", "bfloat16", "float32"):
         raise UserError(f"--dtype is {value!r}; it must be 'checkpoint', 'bfloat16' or 'float32'")
     return None if value == "checkpoint" else value
-
-
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in `JAX_COMPILATION_CACHE_DIR` or the user's cache directory."""
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "keye-jax" / "xla"))
 
 
 class ProgressBars:

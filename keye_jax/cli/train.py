@@ -51,6 +51,7 @@ def train(
     _check_installed("optax")
     if stop_after is not None and stop_after <= 0:
         raise UserError(f"--stop-after is {stop_after}; it must be a positive number of minutes")
+    from keye_jax.runtime.compilation_cache import enable_compilation_cache
     from keye_jax.train.config import StageConfig
 
     source = presets.train_file(config)
@@ -62,7 +63,7 @@ def train(
         raise UserError(f"--export is missing; --export-step is {export_step!r}, and they go together")
     if export is not None and export.exists() and any(export.iterdir()):
         raise UserError(f"--export is {str(export)!r}; it must be a new folder or an empty one")
-    options.enable_compilation_cache()
+    enable_compilation_cache()
 
     from keye_jax.train.session import train as run
 

@@ -50,9 +50,10 @@ def verify(
     from keye_jax.eval.parity import verify as compare_all
     from keye_jax.model.keye import Keye
     from keye_jax.model.params import parameter_shardings
+    from keye_jax.runtime.compilation_cache import enable_compilation_cache
     from keye_jax.runtime.runtime import Runtime
 
-    options.enable_compilation_cache()
+    enable_compilation_cache()
     kind = kind_of(checkpoint)
     config = KeyeConfig.from_file(checkpoint)
     rules = options.mesh_rules(sharding, config)

@@ -221,14 +221,20 @@ class Engine:
             self._changed.wait_for(lambda: not self._jobs)
 
     def close(self) -> None:
-        """Ends all requests and frees the devices; where no requests are taken, waits until that is done elsewhere."""
+        """Ends all requests and frees the devices; where no requests are taken, waits until that is done elsewhere.
+
+        Does nothing the second time.
+        """
         with self._changed:
+            closed = self._closing
             self._draining = self._closing = True
             self._changed.notify_all()
         self._thread.join()
+        if closed:
+            return
         self._media.close()
         self._stepper.close()
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(AssertionError, ValueError):  # someone has removed all listeners
             jax.monitoring.unregister_event_duration_listener(self._count_compilation)
 
     def __enter__(self) -> Self:
@@ -418,6 +424,9 @@ class Engine:
         pads = sum(medium.pads for medium in prompt.media)
         job.prompt = prompt
         job.stamp("planned")
+        limit = self._limit(job)
+        if limit is None:
+            return
         job.embeds = np.zeros((pads, self.runtime.config.hidden_size), self.runtime.dtype)
         job.filled = np.zeros(pads, bool)
         job.frames_left = [medium.frames for medium in prompt.media]
@@ -431,8 +440,8 @@ class Engine:
                 if found.shown is not None:
                     shown[number] = found.shown
         job.frames = sum(job.frames_left)
-        if self._begin(job):
-            self._media.decode(job.id, skip, shown)
+        self._begin(job, limit)
+        self._media.decode(job.id, skip, shown)
 
     def _restate(self, job: Job, tokens: PromptTokens) -> None:
         """Begins again with the prompt that states the times of the frames that are shown. No token was drawn yet."""
@@ -442,13 +451,14 @@ class Engine:
             del self._choices[choice.id]
             self._events.append(Failed(choice.id))
         job.choices.clear()
-        self._begin(job)
+        limit = self._limit(job)
+        if limit is not None:
+            self._begin(job, limit)
 
-    def _begin(self, job: Job) -> bool:
-        """Makes the sequences of a request; False if it can never run, and failed."""
-        assert job.prompt is not None and job.embeds is not None, "it is planned"
-        request, prompt, config = job.request, job.prompt, self.runtime.config
-        length = len(prompt.input_ids)
+    def _limit(self, job: Job) -> int | None:
+        """Most tokens of each answer; None if the request can never run, and failed."""
+        assert job.prompt is not None, "it is planned"
+        request, length = job.request, len(job.prompt.input_ids)
         room = self.scheduler_config.most_tokens - length
         limit = request.max_tokens or max(1, min(DEFAULT_NEW_TOKENS, room))
         if job.decoded is not None:
@@ -458,7 +468,13 @@ class Engine:
         except UserError as error:
             self._media.cancel(job.id)
             self._fail(job, "too_large", str(error))
-            return False
+            return None
+        return limit
+
+    def _begin(self, job: Job, limit: int) -> None:
+        """Makes the sequences of a request, each of which writes at most `limit` tokens."""
+        assert job.prompt is not None and job.embeds is not None, "it is planned"
+        request, prompt, config = job.request, job.prompt, self.runtime.config
         pads = np.isin(prompt.input_ids, (config.image_token_id, config.video_token_id))
         before = np.concatenate([[0], np.cumsum(pads)])
         hashes: tuple[bytes, ...] = ()
@@ -486,9 +502,8 @@ class Engine:
             choice = Answering(str(next(self._sequences)), number, data, writer, logprobs, limit)
             job.choices.append(choice)
             self._choices[choice.id] = job, choice
-            self._events.append(Arrival(choice.id, length, limit, hashes))
+            self._events.append(Arrival(choice.id, len(prompt.input_ids), limit, hashes))
         self._tell_ready(job)
-        return True
 
     def _tell_ready(self, job: Job) -> None:
         """Tells the scheduler up to where the prompt can be read."""

@@ -148,7 +148,8 @@ class Scheduler:
     @property
     def stats(self) -> Stats:
         """Counts for metrics."""
-        states = [sequence.state for sequence in self._sequences.values()]
+        # Other threads may ask meanwhile; `tuple` takes all sequences at once.
+        states = [sequence.state for sequence in tuple(self._sequences.values())]
         return Stats(
             waiting=states.count("waiting"),
             reading=states.count("reading"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import random
 import signal
@@ -40,7 +41,7 @@ class Engine(Protocol):
 
 
 def open_engine(checkpoint: str, *, sharding: str | None = None, warmup: bool = True, **settings: Any) -> Any:
-    """An engine for a checkpoint; a context manager.
+    """An engine for a checkpoint; a context manager. Compiled programs are kept between runs.
 
     Args:
       sharding: a preset's name, or a sharding file; None for one device.
@@ -49,14 +50,18 @@ def open_engine(checkpoint: str, *, sharding: str | None = None, warmup: bool = 
     """
     from keye_jax import presets
     from keye_jax.engine.engine import Engine
+    from keye_jax.runtime.compilation_cache import enable_compilation_cache
 
+    enable_compilation_cache()
     rules = None
     if sharding is not None:
         file = ShardingConfig.from_file(presets.sharding_file(sharding))
         rules = MeshRules.create(file, KeyeConfig.from_file(checkpoint))
-    engine = Engine.from_checkpoint(checkpoint, rules=rules, **settings)
-    if warmup:
-        engine.warmup()
+    with contextlib.ExitStack() as on_error:
+        engine = on_error.enter_context(Engine.from_checkpoint(checkpoint, rules=rules, **settings))
+        if warmup:
+            engine.warmup()
+        on_error.pop_all()
     return engine
 
 

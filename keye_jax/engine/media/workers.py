@@ -8,19 +8,17 @@ import itertools
 import logging
 import os
 import pickle
-import shutil
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from keye_jax.engine.media.arena import Arena
+from keye_jax.engine.media.downloads import DownloadFolder
 from keye_jax.engine.media.events import Broken, Finished, MediaEvent, Pixels, Planned
 from keye_jax.engine.media.frame_cache import FrameCache
 from keye_jax.engine.media.hashes import FileHashes
@@ -98,7 +96,8 @@ class MediaWorkers:
         self._threads_only = processes == 0
         self._processes, self._timeout, self._notify = max(1, processes), timeout, notify
         self.arena = Arena(byte_budget, byte_budget // self._processes)
-        self.folder = Path(tempfile.mkdtemp(prefix="keye-jax-"))
+        self._downloads = DownloadFolder()
+        self.folder = self._downloads.path
         self._files = FileHashes()
         self._serials = itertools.count()
         self._changed = threading.Condition()
@@ -210,8 +209,10 @@ class MediaWorkers:
         return [event for _, event in events]
 
     def close(self) -> None:
-        """Ends all requests and workers."""
+        """Ends all requests and workers. Does nothing the second time."""
         with self._changed:
+            if self._closed:
+                return
             self._closed = True
             jobs, lanes = list(self._jobs), dict(self._lanes)
             self._changed.notify_all()
@@ -221,7 +222,7 @@ class MediaWorkers:
             lane.kill()
             thread.join()
         self.arena.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._downloads.close()
 
     def _add_lane(self) -> None:
         lane = Lane(self._settings, self._setup, self.folder, self.arena, self._timeout, self._files)

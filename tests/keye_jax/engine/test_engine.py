@@ -160,6 +160,22 @@ def test_what_cannot_run_is_refused_and_nothing_else(engine, request_, kind, mes
     assert len(neighbour.result(120).choices[0].token_ids) == 10
 
 
+def test_what_can_never_run_takes_no_memory(engine, files, monkeypatch):
+    zeros = np.zeros
+
+    def limited(shape, *arguments, **others):
+        if np.prod(shape) > engine.scheduler_config.most_tokens * engine.runtime.config.hidden_size:
+            raise MemoryError
+        return zeros(shape, *arguments, **others)
+
+    monkeypatch.setattr(np, "zeros", limited)
+    picture = {"type": "image", "image": str(files / "picture.png"), "min_pixels": 150528}
+    with pytest.raises(RequestError, match="together they must be at most") as error:
+        engine.submit(ask([picture] * 20)).result(120)
+    assert error.value.kind == "too_large"
+    assert len(engine.submit(ask("hello", tokens=1)).result(120).choices[0].token_ids) == 1
+
+
 def test_cancelling_leaves_what_was_written(engine):
     handle = engine.submit(ask(words(9), tokens=1500, sampling=sampled(4)))
     next(iter(handle))
@@ -207,6 +223,7 @@ def test_closing_ends_requests_and_frees_the_devices(make):
     pool = sum(array.nbytes for array in jax.live_arrays()) - before
     handle = engine.submit(ask(words(1), tokens=1500))
     engine.close()
+    engine.close()  # does nothing
     with pytest.raises(RequestError, match="closed"):
         handle.result(120)
     with pytest.raises(RequestError, match="takes no more requests"):

@@ -12,10 +12,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
+from keye_jax.engine.engine import Engine as ModelEngine
 from keye_jax.engine.openai import read_body
-from keye_jax.jobs.batch import Batch
+from keye_jax.jobs.batch import Batch, open_engine
 from keye_jax.jobs.journal import JobStoppedError, Journal
 from keye_jax.jobs.lines import Shard, count_lines, read_lines
 from keye_jax.jobs.report import Tally
@@ -311,3 +313,34 @@ def test_10000_mutated_lines_end_with_10000_results(run, output):
     assert codes.keys() == {None, "invalid", "invalid_line", "duplicate_custom_id"}
     assert min(codes.values()) > 100
     assert all("\n" not in value["message"] for value in found.values() if "code" in value)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_opened_engine_keeps_programs_and_is_closed_if_it_cannot_warm_up(monkeypatch, tmp_path, fails):
+    told = []
+
+    class Opened:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            told.append("closed")
+
+        def warmup(self):
+            told.append(jax.config.jax_compilation_cache_dir)
+            if fails:
+                raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(ModelEngine, "from_checkpoint", lambda *_, **settings: Opened())
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        if fails:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                open_engine("checkpoint")
+        else:
+            open_engine("checkpoint")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert told == [str(tmp_path / "keye-jax" / "xla"), *(["closed"] if fails else [])]

@@ -307,6 +307,7 @@ def test_notify_and_no_processes_left(processor, clip):
     pids = workers.worker_pids
     assert pids
     workers.close()
+    workers.close()  # does nothing
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
