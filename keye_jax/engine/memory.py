@@ -80,7 +80,9 @@ def pages_per_shard(
     )
     limit, weights = memory_limit_bytes(), max(weight_bytes(config, rules), memory_in_use_bytes())
     here = (limit - weights - steps) // _MIB
-    room = int(np.min(multihost_utils.process_allgather(np.asarray(here, np.int32)))) * _MIB
+    # A model without a mesh is this process's own, whatever others run.
+    everywhere = here if rules.sharding() is None else multihost_utils.process_allgather(np.asarray(here, np.int32))
+    room = int(np.min(everywhere)) * _MIB
     taken = f"{weights / 2**30:.2f} GiB of weights and {steps / 2**30:.2f} GiB for the steps; a device has "
     taken += f"{limit / 2**30:.2f} GiB"
     if cache_tokens is not None:
