@@ -31,6 +31,9 @@ class EngineOptions:
       frame_cache: directory for decoded frames; None for none.
       frame_cache_bytes: most bytes of it.
       embedding_cache_bytes: most bytes of embeddings of media that are kept in host memory.
+
+    Raises:
+      UserError: a number is not allowed. `scheduler_config` checks those of the scheduler and of the pool.
     """
 
     rows: int = 8
@@ -48,6 +51,14 @@ class EngineOptions:
     frame_cache: Path | None = None
     frame_cache_bytes: int = 32 << 30
     embedding_cache_bytes: int = 2 << 30
+
+    def __post_init__(self) -> None:
+        least = {"media_workers": 0, "media_bytes": 1, "frame_cache_bytes": 0, "embedding_cache_bytes": 0}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {number}")
+        if not self.media_timeout > 0:
+            raise UserError(f"media_timeout is {self.media_timeout}; it must be above 0")
 
 
 def options_for_one(rules: MeshRules, tokens: int) -> EngineOptions:

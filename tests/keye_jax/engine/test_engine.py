@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from keye_jax.engine.options import EngineOptions
 from keye_jax.engine.request import Piece, Request, RequestError
+from keye_jax.errors import UserError
 from keye_jax.runtime.prefill import Segment
 from keye_jax.runtime.sampling import SamplingParams
 from tests.keye_jax.engine.conftest import GREEDY, ask, words
@@ -236,3 +238,16 @@ def test_draining_answers_what_there_is(make):
         handles = [engine.submit(ask(words(seed))) for seed in range(6)]
         engine.drain()
         assert all(handle.done for handle in handles)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"media_workers": -1}, "media_workers is -1; it must be at least 0"),
+        ({"media_bytes": 0}, "media_bytes is 0; it must be at least 1"),
+        ({"media_timeout": float("nan")}, "media_timeout is nan; it must be above 0"),
+    ],
+)
+def test_wrong_options_are_named(option, message):
+    with pytest.raises(UserError, match=f"^{message}$"):
+        EngineOptions(**option)
