@@ -135,7 +135,7 @@ class OrbaxWriter:
 
     def save(self, arrays: Mapping[ArrayPath, np.ndarray]) -> None:
         """Saves one group, which is on the disk when this returns. Extra memory: about the largest array."""
-        with self._context, _quiet():
+        with self._context, quiet_orbax():
             ocp.partial.save(str(self._final), nest(arrays))
 
     def saved(self) -> list[str]:
@@ -219,7 +219,7 @@ class OrbaxSource:
         if self.problems:
             return
         try:
-            with _quiet():
+            with quiet_orbax():
                 tree = ocp.metadata(str(self._params)).metadata
         except Exception as error:
             raise UserError(f"{self._params} cannot be read as an Orbax checkpoint: {_first_line(error)}") from error
@@ -266,7 +266,7 @@ class OrbaxSource:
         context.pytree.loading.partial_load = True
         context.memory.read_concurrent_bytes = _READ_BYTES
         try:
-            with context, _quiet():
+            with context, quiet_orbax():
                 return flatten(ocp.load(str(self._params), nest(requests)))
         except ValueError as error:
             raise UserError(f"{self._params}: the arrays cannot be read: {_first_line(error)}") from error
@@ -276,7 +276,7 @@ class OrbaxSource:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_orbax() -> Iterator[None]:
     """Silences the log of Orbax, which repeats its exceptions and what is checked here."""
     logger = logging.getLogger("absl")
     before = logger.level

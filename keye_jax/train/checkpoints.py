@@ -6,17 +6,16 @@ OUTPUT/checkpoints/<step>  Orbax: the last ones and the best one
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint.experimental import v1 as ocp
 
+from convert.orbax_io import quiet_orbax
 from keye_jax.errors import UserError, shorten
 
 RUN, CHECKPOINTS = "run.json", "checkpoints"
@@ -57,7 +56,7 @@ class RunCheckpoints:
         best = policies.BestN(
             get_metric_fn=lambda metrics: -metrics["loss"], n=1, keep_checkpoints_without_metrics=False
         )
-        with _quiet():
+        with quiet_orbax():
             self._checkpointer = ocp.training.Checkpointer(
                 str(output / CHECKPOINTS),
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
@@ -84,7 +83,7 @@ class RunCheckpoints:
         if sum(leaf.nbytes for leaf in leaves.values()) < _SMALL:
             context.array.saving.ocdbt_target_data_file_size = _SMALL_FILE
         metrics: Any = None if loss is None else {"loss": loss}
-        with context, _quiet():
+        with context, quiet_orbax():
             self._checkpointer.save(
                 step, leaves, force=True, metrics=metrics, custom_metadata={"position": dict(position)}
             )
@@ -102,7 +101,7 @@ class RunCheckpoints:
         if step is None:
             return None
         state = self._load(step, like)
-        with _quiet():
+        with quiet_orbax():
             metadata: Any = self._checkpointer.metadata(step).custom_metadata
         return step, state, dict(metadata["position"])
 
@@ -139,7 +138,7 @@ class RunCheckpoints:
         }
         context = ocp.Context()
         context.pytree.loading.partial_load = partial
-        with context, _quiet():
+        with context, quiet_orbax():
             found = self._checkpointer.load(step, wanted)
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
 
@@ -187,15 +186,3 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(values, Mapping) or not values:
         return {prefix.rstrip("."): values}
     return {name: leaf for key, value in values.items() for name, leaf in _flat(value, f"{prefix}{key}.").items()}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the log of Orbax."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
