@@ -26,6 +26,7 @@ from convert.reader import DTYPES, HeaderError, SafetensorsSource, read_header
 from convert.writer import PlannedTensor, ShardWriter
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError, shorten
+from keye_jax.parsing import read_json
 
 CONFIG_NAME, MODEL_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -226,11 +227,8 @@ def _wanted(stored: Any, values: Mapping[str, Any], tensors: Mapping[str, mappin
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path.parent} has no {CONFIG_NAME}; a LoRA adapter is a directory in PEFT's layout")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+    values = read_json(path)
+    if values.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type must be 'LORA'")
     for name in ("r", "lora_alpha"):
         if isinstance(values.get(name), bool) or not isinstance(values.get(name), int | float) or values[name] <= 0:

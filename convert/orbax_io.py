@@ -22,6 +22,7 @@ import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
 from keye_jax.errors import UserError
+from keye_jax.parsing import read_json
 
 # The directory of the arrays in a converted checkpoint, and the file with the length of every file in it.
 PARAMS = "params"
@@ -235,10 +236,11 @@ class OrbaxSource:
         manifest = self.directory / MANIFEST
         if not manifest.is_file():
             return
-        try:
-            expected = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{manifest} is not a checkpoint's manifest: it must be JSON with 'files'") from error
+        expected = read_json(manifest).get("files")
+        if not isinstance(expected, dict) or not all(type(size) is int and size >= 0 for size in expected.values()):
+            raise UserError(
+                f"{manifest} is not a checkpoint's manifest: it must be JSON with 'files', an object of sizes in bytes"
+            )
         for name, size in expected.items():
             if name not in sizes:
                 self.problems.append(f"{PARAMS}/{name}: it is missing")

@@ -7,7 +7,6 @@ resident memory: a mapped checkpoint would seem to need its whole size in memory
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from pathlib import Path
@@ -17,7 +16,8 @@ import ml_dtypes
 import numpy as np
 
 from convert import mapping
-from keye_jax.errors import UserError
+from keye_jax.errors import UserError, shorten
+from keye_jax.parsing import parse_json, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -79,9 +79,9 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         if 8 + length > size:
             raise HeaderError(f"it is truncated: it has {size:,} bytes; its header alone has {length:,}")
         try:
-            values = json.loads(stream.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise HeaderError(f"its header is not JSON: {error}") from error
+            values = parse_json(stream.read(length), "its header")
+        except UserError as error:
+            raise HeaderError(str(error)) from error
     if not isinstance(values, dict):
         raise HeaderError("its header is not a JSON object")
     values.pop("__metadata__", None)
@@ -233,13 +233,18 @@ class SafetensorsSource:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        entries = weight_map.items()
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is not a safetensors index: it must be JSON with an object 'weight_map'") from error
-    for name, file_name in entries:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index} is not a safetensors index: it must be JSON with an object 'weight_map'")
+    for name, file_name in weight_map.items():
         # A name in a downloaded file must not lead out of the directory.
-        if not isinstance(file_name, str) or Path(file_name).name != file_name or file_name in ("", ".", ".."):
-            raise UserError(f"{index}: weight_map[{name!r}] is {file_name!r}; it must be the name of a file beside it")
+        if not isinstance(file_name, str) or not _is_plain_name(file_name):
+            raise UserError(
+                f"{index}: weight_map[{shorten(name)}] is {shorten(file_name)}; it must be the name of a file beside it"
+            )
     return weight_map
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether `name` is that of a file in a directory, as file systems allow it."""
+    return name.isprintable() and Path(name).name == name not in ("", ".", "..") and len(name.encode()) <= 255

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from keye_jax.errors import UserError
+from keye_jax.parsing import read_json
 
 JOURNAL = "conversion.json"
 _LOCK = "lock"
@@ -124,7 +125,7 @@ class Staging:
                 )
             return None
         try:
-            state = json.loads((self.path / JOURNAL).read_text(encoding="utf-8"))
+            state = read_json(self.path / JOURNAL)
             if isinstance(state["done"], list) and isinstance(state["kept"], list):
                 return state
         except FileNotFoundError:

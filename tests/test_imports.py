@@ -49,7 +49,9 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "keye_jax.testing": ("keye_jax.config", "keye_jax.byte_level"),
     "keye_jax.byte_level": (),
     "keye_jax.presets": ("keye_jax.errors",),
-    "keye_jax.config": ("keye_jax.errors",),
+    "keye_jax.config": ("keye_jax.config_rules",),
+    "keye_jax.config_rules": ("keye_jax.parsing",),
+    "keye_jax.parsing": ("keye_jax.errors",),
     "keye_jax.errors": (),
     "keye_jax": (),  # __init__.py: the version, and names of the library that are looked up late
     "keye_jax.progress": (),

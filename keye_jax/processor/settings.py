@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from keye_jax.config import VisionConfig
 from keye_jax.errors import UserError, shorten
+from keye_jax.parsing import read_json
 from keye_jax.processor.frame_text import GUESS, FrameText
 from keye_jax.processor.options import ImageOptions, VideoOptions, read_options, resolve_options
 
@@ -18,6 +18,8 @@ _TOKEN_SIDE = 28
 _FILE = "preprocessor_config.json"
 # The files that may say how a frame's time is written; the first that does is believed.
 _FRAME_FORMAT_FILES = ("video_preprocessor_config.json", "processor_config.json", _FILE)
+# What is done to all pixels; the publisher's own code can leave a step out.
+_STEPS = ("do_resize", "do_rescale", "do_normalize")
 _IMAGE, _VIDEO = ImageOptions(), VideoOptions()
 _VIDEO_NAMES = ("fps", "min_frames", "max_frames", "total_pixels")
 _VIDEO_ONLY_NAMES = tuple(f"video_{name}" for name in (*_VIDEO_NAMES, "min_pixels", "max_pixels"))
@@ -78,10 +80,13 @@ class ProcessorSettings:
           UserError: a file is not JSON, a value is not allowed, or the patches are not the model's.
         """
         path = directory / _FILE
-        values = _read_json(path) if path.exists() else {}
+        values = read_json(path) if path.exists() else {}
         for name, expected in (("patch_size", vision.patch_size), ("merge_size", vision.spatial_merge_size)):
             if values.get(name, expected) != expected:
                 raise _wrong(name, values[name], f"{expected}, as in config.json")
+        for name in _STEPS:
+            if values.get(name) not in (None, True):
+                raise _wrong(name, values[name], "true, as the model was trained")
         side = vision.patch_size * vision.spatial_merge_size
         if side != _TOKEN_SIDE:
             allowed = f"such that patch_size x spatial_merge_size is {_TOKEN_SIDE} pixels, not {side}"
@@ -105,7 +110,7 @@ def read_frame_format(directory: Path) -> str | None:
       UserError: a file is not JSON, or the format is not valid.
     """
     for path in (directory / name for name in _FRAME_FORMAT_FILES):
-        values = _read_json(path) if path.exists() else {}
+        values = read_json(path) if path.exists() else {}
         nested = values.get("video_processor")
         for place in (values, nested if isinstance(nested, Mapping) else {}):
             value = place.get("frame_format")
@@ -123,29 +128,25 @@ def _typed(name: str, value: Any) -> Any:
     try:
         match name:
             case "rescale_factor":
-                return float(value)
+                return _number(value)
             case "adaptive_pixels":
-                return tuple((float(seconds), float(factor)) for seconds, factor in value)
+                return tuple((_number(seconds), _number(factor)) for seconds, factor in value)
             case _:
-                return tuple(float(item) for item in value)
+                return tuple(_number(item) for item in value)
     except (TypeError, ValueError):
         pass
     kinds = {"rescale_factor": "a number", "adaptive_pixels": "rows [seconds, factor]"}
     raise _wrong(name, value, kinds.get(name, "a list of numbers"))
 
 
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError
+    return float(value)
+
+
 def _wrong(name: str, value: Any, allowed: str) -> UserError:
     return UserError(f"{_FILE}: {name} is {shorten(value)}; it must be {allowed}")
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, Mapping):
-        raise UserError(f"{path} is not a JSON object")
-    return values
 
 
 def read_template(directory: Path) -> tuple[str, dict[str, str]]:
@@ -155,7 +156,7 @@ def read_template(directory: Path) -> tuple[str, dict[str, str]]:
       UserError: the checkpoint has no chat template, or a file is not JSON.
     """
     path = directory / "tokenizer_config.json"
-    config = _read_json(path) if path.exists() else {}
+    config = read_json(path) if path.exists() else {}
     variables = {}
     for name, value in config.items():
         value = value.get("content") if isinstance(value, Mapping) else value
@@ -163,12 +164,16 @@ def read_template(directory: Path) -> tuple[str, dict[str, str]]:
             variables[name] = value
     source: Any = None
     if (path := directory / "chat_template.jinja").exists():
-        source = path.read_text(encoding="utf-8")
+        try:
+            source = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not a chat template: it must be in UTF-8 ({error})") from error
     elif (path := directory / "chat_template.json").exists():
-        source = _read_json(path).get("chat_template")
+        source = read_json(path).get("chat_template")
     source = source or config.get("chat_template")
     if isinstance(source, list):
-        source = next((item.get("template") for item in source if item.get("name") == "default"), None)
+        templates = [item for item in source if isinstance(item, Mapping)]
+        source = next((item.get("template") for item in templates if item.get("name") == "default"), None)
     if not isinstance(source, str):
         raise UserError(
             f"no chat template in {directory}; a checkpoint must have it in chat_template.jinja, chat_template.json or "

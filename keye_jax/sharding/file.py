@@ -22,10 +22,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from keye_jax.config import KeyeConfig
-from keye_jax.errors import UserError
+from keye_jax.errors import UserError, shorten
+from keye_jax.parsing import read_yaml
 
 AUTO = "auto"
 
@@ -85,12 +84,7 @@ class ShardingConfig:
           UserError: it is not YAML, or a field is impossible.
           FileNotFoundError: there is no such file.
         """
-        try:
-            values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-        # YAML's own tags convert with Python's functions, whose errors come as they are.
-        except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
-            raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-        return cls.from_dict(values, source=str(path))
+        return cls.from_dict(read_yaml(path), source=str(path))
 
     @classmethod
     def from_dict(cls, values: Any, *, source: str = "sharding") -> ShardingConfig:
@@ -188,7 +182,7 @@ class _Reader:
         self._source = source
 
     def fail(self, field: str, value: Any, allowed: str) -> NoReturn:
-        raise UserError(f"{self._source}: {field} is {value!r}; it must be {allowed}")
+        raise UserError(f"{self._source}: {field} is {shorten(value)}; it must be {allowed}")
 
     def mapping(self, field: str, value: Any, known: tuple[str, ...] | None = None) -> dict[str, Any]:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -221,17 +215,3 @@ class _Reader:
                     f"{self._source}: mesh axis {axis} is used twice, by rules.{first} and rules.{second}, which split "
                     "the same array; one of them must go over another axis"
                 )
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which plain YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str):
-                if key in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", key_node.start_mark)
-                seen.add(key)
-        return super().construct_mapping(node, deep)

@@ -17,6 +17,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from convert.orbax_io import quiet_orbax
 from keye_jax.errors import UserError, shorten
+from keye_jax.parsing import read_json
 
 RUN, CHECKPOINTS = "run.json", "checkpoints"
 
@@ -168,10 +169,7 @@ def _by_name(state: Any) -> dict[str, Any]:
 
 
 def _refuse_others(file: Path, run: Mapping[str, Any]) -> None:
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
+    before = read_json(file)
     known, given = _flat(before), _flat(run)
     for name in dict.fromkeys((*known, *given)):
         field = name.removeprefix("stage.")

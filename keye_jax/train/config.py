@@ -19,10 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError, shorten
+from keye_jax.parsing import read_yaml
 from keye_jax.train.patterns import chosen, unmatched
 
 INDEXER = "decoder.layers.*.indexer"
@@ -264,11 +263,7 @@ class StageConfig:
           UserError: it is not YAML, or fields are wrong; the message names all of them.
           FileNotFoundError: there is no such file.
         """
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-        return cls.from_dict(values, source=str(path))
+        return cls.from_dict(read_yaml(path), source=str(path))
 
     @classmethod
     def from_dict(cls, values: Any, *, source: str = "stage") -> Self:

@@ -80,7 +80,10 @@ def entry(start: int, stop: int, shape: list[int], dtype: str = "F32") -> dict[s
         ((1 << 40).to_bytes(8, "little"), "not safetensors"),
         ((100).to_bytes(8, "little") + b"{}", "truncated"),
         (with_header(b"not json"), "not JSON"),
-        (with_header(b"\xff\xfe"), "not JSON"),
+        (with_header(b"\xff\xfe"), "byte order mark"),
+        (with_header(b"[" * 100_000), "100,000 levels deep"),
+        (with_header(b'{"a": 1, "a": 1}'), "stands twice"),
+        (with_header(b'{"a": ' + b"1" * 5000 + b"}"), "5,000 digits"),
         (with_header([1]), "not a JSON object"),
         (with_header({"a": entry(0, 8, [2])}, b"1234"), "truncated"),
         (with_header({"a": entry(0, 8, [2])}, b"123456789"), "1 bytes more"),
@@ -103,7 +106,15 @@ def test_bad_files_are_refused(tmp_path, content, message):
         safetensors.numpy.load_file(path)
 
 
-@pytest.mark.parametrize("index", ["nonsense", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../b.safetensors"}}'])
+@pytest.mark.parametrize(
+    "index",
+    [
+        "{}",
+        '{"weight_map": 3}',
+        '{"weight_map": {"a": "../b.safetensors"}}',
+        '{"weight_map": {"a": "%s"}}' % ("b" * 300),
+    ],
+)
 def test_bad_index_is_refused(tmp_path, index):
     (tmp_path / INDEX_NAME).write_text(index)
     with pytest.raises(UserError, match="weight_map"):

@@ -321,6 +321,14 @@ def test_defaults_come_from_the_checkpoint(tmp_path):
     assert defaults.end_tokens == {9}
     file.unlink()
     assert GenerationDefaults.from_checkpoint(str(tmp_path)).sampling == SamplingParams(0.6, 0.95, 20)
-    file.write_text("{")
-    with pytest.raises(UserError, match="is not JSON"):
-        GenerationDefaults.from_checkpoint(tmp_path)
+    for content, message in (
+        ("{", "is not JSON"),
+        ('{"temperature": "hot"}', "generation_config.json: temperature is 'hot'; it must be a number"),
+        ('{"top_k": 2.5}', "top_k is 2.5; it must be an integer"),
+        ('{"top_p": 1e400}', "the number 1e400 is not finite"),
+        ('{"eos_token_id": ["</s>"]}', "eos_token_id is .* it must be a token id or a list of them"),
+        ('{"num_beams": 4}', "num_beams is 4; it must be 1 or left out"),
+    ):
+        file.write_text(content)
+        with pytest.raises(UserError, match=message):
+            GenerationDefaults.from_checkpoint(tmp_path)
