@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from convert.reader import INDEX_NAME, SafetensorsSource
+from convert.reader import DTYPES, INDEX_NAME, SafetensorsSource
 from convert.staging import is_unfinished
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
@@ -48,15 +50,35 @@ def _has_orbax(directory: Path) -> bool:
     return (directory / "params" / "_CHECKPOINT_METADATA").is_file()
 
 
-def read_config(directory: Path) -> KeyeConfig:
-    """Reads the configuration of a checkpoint.
+def read_config(path: str | Path) -> KeyeConfig:
+    """Reads the configuration of a checkpoint, or a `config.json`.
+
+    Where it does not say the dtype of the weights, and weights lie beside it, the dtype is that of most of their bytes.
 
     Raises:
       UserError: there is no config.json, or it is not valid.
+      FileNotFoundError: there is no such file.
     """
-    if not (directory / "config.json").is_file():
-        raise UserError(f"{directory} has no config.json; a checkpoint needs the one it was released with")
-    return KeyeConfig.from_file(directory)
+    path = Path(path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"{path} has no config.json; a checkpoint needs the one it was released with")
+    config = KeyeConfig.from_file(path)
+    if not config.dtype_is_assumed or not path.is_dir() or not has_weights(path):
+        return config
+    dtype = _dtype_of_weights(path)
+    return config if dtype is None else dataclasses.replace(config, dtype=dtype, dtype_is_assumed=False)
+
+
+def _dtype_of_weights(directory: Path) -> str | None:
+    """The name of the dtype of most bytes of a checkpoint's weights; None if a model cannot have it."""
+    source = open_source(directory)
+    nbytes = collections.Counter[Any]()
+    for entry in source.entries.values():
+        dtype = DTYPES.get(entry.dtype) if isinstance(entry.dtype, str) else entry.dtype
+        nbytes[dtype] += entry.nbytes
+    source.close()
+    most = max(nbytes, key=nbytes.__getitem__, default=None)
+    return None if most is None or most not in DTYPES.values() else most.name
 
 
 def open_source(directory: Path) -> SafetensorsSource | OrbaxSource:

@@ -45,6 +45,7 @@ class Inspection:
       dtypes: bytes by dtype.
       files: number of weight files; 0 for a config.
       problems: the problems of the checkpoint, one sentence each.
+      notes: what the configuration leaves to a guess, or says without effect, one sentence each.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class Inspection:
     dtypes: dict[str, int]
     files: int
     problems: list[str]
+    notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON has them."""
@@ -70,7 +72,7 @@ def inspect(path: str | Path) -> Inspection:
     """
     path = Path(path)
     if path.is_file() or _has_only_config(path):
-        config = KeyeConfig.from_file(path)
+        config = detect.read_config(path)
         dtype = config.jax_dtype
         found = [checks.FoundTensor(tensor, dtype) for tensor in mapping.rows(config)]
         return _summary(path, "config", config, found, 0, [])
@@ -107,4 +109,4 @@ def _summary(
     text = sum(parts.get(name, Part()).parameters for name in _TEXT_PARTS)
     experts = parts.get("experts", Part()).parameters * config.num_experts_per_tok // config.num_experts
     total = sum(ordered.values(), Part())
-    return Inspection(path, kind, ordered, total, text + experts, dtypes, files, problems)
+    return Inspection(path, kind, ordered, total, text + experts, dtypes, files, problems, config.notes)

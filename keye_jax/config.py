@@ -19,7 +19,7 @@ import numpy as np
 
 from keye_jax import config_rules
 from keye_jax.config_rules import fail
-from keye_jax.errors import UserError, shorten
+from keye_jax.errors import UserError, shorten, shorten_name
 from keye_jax.parsing import read_json
 
 # The dtypes of weights, by their names in config.json.
@@ -28,6 +28,8 @@ DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
 }
+
+_MOST_SHOWN = 10
 
 
 def _read_value(field: str, value: Any, kind: Any) -> Any:
@@ -298,6 +300,14 @@ class KeyeConfig(_Section):
         """Names of the fields that have no effect and that nobody has looked at, with their sections."""
         sections: list[_Section] = [self, self.rope_scaling, self.sa_config, self.vision_config]
         return [name for each in sections for name in config_rules.unknown(each.SECTION, each.extra)]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the file leaves to a guess, or says without effect, one sentence each."""
+        found = [f"config.json does not say the dtype of the weights; {self.dtype} is assumed"]
+        unknown = self.unknown_fields
+        shown = ", ".join(map(shorten_name, unknown[:_MOST_SHOWN])) + (", ..." if len(unknown) > _MOST_SHOWN else "")
+        return found[: self.dtype_is_assumed] + ([f"fields of config.json without effect: {shown}"] if unknown else [])
 
     @property
     def mrope_section(self) -> tuple[int, ...]:

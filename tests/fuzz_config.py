@@ -12,7 +12,6 @@ import json
 import random
 import sys
 import traceback
-from typing import Any
 
 from keye_jax import presets
 from keye_jax.config import KeyeConfig

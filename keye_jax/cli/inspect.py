@@ -38,6 +38,8 @@ def inspect(
         if text is not None:
             guess = ", a guess: no file says it" if text["guessed"] else ""
             print(f"text of a video frame: {text['tokens_per_frame']:.1f} tokens ({text['format']}{guess})")
+        for note in found.notes:
+            print(f"note: {note}", file=sys.stderr)
         for problem in found.problems[:_PROBLEMS_SHOWN]:
             print(f"  {problem}", file=sys.stderr)
         if len(found.problems) > _PROBLEMS_SHOWN:

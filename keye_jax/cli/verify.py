@@ -45,7 +45,7 @@ def verify(
     from rich.table import Table
 
     from convert import kind_of, load_params
-    from keye_jax.config import KeyeConfig
+    from convert.detect import read_config
     from keye_jax.eval.parity import EXACT, OVERLAP, skipped
     from keye_jax.eval.parity import verify as compare_all
     from keye_jax.model.keye import Keye
@@ -55,7 +55,7 @@ def verify(
 
     enable_compilation_cache()
     kind = kind_of(checkpoint)
-    config = KeyeConfig.from_file(checkpoint)
+    config = read_config(checkpoint)
     rules = options.mesh_rules(sharding, config)
     shardings = parameter_shardings(config, rules)
     model = Keye.from_params(config, load_params(checkpoint, config, dtype=cast, shardings=shardings))

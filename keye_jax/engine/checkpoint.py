@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import kind_of, load_params
+from convert.detect import read_config
 from keye_jax.config import KeyeConfig
 from keye_jax.engine.generation_config import GenerationDefaults
 from keye_jax.model.attention import AttentionOptions
@@ -36,7 +37,7 @@ def read_checkpoint(
     """
     directory = Path(directory)
     kind_of(directory)
-    config = KeyeConfig.from_file(directory)
+    config = read_config(directory)
     processor = Processor.from_checkpoint(
         directory, config, allow_remote=allow_remote, allow_files=allow_files, defaults=media
     )

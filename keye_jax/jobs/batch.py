@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from keye_jax.config import KeyeConfig
+from convert.detect import read_config
 from keye_jax.engine.openai import completion_body, read_body
 from keye_jax.engine.request import Request, RequestError, Result
 from keye_jax.errors import UserError
@@ -56,7 +56,7 @@ def open_engine(checkpoint: str, *, sharding: str | None = None, warmup: bool = 
     rules = None
     if sharding is not None:
         file = ShardingConfig.from_file(presets.sharding_file(sharding))
-        rules = MeshRules.create(file, KeyeConfig.from_file(checkpoint))
+        rules = MeshRules.create(file, read_config(checkpoint))
     with contextlib.ExitStack() as on_error:
         engine = on_error.enter_context(Engine.from_checkpoint(checkpoint, rules=rules, **settings))
         if warmup:

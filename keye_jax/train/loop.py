@@ -18,6 +18,7 @@ import numpy as np
 
 from convert import load_params
 from convert.adapter import adaptable, write_adapter
+from convert.detect import read_config
 from convert.export import export
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
@@ -84,7 +85,7 @@ def load_model(checkpoint: str | Path, stage: StageConfig, rules: MeshRules, *, 
     Raises:
       UserError: the checkpoint is not whole, or stage and model do not go together.
     """
-    config = KeyeConfig.from_file(checkpoint)
+    config = read_config(checkpoint)
     if rules.axes("expert_hidden"):
         raise UserError("rules.expert_hidden splits the experts' columns; training needs a sharding without it")
     layout = parameter_axes(config)

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 
 from convert import kind_of
+from convert.detect import read_config
 from convert.synthetic import write_checkpoint
 from keye_jax import presets
 from keye_jax.config import KeyeConfig
@@ -67,7 +68,7 @@ def train(
         kind_of(checkpoint)
     if checkpoint is not None and stage.layers is not None:
         raise UserError(f"{source}: layers is {stage.layers}; it is for a new model, and --checkpoint is given")
-    config = KeyeConfig.from_file(checkpoint) if checkpoint is not None else _new_config(stage)
+    config = read_config(checkpoint) if checkpoint is not None else _new_config(stage)
     rules = rules_for(config)
     step = StepSharding.prefill(rules)
     groups = step.size(step.batch)

@@ -6,6 +6,7 @@ import os
 import pytest
 
 import convert
+from convert.detect import read_config
 from convert.inspection import inspect
 from keye_jax.cli import app, run
 from keye_jax.errors import UserError
@@ -76,3 +77,18 @@ def test_bad_config(tmp_path, capsys, content):
 def test_nothing_to_inspect(tmp_path):
     with pytest.raises(UserError, match="is not a checkpoint"):
         inspect(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "orbax"])
+def test_a_dtype_that_is_not_stated_is_that_of_the_weights(tmp_path, kind):
+    write(tmp_path / "safetensors", dtype="float32")
+    if kind == "orbax":
+        convert.convert(tmp_path / "safetensors", tmp_path / "orbax")
+    file = tmp_path / kind / "config.json"
+    values = json.loads(file.read_text())
+    del values["dtype"]
+    file.write_text(json.dumps(values | {"a_new_field": 1}))
+    found = read_config(tmp_path / kind)
+    assert found.dtype == "float32" and not found.dtype_is_assumed
+    assert inspect(tmp_path / kind).notes == ["fields of config.json without effect: a_new_field"]
+    assert inspect(file).notes[0] == "config.json does not say the dtype of the weights; bfloat16 is assumed"

@@ -235,7 +235,7 @@ def test_the_dtype_has_two_names_and_may_be_a_guess():
     assert (found := KeyeConfig.from_dict(given)).dtype == "bfloat16" and found.dtype_is_assumed
     found = KeyeConfig.from_dict(given | {"torch_dtype": "float32"})
     assert found.dtype == "float32" and not found.dtype_is_assumed and found.to_dict()["dtype"] == "float32"
-    with pytest.raises(UserError, match="dtype is 'torch.float32'; it must be bfloat16 or float32 or float16"):
+    with pytest.raises(UserError, match=r"dtype is 'torch\.float32'; it must be bfloat16 or float32 or float16"):
         KeyeConfig.from_dict(given | {"torch_dtype": "torch.float32"})
 
 
