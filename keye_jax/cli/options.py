@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from keye_jax.errors import UserError
+from keye_jax.errors import UserError, shorten
 from keye_jax.runtime import distributed
 
 if TYPE_CHECKING:
@@ -78,13 +80,19 @@ def mesh_rules(sharding: str | None, config: KeyeConfig) -> MeshRules:
 
     Raises UserError: the file, or what it asks of these devices or this model, is impossible.
     """
+    import jax
+
     from keye_jax import presets
     from keye_jax.sharding import MeshRules, ShardingConfig
+    from keye_jax.sharding.mesh_rules import unused
 
     check_sharding_is_given(sharding)
     if sharding is None:
         return MeshRules.single_device()
-    return MeshRules.create(ShardingConfig.from_file(presets.sharding_file(sharding)), config)
+    rules = MeshRules.create(ShardingConfig.from_file(presets.sharding_file(sharding)), config)
+    if note := unused(rules, jax.device_count()):
+        print(f"keye-jax: {note}", file=sys.stderr)
+    return rules
 
 
 def attention_options(attention: str, implementation: str | None, indexer_dtype: str | None = None) -> AttentionOptions:
@@ -109,11 +117,11 @@ def dense_limit(value: int) -> int:
 
 
 def tokens(option: str, text: str) -> int:
-    """A number of tokens, "8192" or "8K". Raises UserError for anything else."""
-    number, unit = (text[:-1], 1024) if text[-1:] in "kK" else (text, 1)
-    if not number.isdecimal() or int(number) < 1:
-        raise UserError(f"{option} has {text!r}; it must be a number of tokens such as 8192 or 8K")
-    return int(number) * unit
+    """A number of tokens, "8192", "8K" or "1M". Raises UserError for anything else."""
+    found = re.fullmatch(r"([0-9]{1,12})([kKmM]?)", text)
+    if found is None or int(found[1]) < 1:
+        raise UserError(f"{option} has {shorten(text)}; it must be a number of tokens such as 8192, 8K or 1M")
+    return int(found[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[found[2].casefold()]
 
 
 def prefill_chunk_size(value: int | None) -> int | None:

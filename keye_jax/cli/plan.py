@@ -14,6 +14,7 @@ from keye_jax.cli import options
 from keye_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from keye_jax.planning.hardware import Platform
     from keye_jax.planning.plan import Plan, Step
     from keye_jax.planning.train import TrainPlan
 
@@ -25,15 +26,24 @@ def plan(
         str, typer.Option(help="The devices: KIND:COUNT, such as h200:4, or of TPUs KIND:TOPOLOGY, such as v5p:2x2x4.")
     ],
     context: Annotated[
-        str | None, typer.Option(help="Tokens that each sequence has room for, such as 131072 or 128K.")
+        str | None, typer.Option(help="Tokens that each sequence has room for, such as 131072, 128K or 1M.")
     ] = None,
     train: Annotated[
         str | None, typer.Option(metavar="STAGE", help="Plan training by a stage's preset or file, in place of a job.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences that are decoded together.")] = 1,
-    config: Annotated[Path, typer.Option(help="Configuration of the model, a config.json.")] = presets.RELEASED,
+    config: Annotated[
+        Path, typer.Option(help="Configuration of the model: a config.json, or a checkpoint.")
+    ] = presets.RELEASED,
     sharding: options.Sharding = None,
     prefill_chunk: options.PrefillChunk = None,
+    device_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory of a device, such as 80GiB; with it KIND may be the name of any other GPU."),
+    ] = None,
+    device_bandwidth: Annotated[
+        str | None, typer.Option(help="Memory bandwidth of a device, such as 3.35TB/s, for the least time of a step.")
+    ] = None,
     slices: Annotated[int, typer.Option(help="How many TPU slices of this topology.")] = 1,
     implementation: Annotated[
         str | None, typer.Option(help="Kernels in the programs that are compiled; by default the platform's.")
@@ -51,14 +61,22 @@ def plan(
     chunk = options.prefill_chunk_size(prefill_chunk)
     if (context is None) == (train is None):
         raise UserError("give either --context, for a job that answers, or --train, for one that trains")
+
+    from keye_jax.planning.hardware import Platform, quantity
+
+    devices = Platform.parse(
+        platform,
+        slices,
+        memory=None if device_memory is None else quantity("--device-memory", device_memory),
+        bandwidth=None if device_bandwidth is None else quantity("--device-bandwidth", device_bandwidth, "/s"),
+    )
     if train is not None:
-        return _plan_train(train, config, sharding, platform, slices, as_json=as_json)
+        return _plan_train(train, config, sharding, devices, as_json=as_json)
     assert context is not None
     tokens = options.tokens("--context", context)
     _without_devices()
 
-    from keye_jax.config import KeyeConfig
-    from keye_jax.planning.hardware import Platform
+    from convert.detect import read_config
     from keye_jax.planning.plan import plan as compute
     from keye_jax.sharding import ShardingConfig
     from pallas_kernels.dispatch import IMPLEMENTATIONS
@@ -66,9 +84,9 @@ def plan(
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise UserError(f"--implementation is {implementation!r}; it must be one of: {', '.join(IMPLEMENTATIONS)}")
     found = compute(
-        KeyeConfig.from_file(config),
+        read_config(config),
         ShardingConfig.from_file(presets.sharding_file(sharding or "one_device")),
-        Platform.parse(platform, slices),
+        devices,
         context=tokens,
         batch=batch,
         prefill_chunk=chunk,
@@ -83,21 +101,20 @@ def plan(
     return 0 if found.fits else 1
 
 
-def _plan_train(train: str, config: Path, sharding: str | None, platform: str, slices: int, *, as_json: bool) -> int:
+def _plan_train(train: str, config: Path, sharding: str | None, platform: Platform, *, as_json: bool) -> int:
     stage_file = presets.train_file(train)
     _without_devices()
 
-    from keye_jax.config import KeyeConfig
-    from keye_jax.planning.hardware import Platform
+    from convert.detect import read_config
     from keye_jax.planning.train import plan_train
     from keye_jax.sharding import ShardingConfig
     from keye_jax.train.config import StageConfig
 
     found = plan_train(
-        KeyeConfig.from_file(config),
+        read_config(config),
         StageConfig.from_file(stage_file),
         ShardingConfig.from_file(presets.sharding_file(sharding or "train")),
-        Platform.parse(platform, slices),
+        platform,
         source=str(stage_file),
     )
     if as_json:
@@ -120,6 +137,7 @@ def _print_train(found: TrainPlan) -> None:
         ]
     )
     print(f"weights, gradients and moments are computed; there are {_gib(found.memory)} GiB")
+    _print_notes(found.notes)
     print()
     needed = "" if found.needed is None else f"; the least power of two that fits is {found.needed} of these devices"
     print(f"it fits{needed}" if found.fits else f"it does NOT fit{needed}")
@@ -155,6 +173,7 @@ def _print(found: Plan) -> None:
             lines.append((name, *map(_gib, (found.weights, own, step.workspace, step.peak)), how))
     _print_table(lines)
     print(f"weights and cache are computed; there are {_gib(found.memory)} GiB")
+    _print_notes(found.notes)
     print()
     lines = [("on each device", "TFLOP", "GB moved", "at least", "collectives")]
     for name, step in steps.items():
@@ -176,6 +195,11 @@ def _print(found: Plan) -> None:
         print(f"it fits; {largest}")
     else:
         print(f"it does NOT fit{f' ({found.problem})' if found.problem else ''}; {largest}")
+
+
+def _print_notes(notes: list[str]) -> None:
+    for note in notes:
+        print(f"note: {note}")
 
 
 def _collectives(step: Step) -> str:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import re
 import time
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import jax
@@ -27,6 +28,7 @@ from keye_jax.runtime.memory import decode_workspace_bytes, pool_bytes, prefill_
 from keye_jax.runtime.prefill import chunk_tokens
 from keye_jax.runtime.runtime import PREFILL_CHUNK, Runtime
 from keye_jax.sharding import MeshRules, ShardingConfig
+from keye_jax.sharding.mesh_rules import unused
 from pallas_kernels.errors import UnsupportedError
 
 USABLE = 0.95
@@ -81,6 +83,7 @@ class Plan:
       problem: what the compiler said if not.
       largest_context: the longest context that would fit, in tokens; 0 if none does.
       video: see `video_capacity`.
+      notes: what a reader must know of the figures, one sentence each.
     """
 
     platform: str
@@ -100,6 +103,7 @@ class Plan:
     problem: str | None
     largest_context: int
     video: list[dict[str, float]]
+    notes: list[str]
 
     @property
     def workspace(self) -> int:
@@ -145,12 +149,11 @@ def plan(
     if batch < 1:
         raise UserError(f"--batch is {batch}; it must be at least 1")
     chip = platform.chip
-    devices = _compile_only_devices(platform) if compile_programs else None
+    rules = abstract_rules(sharding, config, platform)
+    devices, note = _compile_only_devices(platform) if compile_programs else (None, None)
     compiling = devices is not None
     if compiling:
         rules = MeshRules.create(sharding, config, devices=devices)
-    else:
-        rules = MeshRules.abstract(sharding, config, platform.devices, chip.platform)
     chunk = prefill_chunk or PREFILL_CHUNK.get(chip.platform, TPU_PREFILL_CHUNK)
 
     def traced_with(implementation: str) -> tuple[Runtime, dict[str, jax.stages.Traced]]:
@@ -246,29 +249,59 @@ def plan(
         problem=problem,
         largest_context=_largest(needs, memory, context - 1 if problem else config.max_position_embeddings),
         video=video_capacity(context),
+        notes=[each for each in (unused(rules, platform.devices), note, *config.notes) if each],
     )
 
 
-def _compile_only_devices(platform: Platform) -> list[Any] | None:
-    """Devices that programs can be compiled for, though they are not here; None where there is no compiler for them."""
+def abstract_rules(sharding: ShardingConfig, config: KeyeConfig, platform: Platform) -> MeshRules:
+    """The rules of a job on a platform, without devices. Raises UserError where its launch would."""
+    return MeshRules.abstract(
+        sharding,
+        config,
+        platform.devices,
+        platform.chip.platform,
+        processes=platform.processes,
+        stand_ins=platform.stand_ins(),
+    )
+
+
+def _compile_only_devices(platform: Platform) -> tuple[list[Any] | None, str | None]:
+    """Devices that programs can be compiled for, though they are not here.
+
+    Returns:
+      None where there is no compiler for them; and a sentence that says what to install, if that would help.
+    """
     from jax.experimental import topologies
 
     if platform.chip.description is not None:
         count, description = f"1x1x{platform.devices}", platform.chip.description
+        if not any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+            return None, _without_compiler("XLA's compiler for NVIDIA GPUs", "cuda")
         try:
-            return topologies.get_topology_desc(platform="cuda", topology=count, target_config=description).devices
-        except RuntimeError:
-            return None
+            found = topologies.get_topology_desc(platform="cuda", topology=count, target_config=description)
+        except RuntimeError as error:
+            return None, f"figures are estimates: the compiler for NVIDIA GPUs does not start: {_first_line(error)}"
+        return found.devices, None
     if platform.topology is None:
-        return None
+        return None, None
+    if find_spec("libtpu") is None:
+        return None, _without_compiler("the TPU compiler", "tpu")
     more = {"num_slices": platform.slices} if platform.slices > 1 else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=platform.topology, **more).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=platform.topology, **more).devices, None
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"--platform is {platform.name!r}; the TPU compiler (pip install 'keye-jax[tpu]') must know it: {reason}"
+            f"--platform is {platform.name!r}; the TPU compiler must know it, or --no-compile must be given: "
+            f"{_first_line(error)}"
         ) from error
+
+
+def _without_compiler(name: str, extra: str) -> str:
+    return f"figures are estimates: {name} is not installed; pip install 'keye-jax[{extra}]' installs it"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _compile(program: jax.stages.Traced, options: dict[str, str] | None) -> jax.stages.Compiled:

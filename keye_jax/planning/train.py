@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 
 from keye_jax.config import DTYPES, KeyeConfig
+from keye_jax.errors import UserError
 from keye_jax.model.params import parameter_axes
 from keye_jax.planning.hardware import Platform
-from keye_jax.planning.plan import memory_bytes
+from keye_jax.planning.plan import abstract_rules, memory_bytes
 from keye_jax.sharding import MeshRules, ShardingConfig, StepSharding
+from keye_jax.sharding.mesh_rules import unused
 from keye_jax.train.config import StageConfig
+from keye_jax.train.data import check_sharding
 from keye_jax.train.forward import TrainOptions
 from keye_jax.train.lora import pair_layout, targets
 from keye_jax.train.weights import dotted, training_sharding
@@ -41,6 +44,7 @@ class TrainPlan:
       workspace: what a layer, the attention's blocks and the logits' chunks need besides.
       fits: whether all of it does.
       needed: the least number of such devices, a power of two, with which the same mesh fits; None if that is unknown.
+      notes: what a reader must know of the figures, one sentence each.
     """
 
     platform: str
@@ -58,6 +62,7 @@ class TrainPlan:
     workspace: int
     fits: bool
     needed: int | None
+    notes: list[str]
 
     @property
     def peak(self) -> int:
@@ -79,7 +84,13 @@ def plan_train(
       UserError: stage and model do not go together, or the sharding is impossible.
     """
     stage.check(config, [dotted(path) for path in parameter_axes(config)], source)
-    found = _on(config, stage, sharding, platform, platform.devices, source)
+    if platform.processes > 1:
+        raise UserError(
+            f"--platform is {platform.name!r}, which is {platform.processes} hosts; training runs in one process, so it "
+            "must be one host"
+        )
+    rules = abstract_rules(sharding, config, platform)
+    found = _on(config, stage, rules, platform, source)
     automatic = [name for name, size in sharding.mesh if size is None]
     needed = platform.devices if found.fits and platform.devices == 1 else None
     if automatic:
@@ -87,7 +98,8 @@ def plan_train(
         count = fixed
         while needed is None and count <= MOST_DEVICES:
             try:
-                if _on(config, stage, sharding, platform, count, source).fits:
+                rules = MeshRules.abstract(sharding, config, count, platform.chip.platform)
+                if _on(config, stage, rules, platform, source).fits:
                     needed = count
             except ValueError:  # so many cannot share out a dimension of the model
                 break
@@ -95,11 +107,9 @@ def plan_train(
     return dataclasses.replace(found, needed=needed)
 
 
-def _on(
-    config: KeyeConfig, stage: StageConfig, sharding: ShardingConfig, platform: Platform, devices: int, source: str
-) -> TrainPlan:
-    """The plan on a number of devices."""
-    rules = MeshRules.abstract(sharding, config, devices, platform.chip.platform)
+def _on(config: KeyeConfig, stage: StageConfig, rules: MeshRules, platform: Platform, source: str) -> TrainPlan:
+    """The plan on a mesh."""
+    check_sharding(stage, rules, source)
     item = config.jax_dtype.itemsize if stage.dtype == "checkpoint" else DTYPES[stage.dtype].itemsize
     frozen = weights = gradients = moments = trained = total = 0
     for path, (shape, axes) in parameter_axes(config).items():
@@ -137,6 +147,7 @@ def _on(
         workspace=work.workspace(),
         fits=False,
         needed=None,
+        notes=[each for each in (unused(rules, platform.devices), *config.notes) if each],
     )
     return dataclasses.replace(made, fits=made.peak <= memory)
 

@@ -57,23 +57,35 @@ class MeshRules:
         if model is not None:
             sharding.check(model, sizes)
         needed = math.prod(sizes.values())
-        processes = {device.process_index for device in devices}
-        if needed < len(devices) and len(processes) > 1:
-            raise UserError(
-                f"{sharding.source}: the mesh uses {needed} devices; {len(processes)} processes have {len(devices)}, "
-                "and all must be used"
-            )
+        _check_all_are_used(sharding, needed, len(devices), len({device.process_index for device in devices}))
         return cls._on(Mesh(_arrange(sharding, sizes, devices[:needed]), tuple(sizes)), sharding, devices[0].platform)
 
     @classmethod
-    def abstract(cls, sharding: ShardingConfig, model: KeyeConfig, devices: int, platform: str) -> MeshRules:
+    def abstract(
+        cls,
+        sharding: ShardingConfig,
+        model: KeyeConfig,
+        devices: int,
+        platform: str,
+        *,
+        processes: int = 1,
+        stand_ins: Sequence[Any] = (),
+    ) -> MeshRules:
         """What `create` would make of this number of devices, to compute with. No array can be put there.
+
+        Args:
+          processes: how many have the devices.
+          stand_ins: objects with the attributes of JAX devices that say where in a network a device is, if it matters.
 
         Raises:
           UserError: as `create` does.
         """
         sizes = sharding.sizes(devices)
         sharding.check(model, sizes)
+        needed = math.prod(sizes.values())
+        _check_all_are_used(sharding, needed, devices, processes)
+        if stand_ins:
+            _arrange(sharding, sizes, list(stand_ins[:needed]))
         axis_types = (AxisType.Auto,) * len(sizes)
         return cls._on(AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types), sharding, platform)
 
@@ -129,6 +141,23 @@ class MeshRules:
         return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in dimensions)))
 
 
+def unused(rules: MeshRules, devices: int) -> str | None:
+    """A sentence about the devices that a mesh leaves idle; None if it uses all."""
+    idle = devices - rules.devices
+    if not idle:
+        return None
+    verb = "is" if idle == 1 else "are"
+    return f"the mesh uses {rules.devices} of {devices} devices; {idle} {verb} idle, and --sharding can use them"
+
+
+def _check_all_are_used(sharding: ShardingConfig, needed: int, devices: int, processes: int) -> None:
+    if needed < devices and processes > 1:
+        raise UserError(
+            f"{sharding.source}: the mesh uses {needed} of {devices} devices, which {processes} processes have; it must "
+            "use all of them"
+        )
+
+
 def _arrange(sharding: ShardingConfig, sizes: dict[str, int], devices: list[Any]) -> np.ndarray:
     """The devices in the mesh's shape, neighbours in the network next to each other on its inner axes."""
     slices = {getattr(device, "slice_index", 0) for device in devices}
@@ -147,4 +176,8 @@ def _arrange(sharding: ShardingConfig, sizes: dict[str, int], devices: list[Any]
         )
     between = tuple(len(slices) if axis == across else 1 for axis in sizes)
     within = tuple(size // count for size, count in zip(shape, between, strict=True))
-    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    try:
+        return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        found = " x ".join(map(str, within))
+        raise UserError(f"{sharding.source}: mesh is {found} in a slice; the devices of a slice form none") from error

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 from keye_jax.processor import Processor
+from keye_jax.sharding import MeshRules, StepSharding
 from keye_jax.train.config import StageConfig
 from keye_jax.train.packing import PackedArrays, Packer, Place, pack, whole_problem
 from keye_jax.train.reading import Broken, Planned, Reader, Sample, Settings
@@ -228,6 +229,14 @@ class FileBatches:
             self._report(sentence)
         if self.skipped >= len(self._lines) and not self._some_are_good:
             raise UserError(f"{self._lines.path} has no sample that can be read; the last one says: {message}")
+
+
+def check_sharding(stage: StageConfig, rules: MeshRules, source: str) -> None:
+    """Refuses a mesh that a stage cannot train on. Raises UserError as `check_groups` does."""
+    if rules.axes("expert_hidden"):
+        raise UserError("rules.expert_hidden splits the experts' columns; training needs a sharding without it")
+    step = StepSharding.prefill(rules)
+    check_groups(stage, step.size(step.batch), step.size(step.rows), step.size(step.vision_patches), source)
 
 
 def check_groups(stage: StageConfig, groups: int, row_parts: int, image_parts: int, source: str) -> None:

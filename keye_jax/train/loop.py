@@ -28,7 +28,7 @@ from keye_jax.processor import Processor
 from keye_jax.sharding import MeshRules, StepSharding
 from keye_jax.train.checkpoints import RunCheckpoints
 from keye_jax.train.config import StageConfig
-from keye_jax.train.data import Batches
+from keye_jax.train.data import Batches, check_sharding
 from keye_jax.train.forward import Losses, TrainOptions
 from keye_jax.train.lora import init_pair, pair_layout, pair_names, targets, to_adapter
 from keye_jax.train.optimizer import init_optimizer, make_optimizer
@@ -86,8 +86,7 @@ def load_model(checkpoint: str | Path, stage: StageConfig, rules: MeshRules, *, 
       UserError: the checkpoint is not whole, or stage and model do not go together.
     """
     config = read_config(checkpoint)
-    if rules.axes("expert_hidden"):
-        raise UserError("rules.expert_hidden splits the experts' columns; training needs a sharding without it")
+    check_sharding(stage, rules, source)
     layout = parameter_axes(config)
     stage.check(config, [dotted(path) for path in layout], source)
     shardings: dict[str, Any] = {}

@@ -22,7 +22,7 @@ from keye_jax.processor import Processor
 from keye_jax.sharding import MeshRules, StepSharding
 from keye_jax.train.checkpoints import RUN, RunCheckpoints, fingerprint
 from keye_jax.train.config import StageConfig
-from keye_jax.train.data import Batches, FileBatches, check_groups
+from keye_jax.train.data import Batches, FileBatches, check_sharding
 from keye_jax.train.generated import GeneratedBatches
 from keye_jax.train.loop import Ended, Trainer, export_model, load_model, run, train_options
 from keye_jax.train.report import Report
@@ -74,7 +74,7 @@ def train(
     groups = step.size(step.batch)
     if export_step is not None and not (output / RUN).is_file():
         raise UserError(f"--output is {str(output)!r}; it must be the folder of a run, since --export-step is given")
-    check_groups(stage, groups, step.size(step.rows), step.size(step.vision_patches), source)
+    check_sharding(stage, rules, source)
     started = {
         "stage": stage.to_dict(),
         "checkpoint": None if checkpoint is None else fingerprint(checkpoint),

@@ -11,6 +11,7 @@ from keye_jax.cli import app, run
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 from keye_jax.kv_cache import PAGE_SIZE, PagePool
+from keye_jax.planning import plan as planning
 from keye_jax.planning.collectives import Collective, of_program
 from keye_jax.planning.hardware import GIB, Platform
 from keye_jax.planning.plan import Plan, Step, plan, video_capacity
@@ -123,6 +124,9 @@ def test_video_that_a_context_holds():
         ("v5e:4x8", 32, "v5e:4x8"),
         ("v5p:2x2x4", 16, "v5p:2x2x4"),
         ("tpu7x:2x2x1", 8, "tpu7x:2x2x1"),
+        ("H200:8", 8, None),
+        ("V5P:4x4x8", 128, "v5p:4x4x8"),
+        ("mi300x:8", 8, None),
     ],
 )
 def test_platforms(text, devices, topology):
@@ -134,16 +138,95 @@ def test_platforms(text, devices, topology):
 @pytest.mark.parametrize(
     ("text", "slices", "message"),
     [
-        ("a100:4", 1, "--platform is 'a100:4'; it must be KIND:COUNT or KIND:TOPOLOGY, KIND of cpu, h100"),
+        ("b300:4", 1, "--platform is 'b300:4'; it must be KIND:COUNT or KIND:TOPOLOGY, KIND of cpu, h100"),
         ("h200", 1, "after the colon must be a number"),
-        ("v5e:32", 1, "a slice of v5e has 2 sides, as in v5e:4x8"),
-        ("v5p:4x4", 1, "a slice of v5p has 3 sides, as in v5p:2x2x4"),
-        ("h200:4", 2, "--slices is 2; it must be at least 1, and only TPUs come in slices"),
+        ("h200:0", 1, "after the colon must be a number"),
+        ("h200:4x2", 1, "after the colon must be a number"),
+        ("h200:99999999", 1, "after the colon must be a number"),
+        ("v5e:32", 1, "slices of v5e are 1x1, 2x2, 2x4"),
+        ("v5e:3", 1, "slices of v5e are"),
+        ("v6e:5x7", 1, "slices of v6e are"),
+        ("v6e:8x4", 1, "slices of v6e are"),
+        ("v5p:4x4", 1, "slices of v5p are 2x2x1, 2x2x2"),
+        ("v5p:3x3x3", 1, "slices of v5p are"),
+        ("v5p:4x4x6", 1, "slices of v5p are"),
+        ("v5p:16x16x32", 1, "at most 6,144 chips"),
+        ("tpu7x:2x4x8", 1, "slices of tpu7x are"),
+        ("h200:4", 2, "--slices is 2; it must be from 1 to 1024, and only TPUs come in more than 1"),
+        ("v5p:2x2x4", 0, "--slices is 0"),
     ],
 )
 def test_platforms_that_there_are_not(text, slices, message):
     with pytest.raises(UserError, match=message):
         Platform.parse(text, slices)
+
+
+def test_any_device_can_be_described(capsys):
+    arguments = "--platform", "Our-GPU:2", "--sharding", "combined"
+    assert planned(capsys, *arguments)[0] == 2
+    code, out, err = planned(capsys, *arguments, "--device-memory", "80GiB", "--device-bandwidth", "2TB/s")
+    assert code == 0 and not err
+    found = json.loads(out)
+    assert (found["platform"], found["devices"], found["memory"]) == ("our-gpu:2", 2, int(80 * GIB * 0.95))
+    less = json.loads(planned(capsys, "--platform", "h100:1", "--device-memory", "94GB")[1])
+    assert less["memory"] == int(94e9 * 0.95)
+    for value in ("80", "0GiB", "-1GB", "80GiB/s", "nan GB"):
+        code, out, err = planned(capsys, *arguments, "--device-memory", value)
+        assert (code, out) == (2, "") and f"--device-memory is '{value}'; it must be a number with a unit" in err
+
+
+def test_contexts_have_units(capsys):
+    assert json.loads(planned(capsys, "--platform", "h200:1", "--context", "2k")[1])["context"] == 2048
+    code, _, err = planned(capsys, "--platform", "h200:1", "--context", "1M")
+    assert code == 2 and "--context is 1,048,576; this model takes from 1 to 32,768 tokens" in err
+    code, _, err = planned(capsys, "--platform", "h200:1", "--context", "1.5M")
+    assert code == 2 and "--context has '1.5M'; it must be a number of tokens such as 8192, 8K or 1M" in err
+
+
+@pytest.mark.parametrize(
+    ("platform", "mesh", "slices", "message"),
+    [
+        ("h200:16", {"data": 8}, 1, "the mesh uses 8 of 16 devices, which 2 processes have; it must use all of them"),
+        ("v5e:4x8", {"data": 8}, 1, "the mesh uses 8 of 32 devices, which 8 processes have; it must use all of them"),
+        ("h200:4", {"data": 8}, 1, "needs 8 devices; there are 4"),
+        ("v5p:2x2x4", {"data": "auto"}, 2, "across_slices is None, but the devices are in 2 slices"),
+    ],
+)
+def test_what_a_launch_refuses_is_refused(tiny, platform, mesh, slices, message):
+    rules = {"batch": "data"}
+    file = ShardingConfig.from_dict({"mesh": mesh, "rules": rules}, source="mine.yaml")
+    with pytest.raises(UserError, match=f"^mine.yaml: .*{message}"):
+        plan(tiny, file, Platform.parse(platform, slices), context=1024, compile_programs=False)
+
+
+def test_devices_that_are_idle_are_counted(tiny, capsys):
+    assert planned(capsys, "--platform", "h200:8")[0] == 0
+    found = make(tiny, "one_device", "h200:8", context=1024)
+    assert found.notes == ["the mesh uses 1 of 8 devices; 7 are idle, and --sharding can use them"]
+    assert make(tiny, "expert", "h200:8", context=1024).notes == []
+
+
+@pytest.mark.parametrize(
+    ("platform", "module", "extra"), [("v5e:2x2", "libtpu", "tpu"), ("h200:4", "jax_cuda", "cuda")]
+)
+def test_a_compiler_that_is_missing_is_named_with_what_installs_it(tiny, monkeypatch, platform, module, extra):
+    monkeypatch.setattr(planning, "find_spec", lambda name: None if name.startswith(module) else find_spec(name))
+    found = make(tiny, "combined", platform, context=1024, compile_programs=True)
+    assert not steps(found)[0].compiled
+    assert [note for note in found.notes if f"is not installed; pip install 'keye-jax[{extra}]' installs it" in note]
+
+
+def test_a_dtype_that_is_assumed_is_said(tmp_path, capsys):
+    values = json.loads(TINY.read_text())
+    del values["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    base = ["plan", "--config", str(tmp_path), "--platform", "h200:1", "--context", "1K", "--no-compile"]
+    assert run(app, base) == 0
+    assert "note: config.json does not say the dtype of the weights; bfloat16 is assumed" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text(json.dumps(values | {"torch_dtype": "float32"}))
+    assert run(app, [*base, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["notes"] == [] and found["weights"] == 2 * json.loads(planned(capsys, *base[3:5])[1])["weights"]
 
 
 def test_the_command_prints_a_table_or_json_and_its_code_says_whether_it_fits(capsys):

@@ -9,6 +9,7 @@ import pytest
 from keye_jax import presets
 from keye_jax.cli import app, run
 from keye_jax.config import KeyeConfig
+from keye_jax.errors import UserError
 from keye_jax.model.keye import Keye
 from keye_jax.planning.hardware import Platform
 from keye_jax.planning.train import plan_train
@@ -75,6 +76,18 @@ def test_the_released_model(name, capsys):
 def test_more_devices_are_named_where_too_few_are_given(capsys):
     assert run(app, ["plan", "--train", "sft", "--platform", "h100:4"]) == 1
     assert "it does NOT fit; the least power of two that fits is" in capsys.readouterr().out
+
+
+def test_what_a_run_refuses_is_refused(capsys):
+    assert run(app, ["plan", "--train", "sft", "--platform", "h100:16"]) == 2
+    assert "--platform is 'h100:16', which is 2 hosts; training runs in one process" in capsys.readouterr().err
+    mesh = {"mesh": {"x": 2}, "rules": {"expert_hidden": "x"}}
+    with pytest.raises(UserError, match="training needs a sharding without it"):
+        plan_train(TINY, stage(), ShardingConfig.from_dict(mesh), Platform.parse("h200:2"))
+    mesh = {"mesh": {"x": 2}, "rules": {"batch": "x", "query_sequence": "x"}}
+    batch = {"tokens": 512, "length": 512, "row": 512}
+    with pytest.raises(UserError, match=r"batch.tokens is 512; it must be a multiple of 2 rows"):
+        plan_train(TINY, stage(batch=batch), ShardingConfig.from_dict(mesh), Platform.parse("h200:2"))
 
 
 def test_a_job_or_a_stage(capsys):
