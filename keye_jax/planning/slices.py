@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-"""Slices of v5e and v6e."""
+_FLAT_KINDS = ("v5e", "v6e")
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+"""Slices of these generations, whose chips lie in a plane."""
 
 _SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 """Slices of v5p and tpu7x below a cube of 4x4x4; larger ones are made of cubes."""
@@ -34,10 +35,8 @@ class StandIn:
 
 def sides_of(kind: str, topology: str) -> tuple[int, ...] | None:
     """The sides of a slice in chips, or None if there is no such slice of this generation."""
-    if kind in ("v5e", "v6e"):
-        known = topology in FLAT
-    else:
-        known = topology in _SMALL or _is_made_of_cubes(kind, topology)
+    small = _FLAT if kind in _FLAT_KINDS else _SMALL
+    known = topology in small or (kind not in _FLAT_KINDS and _is_made_of_cubes(kind, topology))
     return tuple(map(int, topology.split("x"))) if known else None
 
 
@@ -51,8 +50,8 @@ def _is_made_of_cubes(kind: str, topology: str) -> bool:
 
 def known_slices(kind: str) -> str:
     """The slices of a generation, for a message."""
-    if kind in ("v5e", "v6e"):
-        return ", ".join(FLAT)
+    if kind in _FLAT_KINDS:
+        return ", ".join(_FLAT)
     return f"{', '.join(_SMALL)}, or AxBxC of multiples of 4, A <= B <= C, at most {_MOST_CHIPS[kind]:,} chips"
 
 
@@ -68,7 +67,7 @@ def stand_ins(kind: str, sides: tuple[int, ...], slices: int) -> list[StandIn]:
     """Devices with the places of those of `slices` slices. A host has 4 chips, or a whole flat slice of up to 8."""
     width, depth, height = (*sides, 1)[:3]
     chips = list(itertools.product(range(height), range(depth), range(width)))
-    per_host = 8 if kind in ("v5e", "v6e") and len(chips) <= 8 else 4
+    per_host = 8 if kind in _FLAT_KINDS and len(chips) <= 8 else 4
     cores = _CORES.get(kind, 1)
     hosts = -(-len(chips) // per_host)
     return [

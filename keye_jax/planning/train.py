@@ -86,8 +86,8 @@ def plan_train(
     stage.check(config, [dotted(path) for path in parameter_axes(config)], source)
     if platform.processes > 1:
         raise UserError(
-            f"--platform is {platform.name!r}, which is {platform.processes} hosts; training runs in one process, so it "
-            "must be one host"
+            f"--platform is {platform.name!r}, which is {platform.processes} hosts; it must be one: training runs in "
+            "one process"
         )
     rules = abstract_rules(sharding, config, platform)
     found = _on(config, stage, rules, platform, source)

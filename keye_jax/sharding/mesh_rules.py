@@ -153,8 +153,8 @@ def unused(rules: MeshRules, devices: int) -> str | None:
 def _check_all_are_used(sharding: ShardingConfig, needed: int, devices: int, processes: int) -> None:
     if needed < devices and processes > 1:
         raise UserError(
-            f"{sharding.source}: the mesh uses {needed} of {devices} devices, which {processes} processes have; it must "
-            "use all of them"
+            f"{sharding.source}: the mesh uses {needed} of {devices} devices, which {processes} processes have; it "
+            "must use all of them"
         )
 
 

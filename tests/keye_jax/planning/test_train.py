@@ -80,7 +80,7 @@ def test_more_devices_are_named_where_too_few_are_given(capsys):
 
 def test_what_a_run_refuses_is_refused(capsys):
     assert run(app, ["plan", "--train", "sft", "--platform", "h100:16"]) == 2
-    assert "--platform is 'h100:16', which is 2 hosts; training runs in one process" in capsys.readouterr().err
+    assert "--platform is 'h100:16', which is 2 hosts; it must be one" in capsys.readouterr().err
     mesh = {"mesh": {"x": 2}, "rules": {"expert_hidden": "x"}}
     with pytest.raises(UserError, match="training needs a sharding without it"):
         plan_train(TINY, stage(), ShardingConfig.from_dict(mesh), Platform.parse("h200:2"))
