@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
-from keye_jax.cli import batch, bench, convert, eval, frames, generate, inspect, plan, train, verify
+from keye_jax.cli import batch, bench, convert, doctor, eval, frames, generate, inspect, plan, train, verify
 from keye_jax.errors import UserError
 from keye_jax.runtime import distributed
 from pallas_kernels.errors import UnsupportedError
 
 app = typer.Typer(
     name="keye-jax",
-    help="Keye-VL-2.0-30B-A3B in JAX: convert a checkpoint, inspect, verify, measure and train it, ask about videos.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -27,6 +27,17 @@ app.add_typer(eval.app, name="eval")
 app.command("batch")(batch.batch)
 app.command("train")(train.train)
 app.command("generate", cls=generate.InOrder)(generate.generate)
+app.command("doctor")(doctor.doctor)
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=doctor.print_versions, help="Print versions and devices."),
+    ] = False,
+) -> None:
+    """Keye-VL-2.0-30B-A3B in JAX: convert a checkpoint, inspect, verify, measure and train it, ask about videos."""
 
 
 def run(command: typer.Typer, arguments: list[str]) -> int:
