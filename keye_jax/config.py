@@ -114,7 +114,8 @@ class _Section:
                 if required:
                     raise UserError(f"config: {where}{field.name} is missing")
                 continue
-            value, kind = values[field.name], kinds[field.name]
+            value: Any = values[field.name]
+            kind = kinds[field.name]
             if value is None and not required:
                 continue
             if isinstance(kind, type) and issubclass(kind, _Section):

@@ -143,7 +143,7 @@ def _check_events(text: str, source: str) -> None:
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             raise UserError(f"{source} has an anchor or an alias in line {line}; write the value where it is used")
-        if getattr(event, "tag", None) is not None:
+        if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag is not None:
             raise UserError(f"{source} has the tag {shorten(event.tag)} in line {line}; tags are not allowed")
 
 

@@ -110,7 +110,7 @@ class Journal:
         try:
             before = json.loads(sidecar.read_bytes())
             differences = list(_differences(before, key))
-        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"--output is {str(self._path)!r}, which has content, but {sidecar.name} does not say from which job; "
                 "give another --output"
@@ -150,7 +150,7 @@ class Journal:
             error = record["error"]
             key = result_key(record["custom_id"], None if error is None else error.get("line"))
             code = None if error is None else str(error["code"])
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return False
         self.finished.add(key)
         if code is None:

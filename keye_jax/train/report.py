@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from keye_jax.errors import UserError
+from keye_jax.errors import UserError, shorten
 
 MEASURES = "measures.jsonl"
 
@@ -43,7 +43,7 @@ class Report:
         self._steps, self._begun, self._stream = steps, begun, stream or sys.stderr
         self._writer = None if tensorboard is None else _tensorboard(tensorboard)
         file = output / MEASURES
-        kept = [line for line in _lines(file) if json.loads(line)["step"] <= begun]
+        kept = [line for line in _lines(file) if _step(line, file) <= begun]
         new = file.with_suffix(".new")
         new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         new.replace(file)
@@ -107,6 +107,14 @@ def _lines(file: Path) -> list[str]:
     """The whole lines of a file; none if it is not there."""
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     return text.split("\n")[:-1]
+
+
+def _step(line: str, file: Path) -> int:
+    """The step of a line of measures. Raises UserError if it has none."""
+    try:
+        return int(json.loads(line)["step"])  # a loss may be NaN
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{file} has the line {shorten(line)}; each line must be an object with 'step'") from error
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -173,7 +173,7 @@ def changed(name, value):
         ("attn_logit_softcapping", 50.0),
         ("architectures", ["LlamaForCausalLM"]),
         ("model_type", "qwen3_vl_moe"),
-        ("eos_token_id", 151936),
+        ("eos_token_id", -1),
         ("eos_token_id", "<|im_end|>"),
         ("torch_dtype", "float32"),
         ("vision_config.hidden_act", "gelu"),

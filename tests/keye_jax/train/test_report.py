@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from keye_jax.errors import UserError
-from keye_jax.train.report import Report
+from keye_jax.train.report import MEASURES, Report
 
 VALUES = {"language": 1.5, "accuracy": 0.25, "kl": 0.1, "recall": 0.9, "tokens": 100, "targets": 5}
 
@@ -51,3 +51,9 @@ def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(UserError, match="pip install tensorboardX"):
         Report(tmp_path, steps=1, tensorboard=tmp_path / "curves", stream=io.StringIO())
+
+
+def test_a_damaged_line_of_an_earlier_run_is_shown(tmp_path):
+    (tmp_path / MEASURES).write_text('{"step": 1, "language": NaN}\n{"step": \n')
+    with pytest.raises(UserError, match=r"measures.jsonl has the line .*; each line must be an object with 'step'"):
+        Report(tmp_path, steps=4, begun=1, stream=io.StringIO())
