@@ -187,7 +187,6 @@ def changed(name, value):
         ("rope_theta", 10**400),
         ("hidden_size", 2048.5),
         ("num_hidden_layers", 10**12),
-        ("video_token_id", 151655),
     ],
 )
 def test_what_is_not_computed_is_refused_in_one_sentence(name, value):
