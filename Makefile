@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 # The JAX in it: the oldest that is supported. `make test-jax-next` takes the newest, in an environment of its own.
 JAX := 0.11.2
 JAX_NEXT := 0.12.*
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+# A process that dies fails its test. It is not replaced: pytest-xdist 3.8 may then wait for ever (its issue 1378).
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0
 # The TPU compiler, for Linux on x86-64 only. It is kept out of the environment's packages: JAX would load it everywhere.
 ifeq ($(shell uname -sm),Linux x86_64)
 LIBTPU := $(VENV)/libtpu/.installed

@@ -30,6 +30,9 @@ def train(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="File of samples, a JSON object a line.")] = None,
     evaluation: Annotated[Path | None, typer.Option(help="File of samples that are evaluated during training.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of LoRA pairs in PEFT's layout to begin with; new ones if left out.")
+    ] = None,
     export: Annotated[
         Path | None, typer.Option(help="When all steps are done, write the model there in the released layout.")
     ] = None,
@@ -74,6 +77,7 @@ def train(
         output=output,
         data=data,
         evaluation=evaluation,
+        adapter=adapter,
         export=export,
         export_step=export_step,
         stop_after=None if stop_after is None else 60 * stop_after,

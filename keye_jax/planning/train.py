@@ -22,7 +22,9 @@ from keye_jax.sharding.mesh_rules import unused
 from keye_jax.train.config import StageConfig
 from keye_jax.train.data import check_sharding
 from keye_jax.train.forward import TrainOptions
+from keye_jax.train.generated import read_options
 from keye_jax.train.lora import pair_layout, targets
+from keye_jax.train.shapes.scene import SIDE
 from keye_jax.train.weights import dotted, training_sharding
 
 MOST_DEVICES = 1024
@@ -158,6 +160,14 @@ def _here(rules: MeshRules, shape: tuple[int, ...], axes: Any) -> int:
     return math.prod(shape if sharding is None else sharding.shard_shape(shape))
 
 
+def _patches(config: KeyeConfig, stage: StageConfig) -> int:
+    """Patches of the largest batch, on all devices: those there is room for, or those of generated clips."""
+    if stage.data.source == "jsonl":
+        return sum(size * count for size, count in stage.batch.images.items())
+    side = SIDE // config.vision_config.patch_size
+    return max(each.rows * each.scenes.frames * side**2 for each in read_options(stage) if each is not None)
+
+
 class _Work:
     """Formulas for what a step needs besides the weights, in bytes on one device."""
 
@@ -166,8 +176,7 @@ class _Work:
         self.step = StepSharding.prefill(rules)
         self.tokens = stage.batch.tokens / self.step.size(self.step.rows)
         self.group = stage.batch.tokens / self.step.size(self.step.batch)
-        parts = self.step.size(self.step.vision_patches)
-        self.patches = sum(size * count for size, count in stage.batch.images.items()) / parts
+        self.patches = _patches(config, stage) / self.step.size(self.step.vision_patches)
         learnt = [dotted(path) for path in parameter_axes(config) if stage.trains(dotted(path))]
         self.vision_learns = any(path.startswith("vision") for path in learnt)
 
@@ -204,7 +213,8 @@ class _Work:
     def workspace(self) -> int:
         """A layer's own arrays and gathered weights with their gradients, blocks of scores, and chunks of logits."""
         c, block = self.config, TrainOptions().block_bytes
-        width = min(self.stage.batch.length, self.group)
+        longest = max(self.stage.batch.length, self.stage.data.long.length if self.stage.data.long else 0)
+        width = min(longest, self.group)
         scores = 4 * min(block, 4 * self.tokens * width * c.num_attention_heads)
         logits = 3 * min(block, 4 * self.tokens * c.vocab_size)
         layer = sum(

@@ -7,7 +7,7 @@ import dataclasses
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import load_params
-from convert.adapter import adaptable, write_adapter
+from convert.adapter import Adapter, adaptable, read_adapter, write_adapter
 from convert.detect import read_config
 from convert.export import export
 from keye_jax.config import KeyeConfig
@@ -30,7 +30,7 @@ from keye_jax.train.checkpoints import RunCheckpoints
 from keye_jax.train.config import StageConfig
 from keye_jax.train.data import Batches, check_sharding
 from keye_jax.train.forward import Losses, TrainOptions
-from keye_jax.train.lora import init_pair, pair_layout, pair_names, targets, to_adapter
+from keye_jax.train.lora import from_adapter, init_pair, pair_layout, pair_names, targets, to_adapter
 from keye_jax.train.optimizer import init_optimizer, make_optimizer
 from keye_jax.train.report import Report
 from keye_jax.train.steps import TrainStep, measures, selecting_share
@@ -74,16 +74,24 @@ class Model:
     dtypes: Mapping[str, jnp.dtype]
 
 
-def load_model(checkpoint: str | Path, stage: StageConfig, rules: MeshRules, *, source: str = "stage") -> Model:
+def load_model(
+    checkpoint: str | Path,
+    stage: StageConfig,
+    rules: MeshRules,
+    *,
+    adapter: Path | None = None,
+    source: str = "stage",
+) -> Model:
     """Loads a checkpoint for a stage: what trains, and what stays as it is.
 
     Args:
       checkpoint: a directory of either kind.
       rules: where weights lie; see `training_sharding`.
+      adapter: a directory in PEFT's layout with the low-rank pairs to begin with; new ones without.
       source: what messages call the stage.
 
     Raises:
-      UserError: the checkpoint is not whole, or stage and model do not go together.
+      UserError: checkpoint or adapter is not whole, or they, stage and model do not go together.
     """
     config = read_config(checkpoint)
     check_sharding(stage, rules, source)
@@ -107,21 +115,42 @@ def load_model(checkpoint: str | Path, stage: StageConfig, rules: MeshRules, *, 
         else:
             frozen[path] = value
     if stage.lora is not None:
-        trained |= _new_pairs(structure, config, stage, rules, source)
+        begun = None if adapter is None else read_adapter(adapter, config)
+        trained |= _pairs(structure, config, stage, rules, begun, source)
     return Model(config, structure, frozen, trained, dtypes)
 
 
-def _new_pairs(structure: ModelDef, config: KeyeConfig, stage: StageConfig, rules: MeshRules, source: str) -> Weights:
+def _pairs(
+    structure: ModelDef, config: KeyeConfig, stage: StageConfig, rules: MeshRules, begun: Adapter | None, source: str
+) -> Weights:
+    """The low-rank pairs that train: those of an adapter, or new ones."""
     assert stage.lora is not None
+    wanted = targets(stage.lora, config, source)
+    there = {} if begun is None else _pairs_of(begun, config, stage, wanted.keys(), source)
     pairs: Weights = {}
-    for index, (path, tensor) in enumerate(targets(stage.lora, config, source).items()):
+    for index, (path, tensor) in enumerate(wanted.items()):
         if stage.trains(path):
             raise UserError(f"{source}: train and lora.targets both have {path}; a weight with a pair is frozen")
         made = init_pair(tensor, stage.lora, jax.random.fold_in(jax.random.key(stage.seed), index))
         layout = pair_layout(tensor, structure.axes[path], stage.lora.rank)
         for name, value, (shape, axes) in zip(pair_names(path), made, layout, strict=True):
-            pairs[name] = jax.device_put(value, training_sharding(rules, shape, axes))
+            pairs[name] = jax.device_put(there.get(name, value), training_sharding(rules, shape, axes))
     return pairs
+
+
+def _pairs_of(
+    adapter: Adapter, config: KeyeConfig, stage: StageConfig, wanted: Collection[str], source: str
+) -> dict[str, np.ndarray]:
+    """The arrays of an adapter, which has the stage's rank and scale, and a pair for each weight that has one there."""
+    assert stage.lora is not None
+    for name, found, asked in (("rank", adapter.rank, stage.lora.rank), ("scale", adapter.scale, stage.lora.scale)):
+        if found != asked:
+            raise UserError(f"{source}: lora has the {name} {asked:g}; the adapter has {found:g}, and they must agree")
+    if adapter.pairs.keys() != set(wanted):
+        path = min(adapter.pairs.keys() ^ set(wanted))
+        which = "adapter" if path in adapter.pairs else "stage"
+        raise UserError(f"{source}: only the {which} has a pair for {path}; lora.targets must be those of the adapter")
+    return from_adapter(adapter, config)
 
 
 def train_options(stage: StageConfig, processor: Processor) -> TrainOptions:

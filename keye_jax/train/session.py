@@ -40,6 +40,7 @@ def train(
     output: Path,
     data: Path | None = None,
     evaluation: Path | None = None,
+    adapter: Path | None = None,
     export: Path | None = None,
     export_step: str | None = None,
     stop_after: float | None = None,
@@ -53,6 +54,7 @@ def train(
         random weights that the stage's seed decides.
       output: folder of the run.
       data, evaluation: files of samples; None where the stage's data are generated.
+      adapter: folder of low-rank pairs in PEFT's layout to begin with; new ones without.
       export: where the trained model is written in the released layout, once all steps are done.
       export_step: the checkpoint that is written to `export` in place of training: "last", "best" or a step; None to
         train.
@@ -68,6 +70,8 @@ def train(
         kind_of(checkpoint)
     if checkpoint is not None and stage.layers is not None:
         raise UserError(f"{source}: layers is {stage.layers}; it is for a new model, and --checkpoint is given")
+    if adapter is not None and stage.lora is None:
+        raise UserError(f"{source}: lora is missing; --adapter is given, and they go together")
     config = read_config(checkpoint) if checkpoint is not None else _new_config(stage)
     rules = rules_for(config)
     step = StepSharding.prefill(rules)
@@ -82,12 +86,14 @@ def train(
         "evaluation": None if evaluation is None else fingerprint(evaluation),
         "groups": groups,
     }
+    if adapter is not None:
+        started["adapter"] = fingerprint(adapter)
     with contextlib.ExitStack() as opened:
         checkpoints = RunCheckpoints(output, started, keep=stage.keep)
         opened.callback(checkpoints.close)
         base = checkpoint or _initial(output, config, stage.seed)
         if export_step is not None:
-            model = load_model(base, stage, rules, source=source)
+            model = load_model(base, stage, rules, adapter=adapter, source=source)
             number, weights = checkpoints.restore_weights(model.trained, export_step)
             assert export is not None
             export_model(model, stage, weights, base, export)
@@ -114,7 +120,7 @@ def train(
             evaluated = functools.partial(
                 GeneratedBatches, base, config, stage, held_out=True, count=stage.data.evaluation
             )
-        model = load_model(base, stage, rules, source=source)
+        model = load_model(base, stage, rules, adapter=adapter, source=source)
         trainer = Trainer(model, stage, train_options(stage, processor), rules, steps)
         begun = max(checkpoints.steps, default=0)
         curves = None if stage.tensorboard is None else output / stage.tensorboard

@@ -18,6 +18,7 @@ from keye_jax.train.config import StageConfig
 
 TINY = KeyeConfig.from_file(presets.TINY)
 TRAIN = ShardingConfig.from_file(presets.sharding_file("train"))
+H200 = Platform.parse("h200:1")
 ONE = ShardingConfig.from_file(presets.sharding_file("one_device"))
 
 
@@ -27,7 +28,7 @@ def stage(**values) -> StageConfig:
 
 def test_bytes_are_those_of_the_arrays():
     count = Keye.parameter_count(TINY)
-    found = plan_train(TINY, stage(batch={"accumulation": 2}), ONE, Platform.parse("h200:1"))
+    found = plan_train(TINY, stage(batch={"accumulation": 2}), ONE, H200)
     # bfloat16 weights beside float32 ones, float32 gradients that are added up, and two float32 moments.
     assert (found.trained, found.total) == (count, count)
     assert (found.frozen, found.weights, found.gradients, found.moments) == (0, 6 * count, 4 * count, 8 * count)
@@ -35,7 +36,7 @@ def test_bytes_are_those_of_the_arrays():
 
 
 def test_frozen_weights_have_neither_gradients_nor_moments():
-    found = plan_train(TINY, stage(train=["projector"], loss={}), ONE, Platform.parse("h200:1"))
+    found = plan_train(TINY, stage(train=["projector"], loss={}), ONE, H200)
     projector = sum(leaf.size for leaf in jax.tree.leaves(Keye.abstract(TINY).projector) if hasattr(leaf, "size"))
     assert found.trained == projector and found.moments == 8 * projector
     assert found.frozen == 2 * (found.total - projector)
@@ -48,18 +49,28 @@ def test_moments_are_shared_out_over_devices():
 
 
 def test_less_is_kept_where_more_is_computed_again():
-    kept = [
-        plan_train(TINY, stage(remat=remat), ONE, Platform.parse("h200:1")).activations
-        for remat in ("layer", "attention", "none")
-    ]
+    kept = [plan_train(TINY, stage(remat=remat), ONE, H200).activations for remat in ("layer", "attention", "none")]
     assert kept == sorted(kept) and len(set(kept)) == 3
 
 
 def test_pairs_count_as_they_are():
     lora = {"targets": ["decoder.layers.*.attention.q_proj"], "rank": 4}
-    found = plan_train(TINY, stage(train=[], loss={}, lora=lora), ONE, Platform.parse("h200:1"))
+    found = plan_train(TINY, stage(train=[], loss={}, lora=lora), ONE, H200)
     each = 4 * (TINY.hidden_size + TINY.num_attention_heads * TINY.head_dim)
     assert found.trained == TINY.num_hidden_layers * each and found.moments == 8 * found.trained
+
+
+def test_generated_clips_count_with_the_longest_of_them():
+    long = {"share": 0.5, "length": 512, "shapes": {"frames": 40}}
+    given = {"batch": {"tokens": 512, "length": 256, "row": 256}, "remat": "none", "loss": {}, "train": ["vision"]}
+    short, both = (
+        plan_train(TINY, stage(data={"source": "shapes", "shapes": {"frames": 8}} | extra, **given), ONE, H200)
+        for extra in ({}, {"long": long})
+    )
+    images = stage(**given | {"batch": given["batch"] | {"images": {144: 16}}})
+    # Two clips of 8 frames of 12 x 12 patches.
+    assert short.activations == plan_train(TINY, images, ONE, H200).activations
+    assert both.activations > short.activations
 
 
 @pytest.mark.parametrize("name", ["lora", "sft", "indexer_warmup"])

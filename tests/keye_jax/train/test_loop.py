@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from convert import load_params
+from convert.adapter import read_adapter
 from convert.synthetic import write_checkpoint
 from keye_jax import presets
 from keye_jax.config import KeyeConfig
@@ -26,6 +27,7 @@ from keye_jax.train.checkpoints import RunCheckpoints
 from keye_jax.train.config import StageConfig
 from keye_jax.train.data import FileBatches
 from keye_jax.train.loop import Trainer, load_model, train_options
+from keye_jax.train.lora import from_adapter
 from keye_jax.train.steps import selecting_share
 
 ANSWERS = ("A red ball.", "A blue square.", "The clock.", "At two seconds.")
@@ -273,6 +275,25 @@ class TestRuns:
         model = KeyeConfig.from_file(folder / "hf")
         exported, merged = load_params(tmp_path / "out", model), load_params(tmp_path / "merged", model)
         assert all((a == b).all() for a, b in zip(jax.tree.leaves(exported), jax.tree.leaves(merged), strict=True))
+
+    def test_a_run_goes_on_from_an_adapter(self, folder, tmp_path):
+        lora = {"targets": ["decoder.layers.*.attention.q_proj"], "rank": 2}
+        config, first = stage(train=[], lora=lora, loss={}, steps=1), tmp_path / "first"
+        self.run(folder, first, config)
+        adapter, model = first / "adapter", KeyeConfig.from_file(folder / "hf")
+        loaded = load_model(folder / "hf", config, MeshRules.single_device(), adapter=adapter)
+        for name, value in from_adapter(read_adapter(adapter, model), model).items():
+            assert np.any(value) and (np.asarray(loaded.trained[name]) == value).all()
+        for other, reason in (
+            ({"rank": 3}, "lora has the rank 3; the adapter has 2, and they must agree"),
+            ({"alpha": 1.0}, "lora has the scale 0.5; the adapter has 16, and they must agree"),
+            ({"targets": ["decoder.layers.*.attention.[qo]_proj"]}, "only the stage has a pair for decoder.layers.0"),
+        ):
+            wrong = stage(train=[], lora=lora | other, loss={}, steps=1)
+            with pytest.raises(UserError, match=reason):
+                load_model(folder / "hf", wrong, MeshRules.single_device(), adapter=adapter)
+        with pytest.raises(UserError, match="lora is missing; --adapter is given"):
+            self.run(folder, tmp_path / "wrong", stage(), adapter=adapter)
 
 
 def test_the_share_of_tokens_that_select(trainer):
