@@ -391,7 +391,7 @@ def _read(kind: Any, values: Any, prefix: str, problems: list[str]) -> Any:
             if read is not None and not fields[name].metadata.get("check", lambda _: True)(read):
                 raise ValueError
             known[name] = read
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             allowed = fields[name].metadata.get("allowed", "true or false")
             problems.append(f"{prefix}{name} is {shorten(value)}; it must be {allowed}")
     return kind(**known)
@@ -415,7 +415,10 @@ def _value(value: Any, hint: Any) -> Any:
         # JSON writes the keys of a mapping as text.
         if not isinstance(value, int) and not (isinstance(value, str) and value.isdecimal()):
             raise TypeError
-        return int(value)
+        number = int(value)
+        if abs(number) >= 1 << 63:
+            raise ValueError
+        return number
     if kind is float:
         # YAML reads 1e-5 as text.
         if not isinstance(value, int | float | str):

@@ -280,6 +280,13 @@ def test_manifest_lists_every_file(tmp_path):
     convert.convert(tmp_path / "source", tmp_path / "orbax")
     files = json.loads((tmp_path / "orbax" / "checkpoint.json").read_text())["files"]
     assert files == orbax_io.file_sizes(tmp_path / "orbax" / "params")
+    manifest, whole = tmp_path / "orbax" / "checkpoint.json", json.dumps({"files": files})
+    for damaged in ('{"files": 3}', '{"files": {"a": "1"}}', '{"files": {"a": 1e400}}', "[" * 100_000, whole[:-1]):
+        manifest.write_text(damaged)
+        with pytest.raises(UserError, match=r"checkpoint.json (is not|has lists)") as error:
+            convert.load_params(tmp_path / "orbax", small_config())
+        assert "\n" not in str(error.value)
+    manifest.write_text(whole)
     shutil.move(tmp_path / "orbax", tmp_path / "moved")
     convert.convert(tmp_path / "moved", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(tmp_path / "source")

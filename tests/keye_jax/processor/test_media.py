@@ -4,6 +4,7 @@ import base64
 import http.server
 import io
 import json
+import math
 import tempfile
 import threading
 from pathlib import Path
@@ -222,6 +223,10 @@ def test_preprocessor_config(checkpoint, config, clip, tmp_path):
         ({"image_std": "x"}, "image_std is 'x'; it must be a list of numbers"),
         ({"frame_format": "{oops}"}, "frame_format is '{oops}'; it must be a format string"),
         ({"adaptive_pixels": [[5, 2]]}, "adaptive_pixels is .* it must be rows"),
+        ({"rescale_factor": "0.5"}, "rescale_factor is '0.5'; it must be a number"),
+        ({"rescale_factor": True}, "rescale_factor is True; it must be a number"),
+        ({"image_std": [math.nan, 1, 1]}, "the number NaN is not finite"),
+        ({"do_normalize": False}, "do_normalize is False; it must be true, as the model was trained"),
         ({"max_pixels": -1}, "preprocessor_config.json.max_pixels is -1; it must be a positive integer"),
     ):
         with pytest.raises(UserError, match=message):

@@ -70,6 +70,8 @@ class TestReading:
         [
             ({"steps": 1}, "train is empty and lora is left out"),
             ({"train": ["*"]}, "steps is None and epochs is None"),
+            ({"train": ["*"], "steps": 10**99}, "...; it must be a positive integer"),
+            ({"train": ["*"], "steps": 1, "epochs": 10**400}, "...; it must be a positive number"),
             (LEAST | {"epochs": 1}, "one of them must be given"),
             (LEAST | {"loss": {"language": False}}, "there must be a loss"),
             (LEAST | {"batch": {"tokens": 300, "length": 256}}, "batch.tokens is 300; it must be a multiple"),
