@@ -15,48 +15,34 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
 import jax
-import numpy as np
 
+from keye_jax.engine.answers import Answers
+from keye_jax.engine.constraint import Grammars, Masks
+from keye_jax.engine.encoding import FrameEncoder
 from keye_jax.engine.generation_config import GenerationDefaults
 from keye_jax.engine.handle import Handle
 from keye_jax.engine.hosts import Command, Hosts, MediaElsewhere, Turn
-from keye_jax.engine.job import Answering, Encoded, Encoding, Job, Steps
-from keye_jax.engine.media.embeddings import EmbeddingCache
+from keye_jax.engine.job import Job, Steps
 from keye_jax.engine.media.events import Broken, Finished, MediaEvent, Pixels, Planned
 from keye_jax.engine.media.frame_cache import FrameCache
-from keye_jax.engine.media.hashes import block_hashes
-from keye_jax.engine.media.work import Decoded, Prompt
+from keye_jax.engine.media.work import Prompt
 from keye_jax.engine.media.workers import MediaWorkers
 from keye_jax.engine.options import EngineOptions, scheduler_config
-from keye_jax.engine.plan import Arrival, Cancel, Ended, Failed, Measured, Plan, Ready
-from keye_jax.engine.plan import Event as SchedulerEvent
-from keye_jax.engine.request import (
-    DEFAULT_NEW_TOKENS,
-    Choice,
-    Piece,
-    Request,
-    RequestError,
-    Result,
-    Timings,
-    TokenLogprob,
-    Usage,
-)
+from keye_jax.engine.plan import Measured, Plan, Stats
+from keye_jax.engine.request import DEFAULT_NEW_TOKENS, Request, RequestError, Result
 from keye_jax.engine.scheduler import Scheduler
-from keye_jax.engine.stepper import DrawnToken, DrawnTokens, SequenceData, Stepper
-from keye_jax.engine.text import AnswerWriter
+from keye_jax.engine.stepper import DrawnTokens, Stepper
 from keye_jax.errors import UserError
 from keye_jax.page_allocator import PAGE_SIZE
 from keye_jax.processor import Processor, PromptTokens
 from keye_jax.progress import Progress
 from keye_jax.runtime.encode import ENCODE_PATCHES
 from keye_jax.runtime.runtime import Runtime
-
-MOST_ENCODING = 8
-"""Steps of encoding that are queued together: patches and embeddings of more would fill the devices' memory."""
 
 _log = logging.getLogger(__name__)
 
@@ -71,16 +57,37 @@ class EngineStats:
     """Counts for metrics.
 
     Attributes:
-      scheduler: those of the scheduler.
+      scheduler: those of the scheduler: sequences, pages, tokens of prompts and of the prefix cache, preemptions.
       compilations: programs compiled since `warmup`, which should be none.
       steps: steps so far.
       embedding_hits: media whose embeddings were kept.
+      requests, waiting: requests that have not ended, and those of them of which no prompt is being read, and no answer
+        is written, yet.
+      generated_tokens: of all answers so far.
     """
 
-    scheduler: Any
+    scheduler: Stats
     compilations: int
     steps: int
     embedding_hits: int
+    requests: int
+    waiting: int
+    generated_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineProgress:
+    """Whether an engine gets on. A watchdog may end one that is `busy` and whose `at` is too long ago.
+
+    Attributes:
+      steps: that are done.
+      at: when the last step was done, or the engine began to have work, by `time.monotonic`.
+      busy: whether there is work. Waiting for media is none.
+    """
+
+    steps: int
+    at: float
+    busy: bool
 
 
 class Engine:
@@ -116,7 +123,11 @@ class Engine:
         self.scheduler_config = scheduler_config(runtime, options, self._most_patches)
         self._scheduler = Scheduler(self.scheduler_config)
         self._stepper = Stepper(
-            runtime, self.scheduler_config, pixel_scale=processor.pixel_scale, pixel_shift=processor.pixel_shift
+            runtime,
+            self.scheduler_config,
+            pixel_scale=processor.pixel_scale,
+            pixel_shift=processor.pixel_shift,
+            heat=options.selection_heat,
         )
         self._changed = threading.Condition()
         self._hosts = Hosts(runtime.rules)
@@ -124,14 +135,18 @@ class Engine:
         self._inbox: list[Command] = []
         self._told: collections.deque[MediaEvent] = collections.deque()
         self._media = self._media_workers() if self.takes_requests else MediaElsewhere()
-        self._embeddings: EmbeddingCache[Encoded] = EmbeddingCache(options.embedding_cache_bytes)
         self._jobs: dict[int, Job] = {}
-        self._choices: dict[str, tuple[Job, Answering]] = {}
-        self._events: list[SchedulerEvent] = []
-        self._pixels: collections.deque[Pixels] = collections.deque()
-        self._encoding: collections.deque[Encoding] = collections.deque()
-        self._numbers, self._sequences = itertools.count(), itertools.count()
+        self._encoder = FrameEncoder(self._stepper, self._jobs, options.embedding_cache_bytes)
+        vocab, block = runtime.config.vocab_size, self.scheduler_config.small if options.prefix_cache else None
+        masks = Masks(vocab, defaults.end_tokens, (processor.token_id("<think>"), processor.token_id("</think>")))
+        self._answers = Answers(processor, defaults, masks, block, self._leave)
+        self._grammars = Grammars(processor, vocab, defaults.end_tokens)
+        # Compiles grammars and reads long prompts, so that neither clients nor the devices wait for it.
+        self._preparer = ThreadPoolExecutor(1, "keye-jax requests")
+        self._preparing: set[int] = set()
+        self._numbers = itertools.count()
         self._steps = self._compilations = 0
+        self._progress = EngineProgress(0, time.monotonic(), busy=False)
         self._draining = self._closing = self._ended = self._poked = False
         self._measured: Measured | None = None
         # How often programs were and are to be compiled, whom that is told, and what went wrong.
@@ -174,13 +189,21 @@ class Engine:
           RequestError: the engine is closed or about to be, or another process takes requests.
         """
         number = next(self._numbers)
-        job = Job(number, request, Handle(lambda: self._post(Command(number))), time.perf_counter(), progress)
+        job = Job(number, request, Handle(lambda: self._cancel(number)), time.perf_counter(), progress)
+        refusal = self._refusal(request)
         with self._changed:
             if self._draining or not self.takes_requests:
                 raise RequestError("closed", "the engine takes no more requests" if self._draining else _ELSEWHERE)
+            if refusal is not None:
+                job.handle.put(refusal)
+                return job.handle
             self._jobs[number] = job
-            self._inbox.append(Command(number, request))
-            self._changed.notify_all()
+            if request.grammar is None and request.prompt is None:
+                self._inbox.append(Command(number, request))
+                self._changed.notify_all()
+            else:
+                self._preparing.add(number)
+                self._preparer.submit(self._prepare, job)
         return job.handle
 
     def warmup(self, progress: Progress = lambda done, total: None) -> float:
@@ -212,13 +235,33 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counts for metrics."""
-        return EngineStats(self._scheduler.stats, self._compilations, self._steps, self._embeddings.hits)
+        with self._changed:
+            jobs = tuple(self._jobs.values())
+        waiting = sum("admitted" not in job.at for job in jobs)
+        counts = self._compilations, self._steps, self._encoder.hits
+        return EngineStats(self._scheduler.stats, *counts, len(jobs), waiting, self._answers.tokens)
 
-    def drain(self) -> None:
-        """Takes no more requests, and waits until all that there are have ended."""
+    @property
+    def progress(self) -> EngineProgress:
+        """For a watchdog: that steps are done, whatever the time that each of them takes."""
+        return self._progress
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Takes no more requests, and waits until all that there are have ended, or for `timeout` seconds.
+
+        Returns:
+          whether they have.
+        """
         with self._changed:
             self._draining = True
-            self._changed.wait_for(lambda: not self._jobs)
+            return self._changed.wait_for(lambda: not self._jobs, timeout)
+
+    def cancel_all(self) -> None:
+        """Ends all requests soon. Their results then have what was written so far."""
+        with self._changed:
+            numbers = tuple(self._jobs)
+        for number in numbers:
+            self._cancel(number)
 
     def close(self) -> None:
         """Ends all requests and frees the devices; where no requests are taken, waits until that is done elsewhere.
@@ -232,6 +275,7 @@ class Engine:
         self._thread.join()
         if closed:
             return
+        self._preparer.shutdown(cancel_futures=True)
         self._media.close()
         self._stepper.close()
         with contextlib.suppress(AssertionError, ValueError):  # someone has removed all listeners
@@ -264,6 +308,56 @@ class Engine:
             self._inbox.append(command)
             self._changed.notify_all()
 
+    def _cancel(self, number: int) -> None:
+        with self._changed:
+            if number not in self._preparing:
+                self._inbox.append(Command(number))
+                self._changed.notify_all()
+                return
+            self._preparing.discard(number)
+            job = self._jobs.pop(number)
+            self._changed.notify_all()
+        job.handle.put(RequestError("cancelled", "the request was cancelled before it was planned"))
+
+    def _refusal(self, request: Request) -> RequestError | None:
+        """What is wrong with a request that can be seen before its prompt is planned."""
+        vocab, most = self.runtime.config.vocab_size, self.scheduler_config.most_tokens
+        for token in request.logit_bias:
+            if not 0 <= token < vocab:
+                return RequestError("invalid", f"logit_bias has token {token}; it must be from 0 to {vocab - 1}")
+        if request.selection_heat and not self.options.selection_heat:
+            return RequestError("invalid", "selection_heat is true; this engine does not count what answers look at")
+        if request.max_tokens is not None and request.max_tokens >= most:
+            limit = f"a prompt and its answer together must be at most {most}"
+            return RequestError("too_large", f"max_tokens is {request.max_tokens}; {limit}")
+        return None
+
+    def _prepare(self, job: Job) -> None:
+        """Compiles the grammar of a request, plans a prompt without a template, and then submits the request."""
+        request, failure = job.request, None
+        try:
+            if request.grammar is not None:
+                job.matcher = Future()
+                job.matcher.set_result(self._grammars.compile(request.grammar))
+            if request.prompt is not None:
+                job.plan = self.processor.plan_raw(request.prompt)
+        except UserError as error:
+            failure = RequestError("invalid", str(error))
+        except Exception as error:
+            _log.exception("a request could not be prepared")
+            failure = RequestError("internal", f"the request could not be prepared: {type(error).__name__}")
+        with self._changed:
+            if job.id not in self._preparing:  # it was cancelled, or the engine has ended
+                return
+            self._preparing.discard(job.id)
+            if failure is None:
+                self._inbox.append(Command(job.id, request))
+            else:
+                self._jobs.pop(job.id)
+            self._changed.notify_all()
+        if failure is not None:
+            job.handle.put(failure)
+
     def _wake(self) -> None:
         with self._changed:
             self._poked = True
@@ -289,33 +383,34 @@ class Engine:
             for job in self._jobs.values():
                 job.handle.put(failure)
             self._jobs.clear()
+            self._preparing.clear()
             self._changed.notify_all()
 
     def _loop(self) -> None:
+        answers = self._answers
         before: tuple[Plan, DrawnTokens] | None = None
         started = time.perf_counter()
         while True:
-            idle = before is None and not (self._events or self._pixels or self._encoding)
+            idle = before is None and not (answers.events or self._encoder.busy)
             turn = self._hosts.exchange(lambda idle=idle: self._gather(wait=idle))
             if turn.close:
                 return
             if before is None:
                 started = time.perf_counter()
+                self._note_progress()
             if turn.warm:
                 self._warm_up()
             if turn.measured:
-                self._events.append(turn.measured)
+                answers.events.append(turn.measured)
             self._take(turn.commands)
             self._take_media(turn.media)
-            self._encode(all_of_them=before is None)
-            events, self._events = self._events, []
+            for job in self._encoder.advance(all_of_them=before is None):
+                answers.tell_ready(job)
+            events, answers.events = answers.events, []
             plan = self._scheduler.step(events)
-            for name, tokens in plan.cached:
-                job, choice = self._choices[name]
-                job.stamp("admitted")
-                job.cached = max(job.cached, tokens) if choice.number == 0 else job.cached
+            answers.note_cached(plan.cached)
             if plan.read is not None:
-                job, read = self._choices[plan.read.id][0], plan.read
+                job, read = answers.job(plan.read.id), plan.read
                 job.progress("reading the prompt", read.start + read.count, len(job.choices[0].data.input_ids))
             if plan.read is not None and before is not None and self.options.target_gap_ms is not None:
                 # Queueing a chunk may hold this thread until it is nearly read. The devices idle for it meanwhile.
@@ -323,19 +418,29 @@ class Engine:
                 before = None
             now = None
             if plan != Plan(cached=plan.cached, ended=plan.ended):
-                now = plan, self._stepper.run(plan, lambda name: self._choices[name][1].data)
+
+                def look(drawn: DrawnTokens) -> None:
+                    nonlocal before, started
+                    if before is not None:
+                        started = self._complete(*before, started)
+                        before = None
+                    answers.deliver(drawn.fetch())
+
+                now = plan, self._stepper.run(plan, answers.data, look)
                 self._steps += 1
                 for placed in plan.offload:
-                    if placed.id not in self._choices:  # what was delivered above ended it
+                    if placed.id not in answers:  # what was delivered above ended it
                         self._stepper.forget(placed.id)
             if before is not None:
                 started = self._complete(*before, started)
+            answers.take_heat(self._stepper.heat)
             before = now
 
     def _complete(self, plan: Plan, drawn: DrawnTokens, started: float) -> float:
         """Waits for a step that began at `started`, delivers its tokens, and returns the time."""
-        self._deliver(drawn.fetch())
+        self._answers.deliver(drawn.fetch())
         ended = time.perf_counter()
+        self._note_progress(steps=1)
         if plan.read or plan.decode:
             self._measured = Measured(ended - started, plan.read.program if plan.read else None, plan.decode)
         return ended
@@ -344,6 +449,7 @@ class Engine:
         """What came since the last turn; waits for something if nothing else is to be done."""
         with self._changed:
             if wait and not self._told:
+                self._progress = dataclasses.replace(self._progress, busy=False)
                 self._changed.wait_for(lambda: self._inbox or self._closing or self._poked or self._wants_warmup)
             commands, self._inbox, self._poked = tuple(self._inbox), [], False
             warm, close = self._wants_warmup, self._closing
@@ -355,6 +461,9 @@ class Engine:
         measured, self._measured = self._measured, None
         return Turn(commands, tuple(media), measured, warm, close)
 
+    def _note_progress(self, steps: int = 0) -> None:
+        self._progress = EngineProgress(self._progress.steps + steps, time.monotonic(), busy=True)
+
     @property
     def _wants_warmup(self) -> bool:
         return self._warm_wanted > self._warm_done
@@ -362,8 +471,15 @@ class Engine:
     def _warm_up(self) -> None:
         """Compiles all programs for `warmup`."""
         failure = None
+
+        def told(done: int, total: int) -> None:
+            self._note_progress()
+            self._warm_progress(done, total)
+
         try:
-            self._stepper.warmup(self._most_patches, self._warm_progress)
+            prepared = self._preparer.submit(self._grammars.prepare)
+            self._stepper.warmup(self._most_patches, told)
+            prepared.result()
             self._compilations = 0
         except Exception as error:
             failure = error
@@ -376,22 +492,14 @@ class Engine:
             job = self._jobs.get(number)
             if request is None:
                 if job is not None:
-                    self._cancel(job)
+                    self._media.cancel(job.id)
+                    self._answers.cancel(job)
                 continue
             if job is None:  # it was submitted in another process
                 job = self._jobs[number] = Job(number, request, Handle(lambda: None), time.perf_counter())
-            try:
-                self._check(request)
-            except UserError as error:
-                self._fail(job, "invalid", str(error))
-                continue
-            self._media.submit(job.id, request.messages, request.options, plan=request.plan)
-
-    def _check(self, request: Request) -> None:
-        vocab = self.runtime.config.vocab_size
-        for token in request.logit_bias:
-            if not 0 <= token < vocab:
-                raise UserError(f"logit_bias has token {token}; it must be from 0 to {vocab - 1}")
+                if request.grammar is not None:
+                    job.matcher = self._preparer.submit(self._grammars.compile, request.grammar)
+            self._media.submit(job.id, request.messages, request.options, plan=job.plan or request.plan)
 
     def _take_media(self, events: Sequence[MediaEvent]) -> None:
         for event in events:
@@ -402,58 +510,43 @@ class Engine:
             elif isinstance(event, Planned):
                 self._arrive(job, event.prompt)
             elif isinstance(event, Pixels):
-                self._pixels.append(event)
+                self._encoder.take(event)
                 job.frames_decoded += event.frames
                 job.progress("decoding frames", job.frames_decoded, job.frames)
             elif isinstance(event, Finished):
                 job.decoded = event.decoded
                 if job.frames:
                     job.stamp("media")
-                for number in range(len(job.frames_left)):
-                    self._keep(job, number)
+                self._encoder.keep_all(job)
                 if event.decoded.tokens is None:
-                    self._tell_ready(job)
+                    self._answers.tell_ready(job)
                 else:
                     self._restate(job, event.decoded.tokens)
-                self._finish(job)
+                self._answers.finish(job)
             elif isinstance(event, Broken):
-                self._fail(job, event.kind, event.message)
+                self._answers.fail(job, event.kind, event.message)
 
     def _arrive(self, job: Job, prompt: Prompt) -> None:
         """Takes note of a planned request: of what is read, and which of its media have to be decoded."""
-        pads = sum(medium.pads for medium in prompt.media)
         job.prompt = prompt
         job.stamp("planned")
         limit = self._limit(job)
-        if limit is None:
-            return
-        job.embeds = np.zeros((pads, self.runtime.config.hidden_size), self.runtime.dtype)
-        job.filled = np.zeros(pads, bool)
-        job.frames_left = [medium.frames for medium in prompt.media]
-        skip, shown = {}, {}
-        for number, medium in enumerate(prompt.media):
-            found = self._embeddings.get(medium.hash)
-            if found is not None:
-                job.embeds[medium.first_pad : medium.first_pad + medium.pads] = found.embeds
-                job.filled[medium.first_pad : medium.first_pad + medium.pads] = True
-                job.frames_left[number], skip[number] = 0, medium.frames
-                if found.shown is not None:
-                    shown[number] = found.shown
-        job.frames = sum(job.frames_left)
-        self._begin(job, limit)
-        self._media.decode(job.id, skip, shown)
+        if limit is not None:
+            skip, shown = self._encoder.begin(job)
+            self._answers.begin(job, limit)
+            if job.choices:
+                self._media.decode(job.id, skip, shown)
+            else:
+                self._media.cancel(job.id)
 
     def _restate(self, job: Job, tokens: PromptTokens) -> None:
         """Begins again with the prompt that states the times of the frames that are shown. No token was drawn yet."""
         assert job.prompt is not None, "it was decoded"
-        job.prompt, job.cached = job.prompt.restated(tokens), 0
-        for choice in job.choices:
-            del self._choices[choice.id]
-            self._events.append(Failed(choice.id))
-        job.choices.clear()
+        job.prompt = job.prompt.restated(tokens)
+        self._answers.take_back(job)
         limit = self._limit(job)
         if limit is not None:
-            self._begin(job, limit)
+            self._answers.begin(job, limit)
 
     def _limit(self, job: Job) -> int | None:
         """Most tokens of each answer; None if the request can never run, and failed."""
@@ -467,178 +560,12 @@ class Engine:
             self._scheduler.check(length, limit)
         except UserError as error:
             self._media.cancel(job.id)
-            self._fail(job, "too_large", str(error))
+            self._answers.fail(job, "too_large", str(error))
             return None
         return limit
 
-    def _begin(self, job: Job, limit: int) -> None:
-        """Makes the sequences of a request, each of which writes at most `limit` tokens."""
-        assert job.prompt is not None and job.embeds is not None, "it is planned"
-        request, prompt, config = job.request, job.prompt, self.runtime.config
-        pads = np.isin(prompt.input_ids, (config.image_token_id, config.video_token_id))
-        before = np.concatenate([[0], np.cumsum(pads)])
-        hashes: tuple[bytes, ...] = ()
-        if self.options.prefix_cache:
-            media = [(medium.hash, medium.pads) for medium in prompt.media]
-            pad_ids = (config.image_token_id, config.video_token_id)
-            hashes = tuple(block_hashes(prompt.input_ids, media, pad_ids, self.scheduler_config.small))
-        sampling = request.sampling or self.defaults.sampling
-        for number in range(request.n):
-            data = SequenceData(
-                prompt.input_ids,
-                prompt.positions,
-                prompt.position_delta,
-                before,
-                job.embeds,
-                dataclasses.replace(sampling, seed=sampling.seed + number),
-                request.logit_bias,
-            )
-
-            def emit(text: str, reasoning: bool, number: int = number) -> None:
-                job.handle.put(Piece(number, text, reasoning))
-
-            writer = AnswerWriter(self.processor, prompt.prompt_opens_thinking, emit, request.stop)
-            logprobs = None if request.top_logprobs is None else []
-            choice = Answering(str(next(self._sequences)), number, data, writer, logprobs, limit)
-            job.choices.append(choice)
-            self._choices[choice.id] = job, choice
-            self._events.append(Arrival(choice.id, len(prompt.input_ids), limit, hashes))
-        self._tell_ready(job)
-
-    def _tell_ready(self, job: Job) -> None:
-        """Tells the scheduler up to where the prompt can be read."""
-        self._events += [Ready(choice.id, job.ready) for choice in job.choices if choice.choice is None]
-
-    def _encode(self, *, all_of_them: bool) -> None:
-        """Takes embeddings that are there, and queues the encoding of the next frames: one piece a step."""
-        while self._encoding:
-            self._place(self._encoding.popleft())
-        while self._pixels:
-            pixels = self._pixels.popleft()
-            if not isinstance(pixels.job_id, int) or pixels.job_id not in self._jobs:
-                pixels.release()
-                continue
-            grid = pixels.grids[0]
-            each = int(grid[1] * grid[2])
-            at_once = self._stepper.images_at_once(each)
-            tokens = pixels.pads // pixels.frames
-            for first in range(0, pixels.frames, at_once):
-                count = min(at_once, pixels.frames - first)
-                patches = pixels.patches[first * each : (first + count) * each]
-                encoded = self._stepper.encode(patches, grid)
-                pad = pixels.first_pad + first * tokens
-                self._encoding.append(Encoding(pixels.job_id, pixels.medium, count, tokens, pad, encoded))
-            pixels.release()
-            if not all_of_them or len(self._encoding) >= MOST_ENCODING:
-                return
-
-    def _place(self, part: Encoding) -> None:
-        """Puts embeddings where the prompt has their pads."""
-        job = self._jobs.get(part.job_id)
-        if job is None or job.embeds is None or job.filled is None or job.prompt is None:
-            return
-        place = slice(part.first_pad, part.first_pad + part.frames * part.tokens)
-        job.embeds[place] = self._stepper.embeddings(part.encoded, part.frames, part.tokens)
-        job.filled[place] = True
-        job.frames_left[part.medium] -= part.frames
-        left = sum(job.frames_left)
-        job.progress("encoding frames", job.frames - left, job.frames)
-        if not left:
-            job.stamp("encoded")
-        self._keep(job, part.medium)
-        self._tell_ready(job)
-
-    def _keep(self, job: Job, number: int) -> None:
-        """Keeps the embeddings of a medium, if all its frames are encoded and it is known which these are."""
-        if job.frames_left[number] or job.decoded is None:
-            return
-        assert job.prompt is not None and job.embeds is not None, "it is planned"
-        medium = job.prompt.media[number]
-        if medium.hash not in self._embeddings:
-            whole = job.embeds[medium.first_pad : medium.first_pad + medium.pads]
-            self._embeddings.put(medium.hash, Encoded(whole.copy(), job.decoded.shown.get(number)))
-
-    def _deliver(self, tokens: list[DrawnToken]) -> None:
-        """Gives tokens to the answers that drew them."""
-        for drawn in tokens:
-            found = self._choices.get(drawn.id)
-            if found is None or found[1].choice is not None:
-                continue
-            job, choice = found
-            job.stamp("first_token")
-            now = job.at["last_token"] = time.perf_counter() - job.submitted
-            if drawn.token in self.defaults.end_tokens:
-                self._end(job, choice, "stop")
-                continue
-            choice.data.tokens.append(drawn.token)
-            choice.times.append(now)
-            if choice.logprobs is not None:
-                top = job.request.top_logprobs or 0
-                pairs = zip(drawn.top_tokens[:top].tolist(), drawn.top_logprobs[:top].tolist(), strict=True)
-                choice.logprobs.append(TokenLogprob(drawn.token, drawn.logprob, tuple(pairs)))
-            choice.writer.write(drawn.token)
-            if choice.writer.stopped:
-                self._end(job, choice, "stop")
-            elif len(choice.data.tokens) == choice.max_tokens:
-                self._end(job, choice, "length")
-
-    def _end(self, job: Job, choice: Answering, reason: Any) -> None:
-        """Ends one answer, and with the last one the request."""
-        text, reasoning = choice.writer.finish()
-        logprobs = None if choice.logprobs is None else tuple(choice.logprobs)
-        writer = choice.writer
-        choice.choice = Choice(
-            text,
-            reasoning,
-            reason,
-            tuple(writer.token_ids),
-            writer.reasoning_tokens,
-            logprobs,
-            tuple(choice.times),
-        )
-        if reason != "length":
-            self._events.append(Cancel(choice.id) if reason == "cancelled" else Ended(choice.id))
-        self._finish(job)
-
-    def _finish(self, job: Job) -> None:
-        """Gives the result out, if all answers are there and all is known about the media."""
-        choices = [choice.choice for choice in job.choices if choice.choice is not None]
-        if not job.choices or len(choices) < len(job.choices) or job.decoded is None or job.prompt is None:
-            return
-        prompt = job.prompt
-        usage = Usage(
-            len(prompt.input_ids),
-            prompt.image_tokens,
-            prompt.video_tokens,
-            job.cached,
-            sum(len(choice.token_ids) for choice in choices),
-            sum(choice.reasoning_tokens for choice in choices),
-        )
-        names = [field.name for field in dataclasses.fields(Timings)]
-        timings = Timings(**{name: job.at.get(name, job.at.get("planned", 0.0)) for name in names})
-        times, undecodable = (
-            tuple(tuple(each.tolist()) for each in arrays)
-            for arrays in (job.decoded.frame_times, job.decoded.undecodable_times)
-        )
-        self._leave(job, Result(tuple(choices), usage, timings, times, job.decoded.warnings, undecodable))
-
-    def _fail(self, job: Job, kind: str, message: str) -> None:
-        self._events += [Failed(choice.id) for choice in job.choices if choice.choice is None]
-        self._leave(job, RequestError(kind, message))
-
-    def _cancel(self, job: Job) -> None:
-        self._media.cancel(job.id)
-        if job.prompt is None:
-            self._leave(job, RequestError("cancelled", "the request was cancelled before it was planned"))
-            return
-        job.decoded = job.decoded or Decoded(job.prompt.frame_times, (), job.prompt.warnings)
-        for choice in job.choices:
-            if choice.choice is None:
-                self._end(job, choice, "cancelled")
-
     def _leave(self, job: Job, outcome: Result | RequestError) -> None:
         for choice in job.choices:
-            del self._choices[choice.id]
             self._stepper.forget(choice.id)
         with self._changed:
             self._jobs.pop(job.id, None)

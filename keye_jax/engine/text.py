@@ -42,6 +42,8 @@ class AnswerWriter:
         """Adds a token."""
         self.token_ids.append(token)
         self.reasoning_tokens += self._thinking
+        if token in (self._open, self._close):
+            self._add(self._stream.flush())  # half a character belongs to the part before the mark
         if token == self._open:
             self._thinking = True
         elif token == self._close:
