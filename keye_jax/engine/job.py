@@ -108,6 +108,11 @@ class Job:
         """Notes when something happened for the first time, in seconds from the submission."""
         self.at.setdefault(name, time.perf_counter() - self.submitted)
 
+    def stamp_last_token(self) -> float:
+        """Notes that a token is there, and returns when."""
+        now = self.at["last_token"] = time.perf_counter() - self.submitted
+        return now
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoding:
