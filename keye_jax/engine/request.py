@@ -26,10 +26,10 @@ class Request:
     """One prompt, and how its answers are drawn.
 
     Attributes:
-      messages: the conversation, as for `Processor.plan`. Of `messages`, `plan` and `prompt` one is given.
+      messages: the conversation, as for `Processor.plan`; None if `plan` is given.
       plan: a prompt that is planned already; the engine closes it.
-      prompt: text or token ids that the answer continues, without a chat template. Its answer is the text as it is: no
-        reasoning is told apart, and white space stays.
+      prompt: a prompt without a chat template and without media: a text, in which nothing becomes a control token, or
+        token ids. A request has exactly one of `messages`, `plan` and `prompt`.
       options: further arguments of `Processor.plan`: tools, chat_template_kwargs, media_io_kwargs, mm_processor_kwargs.
       sampling: temperature, penalties and so on; the checkpoint's if left out. Choice i is drawn with seed + i.
       max_tokens: most tokens of one answer; if left out, what positions allow, and at most `DEFAULT_NEW_TOKENS`.
@@ -38,9 +38,11 @@ class Request:
       logit_bias: what is added to the logits of tokens, by id.
       top_logprobs: log probabilities of how many of the likeliest tokens are wanted with each token; 0 for that of the
         token alone, None for none at all.
-      grammar: what the answer must match, after the thoughts, as llguidance serialises it; None for any text.
-      thinking_budget: most tokens of the thoughts, after which they end; None for no limit.
-      selection_heat: whether the result says what the answer looked at.
+      grammar: what the answer has to be, as llguidance serialises it (`LLMatcher.grammar_from_json_schema`,
+        `grammar_from_lark`, `grammar_from_regex`). It begins after the thoughts.
+      thinking_budget: most tokens inside of the think block; then only its closing mark may be drawn. With a budget the
+        answer opens no block but with its first token.
+      selection_heat: whether each answer comes with what it looked at; the engine must have `selection_heat`.
       tool_names: functions whose calls are told apart from the answer's text; see `AnswerWriter`.
       max_tool_calls: an answer ends after so many calls; None for no limit.
       id: its name, unlike that of any other request. Ids of tool calls follow from it.
@@ -64,14 +66,16 @@ class Request:
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
     def __post_init__(self) -> None:
-        if sum(given is not None for given in (self.messages, self.plan, self.prompt)) != 1:
-            raise UserError("a request has one of messages, a plan and a prompt")
+        if [self.messages, self.plan, self.prompt].count(None) != 2:
+            raise UserError("a request has exactly one of messages, plan and prompt")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise UserError(f"max_tokens is {self.max_tokens}; it must be at least 1")
         if not 1 <= self.n <= MAX_CHOICES:
             raise UserError(f"n is {self.n}; it must be from 1 to {MAX_CHOICES}")
         if len(self.stop) > MAX_STOPS or not all(self.stop):
             raise UserError(f"stop has {len(self.stop)} texts; it must be at most {MAX_STOPS}, and none of them empty")
+        if self.thinking_budget is not None and self.thinking_budget < 0:
+            raise UserError(f"thinking_budget is {self.thinking_budget}; it must be at least 0")
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
             raise UserError(f"top_logprobs is {self.top_logprobs}; it must be from 0 to {MAX_TOP_LOGPROBS}")
 
@@ -159,6 +163,29 @@ class TextPart:
 
 
 @dataclasses.dataclass(frozen=True)
+class SelectionHeat:
+    """What an answer looked at: where the positions lie that its steps of decode selected, in all layers together.
+
+    The indexer selects the same number of positions in each layer and step, and all of them while the context is
+    shorter than that. So as long as nothing is left out, a share only says how many tokens something has. The first
+    token is drawn by the step that reads the prompt, which does not count. A step that was queued before the end of the
+    answer was known does.
+
+    Attributes:
+      videos: for each video of the prompt, the share of each of its frames.
+      images: the share of each image.
+      text: the share of all other tokens of the prompt. Those of videos, images and text are shares of what was
+        selected in the prompt, 1 together; or all are 0 if nothing was.
+      answer: of all positions that were selected, the share that the answer's own tokens have.
+    """
+
+    videos: tuple[tuple[float, ...], ...]
+    images: tuple[float, ...]
+    text: float
+    answer: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Choice:
     """A whole answer.
 
@@ -170,6 +197,7 @@ class Choice:
       reasoning_tokens: how many of them belong to the reasoning.
       logprobs: one a token, if they were asked for.
       token_seconds: when each token was there, in seconds from the submission.
+      selection_heat: what it looked at, if that was asked for.
       tool_calls: in order.
       parts: reasoning, text and calls as they follow each other; None if nothing is known but the above.
     """
@@ -181,6 +209,7 @@ class Choice:
     reasoning_tokens: int
     logprobs: tuple[TokenLogprob, ...] | None = None
     token_seconds: tuple[float, ...] = ()
+    selection_heat: SelectionHeat | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     parts: tuple[TextPart | ToolCall, ...] | None = None
 

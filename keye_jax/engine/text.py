@@ -98,7 +98,7 @@ class AnswerWriter:
             self._take(self._stream.step(token))
             return
         self._take(self._stream.flush())  # a mark ends a character that is incomplete
-        if mark == THINK or mark == END_THINK:
+        if mark in (THINK, END_THINK):
             # A closing mark that closes nothing is left out: what came before it was shown as text already.
             self._end_call()
             self._thinking = mark == THINK
@@ -150,7 +150,7 @@ class AnswerWriter:
             self._tell(self._text.add(text), reasoning=False)
 
     def _end_call(self, mark: str | None = None) -> None:
-        """Ends the call that is being written, if there is one; `mark` is the text of the closing mark, if it has one."""
+        """Ends the call that is being written, if any; `mark` is the text of the mark that closes it, if one does."""
         call, self._call = self._call, None
         if call is None or call.name is not None:
             return

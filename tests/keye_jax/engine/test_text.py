@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from keye_jax.engine.request import Piece, Request, TextPart, TokenLogprob, ToolCall, ToolCallPiece
+from keye_jax.engine.request import FinishReason, Piece, Request, TextPart, TokenLogprob, ToolCall, ToolCallPiece
 from keye_jax.engine.text import AnswerWriter
 
 MARKS = {"<think>": "(", "</think>": ")", "<tool_call>": "«", "</tool_call>": "»"}
@@ -29,9 +29,9 @@ class Letters:
         return ""
 
 
-def write(text, *, thinking=False, reason="stop", **fields):
+def write(text, *, thinking=False, reason: FinishReason = "stop", **given):
     """The events and the whole of an answer; checks that they agree."""
-    fields = {"messages": [{}]} | fields
+    fields: Any = {"messages": [{}]} | given
     request, events = Request(**fields), []
     writer = AnswerWriter(cast(Any, Letters()), request, 0, thinking, events.append)
     for character in text:
@@ -206,7 +206,18 @@ class TestToolCalls:
 
 def test_events_are_the_whole_of_any_tokens():
     chosen = random.Random(0)
-    words = [*"()«»«» \n", "STOP", "ST", '{"name": "f", "arguments": {', '"x": "y"', "}}", "word ", '{"name": "g"', "}"]
+    words = [
+        *"()«»«» \n",
+        "STOP",
+        "ST",
+        '{"name": "f", "arguments": {',
+        '"x": "y"',
+        "}}",
+        "word ",
+        '{"name": "g"',
+        "}",
+        '«{"name": "f", "arguments": {',
+    ]
     called = 0
     for _ in range(500):
         text = "".join(chosen.choices(words, k=chosen.randint(0, 30)))
