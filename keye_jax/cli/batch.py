@@ -112,7 +112,7 @@ def batch(
         **settings,
     )
     if not distributed.is_main():
-        return _follow(opener)
+        return follow(opener)
     try:
         source = _input(input, videos, prompt, output)
         digest, lines = count_lines(source)
@@ -146,7 +146,7 @@ def batch(
     return 0
 
 
-def _follow(opener: Callable[[], Any]) -> int:
+def follow(opener: Callable[[], Any]) -> int:
     """Does what process 0 says until its job is done or stopped, which signals are left to."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

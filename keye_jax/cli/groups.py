@@ -43,10 +43,11 @@ def expanded(command: Callable[..., int]) -> Callable[..., int]:
             values[name] = group(**{field: values.pop(field) for field in fields})
         return command(**values)
 
-    del call.__wrapped__  # typer would read the groups there
-    call.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
-    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return call
+    made: Any = call
+    del made.__wrapped__  # typer would read the groups there
+    made.__signature__ = inspect.Signature(parameters)
+    made.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return made
 
 
 @dataclasses.dataclass(frozen=True)

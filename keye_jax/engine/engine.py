@@ -210,6 +210,11 @@ class Engine:
         config = self.scheduler_config
         return config.pages_per_shard * config.homes * config.turns * PAGE_SIZE
 
+    @property
+    def ended(self) -> bool:
+        """Whether the engine answers no more, because it was closed or failed."""
+        return self._ended
+
     def stats(self) -> EngineStats:
         """Counts for metrics."""
         return EngineStats(self._scheduler.stats, self._compilations, self._steps, self._embeddings.hits)
