@@ -124,7 +124,7 @@ def serve(
 
     listener = listen(host, port)
     distributed.tell("serves")
-    return run(limits, name or checkpoint.resolve().name, opener, listener)
+    return run(limits, checkpoint, name or checkpoint.resolve().name, opener, listener)
 
 
 def _check_extra() -> None:

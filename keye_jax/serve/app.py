@@ -16,8 +16,9 @@ from starlette.routing import Route
 from keye_jax.engine.openai import error_body
 from keye_jax.engine.request import RequestError
 from keye_jax.errors import UserError
-from keye_jax.serve import files_api, generate, media_api, profiling, tokens
+from keye_jax.serve import batches_api, files_api, generate, media_api, profiling, tokens
 from keye_jax.serve.answers import ClientGone
+from keye_jax.serve.batches import Batches
 from keye_jax.serve.errors import Refusal, error_response, json_response, refusal_response
 from keye_jax.serve.gate import Gate
 from keye_jax.serve.service import QUEUE_RETRY_S, Service
@@ -25,7 +26,7 @@ from keye_jax.serve.service import QUEUE_RETRY_S, Service
 _CLIENT_GONE = 499
 
 
-def make_app(service: Service) -> Starlette:
+def make_app(service: Service, batches: Batches) -> Starlette:
     """The application: all routes, behind the gate."""
     options = service.options
     middleware = [Middleware(Gate, options)]
@@ -58,12 +59,13 @@ def make_app(service: Service) -> Starlette:
         Route("/tokenize", tokens.tokenize, methods=["POST"]),
         Route("/detokenize", tokens.detokenize, methods=["POST"]),
         *files_api.ROUTES,
+        *batches_api.ROUTES,
         *media_api.ROUTES,
     ]
     if options.profile_dir is not None:
         routes.append(Route("/debug/profile", profiling.profile, methods=["POST"]))
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
-    app.state.service = service
+    app.state.service, app.state.batches = service, batches
     return app
 
 

@@ -61,13 +61,21 @@ class FileStore:
         if self._temporary is not None:
             self._temporary.cleanup()
 
-    def add(self, source: BinaryIO, size: int, filename: str, purpose: str) -> dict[str, Any]:
+    def add(
+        self, source: BinaryIO, size: int, filename: str, purpose: str, file_id: str | None = None
+    ) -> dict[str, Any]:
         """Copies a file of `size` bytes into the store; returns the object that clients see.
+
+        Args:
+          file_id: of a file that may be there already, from before a restart; it then stays as it is.
 
         Raises:
           Refusal: there is no room.
         """
-        file_id = f"file-{uuid.uuid4().hex[:24]}"
+        file_id = file_id or f"file-{uuid.uuid4().hex[:24]}"
+        with self._lock:
+            if file_id in self._files:
+                return self._files[file_id]
         values = {
             "id": file_id,
             "object": "file",

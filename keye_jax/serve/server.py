@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -11,13 +12,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
 from keye_jax.errors import UserError
+from keye_jax.jobs.journal import checkpoint_hash
 from keye_jax.serve.app import make_app
+from keye_jax.serve.batches import Batches
 from keye_jax.serve.files import FileStore
 from keye_jax.serve.gate import log, start_log
 from keye_jax.serve.options import ServeOptions
@@ -26,7 +30,7 @@ from keye_jax.serve.service import Service
 
 _BACKLOG = 2048
 _HEAD_BYTES = 64 << 10
-_LOOK_S = 0.5
+_LOOK_S, _SOON_S = 0.5, 0.02
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -50,11 +54,16 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(
-    options: ServeOptions, name: str, opener: Callable[[], AbstractContextManager[Any]], listener: socket.socket
+    options: ServeOptions,
+    checkpoint: Path,
+    name: str,
+    opener: Callable[[], AbstractContextManager[Any]],
+    listener: socket.socket,
 ) -> int:
     """Serves until a signal, or until the engine cannot be opened.
 
     Args:
+      checkpoint: the folder, whose hash results of batches are kept with.
       name: of the model.
       opener: opens the engine, warm; it is called in a thread, so that probes are answered meanwhile.
       listener: what `listen` returned; it is closed.
@@ -68,22 +77,24 @@ def serve(
     start_log()
     state = options.state_dir
     try:
-        files = FileStore(None if state is None else state / "files", options.max_stored_bytes)
+        files = FileStore(state and state / "files", options.max_stored_bytes)
+        service = Service(options, name, files)
+        batches = Batches(service, state and state / "batches", functools.partial(checkpoint_hash, checkpoint))
     except OSError as error:
         raise UserError(
             f"--state-dir is {str(state)!r}; it cannot be written to ({error.strerror or error})"
         ) from error
-    service = Service(options, name, files)
-    server = Server(service)
+    server = Server(service, batches)
     opening = _Opening(opener)
     try:
         asyncio.run(server.run(listener, opening))
     finally:
         service.close()
+        batches.close()
         opening.close()
     if isinstance(opening.error, UserError):
         raise opening.error
-    return 1 if opening.error is not None or server.cut_off else 0
+    return 1 if opening.error is not None or server.failed else 0
 
 
 class _Opening:
@@ -128,13 +139,13 @@ class Server(uvicorn.Server):
     """uvicorn with a drain: after the first signal, running answers end before connections are closed.
 
     Attributes:
-      cut_off: whether answers were still written when the time for them was over.
+      failed: whether the engine failed, or answers were still written when the time for them was over.
     """
 
-    def __init__(self, service: Service):
+    def __init__(self, service: Service, batches: Batches):
         options = service.options
         config = uvicorn.Config(
-            make_app(service),
+            make_app(service, batches),
             http=protocol_class(options.stall_s),  # pyright: ignore[reportArgumentType]
             ws="none",
             lifespan="off",
@@ -147,8 +158,8 @@ class Server(uvicorn.Server):
             loop="asyncio",
         )
         super().__init__(config)
-        self.cut_off = False
-        self._service = service
+        self.failed = False
+        self._service, self._batches = service, batches
         self._signals = 0
 
     async def run(self, listener: socket.socket, opening: _Opening) -> None:  # pyright: ignore
@@ -186,28 +197,37 @@ class Server(uvicorn.Server):
 
     async def _watch(self, opening: _Opening) -> None:
         """Takes the engine when it is there, looks whether it goes on, and drains after a signal."""
-        service = self._service
-        progress, since = -1, time.monotonic()
+        service, batches = self._service, self._batches
+        working: asyncio.Task[None] | None = None
         due: float | None = None
+        progress, since = -1, time.monotonic()
         while not self.should_exit:
-            if opening.error is not None:
-                self.should_exit = True
+            now = time.monotonic()
+            if opening.error is not None or (service.engine is not None and service.engine.ended):
+                self.should_exit = self.failed = True
             elif service.engine is None and opening.engine is not None:
                 service.take(opening.engine)
+                working = asyncio.create_task(batches.run())
                 log.info("ready", extra={"fields": {"cache_tokens": service.engine.cache_tokens}})
             elif service.engine is not None:
-                now = service.engine.stats().steps
-                if now != progress or not service.outstanding:
-                    progress, since = now, time.monotonic()
-                stalled = time.monotonic() - since > service.options.watchdog_s
-                if stalled and not service.stalled:
-                    log.error("the engine has work and does not go on", extra={"fields": {"step": now}})
-                service.stalled = stalled
+                steps = service.engine.stats().steps
+                if steps != progress or not service.outstanding:
+                    progress, since = steps, now
+                self._note_stalled(now - since > service.options.watchdog_s)
             if self._signals and due is None:
-                service.draining = True
-                due = time.monotonic() + service.options.grace_s
+                service.draining, due = True, now + service.options.grace_s
+                batches.stop()
                 log.info("draining", extra={"fields": {"answers": service.outstanding}})
-            if due is not None and (not service.outstanding or self._signals > 1 or time.monotonic() >= due):
-                self.cut_off = service.outstanding > 0
+            busy = service.outstanding > 0 or (working is not None and not working.done())
+            if due is not None and (not busy or self._signals > 1 or now >= due):
+                self.failed = service.outstanding > 0
                 self.should_exit = True
-            await asyncio.sleep(0.02 if due is not None else _LOOK_S if opening.done else 0.05)
+            await asyncio.sleep(_SOON_S if due is not None or not opening.done else _LOOK_S)
+        if working is not None:
+            working.cancel()
+            await asyncio.wait({working})
+
+    def _note_stalled(self, stalled: bool) -> None:
+        if stalled and not self._service.stalled:
+            log.error("the engine has work and does not go on")
+        self._service.stalled = stalled

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from keye_jax.engine.request import Request
@@ -33,7 +30,6 @@ class Service:
       draining: whether no more work is taken.
       stalled: whether the engine has work and does not go on.
       outstanding: answers that are written or wait.
-      idle: set while there are none.
       created: seconds since 1970 of the start.
     """
 
@@ -44,8 +40,6 @@ class Service:
         self.metrics = Metrics(self)
         self.draining = self.stalled = False
         self.outstanding = 0
-        self.idle = asyncio.Event()
-        self.idle.set()
         self.created = int(time.time())
 
     def take(self, engine: Any) -> None:
@@ -93,23 +87,14 @@ class Service:
             raise Refusal(429, message, code="queue_full", retry_after=QUEUE_RETRY_S)
         return Admission(self, answers)
 
-    @contextlib.contextmanager
-    def counted(self, answers: int) -> Iterator[None]:
-        """Counts answers for as long as the block takes."""
-        admission = Admission(self, answers)
-        try:
-            yield
-        finally:
-            admission.close()
-
-    def submit(self, request: Request, file_ids: bool = True) -> Any:
+    def submit(self, request: Request) -> Any:
         """Gives a request to the engine, with the paths of uploaded files in the place of their names.
 
         Raises:
           UserError: a file is not there.
           RequestError: the engine takes no requests.
         """
-        if file_ids and request.messages is not None:
+        if request.messages is not None:
             request = dataclasses.replace(request, messages=self.files.resolve(request.messages))
         return self.engine.submit(request)
 
@@ -120,11 +105,8 @@ class Admission:
     def __init__(self, service: Service, answers: int):
         self._service, self._answers = service, answers
         service.outstanding += answers
-        service.idle.clear()
 
     def close(self) -> None:
         """Does nothing the second time."""
         self._service.outstanding -= self._answers
         self._answers = 0
-        if not self._service.outstanding:
-            self._service.idle.set()

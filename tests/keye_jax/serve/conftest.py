@@ -15,6 +15,7 @@ from keye_jax.engine.checkpoint import load
 from keye_jax.engine.engine import Engine
 from keye_jax.engine.options import EngineOptions
 from keye_jax.processor.guard import MediaGuard
+from keye_jax.serve.batches import Batches
 from keye_jax.serve.files import FileStore
 from keye_jax.serve.options import ServeOptions
 from keye_jax.serve.server import Server, listen
@@ -69,10 +70,12 @@ class Running:
             folder = self.options.state_dir
             files = FileStore(folder and folder / "files", self.options.max_stored_bytes)
             self.service = Service(self.options, "tiny", files)
-            self.server = Server(self.service)
+            batches = Batches(self.service, folder and folder / "batches", lambda: "checkpoint")
+            self.server = Server(self.service, batches)
             self._ready.set()
-            await self.server.run(self._listener, self)
+            await self.server.run(self._listener, self)  # pyright: ignore
             self.service.close()
+            batches.close()
 
         asyncio.run(run())
 
