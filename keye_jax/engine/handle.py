@@ -9,7 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any
 
-from keye_jax.engine.request import Event, Piece, RequestError, Result
+from keye_jax.engine.request import AnswerPiece, Event, RequestError, Result
 
 
 class Handle:
@@ -24,7 +24,7 @@ class Handle:
         self._readers: list[Callable[[], None]] = []  # told of the next event
         self._lock = threading.Lock()
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[AnswerPiece]:
         """Pieces of the answers as they come.
 
         Raises:
@@ -32,7 +32,7 @@ class Handle:
         """
         while True:
             event = self._events.get()
-            if isinstance(event, Piece):
+            if not isinstance(event, Result | RequestError):
                 yield event
                 continue
             self._events.put(event)  # for others who iterate
@@ -40,7 +40,7 @@ class Handle:
                 raise event
             return
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    async def __aiter__(self) -> AsyncIterator[AnswerPiece]:
         """As `__iter__`, without holding up the event loop, and without a thread."""
         while True:
             try:
@@ -53,7 +53,7 @@ class Handle:
                 if waits:
                     await future
                 continue
-            if isinstance(event, Piece):
+            if not isinstance(event, Result | RequestError):
                 yield event
                 continue
             self._events.put(event)  # for others who iterate
@@ -98,7 +98,7 @@ class Handle:
     def put(self, event: Event) -> None:
         """For the engine: adds an event."""
         with self._lock:
-            if isinstance(event, Piece):
+            if not isinstance(event, Result | RequestError):
                 listeners = []
             elif self._done.is_set():
                 return
