@@ -208,7 +208,7 @@ class Server(uvicorn.Server):
             elif service.engine is None and opening.engine is not None:
                 service.take(opening.engine)
                 working = asyncio.create_task(batches.run())
-                log.info("ready", extra={"fields": {"cache_tokens": service.engine.cache_tokens}})
+                log.info("ready", extra={"fields": {"cache_tokens": opening.engine.cache_tokens}})
             elif service.engine is not None:
                 steps = service.engine.stats().steps
                 if steps != progress or not service.outstanding:
