@@ -16,7 +16,6 @@ from keye_jax.testing import write_clip, write_picture
 from tests.keye_jax.serve.conftest import wait_for
 
 ASK = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
-LONG = {**ASK, "max_tokens": 1500, "logit_bias": {}}
 
 
 def ask(server, body=ASK, **settings):
@@ -30,7 +29,7 @@ class TestKey:
             assert httpx.get(f"{server.url}{path}").status_code == 200
         for path in ("/v1/models", "/v1/files", "/v1/batches"):
             assert httpx.get(f"{server.url}{path}").status_code == 401
-        for key in ("sesame", "sesame-12", "Sesame-1", "", "\u00e9"):
+        for key in ("sesame", "sesame-12", "Sesame-1", "x", "\u00e9"):
             assert ask(server, headers={b"authorization": f"Bearer {key}".encode()}).status_code == 401
         assert ask(server, headers={"authorization": "bearer sesame-1"}).status_code == 200
         with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
@@ -105,12 +104,14 @@ class TestLimits:
         body = {name: value for name, value in ASK.items() if name != "max_tokens"}
         assert ask(server, body).json()["usage"]["completion_tokens"] <= 5
 
-    def test_a_full_queue(self, serving):
+    def test_a_full_queue(self, serving, long_ask):
         server = serving(max_queue=1)  # and 4 rows
         with contextlib.ExitStack() as stack:
             for _ in range(5):
                 opened = stack.enter_context(
-                    httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**LONG, "stream": True}, timeout=60)
+                    httpx.stream(
+                        "POST", f"{server.url}/v1/chat/completions", json={**long_ask, "stream": True}, timeout=60
+                    )
                 )
                 assert opened.status_code == 200
             refused = ask(server)
@@ -159,7 +160,9 @@ class TestConnections:
         silent, half_head = connect(), connect(head)
         half_body = connect(head + b"Content-Length: 100\r\n\r\n{")
         second = connect(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert b"200 OK" in second.recv(4096)
+        answered = b""
+        while not answered.endswith(b"}\n"):
+            answered += second.recv(4096)
         second.sendall(b"GET /hea")  # and no more
         began = time.monotonic()
         with contextlib.suppress(ConnectionResetError):
@@ -208,9 +211,15 @@ class TestConnections:
         assert size == 4 << 20
 
     def test_two_hundred_at_once(self, server):
-        def one(_):
-            return ask(server, {**ASK, "max_tokens": 2}).status_code
+        with (
+            httpx.Client(limits=httpx.Limits(max_connections=200), timeout=300) as client,
+            concurrent.futures.ThreadPoolExecutor(200) as pool,
+        ):
 
-        with concurrent.futures.ThreadPoolExecutor(200) as pool:
-            codes = list(pool.map(one, range(200)))
-        assert set(codes) == {200}
+            def one(number):
+                body = {**ASK, "max_tokens": 1, "stream": number % 2 == 0}
+                return client.post(f"{server.url}/v1/chat/completions", json=body)
+
+            answers = list(pool.map(one, range(200)))
+        assert {answer.status_code for answer in answers} == {200}
+        assert all(answer.text.rstrip().endswith(("}", "data: [DONE]")) for answer in answers)
