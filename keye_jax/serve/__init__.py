@@ -1,0 +1,1 @@
+"""The HTTP server: an engine behind the OpenAI interface, and a page."""
