@@ -1,1 +1,1 @@
-"""The HTTP server: an engine behind the OpenAI interface, and a page."""
+"""An HTTP server in the shape of OpenAI's interface, for one engine."""
