@@ -11,7 +11,7 @@ import numpy as np
 
 from keye_jax.engine.handle import Handle
 from keye_jax.engine.media.work import Decoded, Prompt
-from keye_jax.engine.request import Choice, Request, TokenLogprob
+from keye_jax.engine.request import Choice, Request
 from keye_jax.engine.stepper import SequenceData
 from keye_jax.engine.text import AnswerWriter
 
@@ -27,7 +27,7 @@ class Answering:
       id: of its sequence.
       number: which of the n answers.
       data: what the devices know of it.
-      writer, logprobs, times: what was written so far, and when, in seconds from the submission.
+      writer, times: what was written so far, and when, in seconds from the submission.
       max_tokens: limit on its tokens.
       choice: the whole answer; None while it is written.
     """
@@ -36,7 +36,6 @@ class Answering:
     number: int
     data: SequenceData
     writer: AnswerWriter
-    logprobs: list[TokenLogprob] | None
     max_tokens: int
     times: list[float] = dataclasses.field(default_factory=list)
     choice: Choice | None = None
@@ -107,6 +106,11 @@ class Job:
     def stamp(self, name: str) -> None:
         """Notes when something happened for the first time, in seconds from the submission."""
         self.at.setdefault(name, time.perf_counter() - self.submitted)
+
+    def stamp_last_token(self) -> float:
+        """Notes that a token is there, and returns when."""
+        now = self.at["last_token"] = time.perf_counter() - self.submitted
+        return now
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
