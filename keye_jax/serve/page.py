@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import re
 from importlib import resources
 
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
 # What an element holds is hashed byte by byte, from behind its opening tag to its closing one.
 _INLINE = re.compile(r"<(script|style)\b[^>]*>(.*?)</\1>", re.DOTALL | re.IGNORECASE)
+
+
+async def show_page(request: Request) -> Response:
+    """The page, which may be fetched without an API key: it has none, and asks for one."""
+    html, policy = _page_and_policy()
+    return HTMLResponse(html, headers={"content-security-policy": policy, "cache-control": "no-cache"})
+
+
+@functools.cache
+def _page_and_policy() -> tuple[str, str]:
+    html = page()
+    return html, content_security_policy(html)
 
 
 def page() -> str:
