@@ -159,9 +159,10 @@ def drop(opened, path):
 
 def ask(opened, question):
     """Asks by keyboard, and waits for the end of the answer."""
+    before = opened.locator(".turn").count()
     opened.get_by_label("Your question").fill(question)
     opened.keyboard.press("Enter")
-    turn = opened.locator(".turn").last
+    turn = opened.locator(".turn").nth(before)
     turn.locator(".actions").wait_for()
     return turn
 
@@ -172,7 +173,7 @@ def current_time(opened):
 
 @pytest.mark.slow
 class TestBrowser:
-    def test_drop_ask_seek_and_ask_again(self, open_page, clip):
+    def test_drop_ask_seek_and_ask_again(self, open_page, clip, scripted):
         opened = open_page()
         drop(opened, clip)
         until(opened, "document.querySelector('video').currentTime > 0.1")  # it plays
@@ -201,7 +202,9 @@ class TestBrowser:
         shares = opened.locator("#heat-rows td:nth-child(2)").all_text_contents()
         assert len(shares) == FRAMES and 0 < sum(float(share.rstrip("%")) for share in shares) <= 100.5
 
+        hits = scripted.stats().embedding_hits
         second = ask(opened, "And then?")
+        assert scripted.stats().embedding_hits == hits + 1  # nothing was decoded
         assert first.locator(".cached").inner_text() == "0"
         assert int(second.locator(".cached").inner_text().replace(",", "")) > 0
         assert "first token after" in second.locator(".meta").inner_text()
