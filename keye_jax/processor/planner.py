@@ -179,6 +179,11 @@ class MediaPlanner:
         """Pixels of the largest image or frame, as the model sees it, unless a request sets its own limits."""
         return max(self._image_options.max_pixels, self._video_options.max_pixels)
 
+    @property
+    def reads_files(self) -> bool:
+        """Whether a request may name local files."""
+        return self._allow_files and (self._guard is None or self._guard.root is not None)
+
     @contextlib.contextmanager
     def file(self, value: Any, field: str, options: Mapping[str, Any] | None = None) -> Iterator[ImagePlan | VideoPlan]:
         """Plans one image or video, as the only one of a request; its content tells which it is.

@@ -21,6 +21,7 @@ from keye_jax.serve.answers import ClientGone
 from keye_jax.serve.batches import Batches
 from keye_jax.serve.errors import Refusal, error_response, json_response, refusal_response
 from keye_jax.serve.gate import Gate
+from keye_jax.serve.page import show_page
 from keye_jax.serve.service import QUEUE_RETRY_S, Service
 
 _CLIENT_GONE = 499
@@ -47,6 +48,7 @@ def make_app(service: Service, batches: Batches) -> Starlette:
         ClientGone: lambda request, error: Response(status_code=_CLIENT_GONE),
     }
     routes = [
+        Route("/", show_page),
         Route("/health", health),
         Route("/ready", ready),
         Route("/metrics", metrics),
@@ -100,9 +102,11 @@ async def model(request: Request) -> Response:
 
 
 def _model(service: Service) -> dict[str, Any]:
-    values = {"id": service.name, "object": "model", "created": service.created, "owned_by": "keye-jax"}
+    values: dict[str, Any] = {"id": service.name, "object": "model", "created": service.created, "owned_by": "keye-jax"}
     if service.engine is not None:
         values["max_model_len"] = service.engine.scheduler_config.most_tokens
+        # The page asks for paths only where they may be read.
+        values["media_root"] = service.engine.processor.media.reads_files
     return values
 
 
