@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from keye_jax.cli import batch, bench, convert, doctor, eval, frames, generate, inspect, plan, train, verify
+from keye_jax.cli import batch, bench, convert, doctor, eval, frames, generate, inspect, plan, serve, train, verify
 from keye_jax.errors import UserError
 from keye_jax.runtime import distributed
 from pallas_kernels.errors import UnsupportedError
@@ -25,6 +25,7 @@ app.command("plan")(plan.plan)
 app.command("frames")(frames.frames)
 app.add_typer(eval.app, name="eval")
 app.command("batch")(batch.batch)
+app.command("serve")(serve.serve)
 app.command("train")(train.train)
 app.command("generate", cls=generate.InOrder)(generate.generate)
 app.command("doctor")(doctor.doctor)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from keye_jax.cli import options
+from keye_jax.cli.groups import EngineGroup, MediaGroup, ModelGroup, at_least, expanded
 from keye_jax.errors import UserError
 from keye_jax.runtime import distributed
 
@@ -31,6 +32,7 @@ SOME_FAILED, STOPPED, SIGNALLED = 1, 3, 128
 _OPENS = "opens its engine"
 
 
+@expanded
 def batch(
     checkpoint: options.Checkpoint,
     output: Annotated[Path, typer.Option(help="File of results, a line each. The same command resumes it.")],
@@ -47,65 +49,36 @@ def batch(
     top_p: Annotated[float | None, typer.Option(help="If a line does not say; the checkpoint's if left out.")] = None,
     top_k: Annotated[int | None, typer.Option(help="If a line does not say; the checkpoint's if left out.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random draws, if a line does not say.")] = 0,
-    fps: options.Fps = None,
-    max_frames: options.MaxFrames = None,
-    num_frames: options.NumFrames = None,
-    start: options.Start = None,
-    end: options.End = None,
+    *,
+    media: MediaGroup,
     subtitles: Annotated[str | None, typer.Option(help="'container': subtitles that are in the videos.")] = None,
-    min_pixels: options.MinPixels = None,
-    max_pixels: options.MaxPixels = None,
-    total_pixels: options.TotalPixels = None,
     allow_remote: options.AllowRemote = False,
     rows: Annotated[int, typer.Option(help="Answers that are written at once.")] = 32,
-    cache_tokens: Annotated[
-        str | None,
-        typer.Option(help="Tokens of all requests at once that the cache holds, such as 640K; what fits if left out."),
-    ] = None,
-    optimistic: Annotated[
-        bool,
-        typer.Option("--optimistic", help="Begin more answers than the cache surely holds; some may pause."),
-    ] = False,
-    media_workers: Annotated[int, typer.Option(help="Processes that decode videos and images.")] = 2,
-    frame_cache: Annotated[Path | None, typer.Option(help="Folder that keeps decoded frames between runs.")] = None,
+    engine: EngineGroup,
     concurrency: Annotated[
         int | None, typer.Option(help="Requests that the engine has at once, media included; twice --rows if left out.")
     ] = None,
-    warmup: Annotated[bool, typer.Option(help="Compile all programs before the first request.")] = True,
     retries: Annotated[int, typer.Option(help="How often to try again what may pass later.")] = 2,
     grace: Annotated[float, typer.Option(help="Seconds for running requests after SIGINT or SIGTERM.")] = 20.0,
     ray: Annotated[int | None, typer.Option(help="Workers on a Ray cluster, in place of this machine.")] = None,
     ray_gpus: Annotated[float, typer.Option(help="GPUs of each Ray worker.")] = 1.0,
-    attention: options.Attention = "sparse",
-    implementation: options.Implementation = None,
-    dense_below: options.DenseBelow = 0,
-    indexer_dtype: options.IndexerDtype = None,
-    prefill_chunk: options.PrefillChunk = None,
-    dtype: options.Dtype = "checkpoint",
-    sharding: options.Sharding = None,
-    coordinator: options.Coordinator = None,
-    processes: options.Processes = None,
-    process_id: options.ProcessId = None,
+    model: ModelGroup,
 ) -> int:
     """Answer many requests from a file, or the same question about each video of a folder.
 
     Results go to --output, in any order, each exactly once. The same command resumes a job that was killed.
     """
-    chosen = options.attention_options(attention, implementation, indexer_dtype)
-    dense = options.dense_limit(dense_below)
-    chunk = options.prefill_chunk_size(prefill_chunk)
-    cast = options.parameter_dtype(dtype)
-    _at_least(1, rows=rows, media_workers=media_workers, concurrency=concurrency, max_tokens=max_tokens, ray=ray)
-    _at_least(0, retries=retries, grace=grace, ray_gpus=ray_gpus)
+    settings = model.settings()
+    at_least(1, rows=rows, concurrency=concurrency, max_tokens=max_tokens, ray=ray)
+    at_least(0, retries=retries, grace=grace, ray_gpus=ray_gpus)
     if ray is None:
-        distributed.start(coordinator, processes, process_id, lost_code=STOPPED)
-        options.check_sharding_is_given(sharding)
-    elif coordinator or processes is not None or process_id is not None:
+        model.start(lost_code=STOPPED)
+        options.check_sharding_is_given(model.sharding)
+    elif model.coordinator or model.processes is not None or model.process_id is not None:
         raise UserError("--coordinator, --processes and --process-id do not go with --ray")
 
     from convert import kind_of
     from keye_jax.engine.generation_config import GenerationDefaults
-    from keye_jax.engine.options import EngineOptions
     from keye_jax.jobs.batch import Answerer, Batch, open_engine, token_text
     from keye_jax.jobs.journal import JobStoppedError, Journal, checkpoint_hash
     from keye_jax.jobs.lines import Shard, count_lines, read_lines
@@ -115,58 +88,44 @@ def batch(
     kind_of(checkpoint)
     asked = options.given(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     sampling = dataclasses.replace(GenerationDefaults.from_checkpoint(checkpoint).sampling, **asked)
-    media = options.given(
-        fps=fps,
-        max_frames=max_frames,
-        num_frames=num_frames,
-        start=start,
-        end=end,
-        subtitles=subtitles,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        total_pixels=total_pixels,
-    )
+    chosen = media.given() | options.given(subtitles=subtitles)
     for kind in ("image", "video"):
-        read_options(kind, media, "", shared=True)
+        read_options(kind, chosen, "", shared=True)
     part = Shard.from_environment(os.environ) if shard is None else Shard.parse(shard)
     output = part.output(output)
     # What answers depend on, by the names of options.
-    settings = dataclasses.asdict(sampling) | media
-    settings |= {"max_tokens": max_tokens, "shard": str(part), "rows": rows, "attention": attention}
-    settings |= {"implementation": implementation, "dense_below": dense, "indexer_dtype": indexer_dtype}
-    settings |= {"prefill_chunk": chunk, "dtype": dtype, "sharding": sharding}
+    key_options = dataclasses.asdict(sampling) | chosen | {"max_tokens": max_tokens, "shard": str(part), "rows": rows}
+    key_options |= {"attention": model.attention, "implementation": model.implementation, "sharding": model.sharding}
+    key_options |= {name: settings[name] for name in ("dense_below", "prefill_chunk", "dtype")}
+    key_options |= {"indexer_dtype": model.indexer_dtype}
     outstanding = concurrency or 2 * rows * (ray or 1)
     # No one waits for a first word, so free rows are filled before others go on.
-    shared = {"rows": rows, "chunks_between": rows, "optimistic": optimistic, "media_workers": media_workers}
-    shared |= {} if cache_tokens is None else {"cache_tokens": options.tokens("--cache-tokens", cache_tokens)}
+    engine_options = engine.engine_options(rows=rows, chunks_between=rows)
     opener = functools.partial(
         open_engine,
         str(checkpoint),
-        warmup=warmup,
-        options=EngineOptions(**shared, frame_cache=frame_cache),
-        sharding=sharding,
-        dtype=cast,
-        attention=chosen,
-        prefill_chunk=chunk,
-        dense_below=dense,
+        warmup=engine.warmup,
+        options=engine_options,
+        sharding=model.sharding,
         allow_remote=allow_remote,
-        media=media,
+        media=chosen,
+        **settings,
     )
     if not distributed.is_main():
-        return _follow(opener)
+        return follow(opener)
     try:
         source = _input(input, videos, prompt, output)
         digest, lines = count_lines(source)
-        key = {"input": digest, "checkpoint": checkpoint_hash(checkpoint), "options": settings}
+        key = {"input": digest, "checkpoint": checkpoint_hash(checkpoint), "options": key_options}
         with Journal(output, key) as journal, source.open("rb") as file:
             tally, ended = Tally(part.size(lines), journal.succeeded, journal.failures), None
             if tally.done == tally.total:
                 print(f"all {tally.total:,} requests have a result in {output}", file=sys.stderr)
             else:
-                with _engine(opener, ray, ray_gpus, outstanding) as engine:
+                with _engine(opener, ray, ray_gpus, outstanding) as opened:
                     tally.begin()
                     name, text = checkpoint.resolve().name, token_text(checkpoint)
-                    answerer = Answerer(engine, name, text, sampling, max_tokens, retries)
+                    answerer = Answerer(opened, name, text, sampling, max_tokens, retries)
                     job = Batch(
                         *(answerer, journal, read_lines(file, part), tally, Progress()),
                         concurrency=outstanding,
@@ -187,7 +146,7 @@ def batch(
     return 0
 
 
-def _follow(opener: Callable[[], Any]) -> int:
+def follow(opener: Callable[[], Any]) -> int:
     """Does what process 0 says until its job is done or stopped, which signals are left to."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -195,13 +154,6 @@ def _follow(opener: Callable[[], Any]) -> int:
         with opener():
             pass
     return 0
-
-
-def _at_least(least: int, **values: float | None) -> None:
-    """Refuses values of options, by name, that are below `least`."""
-    for name, value in values.items():
-        if value is not None and not value >= least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
 
 
 def _input(file: Path | None, videos: str | None, prompt: str | None, output: Path) -> Path:

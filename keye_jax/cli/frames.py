@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from keye_jax.cli import options
+from keye_jax.cli.groups import MediaGroup, expanded
 from keye_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from keye_jax.processor import ImagePlan, MediaPlanner, VideoPlan
 
 
+@expanded
 def frames(
     file: Annotated[str, typer.Argument(help="Video or image, a file or URL.")],
     out: Annotated[
@@ -29,14 +31,8 @@ def frames(
         Path | None,
         typer.Option(help="Checkpoint whose settings and tokenizer apply; the publisher's settings if left out."),
     ] = None,
-    fps: options.Fps = None,
-    max_frames: options.MaxFrames = None,
-    num_frames: options.NumFrames = None,
-    start: options.Start = None,
-    end: options.End = None,
-    min_pixels: options.MinPixels = None,
-    max_pixels: options.MaxPixels = None,
-    total_pixels: options.TotalPixels = None,
+    *,
+    media: MediaGroup,
     allow_remote: options.AllowRemote = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
@@ -44,17 +40,7 @@ def frames(
 
     With --out, write them as PNG, exactly the pixels that the model sees. An image is one frame.
     """
-    chosen = options.given(
-        fps=fps,
-        max_frames=max_frames,
-        num_frames=num_frames,
-        start=start,
-        end=end,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        total_pixels=total_pixels,
-    )
-    planner = _planner(checkpoint, allow_remote, chosen)
+    planner = _planner(checkpoint, allow_remote, media.given())
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_new_folder(out)) if out is not None else None
         plan = stack.enter_context(planner.file(file, "FILE"))

@@ -14,8 +14,8 @@ import typer
 from typer.core import TyperCommand
 
 from keye_jax.cli import options
+from keye_jax.cli.groups import MediaGroup, ModelGroup, expanded
 from keye_jax.errors import UserError, shorten
-from keye_jax.runtime import distributed
 
 if TYPE_CHECKING:
     from keye_jax.engine.request import Choice, Result
@@ -32,6 +32,7 @@ class InOrder(TyperCommand):
         return super().parse_args(ctx, args)
 
 
+@expanded
 def generate(
     ctx: typer.Context,
     checkpoint: options.Checkpoint,
@@ -53,43 +54,25 @@ def generate(
     ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
     seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
-    fps: options.Fps = None,
-    max_frames: options.MaxFrames = None,
-    num_frames: options.NumFrames = None,
-    start: options.Start = None,
-    end: options.End = None,
+    *,
+    media: MediaGroup,
     subtitles: Annotated[
         str | None, typer.Option(help="Subtitles of the videos: a file, or 'container' for those in the video.")
     ] = None,
-    min_pixels: options.MinPixels = None,
-    max_pixels: options.MaxPixels = None,
-    total_pixels: options.TotalPixels = None,
     allow_remote: options.AllowRemote = False,
     stream: Annotated[bool, typer.Option(help="Print tokens as they come.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
-    attention: options.Attention = "sparse",
-    implementation: options.Implementation = None,
-    dense_below: options.DenseBelow = 0,
-    indexer_dtype: options.IndexerDtype = None,
-    prefill_chunk: options.PrefillChunk = None,
-    dtype: options.Dtype = "checkpoint",
-    sharding: options.Sharding = None,
-    coordinator: options.Coordinator = None,
-    processes: options.Processes = None,
-    process_id: options.ProcessId = None,
+    model: ModelGroup,
 ) -> int:
     """Answer a question about images and videos.
 
     The answer goes to stdout; reasoning, progress and a summary go to stderr.
     """
-    chosen = options.attention_options(attention, implementation, indexer_dtype)
-    dense = options.dense_limit(dense_below)
-    chunk = options.prefill_chunk_size(prefill_chunk)
-    cast = options.parameter_dtype(dtype)
+    settings = model.settings()
     given = {"image": image or [], "video": video or []}
     stdin = _standard_input({**given, "messages": [messages], "subtitles": [subtitles]})
     request = _request(prompt, given, ctx.meta["media"], messages, stdin)
-    distributed.start(coordinator, processes, process_id)
+    model.start()
 
     from keye_jax.engine.checkpoint import load_runtime, read_checkpoint
     from keye_jax.engine.engine import Engine
@@ -100,19 +83,9 @@ def generate(
     from keye_jax.runtime.device import memory_limit_bytes, peak_memory_bytes
 
     enable_compilation_cache()
-    media = options.given(
-        fps=fps,
-        max_frames=max_frames,
-        num_frames=num_frames,
-        start=start,
-        end=end,
-        subtitles=stdin if subtitles == "-" else subtitles,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        total_pixels=total_pixels,
-    )
-    config, processor, defaults = read_checkpoint(checkpoint, allow_remote=allow_remote, media=media)
-    rules = options.mesh_rules(sharding, config)
+    chosen = media.given() | options.given(subtitles=stdin if subtitles == "-" else subtitles)
+    config, processor, defaults = read_checkpoint(checkpoint, allow_remote=allow_remote, media=chosen)
+    rules = options.mesh_rules(model.sharding, config)
     asked = options.given(temperature=0.0 if greedy else temperature, top_p=top_p, top_k=top_k, seed=seed)
     sampling = dataclasses.replace(defaults.sampling, **asked)
     plan = processor.plan(**request)
@@ -120,8 +93,8 @@ def generate(
         config,
         plan.num_tokens,
         max_new_tokens,
-        dtype=cast or config.dtype,
-        indexer_dtype=chosen.indexer_dtype,
+        dtype=settings["dtype"] or config.dtype,
+        indexer_dtype=model.indexer_dtype,
         memory_limit=memory_limit_bytes(),
         rules=rules,
     )
@@ -131,15 +104,7 @@ def generate(
     began = time.perf_counter()
     with options.ProgressBars() as report:
         report("loading weights", 0, None)
-        runtime = load_runtime(
-            checkpoint,
-            config,
-            rules=rules,
-            dtype=cast,
-            attention=chosen,
-            prefill_chunk=chunk,
-            dense_below=dense,
-        )
+        runtime = load_runtime(checkpoint, config, rules=rules, **settings)
         report("loading weights", 1, 1)
     load_seconds = time.perf_counter() - began
     with Engine(runtime, processor, defaults, options_for_one(rules, plan.num_tokens + limit)) as engine:

@@ -14,6 +14,7 @@ from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.keye import Keye
 from keye_jax.model.params import parameter_shardings
 from keye_jax.processor import Processor
+from keye_jax.processor.guard import MediaGuard
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.sharding import MeshRules
 
@@ -24,12 +25,13 @@ def read_checkpoint(
     allow_remote: bool = False,
     allow_files: bool = True,
     media: Mapping[str, Any] | None = None,
+    guard: MediaGuard | None = None,
 ) -> tuple[KeyeConfig, Processor, GenerationDefaults]:
     """Reads all of a checkpoint but its weights.
 
     Args:
       directory: safetensors or Orbax.
-      allow_remote, allow_files: as for `Processor`.
+      allow_remote, allow_files, guard: as for `Processor`.
       media: options of media that hold where a request sets none, `Processor`'s `defaults`.
 
     Raises:
@@ -39,7 +41,7 @@ def read_checkpoint(
     kind_of(directory)
     config = read_config(directory)
     processor = Processor.from_checkpoint(
-        directory, config, allow_remote=allow_remote, allow_files=allow_files, defaults=media
+        directory, config, allow_remote=allow_remote, allow_files=allow_files, defaults=media, guard=guard
     )
     defaults = GenerationDefaults.from_checkpoint(directory, fallback_end=config.extra.get("eos_token_id"))
     return config, processor, defaults
@@ -83,10 +85,11 @@ def load(
     allow_remote: bool = False,
     allow_files: bool = True,
     media: Mapping[str, Any] | None = None,
+    guard: MediaGuard | None = None,
     **settings: Any,
 ) -> tuple[Runtime, Processor, GenerationDefaults]:
     """All that an engine needs of a checkpoint: `read_checkpoint`, and `load_runtime` with `settings`."""
     config, processor, defaults = read_checkpoint(
-        directory, allow_remote=allow_remote, allow_files=allow_files, media=media
+        directory, allow_remote=allow_remote, allow_files=allow_files, media=media, guard=guard
     )
     return load_runtime(directory, config, **settings), processor, defaults

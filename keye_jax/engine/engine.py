@@ -233,6 +233,11 @@ class Engine:
         config = self.scheduler_config
         return config.pages_per_shard * config.homes * config.turns * PAGE_SIZE
 
+    @property
+    def ended(self) -> bool:
+        """Whether the engine answers no more, because it was closed or failed."""
+        return self._ended
+
     def stats(self) -> EngineStats:
         """Counts for metrics."""
         with self._changed:

@@ -7,7 +7,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from typing import Any, cast
+from typing import Any
 
 from keye_jax.engine.request import AnswerPiece, Event, RequestError, Result
 
@@ -20,7 +20,8 @@ class Handle:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._outcome: Result | RequestError | None = None
         self._done = threading.Event()
-        self._listeners: list[Callable[[], None]] = []
+        self._listeners: list[Callable[[], None]] = []  # told of the end
+        self._readers: list[Callable[[], None]] = []  # told of the next event
         self._lock = threading.Lock()
 
     def __iter__(self) -> Iterator[AnswerPiece]:
@@ -40,14 +41,25 @@ class Handle:
             return
 
     async def __aiter__(self) -> AsyncIterator[AnswerPiece]:
-        """As `__iter__`, without holding up the event loop."""
-        iterator = iter(self)
-        done = object()
+        """As `__iter__`, without holding up the event loop, and without a thread."""
         while True:
-            piece = await asyncio.to_thread(next, iterator, done)
-            if piece is done:
-                return
-            yield cast(AnswerPiece, piece)
+            try:
+                event = self._events.get_nowait()
+            except queue.Empty:
+                future, wake = _future()
+                with self._lock:
+                    if waits := self._events.empty():
+                        self._readers.append(wake)
+                if waits:
+                    await future
+                continue
+            if not isinstance(event, Result | RequestError):
+                yield event
+                continue
+            self._events.put(event)  # for others who iterate
+            if isinstance(event, RequestError):
+                raise event
+            return
 
     def result(self, timeout: float | None = None) -> Result:
         """Waits for all answers.
@@ -65,13 +77,7 @@ class Handle:
 
     def __await__(self) -> Generator[Any, None, Result]:
         """Waits for `result` without holding up the event loop."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-
-        def wake() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(lambda: future.done() or future.set_result(None))
-
+        future, wake = _future()
         with self._lock:
             waits = not self._done.is_set()
             if waits:
@@ -91,15 +97,28 @@ class Handle:
 
     def put(self, event: Event) -> None:
         """For the engine: adds an event."""
-        if not isinstance(event, Result | RequestError):
-            self._events.put(event)
-            return
         with self._lock:
-            if self._done.is_set():
+            if not isinstance(event, Result | RequestError):
+                listeners = []
+            elif self._done.is_set():
                 return
-            self._outcome = event
-            self._done.set()
-            listeners, self._listeners = self._listeners, []
-        self._events.put(event)
-        for wake in listeners:
+            else:
+                self._outcome = event
+                self._done.set()
+                listeners, self._listeners = self._listeners, []
+            self._events.put(event)
+            readers, self._readers = self._readers, []
+        for wake in (*listeners, *readers):
             wake()
+
+
+def _future() -> tuple[asyncio.Future[None], Callable[[], None]]:
+    """A future of the running event loop, and a function that any thread may call to end it."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(lambda: future.done() or future.set_result(None))
+
+    return future, wake

@@ -8,7 +8,7 @@ import dataclasses
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -176,8 +176,17 @@ class Batch:
         self._signal: signal.Signals | None = None
         self._failure: JobStoppedError | None = None
 
-    async def run(self) -> signal.Signals | None:
+    def stop(self, *, now: bool = False) -> None:
+        """As a signal, or with `now` a second one, ends the run. To be called from its event loop."""
+        self._ending.set()
+        if now:
+            self._now.set()
+
+    async def run(self, signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)) -> signal.Signals | None:
         """Answers all lines that are not done.
+
+        Args:
+          signals: those that end the run early.
 
         Returns:
           The signal that ended the run early; None if all lines are done.
@@ -186,7 +195,6 @@ class Batch:
           JobStoppedError: the output cannot be written, the input cannot be read, or the engine ended.
         """
         loop = asyncio.get_running_loop()
-        signals = (signal.SIGINT, signal.SIGTERM)
         for number in signals:
             loop.add_signal_handler(number, self._on_signal, number)
         feeding, writing = asyncio.create_task(self._feed()), asyncio.create_task(self._write())
@@ -215,10 +223,8 @@ class Batch:
         return self._signal
 
     def _on_signal(self, number: signal.Signals) -> None:
-        if self._ending.is_set():
-            self._now.set()
         self._signal = self._signal or signal.Signals(number)
-        self._ending.set()
+        self.stop(now=self._ending.is_set())
 
     def _fail(self, error: JobStoppedError) -> None:
         self._failure = self._failure or error

@@ -16,12 +16,14 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from keye_jax import __version__
 from keye_jax.errors import UnreachableError, UserError, shorten
 from keye_jax.processor.data_url import is_data_url, read_bare_base64, read_data_url
+from keye_jax.processor.guard import MediaGuard, connect_public
 
 MAX_REMOTE_BYTES = 8 << 30
 # Seconds: of silence; until the content begins, redirects included; in all.
@@ -35,6 +37,8 @@ _ENCODINGS = frozenset({"gzip", "x-gzip", "compress", "deflate", "br", "zstd"})
 # Punctuation that stays as it is in a part of a URL. Browsers escape the rest, and all that is not ASCII.
 _IN_PATH = "".join(set(string.punctuation) - set('"#<>?`{}^'))
 _IN_QUERY = "".join(set(string.punctuation) - set("\"#<>'"))
+
+type _Connect = Callable[[tuple[str, int], float | None, Any], socket.socket]
 
 
 class DownloadedFile:
@@ -57,7 +61,9 @@ def _unlink(path: str) -> None:
         os.unlink(path)  # noqa: PTH108
 
 
-def fetch(source: str, field: str, *, allow_remote: bool, allow_files: bool = True) -> Path | bytes | DownloadedFile:
+def fetch(
+    source: str, field: str, *, allow_remote: bool, allow_files: bool = True, guard: MediaGuard | None = None
+) -> Path | bytes | DownloadedFile:
     """Finds or downloads what a text names.
 
     Args:
@@ -65,7 +71,8 @@ def fetch(source: str, field: str, *, allow_remote: bool, allow_files: bool = Tr
         around a URL does not count.
       field: the name of the medium in error messages.
       allow_remote: whether http(s) URLs may be fetched.
-      allow_files: whether local files may be read; a server turns this off.
+      allow_files: whether local files may be read.
+      guard: limits on what strangers name; None if whoever asks is trusted.
 
     Returns:
       The absolute path of a local file, the content of a `data:` URL or of base64, or a downloaded file.
@@ -84,13 +91,14 @@ def fetch(source: str, field: str, *, allow_remote: bool, allow_files: bool = Tr
     if kind in ("http", "https"):
         if not allow_remote:
             raise UserError(f"{field} is {shorten(url)}; http(s) URLs are fetched only with --allow-remote")
-        return _download(url, field)
+        return _download(url, field, guard)
     if kind != "file" and "://" in url:
         raise UserError(f"{field} is {shorten(url)}; it must be a path or a file:, data:, http: or https: URL")
     if not allow_files:
         raise UserError(f"{field} is {shorten(url)}; local files may not be read here, only data: and http(s) URLs")
     try:
-        path = _path_of_url(url, field) if kind == "file" else Path(source).expanduser()
+        path = _path_of_url(url, field) if kind == "file" else Path(source)
+        path = path.expanduser() if guard is None else guard.file(path, field)
         if not path.exists():
             raise UserError(f"{field} is {shorten(source)}; there is no such file")
         if not path.is_file():
@@ -111,11 +119,13 @@ def _path_of_url(url: str, field: str) -> Path:
     return Path(urllib.request.url2pathname(parts.path))
 
 
-def _download(url: str, field: str) -> DownloadedFile:
+def _download(url: str, field: str, guard: MediaGuard | None) -> DownloadedFile:
     name = f"{field} is {shorten(url)}"
+    limit = MAX_REMOTE_BYTES if guard is None else min(MAX_REMOTE_BYTES, guard.max_bytes)
+    connect = None if guard is None else functools.partial(connect_public, name)
     with contextlib.ExitStack() as on_error, _Watchdog() as watchdog:
         try:
-            with _opener(watchdog).open(_escape(url), timeout=REMOTE_TIMEOUT_S) as response:
+            with _opener(watchdog, connect).open(_escape(url), timeout=REMOTE_TIMEOUT_S) as response:
                 encoding = response.headers.get("Content-Encoding", "").strip().lower()
                 if encoding in _ENCODINGS:
                     raise UserError(f"{name}; it must be sent as it is, not with the content encoding {encoding!r}")
@@ -123,7 +133,7 @@ def _download(url: str, field: str) -> DownloadedFile:
                 result = DownloadedFile(path)
                 on_error.callback(result.close)
                 with open(descriptor, "wb") as file:  # noqa: PTH123
-                    _copy(response, file, name, watchdog)
+                    _copy(response, file, name, limit, watchdog)
             if watchdog.reason:
                 raise TimeoutError
         except UserError:
@@ -135,7 +145,7 @@ def _download(url: str, field: str) -> DownloadedFile:
         return result
 
 
-def _copy(response: Any, file: Any, name: str, watchdog: _Watchdog) -> None:
+def _copy(response: Any, file: Any, name: str, limit: int, watchdog: _Watchdog) -> None:
     """Copies the content of an answer to a file. Raises an error if the content is too long or ends early."""
     expected, size = response.length, 0
     watchdog.begin()
@@ -144,8 +154,8 @@ def _copy(response: Any, file: Any, name: str, watchdog: _Watchdog) -> None:
         if not chunk:
             break
         size += len(chunk)
-        if size > MAX_REMOTE_BYTES:
-            raise UserError(f"{name}; it must be at most {MAX_REMOTE_BYTES >> 20} MiB")
+        if size > limit:
+            raise UserError(f"{name}; it must have at most {limit:,} bytes")
         file.write(chunk)
         watchdog.received(size)
     if expected is not None and size < expected:
@@ -205,30 +215,32 @@ class _Watchdog:
 
 
 class _Http(urllib.request.HTTPHandler):
-    def __init__(self, watchdog: _Watchdog):
+    def __init__(self, watchdog: _Watchdog, connect: _Connect | None):
         super().__init__()
-        self._connection: Any = functools.partial(_connection, http.client.HTTPConnection, watchdog)
+        self._connection: Any = functools.partial(_connection, http.client.HTTPConnection, watchdog, connect)
 
     def http_open(self, req: urllib.request.Request) -> Any:
         return self.do_open(self._connection, req)
 
 
 class _Https(urllib.request.HTTPSHandler):
-    def __init__(self, watchdog: _Watchdog):
+    def __init__(self, watchdog: _Watchdog, connect: _Connect | None):
         super().__init__()
-        self._connection: Any = functools.partial(_connection, http.client.HTTPSConnection, watchdog)
+        self._connection: Any = functools.partial(_connection, http.client.HTTPSConnection, watchdog, connect)
 
     def https_open(self, req: urllib.request.Request) -> Any:
         return self.do_open(self._connection, req)
 
 
-def _connection(kind: Any, watchdog: _Watchdog, host: str, **options: Any) -> Any:
-    """A connection of class `kind` whose socket the watchdog knows."""
+def _connection(kind: Any, watchdog: _Watchdog, connect: _Connect | None, host: str, **options: Any) -> Any:
+    """A connection of class `kind` whose socket the watchdog knows, and which `connect` makes if it is given."""
     connection = kind(host, **options)
-    connect = connection.connect
+    begin = connection.connect
+    if connect is not None:
+        connection._create_connection = connect  # in the place of `socket.create_connection`
 
     def watched() -> None:
-        connect()
+        begin()
         watchdog.watch(connection.sock)
 
     connection.connect = watched
@@ -244,11 +256,13 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, _escape(newurl))
 
 
-def _opener(watchdog: _Watchdog) -> urllib.request.OpenerDirector:
+def _opener(watchdog: _Watchdog, connect: _Connect | None) -> urllib.request.OpenerDirector:
     # There is no handler for file: or ftp:, so that redirects cannot lead there either.
     opener = urllib.request.OpenerDirector()
+    # A proxy would look names up itself, and reach what must not be reached.
+    proxies = urllib.request.ProxyHandler() if connect is None else urllib.request.ProxyHandler({})
     for handler in (
-        *(urllib.request.ProxyHandler(), _Http(watchdog), _Https(watchdog), _Redirects()),
+        *(proxies, _Http(watchdog, connect), _Https(watchdog, connect), _Redirects()),
         *(urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor()),
     ):
         opener.add_handler(handler)

@@ -15,6 +15,7 @@ from keye_jax.errors import UserError, shorten
 from keye_jax.processor.decode import VideoFile
 from keye_jax.processor.frame_list import FrameList
 from keye_jax.processor.frame_text import FrameEncoder
+from keye_jax.processor.guard import MediaGuard
 from keye_jax.processor.image import (
     MAX_SHOWN_PIXELS,
     image_notes,
@@ -142,7 +143,7 @@ class MediaPlanner:
     Args:
       settings: the checkpoint's settings, or the defaults.
       encoder: counts the tokens of the text of a video; None leaves them out.
-      allow_remote, allow_files, defaults: as of `Processor`.
+      allow_remote, allow_files, defaults, guard: as of `Processor`.
 
     Attributes:
       encoder: the same.
@@ -159,8 +160,10 @@ class MediaPlanner:
         allow_remote: bool = False,
         allow_files: bool = True,
         defaults: Mapping[str, Any] | None = None,
+        guard: MediaGuard | None = None,
     ):
         self._settings = settings
+        self._guard = guard
         self.encoder = encoder
         self._allow_remote = allow_remote
         self._allow_files = allow_files
@@ -176,13 +179,19 @@ class MediaPlanner:
         """Pixels of the largest image or frame, as the model sees it, unless a request sets its own limits."""
         return max(self._image_options.max_pixels, self._video_options.max_pixels)
 
+    @property
+    def reads_files(self) -> bool:
+        """Whether a request may name local files."""
+        return self._allow_files and (self._guard is None or self._guard.root is not None)
+
     @contextlib.contextmanager
-    def file(self, value: Any, field: str) -> Iterator[ImagePlan | VideoPlan]:
+    def file(self, value: Any, field: str, options: Mapping[str, Any] | None = None) -> Iterator[ImagePlan | VideoPlan]:
         """Plans one image or video, as the only one of a request; its content tells which it is.
 
         Args:
           value: a path, a URL, or the content of a file.
           field: its name in error messages.
+          options: of it; those of the other kind are left out.
 
         Raises:
           UserError: the medium is not valid.
@@ -191,7 +200,8 @@ class MediaPlanner:
         try:
             source = self._source(value, field, downloads)
             kind = "image" if is_image(source) else "video"
-            part = MediaPart(kind, source, {}, field, field)
+            chosen = read_options(kind, options or {}, "options", shared=True)
+            part = MediaPart(kind, source, chosen, field, field)
             yield self.image(part, downloads) if kind == "image" else self.video(part, downloads, single=True)
         finally:
             for download in downloads:
@@ -199,12 +209,20 @@ class MediaPlanner:
 
     def _source(self, value: Any, field: str, downloads: list[DownloadedFile]) -> Any:
         """The source in a form that `open_image` or `VideoFile` takes: a path, bytes, an array or a PIL image."""
-        if isinstance(value, str | Path):
-            file = fetch(str(value), field, allow_remote=self._allow_remote, allow_files=self._allow_files)
-            if not isinstance(file, DownloadedFile):
-                return file
-            downloads.append(file)
-            return file.path
+        found = self._found(value, field)
+        if isinstance(found, DownloadedFile):
+            downloads.append(found)
+            found = found.path
+        if self._guard is not None and isinstance(found, Path | bytes):
+            self._guard.check_bytes(len(found) if isinstance(found, bytes) else found.stat().st_size, field)
+        return found
+
+    def _found(self, value: Any, field: str) -> Any:
+        if isinstance(value, Path):  # no text from outside is one
+            return fetch(str(value), field, allow_remote=self._allow_remote, allow_files=self._allow_files)
+        if isinstance(value, str):
+            allowed = {"allow_remote": self._allow_remote, "allow_files": self._allow_files}
+            return fetch(value, field, **allowed, guard=self._guard)
         if isinstance(value, bytes | np.ndarray | Image.Image):
             return value
         raise UserError(f"{field} is {shorten(value)}; it must be a path, a URL, an array or an image")
@@ -224,6 +242,8 @@ class MediaPlanner:
         source = self._source(part.source, field, downloads)
         with opened_image(source, field) as image:
             size, notes = upright_size(image, field), image_notes(image, field)
+        if self._guard is not None:
+            self._guard.check_pixels(*size, field)
         with _named(field):
             height, width = resized(options) or smart_resize(
                 *size,
@@ -264,6 +284,9 @@ class MediaPlanner:
                 raise UserError(f"{field} is an image; a video must be a file, an array or a list of images")
             video = VideoFile(source, field)
         info, total = video.info, options.total_pixels
+        if self._guard is not None:
+            self._guard.check_pixels(info.width, info.height, field)
+            self._guard.check_seconds(info.duration, field)
         if single and not self._total_pixels_chosen and "total_pixels" not in chosen:
             total = int(total * adaptive_factor(info.duration, self._settings.adaptive_pixels))
         with _named(field):

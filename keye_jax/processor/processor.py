@@ -17,6 +17,7 @@ import numpy as np
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import MediaError, UserError
 from keye_jax.processor.frame_text import GUESS, PRESETS, FrameEncoder
+from keye_jax.processor.guard import MediaGuard
 from keye_jax.processor.image import patchify
 from keye_jax.processor.media import DownloadedFile
 from keye_jax.processor.messages import MediaPart, check_template_variables
@@ -140,11 +141,12 @@ class Processor:
       config: the model's configuration; its token ids must be those of the tokenizer.
       settings: the checkpoint's settings, or the defaults.
       allow_remote: whether http(s) URLs may be fetched.
-      allow_files: whether paths and file: URLs may be read; a server turns this off.
+      allow_files: whether paths and file: URLs may be read.
       defaults: options of media, such as `fps` or `max_pixels`, that apply if a request does not set them. The prefix
         `image_` or `video_` limits an option to one kind of media.
       max_decoded_bytes: limit on a request's pixels as the model takes them, uint8, with the largest picture or frame
         of the request as it is decoded. A larger request is refused before it is decoded.
+      guard: limits on what requests of strangers name; a server has one.
 
     Attributes:
       media: plans single images and videos.
@@ -168,6 +170,7 @@ class Processor:
         allow_files: bool = True,
         defaults: Mapping[str, Any] | None = None,
         max_decoded_bytes: int = MAX_DECODED_BYTES,
+        guard: MediaGuard | None = None,
     ):
         self._tokenizer = tokenizer
         self._template = template
@@ -175,7 +178,7 @@ class Processor:
         self._encoder = FrameEncoder(tokenizer, settings.frame_text)
         self._frame_format_guessed = settings.frame_format is None
         self.media = MediaPlanner(
-            settings, self._encoder, allow_remote=allow_remote, allow_files=allow_files, defaults=defaults
+            settings, self._encoder, allow_remote=allow_remote, allow_files=allow_files, defaults=defaults, guard=guard
         )
         control = set(tokenizer.control.values())
         for name in ("image_token_id", "video_token_id"):
@@ -203,6 +206,7 @@ class Processor:
         allow_files: bool = True,
         defaults: Mapping[str, Any] | None = None,
         max_decoded_bytes: int = MAX_DECODED_BYTES,
+        guard: MediaGuard | None = None,
     ) -> Processor:
         """Reads tokenizer.json, the chat template and preprocessor_config.json of a checkpoint.
 
@@ -222,6 +226,7 @@ class Processor:
             allow_files=allow_files,
             defaults=defaults,
             max_decoded_bytes=max_decoded_bytes,
+            guard=guard,
         )
 
     def token_id(self, text: str) -> int | None:
