@@ -118,11 +118,13 @@ class TestDependencies:
     def test_of_the_packages(self):
         imported = set().union(*(self.imported(ROOT / name) for name in PACKAGES))
         assert (imported - NOT_REQUIRED) | LOADED_BY_NAME == self.required(
-            "video", "heic", "hub", "ray", "train", "bench"
+            "video", "heic", "hub", "ray", "train", "bench", "serve"
         )
 
     def test_of_the_tests(self):
-        assert self.imported(ROOT / "tests") <= self.required("video", "heic", "hub", "ray", "train", "bench", "dev")
+        assert self.imported(ROOT / "tests") <= self.required(
+            "video", "heic", "hub", "ray", "train", "bench", "serve", "dev"
+        )
 
     @staticmethod
     def required(*extras: str) -> set[str]:

@@ -197,7 +197,7 @@ class TestRowsAreIndependent:
                 )
             logits, tokens = [], []
             for _ in range(steps):
-                found, pool = runtime.decode(state, pool)
+                found, state, pool = runtime.decode(state, pool)
                 state = runtime.draw(found, state)
                 logits.append(np.asarray(found))
                 tokens.append(np.asarray(state.tokens))

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from keye_jax.engine.constraint import Constraint, GrammarError, Masks
 from keye_jax.engine.generation_config import GenerationDefaults
+from keye_jax.engine.heat import selection_heat
 from keye_jax.engine.job import Answering, Job
 from keye_jax.engine.media.hashes import block_hashes
 from keye_jax.engine.media.work import Decoded
@@ -26,24 +28,30 @@ class Answers:
     Args:
       processor: turns tokens into text.
       defaults: of the checkpoint.
+      masks: sets of tokens that constraints name.
       block: tokens of a block of the prefix cache; None without one.
       leave: called with a request and what became of it, when it is no longer on its way.
 
     Attributes:
       events: what the scheduler has to know before the next step.
+      tokens: how many were written.
     """
 
     def __init__(
         self,
         processor: Processor,
         defaults: GenerationDefaults,
+        masks: Masks,
         block: int | None,
         leave: Callable[[Job, Result | RequestError], None],
     ):
-        self._processor, self._defaults, self._block, self._leave = processor, defaults, block, leave
+        self._processor, self._defaults, self._masks = processor, defaults, masks
+        self._block, self._leave = block, leave
         self._choices: dict[str, tuple[Job, Answering]] = {}
+        self._ended: dict[str, tuple[Job, Answering]] = {}  # those whose heat is not there yet
         self._sequences = itertools.count()
         self.events: list[SchedulerEvent] = []
+        self.tokens = 0
 
     def __contains__(self, name: str) -> bool:
         return name in self._choices
@@ -57,17 +65,25 @@ class Answers:
         return self._choices[name][1].data
 
     def begin(self, job: Job, limit: int) -> None:
-        """Makes the sequences of a planned request, each of which writes at most `limit` tokens."""
+        """Makes the sequences of a planned request, each of which writes at most `limit` tokens.
+
+        The request fails if its grammar allows nothing.
+        """
         assert job.prompt is not None and job.embeds is not None, "it is planned"
         request, prompt = job.request, job.prompt
         pad_ids = (self._processor.image_token_id, self._processor.video_token_id)
         before = np.concatenate([[0], np.cumsum(np.isin(prompt.input_ids, pad_ids))])
+        try:
+            constraints = [self._constraint(job) for _ in range(request.n)]
+        except GrammarError as error:
+            self.fail(job, "invalid", str(error))
+            return
         hashes: tuple[bytes, ...] = ()
         if self._block is not None:
             media = [(medium.hash, medium.pads) for medium in prompt.media]
             hashes = tuple(block_hashes(prompt.input_ids, media, pad_ids, self._block))
         sampling = request.sampling or self._defaults.sampling
-        for number in range(request.n):
+        for number, constraint in enumerate(constraints):
             data = SequenceData(
                 prompt.input_ids,
                 prompt.positions,
@@ -76,6 +92,8 @@ class Answers:
                 job.embeds,
                 dataclasses.replace(sampling, seed=sampling.seed + number),
                 request.logit_bias,
+                constraint,
+                request.selection_heat,
             )
             writer = AnswerWriter(self._processor, request, number, prompt.prompt_opens_thinking, job.handle.put)
             choice = Answering(str(next(self._sequences)), number, data, writer, limit)
@@ -83,6 +101,16 @@ class Answers:
             self._choices[choice.id] = job, choice
             self.events.append(Arrival(choice.id, len(prompt.input_ids), limit, hashes))
         self.tell_ready(job)
+
+    def _constraint(self, job: Job) -> Constraint | None:
+        request, prompt = job.request, job.prompt
+        assert prompt is not None, "it is planned"
+        if job.matcher is None and request.thinking_budget is None:
+            return None
+        matcher = None if job.matcher is None else job.matcher.result().deep_copy()
+        opens, raw = prompt.prompt_opens_thinking, request.prompt is not None
+        thoughts = self._masks.beginning(prompt.input_ids, opens=opens, raw=raw)
+        return Constraint(self._masks, thoughts, request.thinking_budget, matcher)
 
     def take_back(self, job: Job) -> None:
         """Drops the sequences of a request that begins again. No token was drawn yet."""
@@ -115,6 +143,7 @@ class Answers:
             if drawn.token in self._defaults.end_tokens:
                 self._end(job, choice, "stop")
                 continue
+            self.tokens += 1
             choice.data.tokens.append(drawn.token)
             choice.times.append(now)
             choice.writer.write(drawn.token, _logprob(drawn, job.request.top_logprobs))
@@ -122,6 +151,11 @@ class Answers:
                 self._end(job, choice, "stop")
             elif len(choice.data.tokens) == choice.max_tokens:
                 self._end(job, choice, "length")
+            elif choice.data.constraint is not None:
+                try:
+                    choice.data.constraint.advance(drawn.token)
+                except GrammarError as error:
+                    self.fail(job, "invalid", str(error))
 
     def cancel(self, job: Job) -> None:
         """Ends a request; what it has written so far is its result."""
@@ -140,7 +174,9 @@ class Answers:
 
     def finish(self, job: Job) -> None:
         """Gives the result out, if all answers are there and all is known about the media."""
-        choices = [choice.choice for choice in job.choices if choice.choice is not None]
+        choices = [
+            choice.choice for choice in job.choices if choice.choice is not None and choice.id not in self._ended
+        ]
         if not job.choices or len(choices) < len(job.choices) or job.decoded is None or job.prompt is None:
             return
         prompt = job.prompt
@@ -165,11 +201,29 @@ class Answers:
         choice.choice = choice.writer.finish(reason, token_seconds=tuple(choice.times))
         if reason != "length":
             self.events.append(Cancel(choice.id) if reason == "cancelled" else Ended(choice.id))
+        if job.request.selection_heat:
+            self._ended[choice.id] = job, choice
         self.finish(job)
+
+    def take_heat(self, heat: Callable[[str], np.ndarray | None]) -> None:
+        """Completes answers that wait for their heat.
+
+        Args:
+          heat: `Stepper.heat`.
+        """
+        for name, (job, choice) in tuple(self._ended.items()):
+            counts = heat(name)
+            if counts is not None and choice.choice is not None and job.prompt is not None:
+                pads = np.diff(choice.data.pads_before) > 0
+                found = selection_heat(counts, job.prompt, pads)
+                choice.choice = dataclasses.replace(choice.choice, selection_heat=found)
+                del self._ended[name]
+                self.finish(job)
 
     def _drop(self, job: Job, outcome: Result | RequestError) -> None:
         for choice in job.choices:
             del self._choices[choice.id]
+            self._ended.pop(choice.id, None)
         self._leave(job, outcome)
 
 

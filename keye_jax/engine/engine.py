@@ -15,12 +15,14 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 
 from keye_jax.engine.answers import Answers
+from keye_jax.engine.constraint import Grammars, Masks
 from keye_jax.engine.encoding import FrameEncoder
 from keye_jax.engine.generation_config import GenerationDefaults
 from keye_jax.engine.handle import Handle
@@ -31,7 +33,7 @@ from keye_jax.engine.media.frame_cache import FrameCache
 from keye_jax.engine.media.work import Prompt
 from keye_jax.engine.media.workers import MediaWorkers
 from keye_jax.engine.options import EngineOptions, scheduler_config
-from keye_jax.engine.plan import Measured, Plan
+from keye_jax.engine.plan import Measured, Plan, Stats
 from keye_jax.engine.request import DEFAULT_NEW_TOKENS, Request, RequestError, Result
 from keye_jax.engine.scheduler import Scheduler
 from keye_jax.engine.stepper import DrawnTokens, Stepper
@@ -55,16 +57,37 @@ class EngineStats:
     """Counts for metrics.
 
     Attributes:
-      scheduler: those of the scheduler.
+      scheduler: those of the scheduler: sequences, pages, tokens of prompts and of the prefix cache, preemptions.
       compilations: programs compiled since `warmup`, which should be none.
       steps: steps so far.
       embedding_hits: media whose embeddings were kept.
+      requests, waiting: requests that have not ended, and those of them of which no prompt is being read, and no answer
+        is written, yet.
+      generated_tokens: of all answers so far.
     """
 
-    scheduler: Any
+    scheduler: Stats
     compilations: int
     steps: int
     embedding_hits: int
+    requests: int
+    waiting: int
+    generated_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineProgress:
+    """Whether an engine gets on. A watchdog may end one that is `busy` and whose `at` is too long ago.
+
+    Attributes:
+      steps: that are done.
+      at: when the last step was done, or the engine began to have work, by `time.monotonic`.
+      busy: whether there is work. Waiting for media is none.
+    """
+
+    steps: int
+    at: float
+    busy: bool
 
 
 class Engine:
@@ -100,7 +123,11 @@ class Engine:
         self.scheduler_config = scheduler_config(runtime, options, self._most_patches)
         self._scheduler = Scheduler(self.scheduler_config)
         self._stepper = Stepper(
-            runtime, self.scheduler_config, pixel_scale=processor.pixel_scale, pixel_shift=processor.pixel_shift
+            runtime,
+            self.scheduler_config,
+            pixel_scale=processor.pixel_scale,
+            pixel_shift=processor.pixel_shift,
+            heat=options.selection_heat,
         )
         self._changed = threading.Condition()
         self._hosts = Hosts(runtime.rules)
@@ -110,10 +137,16 @@ class Engine:
         self._media = self._media_workers() if self.takes_requests else MediaElsewhere()
         self._jobs: dict[int, Job] = {}
         self._encoder = FrameEncoder(self._stepper, self._jobs, options.embedding_cache_bytes)
-        block = self.scheduler_config.small if options.prefix_cache else None
-        self._answers = Answers(processor, defaults, block, self._leave)
+        vocab, block = runtime.config.vocab_size, self.scheduler_config.small if options.prefix_cache else None
+        masks = Masks(vocab, defaults.end_tokens, (processor.token_id("<think>"), processor.token_id("</think>")))
+        self._answers = Answers(processor, defaults, masks, block, self._leave)
+        self._grammars = Grammars(processor, vocab, defaults.end_tokens)
+        # Compiles grammars and reads long prompts, so that neither clients nor the devices wait for it.
+        self._preparer = ThreadPoolExecutor(1, "keye-jax requests")
+        self._preparing: set[int] = set()
         self._numbers = itertools.count()
         self._steps = self._compilations = 0
+        self._progress = EngineProgress(0, time.monotonic(), busy=False)
         self._draining = self._closing = self._ended = self._poked = False
         self._measured: Measured | None = None
         # How often programs were and are to be compiled, whom that is told, and what went wrong.
@@ -156,13 +189,21 @@ class Engine:
           RequestError: the engine is closed or about to be, or another process takes requests.
         """
         number = next(self._numbers)
-        job = Job(number, request, Handle(lambda: self._post(Command(number))), time.perf_counter(), progress)
+        job = Job(number, request, Handle(lambda: self._cancel(number)), time.perf_counter(), progress)
+        refusal = self._refusal(request)
         with self._changed:
             if self._draining or not self.takes_requests:
                 raise RequestError("closed", "the engine takes no more requests" if self._draining else _ELSEWHERE)
+            if refusal is not None:
+                job.handle.put(refusal)
+                return job.handle
             self._jobs[number] = job
-            self._inbox.append(Command(number, request))
-            self._changed.notify_all()
+            if request.grammar is None and request.prompt is None:
+                self._inbox.append(Command(number, request))
+                self._changed.notify_all()
+            else:
+                self._preparing.add(number)
+                self._preparer.submit(self._prepare, job)
         return job.handle
 
     def warmup(self, progress: Progress = lambda done, total: None) -> float:
@@ -199,13 +240,33 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counts for metrics."""
-        return EngineStats(self._scheduler.stats, self._compilations, self._steps, self._encoder.hits)
+        with self._changed:
+            jobs = tuple(self._jobs.values())
+        waiting = sum("admitted" not in job.at for job in jobs)
+        counts = self._compilations, self._steps, self._encoder.hits
+        return EngineStats(self._scheduler.stats, *counts, len(jobs), waiting, self._answers.tokens)
 
-    def drain(self) -> None:
-        """Takes no more requests, and waits until all that there are have ended."""
+    @property
+    def progress(self) -> EngineProgress:
+        """For a watchdog: that steps are done, whatever the time that each of them takes."""
+        return self._progress
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Takes no more requests, and waits until all that there are have ended, or for `timeout` seconds.
+
+        Returns:
+          whether they have.
+        """
         with self._changed:
             self._draining = True
-            self._changed.wait_for(lambda: not self._jobs)
+            return self._changed.wait_for(lambda: not self._jobs, timeout)
+
+    def cancel_all(self) -> None:
+        """Ends all requests soon. Their results then have what was written so far."""
+        with self._changed:
+            numbers = tuple(self._jobs)
+        for number in numbers:
+            self._cancel(number)
 
     def close(self) -> None:
         """Ends all requests and frees the devices; where no requests are taken, waits until that is done elsewhere.
@@ -219,6 +280,7 @@ class Engine:
         self._thread.join()
         if closed:
             return
+        self._preparer.shutdown(cancel_futures=True)
         self._media.close()
         self._stepper.close()
         with contextlib.suppress(AssertionError, ValueError):  # someone has removed all listeners
@@ -251,6 +313,56 @@ class Engine:
             self._inbox.append(command)
             self._changed.notify_all()
 
+    def _cancel(self, number: int) -> None:
+        with self._changed:
+            if number not in self._preparing:
+                self._inbox.append(Command(number))
+                self._changed.notify_all()
+                return
+            self._preparing.discard(number)
+            job = self._jobs.pop(number)
+            self._changed.notify_all()
+        job.handle.put(RequestError("cancelled", "the request was cancelled before it was planned"))
+
+    def _refusal(self, request: Request) -> RequestError | None:
+        """What is wrong with a request that can be seen before its prompt is planned."""
+        vocab, most = self.runtime.config.vocab_size, self.scheduler_config.most_tokens
+        for token in request.logit_bias:
+            if not 0 <= token < vocab:
+                return RequestError("invalid", f"logit_bias has token {token}; it must be from 0 to {vocab - 1}")
+        if request.selection_heat and not self.options.selection_heat:
+            return RequestError("invalid", "selection_heat is true; this engine does not count what answers look at")
+        if request.max_tokens is not None and request.max_tokens >= most:
+            limit = f"a prompt and its answer together must be at most {most}"
+            return RequestError("too_large", f"max_tokens is {request.max_tokens}; {limit}")
+        return None
+
+    def _prepare(self, job: Job) -> None:
+        """Compiles the grammar of a request, plans a prompt without a template, and then submits the request."""
+        request, failure = job.request, None
+        try:
+            if request.grammar is not None:
+                job.matcher = Future()
+                job.matcher.set_result(self._grammars.compile(request.grammar))
+            if request.prompt is not None:
+                job.plan = self.processor.plan_raw(request.prompt)
+        except UserError as error:
+            failure = RequestError("invalid", str(error))
+        except Exception as error:
+            _log.exception("a request could not be prepared")
+            failure = RequestError("internal", f"the request could not be prepared: {type(error).__name__}")
+        with self._changed:
+            if job.id not in self._preparing:  # it was cancelled, or the engine has ended
+                return
+            self._preparing.discard(job.id)
+            if failure is None:
+                self._inbox.append(Command(job.id, request))
+            else:
+                self._jobs.pop(job.id)
+            self._changed.notify_all()
+        if failure is not None:
+            job.handle.put(failure)
+
     def _wake(self) -> None:
         with self._changed:
             self._poked = True
@@ -276,6 +388,7 @@ class Engine:
             for job in self._jobs.values():
                 job.handle.put(failure)
             self._jobs.clear()
+            self._preparing.clear()
             self._changed.notify_all()
 
     def _loop(self) -> None:
@@ -289,6 +402,7 @@ class Engine:
                 return
             if before is None:
                 started = time.perf_counter()
+                self._note_progress()
             if turn.warm:
                 self._warm_up()
             if turn.measured:
@@ -309,19 +423,29 @@ class Engine:
                 before = None
             now = None
             if plan != Plan(cached=plan.cached, ended=plan.ended):
-                now = plan, self._stepper.run(plan, answers.data)
+
+                def look(drawn: DrawnTokens) -> None:
+                    nonlocal before, started
+                    if before is not None:
+                        started = self._complete(*before, started)
+                        before = None
+                    answers.deliver(drawn.fetch())
+
+                now = plan, self._stepper.run(plan, answers.data, look)
                 self._steps += 1
                 for placed in plan.offload:
                     if placed.id not in answers:  # what was delivered above ended it
                         self._stepper.forget(placed.id)
             if before is not None:
                 started = self._complete(*before, started)
+            answers.take_heat(self._stepper.heat)
             before = now
 
     def _complete(self, plan: Plan, drawn: DrawnTokens, started: float) -> float:
         """Waits for a step that began at `started`, delivers its tokens, and returns the time."""
         self._answers.deliver(drawn.fetch())
         ended = time.perf_counter()
+        self._note_progress(steps=1)
         if plan.read or plan.decode:
             self._measured = Measured(ended - started, plan.read.program if plan.read else None, plan.decode)
         return ended
@@ -330,6 +454,7 @@ class Engine:
         """What came since the last turn; waits for something if nothing else is to be done."""
         with self._changed:
             if wait and not self._told:
+                self._progress = dataclasses.replace(self._progress, busy=False)
                 self._changed.wait_for(lambda: self._inbox or self._closing or self._poked or self._wants_warmup)
             commands, self._inbox, self._poked = tuple(self._inbox), [], False
             warm, close = self._wants_warmup, self._closing
@@ -341,6 +466,9 @@ class Engine:
         measured, self._measured = self._measured, None
         return Turn(commands, tuple(media), measured, warm, close)
 
+    def _note_progress(self, steps: int = 0) -> None:
+        self._progress = EngineProgress(self._progress.steps + steps, time.monotonic(), busy=True)
+
     @property
     def _wants_warmup(self) -> bool:
         return self._warm_wanted > self._warm_done
@@ -348,8 +476,15 @@ class Engine:
     def _warm_up(self) -> None:
         """Compiles all programs for `warmup`."""
         failure = None
+
+        def told(done: int, total: int) -> None:
+            self._note_progress()
+            self._warm_progress(done, total)
+
         try:
-            self._stepper.warmup(self._most_patches, self._warm_progress)
+            prepared = self._preparer.submit(self._grammars.prepare)
+            self._stepper.warmup(self._most_patches, told)
+            prepared.result()
             self._compilations = 0
         except Exception as error:
             failure = error
@@ -367,18 +502,9 @@ class Engine:
                 continue
             if job is None:  # it was submitted in another process
                 job = self._jobs[number] = Job(number, request, Handle(lambda: None), time.perf_counter())
-            try:
-                self._check(request)
-            except UserError as error:
-                self._answers.fail(job, "invalid", str(error))
-                continue
-            self._media.submit(job.id, request.messages, request.options, plan=request.plan)
-
-    def _check(self, request: Request) -> None:
-        vocab = self.runtime.config.vocab_size
-        for token in request.logit_bias:
-            if not 0 <= token < vocab:
-                raise UserError(f"logit_bias has token {token}; it must be from 0 to {vocab - 1}")
+                if request.grammar is not None:
+                    job.matcher = self._preparer.submit(self._grammars.compile, request.grammar)
+            self._media.submit(job.id, request.messages, request.options, plan=job.plan or request.plan)
 
     def _take_media(self, events: Sequence[MediaEvent]) -> None:
         for event in events:
@@ -413,7 +539,10 @@ class Engine:
         if limit is not None:
             skip, shown = self._encoder.begin(job)
             self._answers.begin(job, limit)
-            self._media.decode(job.id, skip, shown)
+            if job.choices:
+                self._media.decode(job.id, skip, shown)
+            else:
+                self._media.cancel(job.id)
 
     def _restate(self, job: Job, tokens: PromptTokens) -> None:
         """Begins again with the prompt that states the times of the frames that are shown. No token was drawn yet."""

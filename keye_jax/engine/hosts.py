@@ -127,15 +127,18 @@ class Hosts:
 
 
 def _for_others(turn: Turn) -> Turn:
-    """What the other processes need of a turn: of a request not its messages, whose prompt process 0 plans."""
-    commands = tuple(
-        Command(job_id, request and dataclasses.replace(request, messages=(), plan=None, options={}))
-        for job_id, request in turn.commands
-    )
+    """What the other processes need of a turn: of a request not its prompt, which process 0 plans."""
+    commands = tuple(Command(job_id, request and _without_prompt(request)) for job_id, request in turn.commands)
     media = tuple(
         dataclasses.replace(event, _free=_nothing) if isinstance(event, Pixels) else event for event in turn.media
     )
     return dataclasses.replace(turn, commands=commands, media=media)
+
+
+def _without_prompt(request: Request) -> Request:
+    if request.prompt is not None:
+        return dataclasses.replace(request, prompt="")
+    return dataclasses.replace(request, messages=(), plan=None, options={})
 
 
 def _nothing() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -14,6 +16,10 @@ from keye_jax.engine.media.work import Decoded, Prompt
 from keye_jax.engine.request import Choice, Request
 from keye_jax.engine.stepper import SequenceData
 from keye_jax.engine.text import AnswerWriter
+from keye_jax.processor import PromptPlan
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 type Steps = Callable[[str, int, int], None]
 """Told the name of a step of a request, how much of it is done, and out of how much."""
@@ -65,6 +71,8 @@ class Job:
     Attributes:
       submitted: when, by `time.perf_counter`.
       progress: told what is done of "decoding frames", "encoding frames" and "reading the prompt", and out of how much.
+      plan: of a prompt without a chat template; None for other prompts.
+      matcher: at the beginning of its grammar; None without one.
       prompt, decoded: what media workers said of it; None as long as they have not.
       choices: its answers.
       embeds, filled: `[pads, embed]` embeddings of its pads, and bool `[pads]`, which of them are there.
@@ -79,6 +87,8 @@ class Job:
     handle: Handle
     submitted: float
     progress: Steps = lambda step, done, total: None
+    plan: PromptPlan | None = None
+    matcher: Future[LLMatcher] | None = None
     prompt: Prompt | None = None
     decoded: Decoded | None = None
     choices: list[Answering] = dataclasses.field(default_factory=list)

@@ -43,6 +43,7 @@ def pages_per_shard(
     large: int,
     most_patches: int,
     optimistic: bool,
+    heat: bool = False,
 ) -> int:
     """Pages on each shard of the page pool.
 
@@ -58,6 +59,7 @@ def pages_per_shard(
       large: tokens of a large chunk, on all devices together.
       most_patches: of the largest image.
       optimistic: whether pages are moved to host memory and back.
+      heat: whether rows count what they select.
 
     Raises:
       UserError: so many tokens, or the weights, leave no room. Nothing is allocated before.
@@ -67,7 +69,8 @@ def pages_per_shard(
     config = dataclasses.replace(runtime.config, dtype=np.dtype(runtime.dtype).name)
     sizes = {"dtype": runtime.dtype, "indexer_dtype": runtime.options.indexer_dtype}
     page = shard_bytes(config, 1, rules, **sizes)
-    row = idle_row(pages_for(max_context), config.vocab_size)
+    width = pages_for(max_context)
+    row = idle_row(width, config.vocab_size, width * PAGE_SIZE if heat else 0)
     devices = runtime.prefill_step.size(runtime.prefill_step.query_sequence)
     steps = rows * sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(row)) + max(
         prefill_workspace_bytes(

@@ -31,6 +31,8 @@ class EngineOptions:
       frame_cache: directory for decoded frames; None for none.
       frame_cache_bytes: most bytes of it.
       embedding_cache_bytes: most bytes of embeddings of media that are kept in host memory.
+      selection_heat: whether requests may ask what their answers looked at. Each row then counts that on the devices:
+        four bytes for each token of `max_context`.
 
     Raises:
       UserError: a number is not allowed. `scheduler_config` checks those of the scheduler and of the pool.
@@ -51,6 +53,7 @@ class EngineOptions:
     frame_cache: Path | None = None
     frame_cache_bytes: int = 32 << 30
     embedding_cache_bytes: int = 2 << 30
+    selection_heat: bool = False
 
     def __post_init__(self) -> None:
         least = {"media_workers": 0, "media_bytes": 1, "frame_cache_bytes": 0, "embedding_cache_bytes": 0}
@@ -90,6 +93,8 @@ def scheduler_config(runtime: Runtime, options: EngineOptions, most_patches: int
     homes, turns = runtime.rules.size("batch"), runtime.page_multiple
     devices = runtime.prefill_step.size(runtime.prefill_step.query_sequence)
     positions = runtime.config.max_position_embeddings
+    if options.selection_heat and runtime.options.attention == "dense":
+        raise UserError("selection_heat is True; it must be False with dense attention, which selects nothing")
     if options.max_context is not None and not 1 <= options.max_context <= positions:
         raise UserError(f"max_context is {options.max_context}; it must be from 1 to {positions}")
     chunk = runtime.prefill_chunk * devices
@@ -105,6 +110,7 @@ def scheduler_config(runtime: Runtime, options: EngineOptions, most_patches: int
         large=large,
         most_patches=most_patches,
         optimistic=options.optimistic,
+        heat=options.selection_heat,
     )
     return SchedulerConfig(
         rows=options.rows,

@@ -66,7 +66,7 @@ class Request:
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
     def __post_init__(self) -> None:
-        if [self.messages, self.plan, self.prompt].count(None) != 2:
+        if sum(given is not None for given in (self.messages, self.plan, self.prompt)) != 1:
             raise UserError("a request has exactly one of messages, plan and prompt")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise UserError(f"max_tokens is {self.max_tokens}; it must be at least 1")

@@ -1,6 +1,7 @@
 """Does on the devices what the scheduler plans: it owns the pages and the decoded batch.
 
-A step is queued before the tokens of the last one are looked at, so the devices never wait for the host. All its
+A step is queued before the tokens of the last one are looked at, so the devices never wait for the host. Where what a
+row may draw depends on these tokens, the forward pass is queued before and the draw after they are looked at. All
 programs have shapes that the settings decide, none of them a request; `warmup` compiles them.
 """
 
@@ -12,8 +13,10 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
+from keye_jax.engine.constraint import Constraint
 from keye_jax.engine.plan import Placed, Plan, SchedulerConfig
 from keye_jax.kv_cache import PagePool
+from keye_jax.page_allocator import PAGE_SIZE
 from keye_jax.progress import Progress
 from keye_jax.runtime import lowering
 from keye_jax.runtime.encode import IMAGE_PATCHES, images_at_once, padded_patches
@@ -36,6 +39,8 @@ class SequenceData:
         and the choices of a request share them.
       sampling: how its tokens are drawn.
       logit_bias: what is added to logits, by token.
+      constraint: what it may draw; None for everything.
+      selection_heat: whether it is counted what it selects.
       tokens: those that it has drawn, as far as the host knows them.
     """
 
@@ -46,6 +51,8 @@ class SequenceData:
     embeds: np.ndarray
     sampling: SamplingParams
     logit_bias: Mapping[int, float]
+    constraint: Constraint | None = None
+    selection_heat: bool = False
     tokens: list[int] = dataclasses.field(default_factory=list)
 
 
@@ -72,9 +79,10 @@ class DrawnTokens:
         drawn.copy_to_host_async()
 
     def fetch(self) -> list[DrawnToken]:
-        """The tokens, those of one sequence in the order in which it drew them."""
+        """The tokens that were not fetched before, those of one sequence in the order in which it drew them."""
         found: list[DrawnToken] = []
-        for rows, drawn in self._parts:
+        parts, self._parts = self._parts, []
+        for rows, drawn in parts:
             tokens, logprobs, top_tokens, top_logprobs = unpack_drawn(np.asarray(drawn))
             for row, name in rows:
                 scores = float(logprobs[row]), top_tokens[row], top_logprobs[row]
@@ -89,27 +97,46 @@ class Stepper:
       runtime: whose prefill reads at least `config.large` tokens in one step, on all devices together.
       config: the scheduler's.
       pixel_scale, pixel_shift: as `Processor` has them.
+      heat: whether it is counted what sequences select.
     """
 
-    def __init__(self, runtime: Runtime, config: SchedulerConfig, *, pixel_scale: np.ndarray, pixel_shift: np.ndarray):
+    def __init__(
+        self,
+        runtime: Runtime,
+        config: SchedulerConfig,
+        *,
+        pixel_scale: np.ndarray,
+        pixel_shift: np.ndarray,
+        heat: bool = False,
+    ):
         self.runtime, self.config = runtime, config
         self._normalisation = runtime.pixel_normalisation(pixel_scale, pixel_shift)
         self._pool = runtime.new_pool(config.pages_per_shard * config.homes * config.turns)
-        self._state = runtime.new_state(config.rows, config.table_width)
+        self._state = runtime.new_state(config.rows, config.table_width, heat=heat)
         self._saved: dict[str, PagePool] = {}
+        # Of rows that may not draw everything: by what, and what the devices know of it.
+        self._constraints: dict[int, Constraint] = {}
+        self._allowed: dict[int, np.ndarray] = {}
+        # By row the sequence whose heat is counted there, and the heat of those that are in no row.
+        self._heated: dict[int, str] = {}
+        self._heats: dict[str, jax.Array] = {}
 
-    def run(self, plan: Plan, sequence: Callable[[str], SequenceData]) -> DrawnTokens:
+    def run(
+        self, plan: Plan, sequence: Callable[[str], SequenceData], look: Callable[[DrawnTokens], None]
+    ) -> DrawnTokens:
         """Queues a step.
 
         Args:
           sequence: what is known of a sequence that the plan names.
+          look: called if what a row may draw depends on tokens that nobody has looked at: those of the step before, and
+            those that this one has drawn so far, which it is given. The forward pass is queued by then.
         """
         runtime, drawn = self.runtime, DrawnTokens()
         for row in plan.clear:
-            self._state = runtime.clear_row(self._state, row)
+            self._leave_row(row)
         for placed in plan.offload:
             self._saved[placed.id] = runtime.take_pages(self._pool, placed.pages)
-            self._state = runtime.clear_row(self._state, placed.row)
+            self._leave_row(placed.row)
         for placed in plan.restore:
             self._restore(placed, sequence(placed.id))
         for placed in plan.grow:
@@ -131,19 +158,44 @@ class Stepper:
             )
             for begin in plan.begin:
                 # The row draws its first token as it draws the others; `draw` counts the prompt's last token as read.
-                self._set_row(
-                    begin.row, begin.pages, data, token=int(data.input_ids[-1]), length=begin.prompt_tokens - 1
-                )
+                token, length = int(data.input_ids[-1]), begin.prompt_tokens - 1
+                self._set_row(Placed(*begin[:3]), data, token=token, length=length)
                 self._draw(logits, begin.row)
                 drawn.add(((begin.row, begin.id),), runtime.drawn(self._state))
         if plan.decode:
-            self._state, self._pool = runtime.decode_and_sample(self._state, self._pool)
+            constraints = {row: self._constraints[row] for row, _ in plan.rows if row in self._constraints}
+            if any(each.active or each.allowed is not self._allowed[row] for row, each in constraints.items()):
+                logits, self._state, self._pool = runtime.decode(self._state, self._pool)
+                look(drawn)
+                self._allow({row: each.allowed for row, each in constraints.items()})
+                self._state = runtime.draw(logits, self._state)
+            else:
+                self._state, self._pool = runtime.decode_and_sample(self._state, self._pool)
             drawn.add(plan.rows, runtime.drawn(self._state))
         return drawn
 
+    def _allow(self, masks: dict[int, np.ndarray]) -> None:
+        """Says what rows may draw, unless the devices know."""
+        changed = {row: mask for row, mask in masks.items() if mask is not self._allowed[row]}
+        if changed:
+            self._state = self.runtime.set_allowed(self._state, changed)
+            self._allowed |= changed
+
+    def heat(self, name: str) -> np.ndarray | None:
+        """How often a sequence has selected each position, int32 `[h]`; None as long as it is in its row.
+
+        Before it has begun it has selected nothing.
+        """
+        if name in self._heated.values():
+            return None
+        found = self._heats.get(name)
+        return np.zeros(self.config.table_width * PAGE_SIZE, np.int32) if found is None else np.asarray(found)
+
     def forget(self, name: str) -> None:
-        """Drops what is kept in host memory of an offloaded sequence."""
+        """Drops what is kept of a sequence outside of its row."""
         self._saved.pop(name, None)
+        self._heats.pop(name, None)
+        self._heated = {row: each for row, each in self._heated.items() if each != name}
 
     def close(self) -> None:
         """Frees the pages and the batch. No other method may be called afterwards."""
@@ -187,6 +239,7 @@ class Stepper:
             chunks=(config.large, config.small),
             images=sizes,
             normalisation=self._normalisation,
+            heat=self._counts_heat,
         )
         lowering.compile_side_by_side(programs, progress)
         for patches in sizes:
@@ -205,9 +258,14 @@ class Stepper:
                     segment, self._pool, tokens=size, table_width=self.config.table_width
                 )
         assert logits is not None, "there are two sizes of chunks"
-        self._set_row(0, (), data, token=0, length=0)
+        self._set_row(Placed("", 0, ()), data, token=0, length=0)
         self._draw(logits, 0)
         self._state = runtime.set_pages(self._state, 0, dummy)
+        everything = np.full(self._state.sampling.allowed.shape[1], 0xFFFFFFFF, np.uint32)
+        read, self._state, self._pool = runtime.decode(self._state, self._pool)
+        self._state = runtime.draw(read, runtime.set_allowed(self._state, {0: everything}))
+        if self._counts_heat:
+            runtime.heat(self._state, 0)
         self._state = runtime.clear_row(self._state, 0)
         if config.optimistic:
             self._pool = runtime.put_pages(self._pool, (0,), runtime.take_pages(self._pool, (0,)))
@@ -220,21 +278,43 @@ class Stepper:
         self._pool = self.runtime.put_pages(self._pool, placed.pages[:held], saved)
         # All that it drew but the last token is in its pages.
         length = len(data.input_ids) + len(data.tokens) - 1
-        self._set_row(placed.row, placed.pages, data, token=data.tokens[-1], length=length)
+        self._set_row(placed, data, token=data.tokens[-1], length=length)
 
-    def _set_row(self, row: int, pages: tuple[int, ...], data: SequenceData, *, token: int, length: int) -> None:
+    def _set_row(self, placed: Placed, data: SequenceData, *, token: int, length: int) -> None:
+        allowed = None
+        if data.constraint is not None:
+            self._constraints[placed.row] = data.constraint
+            allowed = self._allowed[placed.row] = data.constraint.allowed
+        if data.selection_heat:
+            self._heated[placed.row] = placed.id
+        heat = self._heats.pop(placed.id, None)
         self._state = self.runtime.set_row(
             self._state,
-            row,
+            placed.row,
             token=token,
             length=length,
             position_delta=data.position_delta,
-            pages=np.asarray(pages, np.int32),
+            pages=np.asarray(placed.pages, np.int32),
+            allowed=allowed,
+            heat=None if heat is None else np.asarray(heat),
             sampling=data.sampling,
             prompt=data.input_ids,
             answer=np.asarray(data.tokens, np.int32),
             bias=data.logit_bias,
         )
+
+    def _leave_row(self, row: int) -> None:
+        """Makes a row idle, and keeps its heat if its sequence wants it."""
+        self._constraints.pop(row, None)
+        name = self._heated.pop(row, None)
+        if name is not None:
+            self._heats[name] = self.runtime.heat(self._state, row)
+            self._heats[name].copy_to_host_async()
+        self._state = self.runtime.clear_row(self._state, row)
+
+    @property
+    def _counts_heat(self) -> bool:
+        return self._state.heat.shape[1] > 0
 
     def _draw(self, logits: jax.Array, row: int) -> None:
         """One row draws from logits, float32 `[1, vocab]`."""

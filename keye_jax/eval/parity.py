@@ -259,6 +259,6 @@ def _greedy(
     for _ in range(count):
         state = runtime.draw(jnp.broadcast_to(logits, (len(state.tokens), logits.shape[1])), state)
         tokens.append(int(state.tokens[0]))
-        logits, pool = runtime.decode(state, pool)
+        logits, state, pool = runtime.decode(state, pool)
         logits = logits[:1]
     return np.asarray(tokens)

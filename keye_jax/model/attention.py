@@ -96,6 +96,7 @@ class AttentionOptions:
       indexer_dtype: of index queries and keys, and of the pool's: "float8_e4m3fn", as the publisher serves them and
         less exact, or None for the parameters' dtype.
       intermediates: whether layers also return what they computed on the way, which needs memory for all scores.
+      selections: whether layers of a step of decode also return the positions that they selected, in any order.
       selection: what sparse attention selects: the keys that score highest by the "indexer", as released, or to see
         what that is worth "random" visible keys, or the most "recent" ones.
       training: what takes the place of operations without gradients, over a packed context; None but in training.
@@ -105,6 +106,7 @@ class AttentionOptions:
     implementation: str | None = None
     indexer_dtype: Literal["float8_e4m3fn"] | None = None
     intermediates: bool = False
+    selections: bool = False
     selection: Literal["indexer", "random", "recent"] = "indexer"
     training: Training | None = None
 
@@ -158,7 +160,8 @@ class AttentionOutput:
       out: `[b, t, n, d]`.
       lse: float32 `[b, t, n]`, log-sum-exp of the scaled dot products; -inf of a query that saw no key.
       index_scores: float32 `[b, t, s]`, -inf after the query; None when dense or not asked for.
-      selected: int32 `[b, t, top_k]` positions, -1 where there are fewer; None when dense or not asked for.
+      selected: int32 `[b, t, top_k]` positions, -1 where there are fewer; None when dense or not asked for. For
+        `selections` it is as wide as the devices that share a sequence's positions have selections together.
     """
 
     out: jax.Array
@@ -239,7 +242,8 @@ class Attention(nnx.Module):
         )
         found, context = sharded(inputs, context)
         intermediates = AttentionIntermediates(inputs.q, found.lse, found.index_scores, found.selected)
-        return self.o_proj(found.out), context, intermediates if options.intermediates else None
+        wanted = options.intermediates or options.selections
+        return self.o_proj(found.out), context, intermediates if wanted else None
 
     def _attend_in_training(
         self, inputs: AttentionInputs, indexer: Indexer, context: Context, training: Training, step: StepSharding
@@ -317,9 +321,13 @@ def attend_sparse(
         scores = _scores_of_selection(options.selection, scores, start, keys.split)
         seen = start[:, None] + jnp.minimum(jnp.arange(q.shape[1]), last[:, None]) + 1
         lengths = jnp.minimum(seen, scores.shape[-1])
-        if keys.split:
+        if keys.split or options.selections:
             with jax.named_scope("selection"):
-                selected = select_split(scores, lengths, top_k, keys.split, preferred)
+                if keys.split:
+                    selected = select_split(scores, lengths, top_k, keys.split, preferred)
+                else:
+                    implementation = resolve("select_topk", preferred)
+                    selected = select_topk(scores, lengths, top_k, implementation=implementation)
             with jax.named_scope("attention"):
                 implementation = resolve("sparse_attention", preferred)
                 out, lse = sparse_attention(q, pages.kv, selected, table, scale=scale, implementation=implementation)
@@ -330,6 +338,10 @@ def attend_sparse(
                 out, lse = topk_attention(
                     q, scores, lengths, pages.kv, table, top_k=top_k, scale=scale, implementation=implementation
                 )
+        if options.selections:
+            assert selected is not None, "it was selected above"
+            own = _position_of_all(selected, keys.split) if keys.split else selected
+            return AttentionOutput(out, lse, None, jnp.where(selected >= 0, own, -1))
         if not options.intermediates:
             return AttentionOutput(out, lse)
         if selected is None:
@@ -342,7 +354,7 @@ def attend_sparse(
     last = jnp.full(batch, queries - 1) if keys.count is None else jnp.maximum(keys.count, 1) - 1
     score_bytes = _SCORE_BYTES.get(options.kernels, _SMALL_SCORE_BYTES)
     at_once = max(1, score_bytes // (4 * keys.page_table.shape[1] * PAGE_SIZE))
-    if options.intermediates or batch * queries <= at_once:
+    if options.intermediates or options.selections or batch * queries <= at_once:
         return attend(q, index_q, gates, keys.page_table, keys.start, last)
     if batch > 1 and queries <= at_once:
         return _in_turns(attend, at_once // queries, q, index_q, gates, keys.page_table, keys.start, last)
@@ -478,6 +490,9 @@ def _devices(axes: Axes) -> int:
 def _output_specs(step: StepSharding, options: AttentionOptions) -> Any:
     """Partitions in place of the arrays of an `AttentionOutput`."""
     by_head: Any = spec(step.rows, (), step.heads)
+    if options.selections:
+        selected: Any = spec(step.rows, (), step.cache_sequence)
+        return AttentionOutput(by_head, by_head, None, selected)
     found: Any = spec(step.rows) if options.intermediates and options.attention == "sparse" else None
     return AttentionOutput(by_head, by_head, found, found)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,7 @@ class Processor:
             if value not in control:
                 raise UserError(f"config: {name} is {value}; it must be the id of an added token of tokenizer.json")
         self.image_token_id, self.video_token_id = config.image_token_id, config.video_token_id
+        self._vocab_size = config.vocab_size
         self.patch_size = config.vision_config.patch_size
         self._merge_size = config.vision_config.spatial_merge_size
         pads = {config.image_token_id, config.video_token_id}
@@ -230,6 +232,10 @@ class Processor:
     def token_id(self, text: str) -> int | None:
         """The id of the token named `text`, such as "<|im_end|>"; None if there is no such token."""
         return self._tokenizer.token_id(text)
+
+    def strict_tokenizer_json(self) -> str:
+        """The tokenizer as `tokenizer.json`, with every added token as a special one, which no text is made of."""
+        return self._tokenizer.strict_json()
 
     def detokenize(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids, by default without special tokens. `<think>` and `</think>` are not special tokens."""
@@ -312,6 +318,28 @@ class Processor:
         return PromptPlan(
             tuple(ids), images, plans, rendered.opens_thinking, tuple(downloads), tuple(warnings), tuple(learnt)
         )
+
+    def plan_raw(self, prompt: str | Sequence[int]) -> PromptPlan:
+        """A prompt without a chat template and without media.
+
+        Args:
+          prompt: a text, in which nothing becomes a control token, or token ids, which stay as they are.
+
+        Raises:
+          UserError: the prompt is empty, or a token is not in the vocabulary or stands for media.
+        """
+        ids = self._tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt
+        if not len(ids):
+            raise UserError("prompt is empty; it must have at least one token")
+        pads = (self.image_token_id, self.video_token_id)
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= token < self._vocab_size:
+                raise UserError(f"prompt has token {token!r}; it must be a whole number below {self._vocab_size}")
+            if token in pads:
+                raise UserError(f"prompt has token {token}, which stands for media; a prompt of tokens has none")
+        marks = [self.token_id("<think>"), self.token_id("</think>")]
+        last = next((token for token in reversed(ids) if token in marks), None)
+        return PromptPlan(tuple(map(int, ids)), (), (), last is not None and last == marks[0])
 
     def _generation_prompt(
         self, messages: Sequence[Mapping[str, Any]], tools: Any, variables: Mapping[str, Any], rendered: RenderedPrompt

@@ -133,6 +133,13 @@ class SafeTokenizer:
         """The id of the token named `text`; None if there is no such token."""
         return self._full.token_to_id(text)
 
+    def strict_json(self) -> str:
+        """The tokenizer as `tokenizer.json`, with every added token as a special one, which no text is made of."""
+        values = json.loads(self._full.to_str())
+        for token in values["added_tokens"]:
+            token["special"] = True
+        return json.dumps(values, ensure_ascii=False)
+
     def detokenize(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; see `Processor.detokenize`."""
         return self._full.decode(list(ids), skip_special_tokens=skip_special_tokens)

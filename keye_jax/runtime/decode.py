@@ -25,6 +25,8 @@ class DecodeState:
       page_table: int32 `[b, m]`, as in `BatchMetadata`.
       sampling: how each row draws.
       scores: of the last token that each row drew.
+      heat: int32 `[b, h]`, how often steps of decode have selected each position of a row's sequence, in all layers
+        together. h is the number of tokens of a page table, or 0 if that is not counted.
     """
 
     tokens: jax.Array
@@ -34,6 +36,7 @@ class DecodeState:
     page_table: jax.Array
     sampling: SamplingState
     scores: TokenScores
+    heat: jax.Array
 
 
 def active_row(
@@ -49,6 +52,8 @@ def active_row(
     answer: np.ndarray | None = None,
     bias: Mapping[int, float] | None = None,
     allowed: np.ndarray | None = None,
+    heat: np.ndarray | None = None,
+    heat_tokens: int = 0,
 ) -> DecodeState:
     """The values of a row with a sequence: NumPy arrays without the batch dimension.
 
@@ -59,6 +64,7 @@ def active_row(
       vocab: size of the vocabulary.
       sampling: how its tokens are drawn.
       prompt, answer, bias, allowed: as for `sampling_row`.
+      heat: int32 `[heat_tokens]`, as in `DecodeState`; zeros if left out.
     """
     table = np.zeros(table_width, np.int32)
     table[: len(pages)] = pages
@@ -68,6 +74,7 @@ def active_row(
         "position_delta": np.int32(position_delta),
         "active": np.bool_(True),
         "page_table": table,
+        "heat": np.zeros(heat_tokens, np.int32) if heat is None else np.asarray(heat, np.int32),
     }
     drawing = sampling_row(sampling, vocab, prompt=prompt, answer=answer, bias=bias, allowed=allowed)
     count = min(MOST_SCORES, vocab)
@@ -79,7 +86,7 @@ def active_row(
     return DecodeState(**values, sampling=drawing, scores=TokenScores(**zeros))
 
 
-def idle_row(table_width: int, vocab: int) -> DecodeState:
+def idle_row(table_width: int, vocab: int, heat_tokens: int = 0) -> DecodeState:
     """The values of a row without a sequence, as those of `active_row`."""
     row = active_row(
         token=0,
@@ -89,6 +96,7 @@ def idle_row(table_width: int, vocab: int) -> DecodeState:
         table_width=table_width,
         vocab=vocab,
         sampling=SamplingParams(temperature=0.0),
+        heat_tokens=heat_tokens,
     )
     idle: Any = np.bool_(False)
     return dataclasses.replace(row, active=idle)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from keye_jax.kv_cache import BatchMetadata, PagePool
+from keye_jax.page_allocator import PAGE_SIZE
 from keye_jax.progress import Progress
 from keye_jax.runtime import programs
 from keye_jax.runtime.decode import idle_row
@@ -63,10 +64,12 @@ def decode_program(
     return _decode_program(runtime, rows, width, pages or rows * width, sample=sample)
 
 
-def _decode_program(runtime: Runtime, rows: int, width: int, pages: int, *, sample: bool = True) -> jax.stages.Traced:
+def _decode_program(
+    runtime: Runtime, rows: int, width: int, pages: int, *, sample: bool = True, heat: bool = False
+) -> jax.stages.Traced:
     program = (programs.decode_and_sample if sample else programs.decode)(runtime.rules.platform)
     pool = _pool_shape(runtime, pages)
-    arguments: Any = runtime.model_def, runtime.params, _state_shape(runtime, rows, width), pool
+    arguments: Any = runtime.model_def, runtime.params, _state_shape(runtime, rows, width, heat), pool
     return program.trace(*arguments, step=runtime.decode_step, options=runtime.options)
 
 
@@ -79,8 +82,9 @@ def engine_programs(
     chunks: Sequence[int],
     images: Sequence[int],
     normalisation: tuple[jax.Array, jax.Array],
+    heat: bool = False,
 ) -> list[jax.stages.Traced]:
-    """The large programs of an engine: `decode_and_sample`, `draw`, `read_chunk` and `encode_images`.
+    """The large programs of an engine: `decode_and_sample`, `decode`, `draw`, `read_chunk` and `encode_images`.
 
     Args:
       rows: of the batch.
@@ -89,6 +93,7 @@ def engine_programs(
       chunks: tokens of the chunks that `read_chunk` reads.
       images: patches that images are padded to.
       normalisation: what `Runtime.pixel_normalisation` returned.
+      heat: as for `Runtime.new_state`.
     """
     sparse = runtime.options.attention == "sparse"
     shapes = [
@@ -97,8 +102,9 @@ def engine_programs(
         for dense in ((True, False) if sparse and runtime.dense_below else (False,))
     ]
     return [
-        _decode_program(runtime, rows, table_width, pages),
-        _draw_program(runtime, rows, table_width),
+        _decode_program(runtime, rows, table_width, pages, heat=heat),
+        _decode_program(runtime, rows, table_width, pages, sample=False, heat=heat),
+        _draw_program(runtime, rows, table_width, heat),
         *(_chunk_program(runtime, shape, pages) for shape in shapes),
         *(_encode_program(runtime, patches, normalisation) for patches in images),
     ]
@@ -119,10 +125,10 @@ def compile_side_by_side(traced: Sequence[jax.stages.Traced], progress: Progress
             progress(done, len(traced))
 
 
-def _draw_program(runtime: Runtime, rows: int, width: int) -> jax.stages.Traced:
+def _draw_program(runtime: Runtime, rows: int, width: int, heat: bool) -> jax.stages.Traced:
     logits: Any = _shape(runtime, (rows, runtime.config.vocab_size), jnp.float32)
     drawing: Any = _shape(runtime, (rows,), jnp.bool_)
-    state = _state_shape(runtime, rows, width)
+    state = _state_shape(runtime, rows, width, heat)
     return programs.draw.trace(
         logits, state, drawing, step=runtime.decode_step, implementation=runtime.options.implementation
     )
@@ -173,8 +179,8 @@ def _shape(runtime: Runtime, shape: tuple[int, ...], dtype: Any, *dimensions: Ax
     return jax.ShapeDtypeStruct(shape, dtype, sharding=runtime.rules.over(*dimensions))
 
 
-def _state_shape(runtime: Runtime, rows: int, width: int) -> Any:
-    row = idle_row(width, runtime.config.vocab_size)
+def _state_shape(runtime: Runtime, rows: int, width: int, heat: bool) -> Any:
+    row = idle_row(width, runtime.config.vocab_size, width * PAGE_SIZE if heat else 0)
     return jax.tree.map(lambda x: _shape(runtime, (rows, *np.shape(x)), np.asarray(x).dtype), row)
 
 

@@ -149,15 +149,34 @@ def _decode(
     *,
     step: StepSharding,
     options: AttentionOptions,
-) -> tuple[jax.Array, PagePool]:
-    """Reads the last token of each row: float32 logits `[b, vocab]` of the next ones, and the pool with it."""
+) -> tuple[jax.Array, DecodeState, PagePool]:
+    """Reads the last token of each row.
+
+    Returns:
+      float32 logits `[b, vocab]` of the next ones, the state with the heat of what was selected, if it has that, and
+      the pool with the tokens in it.
+    """
+    heats = state.heat.shape[1] > 0
+    if heats:
+        options = dataclasses.replace(options, selections=True)
     decoder = model.merge(params).decoder
     positions = state.lengths + state.position_delta
     positions = jnp.broadcast_to(positions[None, :, None], (3, *positions.shape, 1))
     batch = BatchMetadata(state.page_table, state.lengths, state.active.astype(jnp.int32))
     x = decoder.embed_tokens(state.tokens[:, None], step)
-    hidden, contexts, _ = decoder(x, positions, paged_contexts(pool, batch), options, step)
-    return decoder.logits(hidden[:, 0], step), _pool(contexts, step)
+    hidden, contexts, found = decoder(x, positions, paged_contexts(pool, batch), options, step)
+    if heats:
+        # All layers at once: one scatter-add a step.
+        selected = jnp.concatenate([layer.attention.selected[:, 0] for layer in found], axis=1)
+        state = dataclasses.replace(state, heat=step.constrain(_heated(state, selected)))
+    return decoder.logits(hidden[:, 0], step), state, _pool(contexts, step)
+
+
+def _heated(state: DecodeState, selected: jax.Array) -> jax.Array:
+    """The heat after active rows have selected positions, int32 `[b, n]`, -1 where there is none."""
+    counts = state.active[:, None] & (selected >= 0)
+    places = jnp.where(counts, selected, state.heat.shape[1])
+    return state.heat.at[jnp.arange(len(places))[:, None], places].add(1, mode="drop")
 
 
 def _draw(
@@ -201,7 +220,9 @@ def _decode_and_sample(
     options: AttentionOptions,
 ) -> tuple[DecodeState, PagePool]:
     """`decode` and `draw` in one program."""
-    logits, pool = _decode(model, params, state, pool, step=step, options=options)
+    logits, state, pool = _decode(model, params, state, pool, step=step, options=options)
+    # So the compiler does to either part what it does to the program of that part, and tokens have the same bits.
+    logits = jax.lax.optimization_barrier(logits)
     return _draw(logits, state, state.active, step=step, implementation=options.implementation), pool
 
 
@@ -217,11 +238,11 @@ _COMPILER_OPTIONS = {
 
 @functools.cache
 def decode(platform: str) -> jax.stages.Wrapped:
-    """The program that reads one token of each row and gives the logits; see `_decode`. Only the pool is donated."""
+    """The program that reads one token of each row and gives the logits; see `_decode`."""
     return jax.jit(
         _decode,
         static_argnames=("model", "step", "options"),
-        donate_argnames="pool",
+        donate_argnames=("state", "pool"),
         compiler_options=_COMPILER_OPTIONS.get(platform),
     )
 
@@ -269,6 +290,19 @@ def set_row(state: DecodeState, row: jax.Array, values: DecodeState) -> DecodeSt
 def set_pages(state: DecodeState, row: jax.Array, table: jax.Array) -> DecodeState:
     """The state with another page table, int32 `[m]`, in row number `row`."""
     return dataclasses.replace(state, page_table=state.page_table.at[row].set(table))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def set_allowed(state: DecodeState, rows: jax.Array, allowed: jax.Array) -> DecodeState:
+    """The state in which some rows, bool `[b]`, may draw only `allowed`, uint32 `[b, words]`."""
+    allowed = jnp.where(rows[:, None], allowed, state.sampling.allowed)
+    return dataclasses.replace(state, sampling=dataclasses.replace(state.sampling, allowed=allowed))
+
+
+@functools.partial(jax.jit, static_argnames="step")
+def heat(state: DecodeState, row: jax.Array, *, step: StepSharding) -> jax.Array:
+    """A copy of one row's heat, int32 `[h]`, on every device."""
+    return step.constrain(state.heat[row])
 
 
 @functools.partial(jax.jit, static_argnames="rows")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.decoder import LayerIntermediates
 from keye_jax.model.keye import Keye
 from keye_jax.model.params import shard_params
-from keye_jax.page_allocator import PageAllocator, pages_for
+from keye_jax.page_allocator import PAGE_SIZE, PageAllocator, pages_for
 from keye_jax.progress import Progress
 from keye_jax.runtime import programs
 from keye_jax.runtime.decode import DecodeState, active_row, idle_row
@@ -80,7 +80,7 @@ class Runtime:
         arrays, tree = jax.tree.flatten(state)
         self.model_def, self.params = programs.model_def(graph, tree), tuple(arrays)
         # What many steps take, by its shape, so that it is on the devices once.
-        self._idle_rows: dict[int, tuple[DecodeState, DecodeState]] = {}
+        self._idle_rows: dict[tuple[int, int], tuple[DecodeState, DecodeState]] = {}
         self._no_vision: dict[int, jax.Array] = {}
 
     def put(self, array: np.ndarray, *dimensions: Axes) -> jax.Array:
@@ -401,10 +401,14 @@ class Runtime:
 
     # Decode.
 
-    def new_state(self, rows: int, table_width: int) -> DecodeState:
-        """A batch of idle rows, a multiple of the homes; row i is for a sequence of home `i // (rows / homes)`."""
+    def new_state(self, rows: int, table_width: int, *, heat: bool = False) -> DecodeState:
+        """A batch of idle rows, a multiple of the homes; row i is for a sequence of home `i // (rows / homes)`.
+
+        Args:
+          heat: whether steps of decode count the positions that they select.
+        """
         assert rows % self.rules.size("batch") == 0, "each home has the same number of rows"
-        row = idle_row(table_width, self.config.vocab_size)
+        row = idle_row(table_width, self.config.vocab_size, table_width * PAGE_SIZE if heat else 0)
         return jax.tree.map(lambda value: self.put(np.repeat(np.asarray(value)[None], rows, axis=0)), row)
 
     def set_row(self, state: DecodeState, row: int, **values: Any) -> DecodeState:
@@ -414,22 +418,24 @@ class Runtime:
           state: donated.
           values: arguments of `keye_jax.runtime.decode.active_row` that say what the sequence is.
         """
-        width, vocab = state.page_table.shape[1], self.config.vocab_size
 
         def put(value: np.ndarray, idle: np.ndarray, there: jax.Array) -> jax.Array:
             # Arrays as long as the vocabulary are mostly those of an idle row.
-            return (
-                there if np.size(value) >= vocab // 32 and np.array_equal(value, idle) else self.put(np.asarray(value))
-            )
+            same = np.size(value) >= self.config.vocab_size // 32 and np.array_equal(value, idle)
+            return there if same else self.put(np.asarray(value))
 
-        put_row = jax.tree.map(put, active_row(**values, table_width=width, vocab=vocab), *self._idle_row(width))
+        row_values = active_row(
+            **values,
+            table_width=state.page_table.shape[1],
+            vocab=self.config.vocab_size,
+            heat_tokens=state.heat.shape[1],
+        )
+        put_row = jax.tree.map(put, row_values, *self._idle_row(state))
         return programs.set_row(state, self.put(np.asarray(row, np.int32)), put_row)
 
     def clear_row(self, state: DecodeState, row: int) -> DecodeState:
         """The state with row `row` idle. The state is donated."""
-        return programs.set_row(
-            state, self.put(np.asarray(row, np.int32)), self._idle_row(state.page_table.shape[1])[1]
-        )
+        return programs.set_row(state, self.put(np.asarray(row, np.int32)), self._idle_row(state)[1])
 
     def set_pages(self, state: DecodeState, row: int, pages: np.ndarray) -> DecodeState:
         """The state with other pages, int32 `[n]`, of the sequence in row `row`. The state is donated."""
@@ -437,12 +443,28 @@ class Runtime:
         table[: len(pages)] = pages
         return programs.set_pages(state, self.put(np.asarray(row, np.int32)), self.put(table))
 
-    def _idle_row(self, width: int) -> tuple[DecodeState, DecodeState]:
-        """An idle row whose page table has `width` columns, on the host and on the devices."""
-        if width not in self._idle_rows:
-            row = jax.tree.map(np.asarray, idle_row(width, self.config.vocab_size))
-            self._idle_rows[width] = row, jax.tree.map(self.put, row)
-        return self._idle_rows[width]
+    def set_allowed(self, state: DecodeState, masks: Mapping[int, np.ndarray]) -> DecodeState:
+        """The state in which some rows may draw other tokens than before. It is donated.
+
+        Args:
+          masks: uint32 `[ceil(vocab / 32)]` by row, as in `SamplingState`.
+        """
+        rows, words = np.zeros(len(state.active), bool), np.zeros(state.sampling.allowed.shape, np.uint32)
+        for row, mask in masks.items():
+            rows[row], words[row] = True, mask
+        return programs.set_allowed(state, self.put(rows), self.put(words))
+
+    def heat(self, state: DecodeState, row: int) -> jax.Array:
+        """The heat of row `row`, int32 `[h]`, in an array that no step overwrites."""
+        return programs.heat(state, self.put(np.asarray(row, np.int32)), step=self.decode_step)
+
+    def _idle_row(self, state: DecodeState) -> tuple[DecodeState, DecodeState]:
+        """An idle row of a state's sizes, on the host and on the devices."""
+        sizes = state.page_table.shape[1], state.heat.shape[1]
+        if sizes not in self._idle_rows:
+            row = jax.tree.map(np.asarray, idle_row(sizes[0], self.config.vocab_size, sizes[1]))
+            self._idle_rows[sizes] = row, jax.tree.map(self.put, row)
+        return self._idle_rows[sizes]
 
     def spread(self, logits: jax.Array, rows: int) -> jax.Array:
         """Logits `[1, vocab]` in each of a number of rows, for `draw`."""
@@ -452,14 +474,14 @@ class Runtime:
         """What the rows drew last, in an array that no step overwrites, for `unpack_drawn` of `programs`."""
         return programs.drawn(state, step=self.decode_step)
 
-    def decode(self, state: DecodeState, pool: PagePool) -> tuple[jax.Array, PagePool]:
+    def decode(self, state: DecodeState, pool: PagePool) -> tuple[jax.Array, DecodeState, PagePool]:
         """Reads the last token of each row.
 
         Args:
-          pool: donated.
+          state, pool: donated.
 
         Returns:
-          float32 `[b, vocab]` logits of the next tokens, and the pool. `draw` makes the next state of them.
+          float32 `[b, vocab]` logits of the next tokens, the state that `draw` takes next, and the pool.
         """
         run = programs.decode(self.rules.platform)
         return run(self.model_def, self.params, state, pool, step=self.decode_step, options=self.options)

@@ -117,13 +117,14 @@ def read_stream(fields: Mapping[str, Any]) -> tuple[bool, bool]:
     return read_flag(fields, "stream"), read_flag(options, "include_usage", path="stream_options.include_usage")
 
 
-def read_thinking(fields: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
+def read_thinking(fields: Mapping[str, Any], effort: str) -> tuple[dict[str, Any], int | None]:
     """Variables of the chat template, and the most tokens of the thoughts.
 
-    `reasoning_effort` "none" switches thoughts off, unless `chat_template_kwargs` says otherwise.
+    Args:
+      effort: of reasoning; "none" switches thoughts off, unless `chat_template_kwargs` says otherwise.
     """
     variables = dict(read_object(fields, "chat_template_kwargs"))
-    if read_text(fields, "reasoning_effort") == "none":
+    if effort == "none":
         variables.setdefault("enable_thinking", False)
     budget = read_integer(fields, "thinking_budget", 0, MAX_COUNT, 0) if "thinking_budget" in fields else None
     return variables, budget
@@ -153,11 +154,11 @@ def read_flag(fields: Mapping[str, Any], name: str, default: bool = False, *, pa
     return default if value is None else value
 
 
-def read_text(fields: Mapping[str, Any], name: str, default: str = "") -> str:
-    """A string."""
+def read_text(fields: Mapping[str, Any], name: str, default: str = "", *, path: str | None = None) -> str:
+    """A string; `path` is as for `read_flag`."""
     value = fields.get(name)
     if not isinstance(value, str | None):
-        raise wrong(name, value, "a string")
+        raise wrong(path or name, value, "a string")
     return default if value is None else value
 
 

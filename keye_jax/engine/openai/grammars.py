@@ -85,13 +85,16 @@ def tool_grammar(
     for index, function in functions:
         field = f"tools[{index}].function.parameters"
         parameters = _NO_PARAMETERS if function.get("parameters") is None else function["parameters"]
-        schema = _checked(parameters, field)
+        schema = {**_ANY_OBJECT, **_checked(parameters, field)}
+        if schema["type"] != "object":
+            raise wrong(f"{field}.type", schema["type"], "'object'")
         _from_schema(schema, field)
-        head = f'{{"name": {json.dumps(function["name"])}, "arguments": '
-        rules.append(f'tool_{index}: {json.dumps(head)} arguments_{index} "}}"')
+        name = json.dumps(function["name"], ensure_ascii=False)
+        head = json.dumps(f'{{"name": {name}, "arguments": ', ensure_ascii=False)
+        rules.append(f'tool_{index}: {head} arguments_{index} "}}"')
         rules.append(f"arguments_{index}: %json {json.dumps({**schema, 'x-guidance': _SPACED})}")
     if answer is None:
-        return _valid(_llguidance().grammar_from_lark("\n".join(rules)), "tools")
+        return _valid(_from_lark("\n".join(rules)), "tools")
     # Each grammar of the list starts at its own rule; `@answer` is the start of the one with that name.
     main = {"name": "main", "lark_grammar": "\n".join([rules[0].replace("answer", "@answer"), *rules[1:]])}
     return _valid(json.dumps({"grammars": [main, {**json.loads(answer)["grammars"][0], "name": "answer"}]}), "tools")
@@ -115,10 +118,15 @@ def _read_own(value: Any) -> str:
         from llguidance import grammar_from
 
         try:
-            return _valid(grammar_from("gbnf", text), field)  # it takes Lark's syntax too
+            text = grammar_from("gbnf", text)  # it takes Lark's syntax too
         except (ValueError, RecursionError) as error:
             raise UserError(f"{field} cannot be compiled: {_line(str(error))}", field=field) from error
-    return _valid(matcher.grammar_from_lark(text), field)
+    return _valid(_from_lark(text), field)
+
+
+def _from_lark(text: str) -> str:
+    # As JSON, like the others, so that each can be a part of another.
+    return json.dumps({"grammars": [{"lark_grammar": text}]})
 
 
 def _from_schema(schema: Any, field: str) -> str:

@@ -68,7 +68,8 @@ def read_chat(body: Any, *, sampling: SamplingParams, max_tokens: int | None = N
         raise wrong("messages", messages, "a list of at least one message")
     if fields.get("modalities", ["text"]) != ["text"]:
         raise wrong("modalities", fields["modalities"], "['text']")
-    variables, budget = read_thinking(fields)
+    effort = read_text(fields, "reasoning_effort")
+    variables, budget = read_thinking(fields, effort)
     use = read_tool_use(fields, read_grammar(fields))
     options = {name: fields[name] for name in _MEDIA_FIELDS if name in fields}
     if variables:
@@ -90,6 +91,6 @@ def read_chat(body: Any, *, sampling: SamplingParams, max_tokens: int | None = N
         tool_names=use.names,
         max_tool_calls=use.most,
     )
-    effort = fields.get("reasoning_effort", "none") != "none"
-    ignored = tuple(sorted((*ignored, "reasoning_effort"))) if effort else ignored
+    if effort not in ("", "none"):
+        ignored = tuple(sorted((*ignored, "reasoning_effort")))
     return Asked((request,), read_text(fields, "model"), stream, include_usage, ignored)

@@ -67,9 +67,8 @@ def read_responses(body: Any, *, sampling: SamplingParams, max_tokens: int | Non
         raise wrong("background", True, "false")
     stream, _ = read_stream(fields)
     text, reasoning = read_object(fields, "text"), read_object(fields, "reasoning")
-    if reasoning.get("effort") is not None:
-        fields["reasoning_effort"] = reasoning["effort"]
-    variables, budget = read_thinking(fields)
+    effort = read_text(reasoning, "effort", path="reasoning.effort")
+    variables, budget = read_thinking(fields, effort)
     form = text.get("format") or {}
     if not isinstance(form, Mapping):
         raise wrong("text.format", form, "an object with type")
@@ -91,7 +90,7 @@ def read_responses(body: Any, *, sampling: SamplingParams, max_tokens: int | Non
         tool_names=use.names,
         max_tool_calls=use.most,
     )
-    if reasoning.get("effort", "none") != "none":
+    if effort not in ("", "none"):
         ignored = tuple(sorted((*ignored, "reasoning.effort")))
     return Asked((request,), read_text(fields, "model"), stream, ignored=ignored, echo=_echo(fields, request, form))
 

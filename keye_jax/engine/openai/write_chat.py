@@ -93,7 +93,7 @@ class ChatStream:
     ):
         self._head = {"id": completion_id, "object": "chat.completion.chunk", "created": created, "model": model}
         self._token_text, self._include_usage = token_text, include_usage
-        self._sent: dict[int, _Sent] = {}
+        self._sent: list[_Sent] = []
 
     def take(self, event: Event) -> list[dict[str, Any]]:
         """The chunks to send for an event. An error gives an object with `error`, which ends the stream."""
@@ -130,10 +130,13 @@ class ChatStream:
         return [*chunks, self._chunk(event.choice, delta, event.logprobs)]
 
     def _begin(self, index: int) -> list[dict[str, Any]]:
-        if index in self._sent:
-            return []
-        self._sent[index] = _Sent()
-        return [self._chunk(index, {"role": "assistant"}, ())]
+        """The first chunks of choices up to this one, as far as they are not sent.
+
+        They come in order, since OpenAI's client appends a choice that it has not seen.
+        """
+        new = range(len(self._sent), index + 1)
+        self._sent.extend(_Sent() for _ in new)
+        return [self._chunk(each, {"role": "assistant"}, ()) for each in new]
 
     def _end(self, index: int, choice: Choice) -> dict[str, Any]:
         sent = self._sent[index]

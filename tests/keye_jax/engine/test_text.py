@@ -87,6 +87,29 @@ def test_reasoning_and_answer(text, thinking, answer, reasoning, count):
     assert choice.finish_reason == "stop"
 
 
+class Halves(Letters):
+    """Each character is half of one: two of them are one in upper case."""
+
+    def __init__(self):
+        self.half = ""
+
+    def step(self, token):
+        self.half += chr(token)
+        return self.flush().upper() if len(self.half) == 2 else ""
+
+    def flush(self):
+        half, self.half = self.half, ""
+        return half
+
+
+def test_half_a_character_belongs_to_the_part_before_a_mark():
+    writer = AnswerWriter(cast(Any, Halves()), Request(messages=[{}]), 0, True, lambda piece: None)
+    for character in "hmm)ok":
+        writer.write(ord(character))
+    choice = writer.finish("stop")
+    assert (choice.text, choice.reasoning) == ("OK", "HMm")
+
+
 @pytest.mark.parametrize(
     ("text", "stop", "answer"),
     [

@@ -46,7 +46,7 @@ def run(config):
             pages=tables[0],
             sampling=SamplingParams(temperature=0),
         )
-        written, _ = runtime.decode(state, pool)
+        written, *_ = runtime.decode(state, pool)
         return np.asarray(logits), layers, np.asarray(written)
 
     return forward

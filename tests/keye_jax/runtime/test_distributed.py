@@ -58,7 +58,7 @@ while True:
         print(json.dumps([tokens, leads, read]), file=said, flush=True)
         if count == 1:
             break
-    logits, pool = runtime.decode(state, pool)
+    logits, state, pool = runtime.decode(state, pool)
 """
 
 # Runs the command, and says how many frames this process decoded.

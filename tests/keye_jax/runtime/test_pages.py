@@ -116,7 +116,7 @@ class Batch:
 
     def decode(self) -> None:
         """Reads the next token of each row; its logits, and the sets it selects, are as alone."""
-        logits, self.pool = self.runtime.decode(self.state, self.pool)
+        logits, self.state, self.pool = self.runtime.decode(self.state, self.pool)
         for row, (number, length, _) in self.rows.items():
             assert_as_alone(np.asarray(logits[row]), number, length)
         count = len(self.state.tokens)

@@ -69,7 +69,7 @@ def decoded(runtime: Runtime, ids: np.ndarray, first: int) -> tuple[np.ndarray, 
     rows, state = [np.asarray(logits[0])], row_of(runtime, ids, first, tables[0])
     for index in range(first, len(ids)):
         state = dataclasses.replace(state, tokens=jnp.asarray(ids[index : index + 1]))
-        logits, pool = runtime.decode(state, pool)
+        logits, state, pool = runtime.decode(state, pool)
         rows.append(np.asarray(logits[0]))
         state = runtime.draw(logits, state)
         assert int(state.lengths[0]) == index + 1
@@ -138,7 +138,7 @@ class TestDenseBelow:
         """Of the whole prompt, and of a generated token behind it."""
         pool, tables = runtime.new_cache(1, room)
         logits, pool = runtime.prefill([text(ids, tables[0], end=TOKENS - 1)], pool)
-        written, _ = runtime.decode(row_of(runtime, ids, TOKENS - 1, tables[0]), pool)
+        written, *_ = runtime.decode(row_of(runtime, ids, TOKENS - 1, tables[0]), pool)
         return np.asarray(logits[0]), np.asarray(written[0])
 
     def by_hand(self, ids: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -148,7 +148,7 @@ class TestDenseBelow:
         logits, pool = dense.prefill([text(ids, tables[0], end=limit)], pool)
         if limit < TOKENS - 1:
             logits, pool = sparse.prefill([text(ids, tables[0], limit, end=TOKENS - 1)], pool)
-        written, _ = sparse.decode(row_of(sparse, ids, TOKENS - 1, tables[0]), pool)
+        written, *_ = sparse.decode(row_of(sparse, ids, TOKENS - 1, tables[0]), pool)
         return np.asarray(logits[0]), np.asarray(written[0])
 
     @pytest.mark.parametrize("limit", [LIMIT, TOKENS - 1])
@@ -178,7 +178,7 @@ def test_decode_and_sample_is_decode_and_draw(ids):
             pools.append(runtime.prefill([text(ids, tables[0], end=start)], pool)[1])
             states.append(row_of(runtime, ids, start, tables[0], sampling))
         for index in range(5):
-            logits, pools[0] = runtime.decode(states[0], pools[0])
+            logits, states[0], pools[0] = runtime.decode(states[0], pools[0])
             scores = np.asarray(logits)
             if sampling.temperature:
                 key = jax.random.fold_in(jax.random.key(sampling.seed), start + index + 1)
@@ -196,12 +196,10 @@ def test_a_mask_may_come_between_decode_and_draw(ids):
     pool, tables = runtime.new_cache(1, TOKENS)
     _, pool = runtime.prefill([text(ids, tables[0], end=start)], pool)
     state = row_of(runtime, ids, start, tables[0])
-    logits, pool = runtime.decode(state, pool)
+    logits, state, pool = runtime.decode(state, pool)
     allowed = np.arange(runtime.config.vocab_size) % 7 == 3
     words = np.packbits(np.pad(allowed, (0, -len(allowed) % 32)).reshape(1, -1), axis=1, bitorder="little")
-    mask = runtime.put(words.view(np.uint32))
-    state = dataclasses.replace(state, sampling=dataclasses.replace(state.sampling, allowed=mask))
-    state = runtime.draw(logits, state)
+    state = runtime.draw(logits, runtime.set_allowed(state, {0: words.view(np.uint32)[0]}))
     assert int(state.tokens[0]) == np.where(allowed, np.asarray(logits[0]), -np.inf).argmax()
     assert int(state.tokens[0]) != np.asarray(logits[0]).argmax()
 
@@ -283,7 +281,7 @@ def test_all_settings_of_sampling_are_one_program(ids, caplog):
 
     def step(sampling: SamplingParams, pool: PagePool) -> PagePool:
         state, pool = runtime.decode_and_sample(row_of(runtime, ids, 50, tables[0], sampling), pool)
-        logits, pool = runtime.decode(state, pool)
+        logits, state, pool = runtime.decode(state, pool)
         runtime.draw(logits, state)
         return pool
 

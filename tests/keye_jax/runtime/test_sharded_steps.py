@@ -107,7 +107,7 @@ def test_batches_of_different_lengths_decode_alike(
             given = np.zeros(len(state.tokens), np.int32)
             given[:batch] = tokens[step]
             state = dataclasses.replace(state, tokens=runtime.put(given))
-            found, pool = runtime.decode(state, pool)
+            found, state, pool = runtime.decode(state, pool)
             logits.append(np.asarray(found)[:batch])
             state = runtime.draw(found, state)
         results.append(np.stack(logits))

@@ -124,3 +124,10 @@ def serving(engine):
     """Starts servers with options of their own."""
     with contextlib.ExitStack() as stack:
         yield lambda **options: stack.enter_context(Running(engine, **options))
+
+
+@pytest.fixture(scope="session")
+def long_ask(engine):
+    """The body of a request whose answer does not end by itself for a while."""
+    ends = {str(token): -100 for token in engine.defaults.end_tokens}
+    return {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1500, "logit_bias": ends}

@@ -1,0 +1,225 @@
+"""What a server refuses: strangers, other pages, what is too large, too slow or too much."""
+
+import concurrent.futures
+import contextlib
+import http.client
+import socket
+import time
+
+import httpx
+import openai
+import pytest
+
+from keye_jax.errors import UserError
+from keye_jax.serve.options import ServeOptions
+from keye_jax.testing import write_clip, write_picture
+from tests.keye_jax.serve.conftest import wait_for
+
+ASK = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+
+
+def ask(server, body=ASK, **settings):
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60, **settings)
+
+
+class TestKey:
+    def test_it_is_asked_for_everywhere(self, serving):
+        server = serving(api_key=b"sesame-1")
+        for path in ("/health", "/ready", "/metrics"):
+            assert httpx.get(f"{server.url}{path}").status_code == 200
+        for path in ("/v1/models", "/v1/files", "/v1/batches"):
+            assert httpx.get(f"{server.url}{path}").status_code == 401
+        for key in ("sesame", "sesame-12", "Sesame-1", "x", "\u00e9"):
+            assert ask(server, headers={b"authorization": f"Bearer {key}".encode()}).status_code == 401
+        assert ask(server, headers={"authorization": "bearer sesame-1"}).status_code == 200
+        with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
+            server.client().models.list()
+
+    def test_without_one_nobody_else_can_reach_the_server(self):
+        for host in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
+            with pytest.raises(UserError, match=r"--host is .*unless an API key is given"):
+                ServeOptions(host=host)
+            ServeOptions(host=host, api_key=b"key")
+        for host in ("127.0.0.1", "::1", "localhost", "127.0.0.2"):
+            ServeOptions(host=host)
+
+    def test_pages_of_others_are_refused(self, server):
+        origin = {"origin": "https://evil.example"}
+        assert ask(server, headers=origin).status_code == 403
+        assert ask(server, headers={"origin": server.url}).status_code == 200
+        # A name of theirs that leads here, of a page that is its own origin.
+        rebound = {"host": "evil.example", "origin": "http://evil.example"}
+        assert ask(server, headers=rebound).status_code == 403
+
+    def test_origins_that_are_allowed(self, server, serving):
+        asked = {"origin": "https://good.example", "access-control-request-method": "POST"}
+        assert "access-control-allow-origin" not in httpx.options(f"{server.url}/v1/models", headers=asked).headers
+        open_one = serving(cors_origins=("https://good.example",))
+        answer = httpx.options(f"{open_one.url}/v1/models", headers=asked)
+        assert answer.headers["access-control-allow-origin"] == "https://good.example"
+        assert ask(open_one, headers={"origin": "https://good.example"}).status_code == 200
+        assert ask(open_one, headers={"origin": "https://evil.example"}).status_code == 403
+
+
+class TestLimits:
+    def test_a_body_that_is_too_large(self, serving):
+        server = serving(max_body_bytes=10_000, max_file_bytes=20_000, max_stored_bytes=25_000)
+        large = ask(server, {**ASK, "user": "x" * 20_000})
+        assert (large.status_code, large.json()["error"]["code"]) == (413, "too_large")
+
+        def endless():
+            for _ in range(1000):
+                yield b" " * 1000
+
+        answer = httpx.post(f"{server.url}/v1/chat/completions", content=endless())
+        assert answer.status_code == 413
+        client = server.client()
+        client.files.create(file=("a.mp4", b"x" * 15_000), purpose="vision")
+        with pytest.raises(openai.APIStatusError, match="all files together") as caught:
+            client.files.create(file=("b.mp4", b"x" * 15_000), purpose="vision")
+        assert caught.value.status_code == 413
+        with pytest.raises(openai.APIStatusError, match="at most 20,000 bytes"):
+            client.files.create(file=("c.mp4", b"x" * 21_000), purpose="vision")
+        assert ask(server).status_code == 200
+
+    def test_media_that_are_too_large(self, client, tmp_path):
+        write_clip(tmp_path / "long.mp4", seconds=12, fps=2, size=(112, 112))
+        write_picture(tmp_path / "large.png", size=(700, 700))
+        for name, kind, words in (("long.mp4", "video", "12 seconds"), ("large.png", "image", "700x700 pixels")):
+            file = client.files.create(file=tmp_path / name, purpose="vision")
+            part = {"type": f"{kind}_url", f"{kind}_url": {"url": f"file-id:{file.id}"}}
+            with pytest.raises(openai.BadRequestError, match=words):
+                client.chat.completions.create(model="x", messages=[{"role": "user", "content": [part]}])
+
+    def test_addresses_that_are_not_public(self, client):
+        """The whole table is in tests/keye_jax/processor/test_guard.py."""
+        for url in ("http://127.0.0.1:1/a.png", "http://[::ffff:10.0.0.1]/a.png", "http://169.254.169.254/a.png"):
+            part = {"type": "image_url", "image_url": {"url": url}}
+            with pytest.raises(openai.BadRequestError, match="public addresses only"):
+                client.chat.completions.create(model="x", messages=[{"role": "user", "content": [part]}])
+
+    def test_more_tokens_than_are_allowed(self, serving):
+        server = serving(max_tokens=5)
+        assert ask(server, {**ASK, "max_tokens": 6}).status_code == 400
+        body = {name: value for name, value in ASK.items() if name != "max_tokens"}
+        assert ask(server, body).json()["usage"]["completion_tokens"] <= 5
+
+    def test_a_full_queue(self, serving, long_ask):
+        server = serving(max_queue=1)  # and 4 rows
+        with contextlib.ExitStack() as stack:
+            for _ in range(5):
+                opened = stack.enter_context(
+                    httpx.stream(
+                        "POST", f"{server.url}/v1/chat/completions", json={**long_ask, "stream": True}, timeout=60
+                    )
+                )
+                assert opened.status_code == 200
+            refused = ask(server)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+            assert int(refused.headers["retry-after"]) >= 1
+            assert httpx.get(f"{server.url}/health").status_code == 200
+            assert ask(server, {**ASK, "n": 6}).status_code == 400  # never possible here
+        wait_for(lambda: not server.service.outstanding)
+        assert ask(server).status_code == 200
+
+    def test_headers_of_answers(self, server):
+        headers = httpx.get(f"{server.url}/health").headers
+        assert (headers["x-content-type-options"], headers["x-frame-options"]) == ("nosniff", "DENY")
+        assert "server" not in headers
+        given = httpx.get(f"{server.url}/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"]
+        assert given == "mine-1"
+        forged = httpx.get(f"{server.url}/health", headers={"x-request-id": "a b"}).headers["x-request-id"]
+        assert forged.startswith("req_")
+
+    def test_an_uploaded_page_is_no_page_of_this_server(self, server, client):
+        file = client.files.create(file=("a.html", b"<script>alert(1)</script>"), purpose="user_data")
+        headers = httpx.get(f"{server.url}/v1/files/{file.id}/content").headers
+        assert headers["content-type"] == "application/octet-stream"
+        assert headers["content-disposition"].startswith("attachment")
+        assert headers["content-security-policy"] == "sandbox"
+
+
+class TestConnections:
+    """Clients that hold connections open and do nothing."""
+
+    @pytest.fixture
+    def connect(self, serving):
+        server = serving(stall_s=1.0)
+        with contextlib.ExitStack() as stack:
+
+            def connect(sent=b"", **options):
+                connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 30))
+                connection.sendall(sent)
+                return connection
+
+            connect.server = server
+            yield connect
+
+    def test_heads_and_bodies_that_do_not_come(self, connect):
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        silent, half_head = connect(), connect(head)
+        half_body = connect(head + b"Content-Length: 100\r\n\r\n{")
+        second = connect(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        answered = b""
+        while not answered.endswith(b"}\n"):
+            answered += second.recv(4096)
+        second.sendall(b"GET /hea")  # and no more
+        began = time.monotonic()
+        with contextlib.suppress(ConnectionResetError):
+            assert silent.recv(1) == b""
+        with contextlib.suppress(ConnectionResetError):
+            assert half_head.recv(1) == b""
+        assert b" 408 " in half_body.recv(4096)
+        with contextlib.suppress(ConnectionResetError):
+            assert second.recv(1) == b""
+        assert time.monotonic() - began < 20
+        assert ask(connect.server).status_code == 200
+
+    def test_a_body_that_drips(self, connect):
+        """Each byte comes in time, and all of them too late."""
+        dripping = connect(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n")
+        dripping.settimeout(0.2)
+        answer, end = b"", time.monotonic() + 20
+        while not answer and time.monotonic() < end:
+            with contextlib.suppress(TimeoutError):
+                dripping.sendall(b" ")
+                answer = dripping.recv(4096)
+        assert b" 408 " in answer
+
+    def test_a_client_that_does_not_read(self, connect):
+        server = connect.server
+        file = server.client().files.create(file=("large", bytes(8 << 20)), purpose="user_data")
+        stuck = connect(f"GET /v1/files/{file.id}/content HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        wait_for(lambda: len(server.server.server_state.connections) >= 1)
+        wait_for(lambda: not server.server.server_state.tasks, seconds=20)
+        with contextlib.suppress(ConnectionResetError):
+            received = 0
+            while data := stuck.recv(1 << 20):
+                received += len(data)
+            assert received < 8 << 20
+
+    def test_a_slow_reader_gets_all(self, connect):
+        server = connect.server
+        file = server.client().files.create(file=("large", bytes(4 << 20)), purpose="user_data")
+        slow = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        slow.request("GET", f"/v1/files/{file.id}/content")
+        response = slow.getresponse()
+        size = 0
+        while data := response.read(256 << 10):
+            size += len(data)
+            time.sleep(0.1)
+        assert size == 4 << 20
+
+    def test_two_hundred_at_once(self, server):
+        with (
+            httpx.Client(limits=httpx.Limits(max_connections=200), timeout=300) as client,
+            concurrent.futures.ThreadPoolExecutor(200) as pool,
+        ):
+
+            def one(number):
+                body = {**ASK, "max_tokens": 1, "stream": number % 2 == 0}
+                return client.post(f"{server.url}/v1/chat/completions", json=body)
+
+            answers = list(pool.map(one, range(200)))
+        assert {answer.status_code for answer in answers} == {200}
+        assert all(answer.text.rstrip().endswith(("}", "data: [DONE]")) for answer in answers)
