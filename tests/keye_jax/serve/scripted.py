@@ -20,6 +20,7 @@ class ScriptedEngine:
       pause_s: seconds between two pieces.
 
     Attributes:
+      processor: that of the one inside.
       asked: all requests.
       cancelled: how many of their answers were cut off.
     """
@@ -27,6 +28,7 @@ class ScriptedEngine:
     def __init__(self, engine: Any, reasoning: str, text: str, heat: Iterable[float] = (), pause_s: float = 0.0):
         self._engine = engine
         self.reasoning, self.text, self.heat, self.pause_s = reasoning, text, tuple(heat), pause_s
+        self.processor = engine.processor
         self.asked: list[Request] = []
         self.cancelled = 0
 
