@@ -7,6 +7,7 @@ random weights has none worth reading; the server, the engine below it, and the 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import io
 import math
@@ -43,26 +44,37 @@ SCENE = Scene(
     clock=0.0,
     background=((196, 214, 226), (120, 150, 168)),
 )
-QUESTION = "What happens? List the events with their times."
 REASONING = "The star changes its colour once. The circle comes and goes. A word is shown for a while."
-ANSWER = """\
+# Question, answer, and seconds at which something happens, with weights.
+TURNS = (
+    (
+        "What happens? List the events with their times.",
+        """\
 The clip shows a **star** and a green triangle that drift over a blue-grey background, with a clock below them.
 
 1. **0:01** A blue circle comes from the left.
-2. **4.6 s** The star turns from yellow to red.
+2. **4.7 s** The star turns from yellow to red.
 3. **9.2 s to 11.2 s** The word `LAKE` stands at the top.
-4. **0:17** The circle is gone. The star and the triangle stay until the end.
+4. **0:17** The circle is gone. The star and the triangle stay until the end.""",
+        {1.0: 0.8, 4.6: 2.2, 9.2: 1.2, 10.9: 0.7, 17.0: 0.9},
+    ),
+    (
+        "What is in front of what while the word is there?",
+        """\
+The word appears at **9.2 s**. The triangle is in front of the star then, and the circle in front of neither.
 
-The most visible change is the one at **0:04**."""
+The word is last seen at **11.2 s**.""",
+        {4.6: 0.3, 9.2: 2.2, 10.2: 1.3, 11.1: 1.7},
+    ),
+)
 
 
-def heat() -> list[float]:
-    """Weights of the frames: high where the answer says that something happens."""
-    peaks = {1.0: 0.8, 4.6: 2.2, 9.2: 1.2, 10.9: 0.7, 17.0: 0.9}
-    return [
+def heat(peaks: dict[float, float]) -> tuple[float, ...]:
+    """Weights of the frames: high near `peaks`, which are seconds with weights."""
+    return tuple(
         0.1 + sum(weight * math.exp(-(((time - peak) / 0.7) ** 2)) for peak, weight in peaks.items())
         for time in SCENE.times
-    ]
+    )
 
 
 def main() -> None:
@@ -78,6 +90,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_video(folder / "shapes.mp4", SCENE, scale=4, crf=18)
+        write_video(folder / "other.mp4", dataclasses.replace(SCENE, word="moon"), scale=4, crf=18)
         config = KeyeConfig.from_file(Path(__file__).parent / "golden" / "a")
         write_checkpoint(folder / "checkpoint", config, seed=0)
         write_processor_files(folder / "checkpoint", config)
@@ -85,7 +98,7 @@ def main() -> None:
         options = EngineOptions(rows=1, cache_tokens=8192, max_context=4096, small_chunk=64, media_workers=1)
         with (
             Engine(*loaded, options=options) as engine,
-            Running(ScriptedEngine(engine, REASONING, ANSWER, heat(), pause_s=0.01)) as running,
+            Running(scripted := ScriptedEngine(engine, REASONING, "", pause_s=0.01)) as running,
             playwright_api.sync_playwright() as playwright,
         ):
             running.service.name = "keye-orbax"
@@ -95,12 +108,16 @@ def main() -> None:
             page = browser.new_page(viewport=size, color_scheme=arguments.scheme, device_scale_factor=2)
             page.set_default_timeout(300_000)
             page.goto(running.url)
-            page.set_input_files("#file", folder / "shapes.mp4")
-            page.locator("#frames-card").wait_for()
-            page.get_by_label("Your question").fill(QUESTION)
-            page.keyboard.press("Enter")
-            page.locator(".actions").wait_for()
-            page.get_by_role("button", name="4.6 s, go there").click()
+            # The first clip is only there so that all programs are compiled.
+            for name, turns in (("other", TURNS[:1]), ("shapes", TURNS)):
+                page.set_input_files("#file", folder / f"{name}.mp4")
+                page.locator("#frames-card").wait_for()
+                for number, (question, scripted.text, peaks) in enumerate(turns):
+                    scripted.heat = heat(peaks)
+                    page.get_by_label("Your question").fill(question)
+                    page.keyboard.press("Enter")
+                    page.locator(".actions").nth(number).wait_for()
+            page.get_by_role("button", name="9.2 s, go there").last.click()
             page.mouse.move(0, 0)
             # Thumbnails come one by one.
             page.wait_for_timeout(3000)
