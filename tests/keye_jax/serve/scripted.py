@@ -20,7 +20,7 @@ class ScriptedEngine:
       pause_s: seconds between two pieces.
 
     Attributes:
-      processor: that of the one inside.
+      processor, options: those of the one inside; what answers looked at may be asked for.
       asked: all requests.
       cancelled: how many of their answers were cut off.
     """
@@ -29,6 +29,7 @@ class ScriptedEngine:
         self._engine = engine
         self.reasoning, self.text, self.heat, self.pause_s = reasoning, text, tuple(heat), pause_s
         self.processor = engine.processor
+        self.options = dataclasses.replace(engine.options, selection_heat=True)
         self.asked: list[Request] = []
         self.cancelled = 0
 
