@@ -21,6 +21,8 @@ DISTRIBUTIONS = {
     "jaxlib": "jax",
     "orbax": "orbax-checkpoint",
     "pillow_heif": "pillow-heif",
+    "prometheus_client": "prometheus-client",
+    "python_multipart": "python-multipart",
     "yaml": "pyyaml",
 }
 LOADED_BY_NAME = {"huggingface_hub", "modelscope", "ray"}  # in convert/hub.py and keye_jax/jobs/ray.py

@@ -109,6 +109,7 @@ def serve(
             rows=rows,
             chunks_between=chunks_between,
             target_gap_ms=target_gap,
+            selection_heat=model.attention == "sparse",  # the page shows it
             max_context=None if max_context is None else options.tokens("--max-context", max_context),
         ),
         sharding=model.sharding,

@@ -67,7 +67,7 @@ def _chat_stream(asked: Asked, service: Service) -> Any:
 def _completion_stream(asked: Asked, service: Service) -> Any:
     prompts = len(asked.requests)
     naming = _naming(asked, service, "cmpl-")
-    return CompletionStream(prompts=prompts, **naming, include_usage=asked.include_usage).take, []
+    return CompletionStream(prompts=prompts, n=asked.request.n, **naming, include_usage=asked.include_usage).take, []
 
 
 def _response_stream(asked: Asked, service: Service) -> Any:

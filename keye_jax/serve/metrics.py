@@ -102,6 +102,16 @@ class _EngineCounts(Collector):
         if service.engine is None:
             return
         stats = service.engine.stats()
+        pool = stats.scheduler
+        used = pool.pages - pool.free_pages - pool.cached_pages
+        yield gauge("num_requests_running", "Requests that are read or written.", stats.requests - stats.waiting)
+        yield gauge("num_requests_waiting", "Requests that wait.", stats.waiting)
+        yield gauge("kv_cache_usage_perc", "Part of the cache's pages that are in use.", used / pool.pages)
+        yield counter("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", pool.prompt_tokens)
+        yield counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.", pool.cached_tokens)
+        yield counter("prompt_tokens", "Tokens of prompts.", pool.prompt_tokens)
+        yield counter("generation_tokens", "Tokens of answers.", stats.generated_tokens)
+        yield counter("num_preemptions", "Answers that were paused.", pool.preemptions)
         yield counter("engine_steps", "Steps of the engine.", stats.steps)
         yield counter("compilations", "Programs compiled since the start.", stats.compilations)
         yield counter("embedding_cache_hits", "Media whose embeddings were kept.", stats.embedding_hits)

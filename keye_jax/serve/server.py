@@ -200,7 +200,6 @@ class Server(uvicorn.Server):
         service, batches = self._service, self._batches
         working: asyncio.Task[None] | None = None
         due: float | None = None
-        progress, since = -1, time.monotonic()
         while not self.should_exit:
             now = time.monotonic()
             if opening.error is not None or (service.engine is not None and service.engine.ended):
@@ -210,10 +209,8 @@ class Server(uvicorn.Server):
                 working = asyncio.create_task(batches.run())
                 log.info("ready", extra={"fields": {"cache_tokens": opening.engine.cache_tokens}})
             elif service.engine is not None:
-                steps = service.engine.stats().steps
-                if steps != progress or not service.outstanding:
-                    progress, since = steps, now
-                self._note_stalled(now - since > service.options.watchdog_s)
+                progress = service.engine.progress
+                self._note_stalled(progress.busy and now - progress.at > service.options.watchdog_s)
             if self._signals and due is None:
                 service.draining, due = True, now + service.options.grace_s
                 batches.stop()

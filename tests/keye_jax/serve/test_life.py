@@ -25,9 +25,11 @@ class TestDisconnect:
     @pytest.mark.parametrize("stream", [False, True])
     def test_the_answer_is_cancelled(self, server, engine, long_ask, stream):
         body = {**long_ask, "stream": stream}
-        with contextlib.suppress(httpx.ReadTimeout), httpx.Client(timeout=2.0) as client:
-            with client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
-                next(response.iter_bytes())
+        with (
+            contextlib.suppress(httpx.ReadTimeout),
+            httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=2.0) as response,
+        ):
+            next(response.iter_bytes())
         wait_for(lambda: not server.service.outstanding)
         wait_for(lambda: not engine._jobs)
         steps = engine.stats().steps
@@ -127,7 +129,7 @@ class TestFaults:
 
     def test_the_engine_hangs(self, engine, long_ask, monkeypatch):
         """While there is work and no step ends, the server is not healthy; when steps end again, it is."""
-        with Running(engine, watchdog_s=0.6) as server:
+        with Running(engine, watchdog_s=0.6, heartbeat_s=0.1) as server:
             assert httpx.get(f"{server.url}/health").status_code == 200  # nothing to do, and no steps
             hanging, run = threading.Event(), engine._stepper.run
 
@@ -136,7 +138,7 @@ class TestFaults:
                 return run(*arguments)
 
             monkeypatch.setattr(engine._stepper, "run", hang)
-            with httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**long_ask, "stream": True}) as answer:
+            with httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**long_ask, "stream": True}):
                 wait_for(lambda: httpx.get(f"{server.url}/health").status_code == 503)
                 assert ask(server).status_code == 503
                 hanging.set()

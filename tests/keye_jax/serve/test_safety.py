@@ -105,7 +105,7 @@ class TestLimits:
         assert ask(server, body).json()["usage"]["completion_tokens"] <= 5
 
     def test_a_full_queue(self, serving, long_ask):
-        server = serving(max_queue=1)  # and 4 rows
+        server = serving(max_queue=1, heartbeat_s=0.1)  # and 4 rows
         with contextlib.ExitStack() as stack:
             for _ in range(5):
                 opened = stack.enter_context(
