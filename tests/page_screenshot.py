@@ -95,7 +95,9 @@ def main() -> None:
         write_checkpoint(folder / "checkpoint", config, seed=0)
         write_processor_files(folder / "checkpoint", config)
         loaded = load(folder / "checkpoint", dtype="float32", prefill_chunk=128, media={"max_pixels": 50176})
-        options = EngineOptions(rows=1, cache_tokens=8192, max_context=4096, small_chunk=64, media_workers=1)
+        options = EngineOptions(
+            rows=1, cache_tokens=8192, max_context=4096, small_chunk=64, media_workers=1, selection_heat=True
+        )
         with (
             Engine(*loaded, options=options) as engine,
             Running(scripted := ScriptedEngine(engine, REASONING, "", pause_s=0.01)) as running,

@@ -87,7 +87,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scripted(engine):
-    return ScriptedEngine(engine, REASONING, ANSWER, heat=range(1, FRAMES + 1))
+    return ScriptedEngine(engine, REASONING, ANSWER)
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +201,10 @@ class TestBrowser:
         assert opened.locator(".heat rect").count() == FRAMES
         shares = opened.locator("#heat-rows td:nth-child(2)").all_text_contents()
         assert len(shares) == FRAMES and 0 < sum(float(share.rstrip("%")) for share in shares) <= 100.5
+        assert re.match(
+            r"Of what it looked at in the prompt, the video \d+%, text \d+%\. Most of all the frames at 0:0",
+            opened.locator("#heat-text").inner_text(),
+        )
 
         hits = scripted.stats().embedding_hits
         second = ask(opened, "And then?")
