@@ -61,7 +61,7 @@ The clip shows a **star** and a green triangle that drift over a blue-grey backg
     (
         "What is in front of what while the word is there?",
         """\
-The word appears at **9.2 s**. The triangle is in front of the star then, and the circle in front of neither.
+The word appears at **9.2 s**. The triangle is in front of the circle then, and the star is beside them.
 
 The word is last seen at **11.2 s**.""",
         {4.6: 0.3, 9.2: 2.2, 10.2: 1.3, 11.1: 1.7},
