@@ -101,6 +101,10 @@ class Running:
         """An official client."""
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", **{"max_retries": 0, "timeout": 120, **settings})
 
+    def async_client(self):
+        """An official client for asyncio."""
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=300)
+
 
 def wait_for(condition, seconds=60):
     """Waits until `condition()` is true."""
