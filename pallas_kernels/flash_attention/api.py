@@ -1,8 +1,36 @@
 """Dense attention without the matrix of scores."""
 
+import math
+
 import jax
 
+from pallas_kernels.checks import INTEGERS, Array, Result, Signature, number
 from pallas_kernels.dispatch import dispatch
+
+_DENSE = Signature(
+    "flash_attention",
+    {
+        "q": Array("b t n d"),
+        "k": Array("b s k d"),
+        "v": Array("b s k d"),
+        "lengths": Array("b", INTEGERS),
+    },
+    (Result("b t n d", "q"),),
+    same_dtype=("q", "k", "v"),
+    multiples=(("n", "k"),),
+)
+
+_PAGED = Signature(
+    "paged_flash_attention",
+    {
+        "q": Array("b t n d"),
+        "kv": Array("p page_size 2*k d"),
+        "page_table": Array("b m", INTEGERS),
+        "query_start": Array("b", INTEGERS),
+    },
+    (Result("b t n d", "q"), Result("b t n", "float32", -math.inf)),
+    multiples=(("n", "k"),),
+)
 
 
 def flash_attention(
@@ -29,10 +57,11 @@ def flash_attention(
       `[b, t, n, d]` in the dtype of q.
 
     Raises:
-      UnsupportedError: the implementation does not exist, or none supports the arguments.
-      ValueError: `implementation` is no implementation's name.
+      ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.
+      UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
-    return dispatch("flash_attention", implementation)(q, k, v, lengths, scale=scale)
+    arrays = {"q": q, "k": k, "v": v, "lengths": lengths}
+    return dispatch(_DENSE, implementation, arrays, scale=number("flash_attention", "scale", scale))
 
 
 def paged_flash_attention(
@@ -63,7 +92,8 @@ def paged_flash_attention(
       that attends to nothing gets zeros and -inf.
 
     Raises:
-      UnsupportedError: no implementation that may run supports the arguments.
-      ValueError: `implementation` is no implementation's name.
+      ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.
+      UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
-    return dispatch("paged_flash_attention", implementation)(q, kv, page_table, query_start, scale=scale)
+    arrays = {"q": q, "kv": kv, "page_table": page_table, "query_start": query_start}
+    return dispatch(_PAGED, implementation, arrays, scale=number("paged_flash_attention", "scale", scale))

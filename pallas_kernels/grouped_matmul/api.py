@@ -2,7 +2,25 @@
 
 import jax
 
+from pallas_kernels.checks import INTEGERS, Array, Result, Signature
 from pallas_kernels.dispatch import dispatch
+
+_PRODUCT = Signature(
+    "grouped_matmul",
+    {"lhs": Array("rows in"), "rhs": Array("e in out"), "group_sizes": Array("e", INTEGERS)},
+    (Result("rows out", "lhs"),),
+)
+
+_EXPERTS = Signature(
+    "expert_mlp",
+    {
+        "lhs": Array("rows in"),
+        "gate_up": Array("e in 2*f"),
+        "down": Array("e f in"),
+        "group_sizes": Array("e", INTEGERS),
+    },
+    (Result("rows in", "lhs"),),
+)
 
 
 def grouped_matmul(
@@ -22,10 +40,10 @@ def grouped_matmul(
       `[rows, out]` in the dtype of lhs. Rows behind the last group are finite and mean nothing.
 
     Raises:
-      UnsupportedError: the implementation does not exist, or none supports the arguments.
-      ValueError: `implementation` is no implementation's name.
+      ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.
+      UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
-    return dispatch("grouped_matmul", implementation)(lhs, rhs, group_sizes)
+    return dispatch(_PRODUCT, implementation, {"lhs": lhs, "rhs": rhs, "group_sizes": group_sizes})
 
 
 def expert_mlp(
@@ -46,7 +64,8 @@ def expert_mlp(
       `[rows, in]` in the dtype of lhs. Rows behind the last group are finite and mean nothing.
 
     Raises:
-      UnsupportedError: the implementation does not exist, or none supports the arguments.
-      ValueError: `implementation` is no implementation's name.
+      ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.
+      UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
-    return dispatch("expert_mlp", implementation)(lhs, gate_up, down, group_sizes)
+    arrays = {"lhs": lhs, "gate_up": gate_up, "down": down, "group_sizes": group_sizes}
+    return dispatch(_EXPERTS, implementation, arrays)

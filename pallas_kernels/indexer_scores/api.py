@@ -1,8 +1,25 @@
 """Scores of the DeepSeek Sparse Attention indexer."""
 
+import math
+
 import jax
 
+from pallas_kernels.checks import INDEX_FLOATS, INTEGERS, Array, Result, Signature, flag, number
 from pallas_kernels.dispatch import dispatch
+
+_SIGNATURE = Signature(
+    "indexer_scores",
+    {
+        "q": Array("b t n d", INDEX_FLOATS),
+        "weights": Array("b t n"),
+        "keys": Array("p page_size d", INDEX_FLOATS),
+        "page_table": Array("b m", INTEGERS),
+        "query_start": Array("b", INTEGERS),
+        "key_scales": Array("p page_size", optional=True),
+    },
+    (Result("b t m*page_size", "float32", -math.inf),),
+    same_dtype=("q", "keys"),
+)
 
 
 def indexer_scores(
@@ -41,8 +58,16 @@ def indexer_scores(
       float32 `[b, t, m * page_size]`; -inf after a query's own position.
 
     Raises:
-      UnsupportedError: the implementation does not exist, or none supports the arguments.
-      ValueError: `implementation` is no implementation's name.
+      ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.
+      UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
-    run = dispatch("indexer_scores", implementation)
-    return run(q, weights, keys, page_table, query_start, scale=scale, key_scales=key_scales, fill=fill)
+    arrays = {
+        "q": q,
+        "weights": weights,
+        "keys": keys,
+        "page_table": page_table,
+        "query_start": query_start,
+        "key_scales": key_scales,
+    }
+    scale, fill = number("indexer_scores", "scale", scale), flag("indexer_scores", "fill", fill)
+    return dispatch(_SIGNATURE, implementation, arrays, scale=scale, fill=fill)

@@ -2,6 +2,7 @@
 
 import jax
 
+from pallas_kernels.checks import FLOAT32, INTEGERS, Array, Result, Signature, count
 from pallas_kernels.dispatch import dispatch
 
 
@@ -20,7 +21,14 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, implementation
       int32 `[..., k]`: positions in ascending order, then -1 where a row has fewer than k.
 
     Raises:
-      UnsupportedError: the implementation does not exist, or none supports the arguments.
-      ValueError: `implementation` is no implementation's name.
+      ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.
+      UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
-    return dispatch("select_topk", implementation)(scores, lengths, k=k)
+    k = count("select_topk", "k", k)
+    signature = Signature(
+        "select_topk",
+        {"scores": Array("... s", FLOAT32, gradient=False), "lengths": Array("...", INTEGERS)},
+        (Result(f"... {k}", "int32", -1),),
+    )
+    arrays = {"scores": scores, "lengths": lengths}
+    return dispatch(signature, implementation, arrays, k=k)

@@ -1,8 +1,23 @@
 """Attention of each query to its own set of keys."""
 
+import math
+
 import jax
 
+from pallas_kernels.checks import INTEGERS, Array, Result, Signature, number
 from pallas_kernels.dispatch import dispatch
+
+_SIGNATURE = Signature(
+    "sparse_attention",
+    {
+        "q": Array("b t n d"),
+        "kv": Array("p page_size 2*k d"),
+        "indices": Array("b t top_k", INTEGERS),
+        "page_table": Array("b m", INTEGERS),
+    },
+    (Result("b t n d", "q"), Result("b t n", "float32", -math.inf)),
+    multiples=(("n", "k"),),
+)
 
 
 def sparse_attention(
@@ -32,7 +47,8 @@ def sparse_attention(
       with no selected position gets zeros and -inf.
 
     Raises:
-      UnsupportedError: the implementation does not exist, or none supports the arguments.
-      ValueError: `implementation` is no implementation's name.
+      ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.
+      UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
-    return dispatch("sparse_attention", implementation)(q, kv, indices, page_table, scale=scale)
+    arrays = {"q": q, "kv": kv, "indices": indices, "page_table": page_table}
+    return dispatch(_SIGNATURE, implementation, arrays, scale=number("sparse_attention", "scale", scale))

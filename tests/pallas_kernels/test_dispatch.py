@@ -43,7 +43,7 @@ def test_every_implementation_exists_or_is_refused(operation, name):
     else:
         assert dispatch.resolve(operation, name) == "xla"
         with pytest.raises(UnsupportedError):
-            dispatch.dispatch(operation, name)
+            dispatch.candidates(operation, name)
 
 
 def test_a_preference_that_the_operation_lacks_becomes_the_portable_one():
