@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.grouped_matmul.groups import group_ends
 from pallas_kernels.meshes import vary_like
 
 _BLOCK_ROWS = 128
@@ -26,19 +27,13 @@ class _Blocks(NamedTuple):
 
 def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """See `api.grouped_matmul`. It has a gradient, for which only matrices of groups that have rows are read, too."""
-    return _grouped_matmul(lhs, rhs, _ends(lhs, group_sizes))
+    return _grouped_matmul(lhs, rhs, group_ends(lhs.shape[0], group_sizes))
 
 
 def expert_mlp(lhs: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """See `api.expert_mlp`."""
     gate, up = jnp.split(grouped_matmul(lhs, gate_up, group_sizes).astype(jnp.float32), 2, axis=-1)
     return grouped_matmul((jax.nn.silu(gate) * up).astype(lhs.dtype), down, group_sizes)
-
-
-def _ends(lhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """The end of each group's rows, int32 `[e]`: groups that do not fit any more get fewer rows, or none."""
-    rows = lhs.shape[0]
-    return jnp.minimum(jnp.cumsum(jnp.clip(group_sizes, 0, rows)), rows)
 
 
 @jax.custom_vjp

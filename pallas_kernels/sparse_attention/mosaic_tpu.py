@@ -37,8 +37,10 @@ def sparse_attention(
     total = batch * queries
     chunk = min(_CHUNK, -(-top_k // LANES) * LANES)
     padding = -top_k % chunk
+    indices = jnp.where(indices < page_table.shape[1] * kv.shape[1], indices, -1)
     lists = jnp.pad(indices.reshape(total, top_k), ((0, 0), (0, padding)), constant_values=-1)
-    slots = paging.slots(page_table, jnp.maximum(lists, 0).reshape(batch, queries, -1), kv.shape[1])
+    table = jnp.clip(page_table, 0, kv.shape[0] - 1)
+    slots = paging.slots(table, jnp.maximum(lists, 0).reshape(batch, queries, -1), kv.shape[1])
     # Chunks behind the last valid entry are neither copied nor multiplied.
     lengths = jnp.max(jnp.where(lists >= 0, jnp.arange(top_k + padding) + 1, 0), axis=-1)
     out, lse = _attend(
