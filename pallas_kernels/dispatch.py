@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.checks import Signature, Sizes
-from pallas_kernels.errors import UnsupportedError
+from pallas_kernels.errors import ArgumentError, UnsupportedError
 from pallas_kernels.kernel_call import DEVICES, PLATFORMS, call_kernel
 from pallas_kernels.meshes import call_on_explicit_mesh, explicit_devices, explicit_mesh, vary_like
 
@@ -80,7 +80,7 @@ def resolve(operation: str, preferred: str | None) -> str | None:
       `preferred` if the operation has it, else "xla", which every operation has; None for no preference.
 
     Raises:
-      ValueError: `preferred` is no implementation's name.
+      ArgumentError: `preferred` is no implementation's name.
     """
     _check_name(operation, preferred)
     return preferred if preferred is None or preferred in OPERATIONS[operation].implementations else "xla"
@@ -94,7 +94,7 @@ def candidates(operation: str, implementation: str | None) -> list[str]:
       implementation: the name of the only one, or None for all that this machine's default device can run, best first.
 
     Raises:
-      ValueError: `implementation` is no implementation's name.
+      ArgumentError: `implementation` is no implementation's name.
       UnsupportedError: the operation has no implementation of that name, or this machine has another device of the
         platform. Of another platform there may be a device to compile for, so that is refused later.
     """
@@ -128,9 +128,8 @@ def dispatch(signature: Signature, implementation: str | None, arrays: Mapping[s
       The operation's results.
 
     Raises:
-      ArgumentError: a shape or dtype does not fit.
+      ArgumentError: a shape or dtype does not fit. `implementation` is no implementation's name.
       UnsupportedError: every implementation that is tried refuses the arguments, or cannot run where it is asked to.
-      ValueError: `implementation` is no implementation's name.
     """
     chosen = candidates(signature.operation, implementation)
     checked, sizes = signature.check(**arrays)
@@ -199,4 +198,4 @@ def implementation_of(operation: str, name: str) -> Callable:
 def _check_name(operation: str, implementation: str | None) -> None:
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         names = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"implementation of {operation} is {implementation!r}; it must be one of: {names}")
+        raise ArgumentError(f"implementation of {operation} is {implementation!r}; it must be one of: {names}")

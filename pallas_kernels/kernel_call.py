@@ -1,14 +1,13 @@
 """Calls of kernels: refused on other platforms, one after the other under `jax.vmap`, and what differentiation does."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-# JAX has no public names for these settings.
+# JAX has no public name for this setting.
 from jax._src import config as jax_config
 
 from pallas_kernels.errors import UnsupportedError
@@ -56,9 +55,8 @@ def call_kernel(
             first = min(range(len(arrays)), key=lambda i: arrays[i].size)
             checked = _check_platform.bind(arrays[first], operation=operation, name=name)
             arrays = (*arrays[:first], checked, *arrays[first + 1 :])
-        with _without_varying_axes():
-            out = kernel(*arrays)
-        return vary_like(out, *arrays)
+        # Not every kernel says over which mesh axes its results vary.
+        return vary_like(kernel(*arrays), *arrays)
 
     @run.def_vmap
     def one_after_the_other(size: int, batched: list[bool], *arrays: jax.Array) -> tuple[Any, Any]:
@@ -86,13 +84,6 @@ def call_kernel(
 
     differentiable.defvjp(forward, lambda pullback, cotangents: pullback(cotangents))
     return differentiable(*arrays)
-
-
-@contextlib.contextmanager
-def _without_varying_axes() -> Iterator[None]:
-    """Kernels do not say over which mesh axes their results vary."""
-    with jax_config._check_vma(False):
-        yield
 
 
 _check_platform = Primitive("check_platform")

@@ -18,7 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from pallas_kernels import paging
-from pallas_kernels.tpu import LANES, MASKED, check_attention, precision, vmem_limit
+from pallas_kernels.meshes import varying_axes
+from pallas_kernels.tpu import LANES, MASKED, check_attention, precision, result_like, vmem_limit
 
 _QUERIES = 256
 """Queries that share one reading of the pages."""
@@ -33,11 +34,13 @@ def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array
     """See `api.flash_attention`. The queries are scaled, and then rounded to their dtype.
 
     Raises:
-      NotImplementedError: a dtype other than bfloat16.
+      NotImplementedError: a dtype other than bfloat16, or arrays of which JAX tracks over which mesh axes they vary.
     """
     queries, keys, dim = q.shape[1], k.shape[1], q.shape[3]
     if q.dtype != jnp.bfloat16 or k.dtype != q.dtype:
         raise NotImplementedError(f"takes bfloat16, not {q.dtype} and {k.dtype}")
+    if varying_axes(q):
+        raise NotImplementedError("JAX's splash attention runs only in jax.shard_map(..., check_vma=False)")
     sizes = [(n, min(_SPLASH_BLOCK, -(-n // LANES) * LANES)) for n in (queries, keys)]
     padding, blocks = [-n % block for n, block in sizes], [block for _, block in sizes]
 
@@ -206,8 +209,8 @@ def _attend(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, blocks, kv_heads, 1, rows), jnp.float32),
+            result_like(q, q.shape, q.dtype),
+            result_like(q, (batch, blocks, kv_heads, 1, rows), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),

@@ -31,13 +31,14 @@ def grouped_matmul(
     Work is proportional to the rows, and only matrices of groups that have rows are read.
 
     Args:
-      lhs: `[rows, in]`, sorted by group.
+      lhs: `[rows, in]`, bfloat16, float16 or float32, sorted by group.
       rhs: `[e, in, out]`.
-      group_sizes: int32 `[e]`, the number of rows of each group, in order. Their sum is at most `rows`.
+      group_sizes: int32 `[e]`, the number of rows of each group, in order. A size below 0 counts as 0. Groups for
+        which too few rows are left get those, or none.
       implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
     Returns:
-      `[rows, out]` in the dtype of lhs. Rows behind the last group are finite and mean nothing.
+      `[rows, out]` in the dtype of lhs. Rows behind the last group are zeros.
 
     Raises:
       ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.
@@ -54,14 +55,15 @@ def expert_mlp(
     The nonlinearity is computed in float32. Shazeer, "GLU Variants Improve Transformer", has the formula.
 
     Args:
-      lhs: `[rows, in]`, sorted by group.
+      lhs: `[rows, in]`, bfloat16, float16 or float32, sorted by group.
       gate_up: `[e, in, 2 * f]`. The first f columns are gate, the last f are up.
       down: `[e, f, in]`.
-      group_sizes: int32 `[e]`, the number of rows of each group, in order. Their sum is at most `rows`.
+      group_sizes: int32 `[e]`, the number of rows of each group, in order. A size below 0 counts as 0. Groups for
+        which too few rows are left get those, or none.
       implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
     Returns:
-      `[rows, in]` in the dtype of lhs. Rows behind the last group are finite and mean nothing.
+      `[rows, in]` in the dtype of lhs. Rows behind the last group are zeros.
 
     Raises:
       ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.

@@ -42,12 +42,14 @@ def indexer_scores(
     Memory: the result, and a workspace that does not grow with the context.
 
     Args:
-      q: `[b, t, n, d]` index queries.
-      weights: `[b, t, n]` signed gates.
-      keys: `[p, page_size, d]` pages of index keys, one head.
-      page_table: int32 `[b, m]`.
+      q: `[b, t, n, d]` index queries, float8_e4m3fn, bfloat16, float16 or float32.
+      weights: `[b, t, n]` signed gates, bfloat16, float16 or float32.
+      keys: `[p, page_size, d]` pages of index keys, one head, in the dtype of q.
+      page_table: int32 `[b, m]`, from 0 to p - 1. In "xla" and "mosaic_tpu" other numbers count as the nearest of
+        these; GPU kernels do not check them.
       query_start: int32 `[b]`, the position of each sequence's first query. Query t has position `query_start + t` and
-        sees positions up to its own.
+        sees positions up to its own: none below 0, and all that there are from `m * page_size` on. GPU kernels take
+        positions from 0.
       scale: factor on the sum.
       key_scales: float32 `[p, page_size]`, a factor on each key's scores; None for ones.
       fill: False leaves the scores after a query's own position undefined. This saves time for a caller that does not

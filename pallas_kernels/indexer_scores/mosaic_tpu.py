@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import LANES, vmem_limit
+from pallas_kernels.tpu import LANES, result_like, vmem_limit
 
 _TILE = 256  # Keys of one product: the width of the larger systolic arrays.
 _QUERIES = 256  # Queries of one block.
@@ -89,7 +89,7 @@ def indexer_scores(
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((batch, queries, length), jnp.float32),
+        out_shape=result_like(q, (batch, queries, length), jnp.float32),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             # The kernel needs no more. XLA keeps other arrays of a step in the rest.

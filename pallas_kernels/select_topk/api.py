@@ -9,12 +9,13 @@ from pallas_kernels.dispatch import dispatch
 def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, implementation: str | None = None) -> jax.Array:
     """Positions of the `k` highest of the first `lengths` scores of each row; all of them if `lengths` is below k.
 
-    Exact and deterministic: of equal scores (0.0 equals -0.0) the lower position wins.
+    Exact and deterministic: of equal scores (0.0 equals -0.0) the lower position wins. NaN counts as infinity, except
+    in "mosaic_gpu", where its place is undefined. A selection is a constant for `jax.grad`.
 
     Args:
       scores: float32 `[..., s]`.
-      lengths: int32 `[...]`, from 0 to s.
-      k: number of positions to select from each row.
+      lengths: int32 `[...]`, from 0 to s. Numbers out of that range count as the nearest in it.
+      k: number of positions to select from each row, at least 1.
       implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
     Returns:

@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import LANES, vmem_limit
+from pallas_kernels.tpu import LANES, result_like, vmem_limit
 
 _CHUNK = 8 * 4096  # Scores of one turn of a pass's loop, over all rows side by side.
 _PART = 8 * 512  # Scores of one vector of counts: few enough for registers, enough to be independent.
@@ -78,7 +78,7 @@ def select_threshold(scores: jax.Array, lengths: jax.Array, k: int) -> tuple[jax
         grid=(pl.cdiv(rows, block),),
         in_specs=[column, pl.BlockSpec((block, padded), lambda i: (i, 0))],
         out_specs=(column, column),
-        out_shape=(jax.ShapeDtypeStruct((rows + padding, 1), jnp.int32),) * 2,
+        out_shape=(result_like(scores, (rows + padding, 1), jnp.int32),) * 2,
         scratch_shapes=[pltpu.VMEM((block, padded), jnp.int32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=limit),
         cost_estimate=pl.CostEstimate(flops=30 * rows * size, bytes_accessed=4 * rows * size, transcendentals=0),
@@ -208,7 +208,7 @@ def _lists(rows: jax.Array, lengths: jax.Array, threshold: jax.Array, last_tie: 
             in_specs=[pl.BlockSpec((None, tiles, LANES), lambda row, *_: (row, 0, 0))],
             out_specs=pl.BlockSpec((None, 1, slots), lambda row, *_: (row, 0, 0)),
         ),
-        out_shape=jax.ShapeDtypeStruct((count, 1, slots), jnp.int32),
+        out_shape=result_like(rows, (count, 1, slots), jnp.int32),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=limit),
         cost_estimate=pl.CostEstimate(
             flops=2 * count * tiles * LANES * (slots + 2 * LANES),

@@ -34,11 +34,12 @@ def sparse_attention(
     Memory: the results, and a workspace that does not grow with the context.
 
     Args:
-      q: `[b, t, n, d]`.
+      q: `[b, t, n, d]`, bfloat16, float16 or float32. n is a multiple of k.
       kv: `[p, page_size, 2 * k, d]` pages. A row holds the keys of all k heads, then their values.
       indices: int32 `[b, t, top_k]`, the positions that a query attends to, the same for all its heads. A position
-        appears at most once; -1 is ignored.
-      page_table: int32 `[b, m]`.
+        appears at most once. Numbers below 0 are ignored, and from `m * page_size` on, which GPU kernels do not check.
+      page_table: int32 `[b, m]`, from 0 to p - 1. In "xla" and "mosaic_tpu" other numbers count as the nearest of
+        these; GPU kernels do not check them.
       scale: factor on the dot products.
       implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 

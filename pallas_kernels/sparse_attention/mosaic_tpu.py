@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import paging
-from pallas_kernels.tpu import LANES, MASKED, check_attention, precision
+from pallas_kernels.tpu import LANES, MASKED, check_attention, precision, result_like
 
 _CHUNK = 512
 _UNROLL = 8
@@ -160,8 +160,8 @@ def _attend(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((total, kv_heads, group, LANES), jnp.float32),
+            result_like(q, q.shape, q.dtype),
+            result_like(q, (total, kv_heads, group, LANES), jnp.float32),
         ],
         cost_estimate=pl.CostEstimate(
             flops=4 * elements * group * dim,

@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import paging
 from pallas_kernels.select_topk.mosaic_tpu import select_threshold, select_topk
 from pallas_kernels.sparse_attention.mosaic_tpu import sparse_attention
-from pallas_kernels.tpu import LANES, MASKED, check_attention, precision, vmem_limit
+from pallas_kernels.tpu import LANES, MASKED, check_attention, precision, result_like, vmem_limit
 
 GROUP = 16
 """Queries that share a union. With 8 heads each they fill the rows of a matrix unit."""
@@ -347,8 +347,8 @@ def _attend(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, all_groups, kv_heads, 1, rows), jnp.float32),
+            result_like(q, q.shape, q.dtype),
+            result_like(q, (batch, all_groups, kv_heads, 1, rows), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_limit()

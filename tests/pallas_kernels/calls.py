@@ -15,7 +15,7 @@ BATCH, QUERIES, HEADS, KV_HEADS, DIM, PAGES, PAGE_SIZE, TABLE = 8, 17, 4, 2, 8, 
 CONTEXT = PAGE_SIZE * TABLE
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Call:
     """A call.
 

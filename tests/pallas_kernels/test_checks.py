@@ -1,5 +1,8 @@
 """What operations refuse, in one sentence, and what they give where there is nothing to do."""
 
+import collections
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,20 +32,27 @@ def refusal(call, error=ArgumentError, **changed):
     return message
 
 
+def documented_shapes(call):
+    """The names of every argument's sizes, from the docstring."""
+    found = {}
+    for names, shape in re.findall(r"^ +([\w, ]+): (?:\w+ )?`\[(.*?)\]`", getattr(pallas_kernels, call.operation).__doc__, re.M):
+        sizes = [size.strip() for size in shape.replace("...", "b, t").split(",")]
+        found |= dict.fromkeys(names.split(", "), sizes)
+    return found
+
+
 class TestArguments:
     def test_every_axis_of_every_array(self, call):
-        """One more or one less of any size does not fit the other arguments, unless no other has it."""
-        free = {("indexer_scores", "keys", 0), ("indexer_scores", "key_scales", 0), ("indexer_scores", "page_table", 1)}
-        free |= {("select_topk", "scores", 1), ("topk_attention", "scores", 2), ("grouped_matmul", "rhs", 2)}
-        free |= {(name, array, axis) for name, array, axis in FREE if name == call.operation}
-        tried = 0
+        """Of sizes that the documentation names twice, one less does not fit the other arguments."""
+        shapes = documented_shapes(call)
+        times = collections.Counter(size for shape in shapes.values() for size in shape)
         for name, array in call.arrays.items():
-            for axis in range(array.ndim):
-                if (call.operation, name, axis) not in free:
-                    assert f"{name} has" in refusal(call, **{name: array.take(jnp.arange(array.shape[axis] - 1), axis)})
-                    tried += 1
-            assert f"{name} has shape [" in refusal(call, **{name: array[..., None, None, None]})
-        assert tried
+            assert len(shapes[name]) == array.ndim
+            for axis, size in enumerate(shapes[name]):
+                if times[size] > 1:
+                    less = jnp.take(array, jnp.arange(array.shape[axis] - 1), axis)
+                    assert f"{name} has" in refusal(call, **{name: less})
+            assert f"{name} has" in refusal(call, **{name: array[..., None, None, None]})
 
     def test_dtypes(self, call):
         for name, array in call.arrays.items():
@@ -77,20 +87,6 @@ class TestArguments:
             "lengths has shape [3]; it must be [...] with ... = [8, 17], as scores has"
         )
         assert refusal(CALLS["select_topk"], k=0).endswith("k is 0; it must be a whole number from 1")
-
-
-FREE = [
-    ("sparse_attention", "kv", 0),
-    ("sparse_attention", "kv", 1),
-    ("sparse_attention", "indices", 2),
-    ("sparse_attention", "page_table", 1),
-    ("topk_attention", "kv", 0),
-    ("topk_attention", "lengths", 2),
-    ("paged_flash_attention", "kv", 0),
-    ("paged_flash_attention", "kv", 1),
-    ("paged_flash_attention", "page_table", 1),
-]
-"""Axes whose size no other argument has."""
 
 
 class TestNothingToDo:
