@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 # JAX has no public name for this setting.
 from jax._src import config as jax_config
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from pallas_kernels.errors import UnsupportedError
 from pallas_kernels.meshes import vary_like

@@ -1,7 +1,7 @@
 """Calls on several devices: inside `jax.shard_map`, and on meshes with Explicit axes.
 
-In `jax.shard_map`, JAX keeps track of the mesh axes over which an array varies, and a loop must keep that set. On a mesh
-with Explicit axes, the type of an array says how it lies over devices.
+In `jax.shard_map`, JAX tracks the mesh axes over which an array varies, and a loop must keep that set. On a mesh with
+Explicit axes, the type of an array says how it lies over devices.
 """
 
 import math
@@ -54,7 +54,9 @@ def call_on_explicit_mesh(run: Callable, arrays: dict[str, Any], signature: Sign
             spec = (*spec, *(None,) * (arrays[name].ndim - len(spec)))
             for axis, lies in zip(_axes(wanted.shape, sizes), spec, strict=True):
                 placed[axis] = placed.get(axis) or lies
-    lies = [NamedSharding(mesh, PartitionSpec(*_once(map(placed.get, _axes(r.shape, sizes))))) for r in signature.results]
+    lies = [
+        NamedSharding(mesh, PartitionSpec(*_once(map(placed.get, _axes(r.shape, sizes))))) for r in signature.results
+    ]
     axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
     out = lies[0] if len(lies) == 1 else tuple(lies)
     return jax.sharding.auto_axes(run, axes=axes, out_sharding=out)(arrays)

@@ -52,7 +52,11 @@ def _attend(
         return out * correction[..., None] + part, total, new_largest
 
     shape = grouped.shape[:-1]
-    state = (jnp.zeros(grouped.shape, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.full(shape, -jnp.inf, jnp.float32))
+    state = (
+        jnp.zeros(grouped.shape, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.full(shape, -jnp.inf, jnp.float32),
+    )
     state = vary_like(state, q)
     if num_chunks == 1:
         out, total, largest = step(jnp.int32(0), state)

@@ -41,8 +41,8 @@ def topk_attention(
     Args:
       q: `[b, t, n, d]`, bfloat16, float16 or float32. n is a multiple of k.
       scores: float32 `[b, t, s]`, s at most `m * page_size`; NaN as for `select_topk`. Constants for `jax.grad`.
-      lengths: int32 `[b, t]`, the number of positions that a query sees, from 0 to s. Numbers out of that range count as
-        the nearest in it.
+      lengths: int32 `[b, t]`, the number of positions that a query sees, from 0 to s. Numbers out of that range count
+        as the nearest in it.
       kv: `[p, page_size, 2 * k, d]` pages. A row holds the keys of all k heads, then their values.
       page_table: int32 `[b, m]`, from 0 to p - 1. In "xla" and "mosaic_tpu" other numbers count as the nearest of
         these; GPU kernels do not check them.

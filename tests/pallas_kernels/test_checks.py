@@ -35,7 +35,9 @@ def refusal(call, error=ArgumentError, **changed):
 def documented_shapes(call):
     """The names of every argument's sizes, from the docstring."""
     found = {}
-    for names, shape in re.findall(r"^ +([\w, ]+): (?:\w+ )?`\[(.*?)\]`", getattr(pallas_kernels, call.operation).__doc__, re.M):
+    for names, shape in re.findall(
+        r"^ +([\w, ]+): (?:\w+ )?`\[(.*?)\]`", getattr(pallas_kernels, call.operation).__doc__, re.M
+    ):
         sizes = [size.strip() for size in shape.replace("...", "b, t").split(",")]
         found |= dict.fromkeys(names.split(", "), sizes)
     return found
@@ -141,7 +143,9 @@ class TestPlatforms:
                 continue
             if call.operation == "indexer_scores":
                 arrays, static = self.supported_index_arrays(), static | {"key_scales": None}
-            message = "runs on TPUs, not on the platform 'cpu'; leave `implementation` out, or pass implementation='xla'"
+            message = (
+                "runs on TPUs, not on the platform 'cpu'; leave `implementation` out, or pass implementation='xla'"
+            )
             if call.operation == "flash_attention":
                 arrays = [x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x for x in arrays]
             with pytest.raises(UnsupportedError, match=message):

@@ -166,7 +166,9 @@ class TestExperts:
         matrices = jnp.asarray(rng.normal(size=(3, 64, 256)), jnp.bfloat16)
         down = jnp.asarray(rng.normal(size=(3, 128, 64)), jnp.bfloat16)
         for run in (
-            lambda sizes: grouped_matmul(jnp.asarray(lhs, jnp.bfloat16), matrices, sizes, implementation=implementation),
+            lambda sizes: grouped_matmul(
+                jnp.asarray(lhs, jnp.bfloat16), matrices, sizes, implementation=implementation
+            ),
             lambda sizes: expert_mlp(
                 jnp.asarray(lhs, jnp.bfloat16), matrices, down, sizes, implementation=implementation
             ),
