@@ -116,16 +116,16 @@ def test_mini_swe_agent(server, engine, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("MSWEA_GLOBAL_CONFIG_DIR", str(tmp_path))
     minisweagent = pytest.importorskip("minisweagent")
     yaml = pytest.importorskip("yaml")
-    from minisweagent.agents.default import DefaultAgent
-    from minisweagent.environments.local import LocalEnvironment
-    from minisweagent.models.litellm_model import LitellmModel
+    default = pytest.importorskip("minisweagent.agents.default")
+    local = pytest.importorskip("minisweagent.environments.local")
+    litellm_model = pytest.importorskip("minisweagent.models.litellm_model")
 
     settings = yaml.safe_load((minisweagent.package_dir / "config" / "mini.yaml").read_text())
-    fields = DefaultAgent.__init__.__kwdefaults__["config_class"].model_fields
+    fields = default.DefaultAgent.__init__.__kwdefaults__["config_class"].model_fields
     chosen = {name: value for name, value in settings["agent"].items() if name in fields}
     kwargs = {"api_base": f"{server.url}/v1", "api_key": "any"}
-    model = LitellmModel(model_name="openai/tiny", model_kwargs=kwargs, cost_tracking="ignore_errors")
-    agent = DefaultAgent(model, LocalEnvironment(cwd=str(tmp_path)), **chosen)
+    model = litellm_model.LitellmModel(model_name="openai/tiny", model_kwargs=kwargs, cost_tracking="ignore_errors")
+    agent = default.DefaultAgent(model, local.LocalEnvironment(cwd=str(tmp_path)), **chosen)
     script = [
         THOUGHT + "I write the file." + call("bash", command="echo 24 > frames.txt"),
         THOUGHT + "Done." + call("bash", command="echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT && cat frames.txt"),
