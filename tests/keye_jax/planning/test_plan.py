@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from keye_jax.cli import app, run
+from keye_jax.cli import app, options, run
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 from keye_jax.kv_cache import PAGE_SIZE, PagePool
@@ -204,6 +204,14 @@ def test_devices_that_are_idle_are_counted(tiny, capsys):
     found = make(tiny, "one_device", "h200:8", context=1024)
     assert found.notes == ["the mesh uses 1 of 8 devices; 7 are idle, and --sharding can use them"]
     assert make(tiny, "expert", "h200:8", context=1024).notes == []
+
+
+def test_a_launch_counts_idle_devices_too(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert options.mesh_rules("one_device", tiny).devices == 1
+    assert capsys.readouterr().err == (
+        "keye-jax: the mesh uses 1 of 8 devices; 7 are idle, and --sharding can use them\n"
+    )
 
 
 @pytest.mark.parametrize(
