@@ -5,7 +5,14 @@ class UserError(ValueError):
     """A mistake of a user. The message is one sentence with the field, the value and what is allowed.
 
     The command line prints only the message and exits with 2. Any other exception is a defect and keeps its traceback.
+
+    Attributes:
+      field: the path of the field in the body of a request, such as "stop" or "logit_bias.7"; None if there is none.
     """
+
+    def __init__(self, message: str = "", *, field: str | None = None):
+        super().__init__(message)
+        self.field = field
 
 
 class MediaError(UserError):

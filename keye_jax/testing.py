@@ -27,8 +27,16 @@ Yes, that is right. No, this is not what the video shows. It would be better to 
 def main(values): return [value for value in values if value > 0]  # 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19
 """
 
-# ChatML. Pictures and videos stand where the message has them, before the text or between its parts.
+# ChatML. Pictures and videos stand where the message has them, before the text or between its parts. The arguments of a
+# call are JSON as text, or a value.
 _TEMPLATE = """\
+{%- if tools %}
+{{- '<|im_start|>system\\nTools:\\n' }}
+{%- for tool in tools %}
+{{- (tool | tojson) + '\\n' }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endif %}
 {%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' }}
 {%- if message.role == 'assistant' and message.reasoning_content %}
@@ -48,7 +56,9 @@ _TEMPLATE = """\
 {%- endfor %}
 {%- endif %}
 {%- for call in message.tool_calls or [] %}
-{{- '\\n<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}
+{{- '\\n<tool_call>\\n{"name": ' + (call.function.name | tojson) + ', "arguments": ' }}
+{{- call.function.arguments if call.function.arguments is string else (call.function.arguments | tojson) }}
+{{- '}\\n</tool_call>' }}
 {%- endfor %}
 {{- '<|im_end|>\\n' }}
 {%- endfor %}

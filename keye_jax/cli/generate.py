@@ -95,7 +95,7 @@ def generate(
     from keye_jax.engine.engine import Engine
     from keye_jax.engine.limits import new_token_limit
     from keye_jax.engine.options import options_for_one
-    from keye_jax.engine.request import Request, RequestError
+    from keye_jax.engine.request import Piece, Request, RequestError
     from keye_jax.runtime.compilation_cache import enable_compilation_cache
     from keye_jax.runtime.device import memory_limit_bytes, peak_memory_bytes
 
@@ -150,7 +150,8 @@ def generate(
             handle = engine.submit(Request(plan=plan, sampling=sampling, max_tokens=limit), report)
             try:
                 for piece in handle:
-                    printer(piece.text, piece.reasoning)
+                    if isinstance(piece, Piece):  # no tools are named, so there are no calls
+                        printer(piece.text, piece.reasoning)
             except RequestError as error:
                 if error.kind in ("internal", "closed"):
                     raise

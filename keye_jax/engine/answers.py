@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from keye_jax.engine.media.hashes import block_hashes
 from keye_jax.engine.media.work import Decoded
 from keye_jax.engine.plan import Arrival, Cancel, Ended, Failed, Ready
 from keye_jax.engine.plan import Event as SchedulerEvent
-from keye_jax.engine.request import Choice, Piece, RequestError, Result, Timings, TokenLogprob, Usage
+from keye_jax.engine.request import FinishReason, RequestError, Result, Timings, TokenLogprob, Usage
 from keye_jax.engine.stepper import DrawnToken, SequenceData
 from keye_jax.engine.text import AnswerWriter
 from keye_jax.processor import Processor
@@ -96,13 +95,8 @@ class Answers:
                 constraint,
                 request.selection_heat,
             )
-
-            def emit(text: str, reasoning: bool, number: int = number) -> None:
-                job.handle.put(Piece(number, text, reasoning))
-
-            writer = AnswerWriter(self._processor, prompt.prompt_opens_thinking, emit, request.stop)
-            logprobs = None if request.top_logprobs is None else []
-            choice = Answering(str(next(self._sequences)), number, data, writer, logprobs, limit)
+            writer = AnswerWriter(self._processor, request, number, prompt.prompt_opens_thinking, job.handle.put)
+            choice = Answering(str(next(self._sequences)), number, data, writer, limit)
             job.choices.append(choice)
             self._choices[choice.id] = job, choice
             self.events.append(Arrival(choice.id, len(prompt.input_ids), limit, hashes))
@@ -152,11 +146,7 @@ class Answers:
             self.tokens += 1
             choice.data.tokens.append(drawn.token)
             choice.times.append(now)
-            if choice.logprobs is not None:
-                top = job.request.top_logprobs or 0
-                pairs = zip(drawn.top_tokens[:top].tolist(), drawn.top_logprobs[:top].tolist(), strict=True)
-                choice.logprobs.append(TokenLogprob(drawn.token, drawn.logprob, tuple(pairs)))
-            choice.writer.write(drawn.token)
+            choice.writer.write(drawn.token, _logprob(drawn, job.request.top_logprobs))
             if choice.writer.stopped:
                 self._end(job, choice, "stop")
             elif len(choice.data.tokens) == choice.max_tokens:
@@ -206,20 +196,9 @@ class Answers:
         )
         self._drop(job, Result(tuple(choices), usage, timings, times, job.decoded.warnings, undecodable))
 
-    def _end(self, job: Job, choice: Answering, reason: Any) -> None:
+    def _end(self, job: Job, choice: Answering, reason: FinishReason) -> None:
         """Ends one answer, and with the last one the request."""
-        text, reasoning = choice.writer.finish()
-        logprobs = None if choice.logprobs is None else tuple(choice.logprobs)
-        writer = choice.writer
-        choice.choice = Choice(
-            text,
-            reasoning,
-            reason,
-            tuple(writer.token_ids),
-            writer.reasoning_tokens,
-            logprobs,
-            tuple(choice.times),
-        )
+        choice.choice = choice.writer.finish(reason, token_seconds=tuple(choice.times))
         if reason != "length":
             self.events.append(Cancel(choice.id) if reason == "cancelled" else Ended(choice.id))
         if job.request.selection_heat:
@@ -246,3 +225,11 @@ class Answers:
             del self._choices[choice.id]
             self._ended.pop(choice.id, None)
         self._leave(job, outcome)
+
+
+def _logprob(drawn: DrawnToken, top: int | None) -> TokenLogprob | None:
+    """The log probability of a token with those of the `top` likeliest; None if they were not asked for."""
+    if top is None:
+        return None
+    pairs = zip(drawn.top_tokens[:top].tolist(), drawn.top_logprobs[:top].tolist(), strict=True)
+    return TokenLogprob(drawn.token, drawn.logprob, tuple(pairs))

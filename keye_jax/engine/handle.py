@@ -7,9 +7,9 @@ import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from typing import Any
+from typing import Any, cast
 
-from keye_jax.engine.request import Event, Piece, RequestError, Result
+from keye_jax.engine.request import AnswerPiece, Event, RequestError, Result
 
 
 class Handle:
@@ -23,7 +23,7 @@ class Handle:
         self._listeners: list[Callable[[], None]] = []
         self._lock = threading.Lock()
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[AnswerPiece]:
         """Pieces of the answers as they come.
 
         Raises:
@@ -31,7 +31,7 @@ class Handle:
         """
         while True:
             event = self._events.get()
-            if isinstance(event, Piece):
+            if not isinstance(event, Result | RequestError):
                 yield event
                 continue
             self._events.put(event)  # for others who iterate
@@ -39,7 +39,7 @@ class Handle:
                 raise event
             return
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    async def __aiter__(self) -> AsyncIterator[AnswerPiece]:
         """As `__iter__`, without holding up the event loop."""
         iterator = iter(self)
         done = object()
@@ -47,8 +47,7 @@ class Handle:
             piece = await asyncio.to_thread(next, iterator, done)
             if piece is done:
                 return
-            assert isinstance(piece, Piece)
-            yield piece
+            yield cast(AnswerPiece, piece)
 
     def result(self, timeout: float | None = None) -> Result:
         """Waits for all answers.
@@ -92,7 +91,7 @@ class Handle:
 
     def put(self, event: Event) -> None:
         """For the engine: adds an event."""
-        if isinstance(event, Piece):
+        if not isinstance(event, Result | RequestError):
             self._events.put(event)
             return
         with self._lock:

@@ -13,7 +13,7 @@ import numpy as np
 
 from keye_jax.engine.handle import Handle
 from keye_jax.engine.media.work import Decoded, Prompt
-from keye_jax.engine.request import Choice, Request, TokenLogprob
+from keye_jax.engine.request import Choice, Request
 from keye_jax.engine.stepper import SequenceData
 from keye_jax.engine.text import AnswerWriter
 from keye_jax.processor import PromptPlan
@@ -33,7 +33,7 @@ class Answering:
       id: of its sequence.
       number: which of the n answers.
       data: what the devices know of it.
-      writer, logprobs, times: what was written so far, and when, in seconds from the submission.
+      writer, times: what was written so far, and when, in seconds from the submission.
       max_tokens: limit on its tokens.
       choice: the whole answer; None while it is written.
     """
@@ -42,7 +42,6 @@ class Answering:
     number: int
     data: SequenceData
     writer: AnswerWriter
-    logprobs: list[TokenLogprob] | None
     max_tokens: int
     times: list[float] = dataclasses.field(default_factory=list)
     choice: Choice | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from keye_jax.runtime.sampling import SamplingParams
 
 DEFAULT_NEW_TOKENS = 4096
 """Most tokens of an answer, if a request does not say."""
+
+type FinishReason = Literal["stop", "tool_calls", "length", "cancelled"]
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -40,6 +43,9 @@ class Request:
       thinking_budget: most tokens inside of the think block; then only its closing mark may be drawn. With a budget the
         answer opens no block but with its first token.
       selection_heat: whether each answer comes with what it looked at; the engine must have `selection_heat`.
+      tool_names: functions whose calls are told apart from the answer's text; see `AnswerWriter`.
+      max_tool_calls: an answer ends after so many calls; None for no limit.
+      id: its name, unlike that of any other request. Ids of tool calls follow from it.
     """
 
     messages: Sequence[Mapping[str, Any]] | None = None
@@ -55,6 +61,9 @@ class Request:
     grammar: str | None = None
     thinking_budget: int | None = None
     selection_heat: bool = False
+    tool_names: tuple[str, ...] = ()
+    max_tool_calls: int | None = None
+    id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.messages, self.plan, self.prompt)) != 1:
@@ -94,9 +103,61 @@ class Piece:
       choice: which of the n answers.
       text: not empty; pieces put together are the answer.
       reasoning: whether it belongs to the reasoning.
+      logprobs: of the tokens that came since the event before of this answer, if they were asked for. Those behind the
+        last event are only in the result.
     """
 
     choice: int
+    text: str
+    reasoning: bool = False
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolCallPiece:
+    """The beginning of a tool call, or a new piece of its arguments.
+
+    Attributes:
+      choice: which of the n answers.
+      index: which of the answer's calls.
+      id: the call's name, in all its pieces.
+      name: the function, in the first piece of a call; None in the others.
+      arguments: empty in the first piece; pieces put together are the arguments.
+      logprobs: as in `Piece`.
+    """
+
+    choice: int
+    index: int
+    id: str
+    name: str | None
+    arguments: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolCall:
+    """A function that the answer calls.
+
+    Attributes:
+      id: "call_" and 24 hexadecimal digits, the same for the same request, choice and place.
+      name: one of `Request.tool_names`.
+      arguments: as the model wrote them: a JSON object, or its beginning if the answer was cut.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPart:
+    """A stretch of an answer between two tool calls, or between two stretches of the other kind.
+
+    Attributes:
+      text: not empty.
+      reasoning: whether it belongs to the reasoning.
+    """
+
     text: str
     reasoning: bool = False
 
@@ -129,23 +190,28 @@ class Choice:
     """A whole answer.
 
     Attributes:
-      text, reasoning: what was written outside and inside of the think block.
-      finish_reason: "stop" at an end token or a stop text, "length" at the limit, "cancelled".
+      text, reasoning: what was written outside and inside of the think block, without tool calls.
+      finish_reason: "stop" at an end token, a stop text or the last call that is allowed; "tool_calls" there if the
+        answer has calls; "length" at the limit; "cancelled".
       token_ids: all drawn ids, an end token not included.
       reasoning_tokens: how many of them belong to the reasoning.
       logprobs: one a token, if they were asked for.
       token_seconds: when each token was there, in seconds from the submission.
       selection_heat: what it looked at, if that was asked for.
+      tool_calls: in order.
+      parts: reasoning, text and calls as they follow each other; None if nothing is known but the above.
     """
 
     text: str
     reasoning: str
-    finish_reason: Literal["stop", "length", "cancelled"]
+    finish_reason: FinishReason
     token_ids: tuple[int, ...]
     reasoning_tokens: int
     logprobs: tuple[TokenLogprob, ...] | None = None
     token_seconds: tuple[float, ...] = ()
     selection_heat: SelectionHeat | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    parts: tuple[TextPart | ToolCall, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,4 +295,5 @@ class RequestError(Exception):
         return self.kind in ("unreachable", "timeout", "internal")
 
 
-type Event = Piece | Result | RequestError
+type AnswerPiece = Piece | ToolCallPiece
+type Event = AnswerPiece | Result | RequestError

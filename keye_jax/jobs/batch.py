@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from keye_jax.config import KeyeConfig
-from keye_jax.engine.openai import completion_body, read_body
+from keye_jax.engine.openai import completion_body, read_chat
 from keye_jax.engine.request import Request, RequestError, Result
 from keye_jax.errors import UserError
 from keye_jax.jobs.journal import JobStoppedError, Journal
@@ -125,8 +125,8 @@ class Answerer:
 
     async def _try(self, body: object) -> Result:
         try:
-            request = read_body(body, sampling=self.sampling, max_tokens=self.max_tokens)
-            handle = self.engine.submit(request)
+            asked = read_chat(body, sampling=self.sampling, max_tokens=self.max_tokens, batch=True)
+            handle = self.engine.submit(asked.request)
             try:
                 result = await handle
             except asyncio.CancelledError:

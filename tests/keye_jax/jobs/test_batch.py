@@ -16,7 +16,7 @@ import jax
 import pytest
 
 from keye_jax.engine.engine import Engine as ModelEngine
-from keye_jax.engine.openai import read_body
+from keye_jax.engine.openai import read_chat
 from keye_jax.jobs.batch import Batch, open_engine
 from keye_jax.jobs.journal import JobStoppedError, Journal
 from keye_jax.jobs.lines import Shard, count_lines, read_lines
@@ -96,7 +96,7 @@ def test_every_line_has_its_answer(run, output):
     for record in records(output):
         number = record["custom_id"].removeprefix("id")
         body = {"messages": [{"role": "user", "content": f"question {number}"}]}
-        expected = answer_to(read_body(body, sampling=SamplingParams()))
+        expected = answer_to(read_chat(body, sampling=SamplingParams()).request)
         assert record.keys() == {"id", "custom_id", "response", "error"}
         assert record["response"]["status_code"] == 200 and record["error"] is None
         assert record["response"]["body"]["choices"][0]["message"]["content"] == expected.choices[0].text

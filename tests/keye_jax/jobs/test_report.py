@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from keye_jax.engine.openai import read_body
+from keye_jax.engine.openai import read_chat
 from keye_jax.jobs import report
 from keye_jax.jobs.report import Outcome, Progress, Tally, duration
 from keye_jax.runtime.sampling import SamplingParams
@@ -29,7 +29,7 @@ def clock(monkeypatch):
 def tally(clock):
     """Of 40 lines, 10 of which were done before, in 10 seconds: 9 answers and one failure."""
     tally = Tally(40, 8, {"media": 2})
-    result = answer_to(read_body({"messages": ["hi"]}, sampling=SamplingParams()))
+    result = answer_to(read_chat({"messages": ["hi"]}, sampling=SamplingParams()).request)
     for index in range(9):
         clock.now += 1
         times = ((0.0, 1800.0), ())

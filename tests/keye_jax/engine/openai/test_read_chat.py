@@ -1,18 +1,25 @@
-import json
 import math
 
 import pytest
 
-from keye_jax.engine.openai import completion_body, read_body
-from keye_jax.engine.request import Choice, Request, Result, Timings, TokenLogprob, Usage
+from keye_jax.engine.openai import read_chat
+from keye_jax.engine.request import Request
 from keye_jax.errors import UserError
 from keye_jax.runtime.sampling import SamplingParams
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
+def ask(batch=False, **fields):
+    body = {"messages": MESSAGES, **fields}
+    return read_chat(body, sampling=SamplingParams(temperature=0.7, seed=3), max_tokens=9, batch=batch)
+
+
 def read(**fields) -> Request:
-    return read_body({"messages": MESSAGES, **fields}, sampling=SamplingParams(temperature=0.7, seed=3), max_tokens=9)
+    return ask(**fields).request
 
 
 class TestReading:
@@ -28,11 +35,13 @@ class TestReading:
             **{"presence_penalty": -1, "frequency_penalty": 2, "stop": ["a", "b"], "logit_bias": {"12": -100}},
             **{"logprobs": True, "top_logprobs": 20, "max_completion_tokens": 7, "n": 3},
             **{"chat_template_kwargs": {"enable_thinking": False}, "media_io_kwargs": {"video": {"fps": 1}}},
-            **{"mm_processor_kwargs": {"max_pixels": 999}, "tools": [{"type": "function", "function": {"name": "f"}}]},
+            **{"mm_processor_kwargs": {"max_pixels": 999}, "tools": [TOOL], "thinking_budget": 50},
+            **{"selection_heat": True, "response_format": {"type": "text"}},
         )
         assert got.sampling == SamplingParams(0.0, 0.5, 7, 0.1, 1.1, -1.0, 2.0, 5)
         assert (got.stop, got.logit_bias, got.top_logprobs) == (("a", "b"), {12: -100.0}, 20)
-        assert (got.max_tokens, got.n) == (7, 3)
+        assert (got.max_tokens, got.n, got.thinking_budget, got.selection_heat) == (7, 3, 50, True)
+        assert (got.tool_names, got.max_tool_calls, got.grammar) == (("f",), None, None)
         names = {"chat_template_kwargs", "media_io_kwargs", "mm_processor_kwargs", "tools"}
         assert got.options.keys() == names
 
@@ -45,23 +54,44 @@ class TestReading:
         assert read(extra_body={"top_k": 5}) == read(top_k=5)
         assert read(logprobs=True).top_logprobs == 0
         assert read(logprobs=False, top_logprobs=0).top_logprobs is None
-        assert read(tool_choice="auto", tools=[]).options == {"tools": []}
-        assert read(tool_choice="none", tools=[]).options == {}
+        assert read(tool_choice="auto", tools=[]).options == read(tool_choice="none", tools=[TOOL]).options == {}
+        assert read(tools=[TOOL], parallel_tool_calls=False).max_tool_calls == 1
+        assert read(tools=[{"type": "function", **TOOL["function"]}]) == read(tools=[TOOL])
+        off = {"enable_thinking": False}
+        assert read(reasoning_effort="none") == read(chat_template_kwargs=off)
+        on = {"enable_thinking": True}
+        assert read(reasoning_effort="none", chat_template_kwargs=on) == read(chat_template_kwargs=on)
+
+    def test_a_stream_and_its_options(self):
+        assert not ask().stream and not ask().include_usage
+        got = ask(stream=True, stream_options={"include_usage": True}, model="m")
+        assert (got.stream, got.include_usage, got.model) == (True, True, "m")
+
+    def test_fields_that_are_not_known_are_named_and_in_a_batch_refused(self):
+        assert ask(zebra=1, best_of=2, extra_body={"apple": 3}).ignored == ("apple", "best_of", "zebra")
+        assert ask(user="x", reasoning_effort="low").ignored == ("reasoning_effort",)
+        with pytest.raises(UserError, match="apple is not known; a field must be one of chat_template_kwargs, "):
+            ask(batch=True, zebra=1, extra_body={"apple": 3})
+        with pytest.raises(UserError, match="stream is True; it must be false here"):
+            ask(batch=True, stream=True)
+
+    def test_each_request_has_an_id_of_its_own(self):
+        assert read().id != read().id
 
     def test_fields_that_change_nothing(self):
-        fields = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "prediction", "prompt_cache_key")
+        fields = ("user", "metadata", "store", "service_tier", "prediction", "prompt_cache_key")
         same = {"model": "any", "stream": False, "response_format": {"type": "text"}, "modalities": ["text"]}
         assert read(**dict.fromkeys(fields, "x"), **same) == read()
 
     @pytest.mark.parametrize("body", [None, [], "text", 7, b"bytes"])
     def test_a_body_is_an_object(self, body):
         with pytest.raises(UserError, match=r"body is .*; it must be an object"):
-            read_body(body, sampling=SamplingParams())
+            read_chat(body, sampling=SamplingParams())
 
     @pytest.mark.parametrize("messages", [None, [], {}, "hi", 7])
     def test_messages_are_needed(self, messages):
         with pytest.raises(UserError, match=r"messages is .*; it must be a list of at least one message"):
-            read_body({"messages": messages}, sampling=SamplingParams())
+            read_chat({"messages": messages}, sampling=SamplingParams())
 
     @pytest.mark.parametrize(
         "field, value, message",
@@ -103,72 +133,42 @@ class TestReading:
             ("top_logprobs", 5, "top_logprobs is 5; logprobs must be true beside it"),
             ("top_logprobs", 21, "top_logprobs is 21; it must be an integer from 0 to 20"),
             ("model", 7, "model is 7; it must be a string"),
-            ("stream", True, "stream is True; it must be false here"),
-            ("stream", 0, "stream is 0; it must be false here"),
-            ("tool_choice", "required", "tool_choice is 'required'; it must be 'auto' or 'none'"),
-            ("response_format", {"type": "json_object"}, "response_format is {'type': 'json_object'}; it must be"),
+            ("stream", 0, "stream is 0; it must be true or false"),
+            ("stream_options", 1, "stream_options is 1; it must be an object"),
+            ("stream_options", {"include_usage": 1}, "stream_options.include_usage is 1; it must be true or false"),
+            ("tool_choice", "required", "tool_choice is 'required'; tools must hold a function beside it"),
+            ("tool_choice", "some", "tool_choice is 'some'; it must be 'auto', 'none', 'required' or an object"),
+            ("tool_choice", {"type": "x", "name": "f"}, "tool_choice is {'type': 'x', 'name': 'f'}; it must be"),
+            ("parallel_tool_calls", 1, "parallel_tool_calls is 1; it must be true or false"),
+            ("tools", {}, "tools is {}; it must be a list of functions"),
+            ("tools", [7], "tools[0] is 7; it must be an object with function.name"),
+            ("tools", [{"type": "web_search"}], "tools[0].type is 'web_search'; it must be 'function'"),
+            ("tools", [{"function": {"name": ""}}], "tools[0] is {'function': {'name': ''}}; it must be an object"),
+            ("tools", [{"function": {"name": "f", "parameters": 1}}], "tools[0].function.parameters is 1; it must be"),
+            ("tools", [TOOL, TOOL], "tools[1].function.name is 'f'; it must be unlike that of every other"),
+            ("thinking_budget", -1, "thinking_budget is -1; it must be an integer from 0"),
+            ("selection_heat", "yes", "selection_heat is 'yes'; it must be true or false"),
+            ("reasoning_effort", 1, "reasoning_effort is 1; it must be a string"),
+            ("chat_template_kwargs", [], "chat_template_kwargs is []; it must be an object"),
+            ("response_format", "json", "response_format is 'json'; it must be an object"),
+            ("response_format", {"type": "xml"}, "response_format.type is 'xml'; it must be one of text, json_object"),
             ("modalities", ["audio"], "modalities is ['audio']; it must be ['text']"),
             ("extra_body", [], "extra_body is []; it must be an object"),
-            ("extra_body", {"best_of": 2}, "best_of is not known; a field must be one of messages, model"),
-            ("best_of", 2, "best_of is not known; a field must be one of messages, model, tools"),
-            ("a\nb", 2, "a\\nb is not known"),
         ],
     )
     def test_a_wrong_value_is_named(self, field, value, message):
         with pytest.raises(UserError) as error:
             read(**{field: value})
         assert message in str(error.value)
+        path = error.value.field or ""
+        assert path.startswith(field) and str(error.value).startswith(path)
         assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
     def test_two_limits_that_differ(self):
         with pytest.raises(UserError, match="max_completion_tokens is 5; it must be max_tokens, 4, if both are given"):
             read(max_tokens=4, max_completion_tokens=5)
 
-
-class TestWriting:
-    def body(self, **changes):
-        choice = Choice("an answer", "thoughts", "length", (5, 6), 1)
-        values = {"choices": (choice, choice), "usage": Usage(100, 20, 30, 64, 7, 2), "timings": Timings(0, 0, 0, 0, 0)}
-        return completion_body(
-            Result(**values | changes),
-            completion_id="chatcmpl-1",
-            created=17,
-            model="keye",
-            token_text=lambda token: {1: "a", 2: "\ufffd", 3: "é"}[token],
-        )
-
-    def test_all_of_it(self):
-        got = self.body(warnings=("one",))
-        assert (got["id"], got["object"], got["created"], got["model"]) == ("chatcmpl-1", "chat.completion", 17, "keye")
-        assert [choice["index"] for choice in got["choices"]] == [0, 1]
-        assert got["choices"][0] | {"index": 1} == got["choices"][1]
-        assert got["choices"][0] == {
-            "index": 0,
-            "message": {
-                "role": "assistant",
-                "content": "an answer",
-                "reasoning_content": "thoughts",
-                "reasoning": "thoughts",
-            },
-            "logprobs": None,
-            "finish_reason": "length",
-        }
-        assert got["usage"] == {
-            "prompt_tokens": 100,
-            "completion_tokens": 7,
-            "total_tokens": 107,
-            "prompt_tokens_details": {"cached_tokens": 64, "image_tokens": 20, "video_tokens": 30, "text_tokens": 50},
-            "completion_tokens_details": {"reasoning_tokens": 2},
-        }
-        assert got["warnings"] == ["one"]
-        assert "warnings" not in self.body()
-
-    def test_log_probabilities(self):
-        logprobs = (TokenLogprob(1, -0.5, ((1, -0.5), (3, -1.0))), TokenLogprob(2, float("-inf")))
-        [choice] = self.body(choices=(Choice("aé", "", "stop", (1, 2), 0, logprobs),))["choices"]
-        first, second = choice["logprobs"]["content"]
-        assert first["token"] == "a" and first["bytes"] == [97] and first["logprob"] == -0.5
-        assert first["top_logprobs"][1] == {"token": "é", "logprob": -1.0, "bytes": [195, 169]}
-        assert second == {"token": "\ufffd", "logprob": -9999.0, "bytes": None, "top_logprobs": []}
-        assert choice["message"]["reasoning"] is None
-        json.dumps(choice, allow_nan=False)
+    def test_a_function_that_is_not_there(self):
+        choice = {"type": "function", "function": {"name": "g"}}
+        with pytest.raises(UserError, match=r"tool_choice.function.name is 'g'; it must be the name of a function in"):
+            read(tools=[TOOL], tool_choice=choice)
