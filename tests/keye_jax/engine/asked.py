@@ -36,7 +36,7 @@ def requests(files: Path) -> dict[str, Request]:
         "picture": ask([picture, {"type": "text", "text": "What is it?"}], tokens=12, **scores),
         "video": ask([video, {"type": "text", "text": "What happens?"}], tokens=12, **scores),
         "bound": ask("hello", tokens=40, grammar=LLMatcher.grammar_from_lark('start: "a ball"'), thinking_budget=3),
-        "raw": Request(prompt="hello", max_tokens=12, sampling=GREEDY, **scores),
+        "raw": Request(prompt="hello", max_tokens=12, sampling=GREEDY, top_logprobs=2),
         "stopped": ask("hello", tokens=1000, stop=("zzz",)),
         "missing": ask([{"type": "image", "image": "/nowhere.png"}], tokens=4),
         "broken": ask([{"type": "video", "video": "data:video/mp4;base64,AAAA"}], tokens=4),
