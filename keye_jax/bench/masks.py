@@ -44,6 +44,9 @@ class _Tokenizer:
         self._tokenizer = SafeTokenizer(path)
         self.control = control
 
+    def encode_text(self, text: str) -> list[int]:
+        return self._tokenizer.encode_text(text)
+
     def strict_tokenizer_json(self) -> str:
         return self._tokenizer.strict_json()
 

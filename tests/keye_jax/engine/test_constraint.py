@@ -77,6 +77,16 @@ class TestConstraint:
         for text in ("start: <tool_call>", f"start: <[{call}]>"):
             assert tokens_of(Constraint(masks, "closed", None, grammars.compile(lark(text))).allowed) == {call}
 
+    @pytest.mark.parametrize("text", ["</think>", "<|im_end|> or <tool_call>", "<"])
+    def test_text_that_is_spelled_like_a_control_token_is_text(self, grammars, masks, processor, text):
+        one = Constraint(masks, "closed", None, grammars.compile(schema_grammar({"enum": [text]})))
+        written = []
+        while not (allowed := tokens_of(one.allowed)) & {END, 497}:
+            written.append(min(allowed))
+            one.advance(written[-1])
+        assert json.loads(processor.detokenize(written)) == text
+        assert not set(written) & set(processor._tokenizer.control.values())
+
     def test_it_begins_behind_the_thoughts(self, grammars, masks):
         matcher = grammars.compile(lark('start: "a"'))
         one = Constraint(masks, "open", 2, matcher.deep_copy())
