@@ -103,7 +103,7 @@ def mutated(draws: random.Random, body: dict[str, Any]) -> Any:
     for _ in range(draws.randint(1, 3)):
         path = draws.choice(places(body)[1:] or [()])
         if not path:
-            return draws.choice(VALUES)
+            return copy.deepcopy(draws.choice(VALUES))
         holder = body
         for key in path[:-1]:
             holder = holder[key]
@@ -113,7 +113,9 @@ def mutated(draws: random.Random, body: dict[str, Any]) -> Any:
         elif kind < 0.8:
             del holder[path[-1]]
         elif isinstance(holder, dict):
-            holder[draws.choice(("n", "grammar", "guided_json", "media_io_kwargs", "x" * 99))] = draws.choice(VALUES)
+            holder[draws.choice(("n", "grammar", "guided_json", "media_io_kwargs", "x" * 99))] = copy.deepcopy(
+                draws.choice(VALUES)
+            )
         else:
             holder.append(copy.deepcopy(draws.choice((*VALUES, holder[path[-1]]))))
         if not isinstance(body, dict) or not body:
