@@ -164,7 +164,7 @@ class Fuzz:
         method = draws.choice(("POST",) * 30 + ("GET", "DELETE", "PUT", "OPTIONS"))
         headers = {"content-type": draws.choice(("application/json", "text/plain", "multipart/form-data; boundary=x"))}
         if draws.random() < 0.1:
-            headers["x-request-id"] = draws.choice(("a b", "x" * 500, "\u00e9".encode().decode("latin-1")))
+            headers["x-request-id"] = draws.choice(("a b", "x" * 500, "{}"))
         if draws.random() < 0.1:
             self._leave(draws, method, path, content)
             return
