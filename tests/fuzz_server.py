@@ -101,10 +101,10 @@ def mutated(draws: random.Random, body: dict[str, Any]) -> Any:
     """A copy of a body with one to three changes."""
     body = copy.deepcopy(body)
     for _ in range(draws.randint(1, 3)):
-        path = draws.choice(places(body)[1:] or [()])
+        path: tuple[Any, ...] = draws.choice(places(body)[1:] or [()])
         if not path:
             return copy.deepcopy(draws.choice(VALUES))
-        holder = body
+        holder: Any = body
         for key in path[:-1]:
             holder = holder[key]
         kind = draws.random()
@@ -241,7 +241,7 @@ def warm(server: Any, asked: list[tuple[str, dict[str, Any]]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the number of one request")
