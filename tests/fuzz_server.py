@@ -101,10 +101,10 @@ def mutated(draws: random.Random, body: dict[str, Any]) -> Any:
     """A copy of a body with one to three changes."""
     body = copy.deepcopy(body)
     for _ in range(draws.randint(1, 3)):
-        path = draws.choice(places(body)[1:] or [()])
+        path: tuple[Any, ...] = draws.choice(places(body)[1:] or [()])
         if not path:
-            return draws.choice(VALUES)
-        holder = body
+            return copy.deepcopy(draws.choice(VALUES))
+        holder: Any = body
         for key in path[:-1]:
             holder = holder[key]
         kind = draws.random()
@@ -113,7 +113,9 @@ def mutated(draws: random.Random, body: dict[str, Any]) -> Any:
         elif kind < 0.8:
             del holder[path[-1]]
         elif isinstance(holder, dict):
-            holder[draws.choice(("n", "grammar", "guided_json", "media_io_kwargs", "x" * 99))] = draws.choice(VALUES)
+            holder[draws.choice(("n", "grammar", "guided_json", "media_io_kwargs", "x" * 99))] = copy.deepcopy(
+                draws.choice(VALUES)
+            )
         else:
             holder.append(copy.deepcopy(draws.choice((*VALUES, holder[path[-1]]))))
         if not isinstance(body, dict) or not body:
@@ -162,7 +164,7 @@ class Fuzz:
         method = draws.choice(("POST",) * 30 + ("GET", "DELETE", "PUT", "OPTIONS"))
         headers = {"content-type": draws.choice(("application/json", "text/plain", "multipart/form-data; boundary=x"))}
         if draws.random() < 0.1:
-            headers["x-request-id"] = draws.choice(("a b", "x" * 500, "\u00e9".encode().decode("latin-1")))
+            headers["x-request-id"] = draws.choice(("a b", "x" * 500, "{}"))
         if draws.random() < 0.1:
             self._leave(draws, method, path, content)
             return
@@ -239,7 +241,7 @@ def warm(server: Any, asked: list[tuple[str, dict[str, Any]]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the number of one request")

@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -45,7 +45,8 @@ def make_app(service: Service, batches: Batches) -> Starlette:
         UserError: _failed,
         RequestError: _failed,
         HTTPException: _http,
-        ClientGone: lambda request, error: Response(status_code=_CLIENT_GONE),
+        ClientGone: _gone,
+        ClientDisconnect: _gone,
     }
     routes = [
         Route("/", show_page),
@@ -121,6 +122,11 @@ def _failed(request: Request, error: Exception) -> Response:
     request.state.log.setdefault("error", {"message": str(error)})
     transient = isinstance(error, RequestError) and (error.transient or error.kind == "closed")
     return error_response(status, body, QUEUE_RETRY_S if transient else None)
+
+
+def _gone(request: Request, error: Exception) -> Response:
+    """Nobody reads it, but the log tells it from a fault."""
+    return Response(status_code=_CLIENT_GONE)
 
 
 def _http(request: Request, error: Exception) -> Response:

@@ -142,12 +142,14 @@ def internet(monkeypatch):
 
 
 def get(url, limits=MediaGuard()):  # noqa: B008 (frozen)
-    return fetch(url, "video", allow_remote=True, guard=limits)
+    file = fetch(url, "video", allow_remote=True, guard=limits)
+    assert isinstance(file, DownloadedFile)
+    return file
 
 
 def test_a_public_address_is_fetched(internet):
     file = get("http://public.example/clip.mp4")
-    assert isinstance(file, DownloadedFile) and file.path.read_bytes() == b"x" * 20
+    assert file.path.read_bytes() == b"x" * 20
     file.close()
 
 

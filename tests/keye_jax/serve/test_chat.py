@@ -53,7 +53,8 @@ def whole_and_streamed(client, **fields):
     assert text == {"content": message.content or "", "reasoning": message.reasoning or ""}
     assert list(calls.values()) == whole_calls
     assert finish == whole.choices[0].finish_reason
-    assert usage.model_dump()["completion_tokens"] == whole.usage.completion_tokens
+    assert usage is not None
+    assert usage.completion_tokens == whole.usage.completion_tokens
     assert usage.prompt_tokens == whole.usage.prompt_tokens
     return whole
 

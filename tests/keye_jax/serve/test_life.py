@@ -105,9 +105,9 @@ class TestDrain:
 
 class TestFaults:
     def test_a_media_worker_that_is_killed(self, server, client, engine, files):
-        content = [{"type": "text", "text": "What is it?"}]
         file = client.files.create(file=files / "clip.mp4", purpose="vision")
-        content.append({"type": "video_url", "video_url": {"url": f"file-id:{file.id}", "fps": 1.7}})
+        video = {"type": "video_url", "video_url": {"url": f"file-id:{file.id}", "fps": 1.7}}
+        content = [video, {"type": "text", "text": "What is it?"}]
         for pid in engine._media.worker_pids:
             os.kill(pid, signal.SIGKILL)
         codes = {ask(server, {**ASK, "messages": [{"role": "user", "content": content}]}).status_code for _ in range(8)}

@@ -143,19 +143,21 @@ class TestConnections:
     """Clients that hold connections open and do nothing."""
 
     @pytest.fixture
-    def connect(self, serving):
-        server = serving(stall_s=1.0)
+    def impatient(self, serving):
+        return serving(stall_s=1.0)
+
+    @pytest.fixture
+    def connect(self, impatient):
         with contextlib.ExitStack() as stack:
 
-            def connect(sent=b"", **options):
-                connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 30))
+            def connect(sent=b""):
+                connection = stack.enter_context(socket.create_connection(("127.0.0.1", impatient.port), 30))
                 connection.sendall(sent)
                 return connection
 
-            connect.server = server
             yield connect
 
-    def test_heads_and_bodies_that_do_not_come(self, connect):
+    def test_heads_and_bodies_that_do_not_come(self, impatient, connect):
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
         silent, half_head = connect(), connect(head)
         half_body = connect(head + b"Content-Length: 100\r\n\r\n{")
@@ -173,7 +175,7 @@ class TestConnections:
         with contextlib.suppress(ConnectionResetError):
             assert second.recv(1) == b""
         assert time.monotonic() - began < 20
-        assert ask(connect.server).status_code == 200
+        assert ask(impatient).status_code == 200
 
     def test_a_body_that_drips(self, connect):
         """Each byte comes in time, and all of them too late."""
@@ -186,8 +188,8 @@ class TestConnections:
                 answer = dripping.recv(4096)
         assert b" 408 " in answer
 
-    def test_a_client_that_does_not_read(self, connect):
-        server = connect.server
+    def test_a_client_that_does_not_read(self, impatient, connect):
+        server = impatient
         file = server.client().files.create(file=("large", bytes(8 << 20)), purpose="user_data")
         stuck = connect(f"GET /v1/files/{file.id}/content HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         wait_for(lambda: len(server.server.server_state.connections) >= 1)
@@ -198,8 +200,8 @@ class TestConnections:
                 received += len(data)
             assert received < 8 << 20
 
-    def test_a_slow_reader_gets_all(self, connect):
-        server = connect.server
+    def test_a_slow_reader_gets_all(self, impatient):
+        server = impatient
         file = server.client().files.create(file=("large", bytes(4 << 20)), purpose="user_data")
         slow = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
         slow.request("GET", f"/v1/files/{file.id}/content")
