@@ -59,7 +59,8 @@ class ServeOptions:
         least = {"max_queue": 0, "max_connections": 1, "max_body_bytes": 1, "max_file_bytes": 1, "max_stored_bytes": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {value}")
+                option = name.removesuffix("_bytes").replace("_", "-")
+                raise UserError(f"--{option} is {getattr(self, name)}; it must be at least {value}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise UserError(f"--max-tokens is {self.max_tokens}; it must be at least 1")
         for name in ("heartbeat_s", "stall_s", "watchdog_s"):
