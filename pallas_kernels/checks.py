@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from pallas_kernels.errors import ArgumentError
 
@@ -174,7 +175,7 @@ def number(operation: str, name: str, value: Any) -> float:
     Raises:
       ArgumentError: `value` is none.
     """
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise ArgumentError(f"{operation}: {name} is a traced array; it must be a number, static under jax.jit")
     value = value.item() if isinstance(value, np.ndarray | jax.Array) and value.size == 1 else value
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
@@ -188,9 +189,9 @@ def count(operation: str, name: str, value: Any) -> int:
     Raises:
       ArgumentError: `value` is none.
     """
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise ArgumentError(f"{operation}: {name} is a traced array; it must be a whole number, static under jax.jit")
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 1 <= value < 2**31:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value < 2**31:
         raise ArgumentError(f"{operation}: {name} is {_short(value)}; it must be a whole number from 1")
     return int(value)
 

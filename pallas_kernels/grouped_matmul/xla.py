@@ -20,7 +20,7 @@ class _Blocks(NamedTuple):
     """Rows of every group, cut into blocks of a few rows."""
 
     size: int
-    count: jax.Array
+    number: jax.Array
     locate: Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
     """Group, first row, and the end of the group's rows, of a block."""
 
@@ -56,7 +56,7 @@ def _grouped_matmul(lhs: jax.Array, rhs: jax.Array, ends: jax.Array) -> jax.Arra
             return jax.lax.dynamic_update_slice_in_dim(out, rows_out, start, axis=0)
 
         out = vary_like(jnp.zeros((rows + blocks.size, rhs.shape[2]), lhs.dtype), lhs)
-        out = jax.lax.fori_loop(0, blocks.count, multiply, out)[:rows]
+        out = jax.lax.fori_loop(0, blocks.number, multiply, out)[:rows]
     return jnp.where(jnp.arange(rows)[:, None] < ends[-1], out, 0)
 
 
@@ -80,7 +80,7 @@ def _backward(saved: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[jax.Array
         return d_rhs.at[group].add(product)
 
     d_rhs = vary_like(jnp.zeros(rhs.shape, jnp.float32), lhs)
-    return d_lhs, jax.lax.fori_loop(0, blocks.count, add, d_rhs).astype(rhs.dtype), None
+    return d_lhs, jax.lax.fori_loop(0, blocks.number, add, d_rhs).astype(rhs.dtype), None
 
 
 _grouped_matmul.defvjp(_forward, _backward)

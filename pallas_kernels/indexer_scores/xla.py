@@ -68,7 +68,7 @@ def _backward(scale: float, saved: Any, d_scores: jax.Array) -> Any:
     def add_chunk(chunk: jax.Array, sums: Any) -> Any:
         d_chunk = jax.lax.dynamic_slice_in_dim(d_scores, chunk * chunks.size, chunks.size, axis=2)
         loaded = chunks.load(chunk, *pools)
-        _, pullback = jax.vjp(lambda *arrays: chunks.score(scale, *arrays, chunk), wide_q, weights, *loaded)
+        _, pullback = jax.vjp(lambda *arrays: chunks.score(scale, *arrays, chunk=chunk), wide_q, weights, *loaded)
         d_q, d_weights, *d_loaded = pullback(d_chunk)
         pages = chunks.pages(chunk)
 
