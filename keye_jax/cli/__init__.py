@@ -1,7 +1,14 @@
 """The `keye-jax` command: one small module per subcommand."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
+from keye_jax import interrupts
+
+# Before the other imports, which take a while.
+interrupts.handle_if_command("keye-jax", __name__)
+
+import signal
 import sys
 
 import typer
@@ -31,8 +38,12 @@ app.command("generate", cls=generate.InOrder)(generate.generate)
 
 def run(command: typer.Typer, arguments: list[str]) -> int:
     """Runs `command` with `arguments` and returns its exit code: a user's mistake is one line on stderr and 2."""
+    interrupts.set_hint()
     try:
-        code = command(arguments or ["--help"], standalone_mode=False)
+        try:
+            code = command(arguments or ["--help"], standalone_mode=False)
+        finally:
+            interrupts.end_if_told()
         distributed.finish()
     except typer.TyperException as error:
         print(f"keye-jax: {error.format_message()}", file=sys.stderr)
@@ -50,11 +61,14 @@ def run(command: typer.Typer, arguments: list[str]) -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):
         distributed.fail("interrupted", 130)
-        print("keye-jax: interrupted", file=sys.stderr)
+        sys.stderr.write(interrupts.line(signal.SIGINT))
         return 130
     return code if isinstance(code, int) else 0
 
 
 def main() -> None:
     """Entry point of the `keye-jax` command."""
-    sys.exit(run(app, sys.argv[1:]))
+    interrupts.handle()
+    with interrupts.raised():
+        code = run(app, sys.argv[1:])
+    sys.exit(code)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from keye_jax import interrupts
 from keye_jax.cli import options
 from keye_jax.errors import UserError
 from keye_jax.runtime import distributed
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from keye_jax.jobs.batch import Engine
     from keye_jax.jobs.report import Tally
 
-# Exit codes; SIGNALLED plus the number of a signal.
-SOME_FAILED, STOPPED, SIGNALLED = 1, 3, 128
+# Exit codes.
+SOME_FAILED, STOPPED = 1, 3
 # Told to the other processes of a job before process 0 opens its engine.
 _OPENS = "opens its engine"
 
@@ -173,6 +174,7 @@ def batch(
                         grace_s=grace,
                     )
                     ended = asyncio.run(job.run())
+                    interrupts.handle_again()
                 _write_report(tally, output)
     except JobStoppedError as error:
         print(f"keye-jax: {error}", file=sys.stderr)
@@ -180,7 +182,7 @@ def batch(
     if ended is not None:
         rest = f"{tally.total - tally.done:,} of {tally.total:,} requests have no result yet"
         print(f"keye-jax: stopped by {ended.name}; {rest}, and the same command goes on", file=sys.stderr)
-        return SIGNALLED + ended
+        return interrupts.SIGNALLED + ended
     if tally.failed:
         print(f"keye-jax: {tally.failed:,} of {tally.total:,} requests failed; see {output}", file=sys.stderr)
         return SOME_FAILED
