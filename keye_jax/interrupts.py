@@ -196,11 +196,14 @@ def _end() -> None:
         return
     assert _told is not None
     _mute()
-    code = SIGNALLED + _told
-    with contextlib.suppress(Exception):
-        if _announce is None or not _announce(reason(_told), code):
-            # On a terminal a progress bar has hidden the cursor, and "^C" stands in its line.
-            before = "\x1b[?25h\n" if os.isatty(_errors) else ""
+    code, said = SIGNALLED + _told, False
+    if _announce is not None:
+        with contextlib.suppress(Exception):
+            said = _announce(reason(_told), code)
+    if not said:
+        # On a terminal a progress bar has hidden the cursor, and "^C" stands in its line.
+        before = "\x1b[?25h\n" if os.isatty(_errors) else ""
+        with contextlib.suppress(OSError):
             os.write(_errors, f"{before}{line(_told)}".encode())
     os._exit(code)
 

@@ -10,16 +10,29 @@ interrupts.handle_if_command("keye-jax", __name__)
 
 import signal
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from keye_jax.cli import batch, bench, convert, eval, frames, generate, inspect, plan, train, verify
 from keye_jax.errors import UserError
 from keye_jax.runtime import distributed
 from pallas_kernels.errors import UnsupportedError
 
+
+class _Group(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Keeps typer from ending at Ctrl-C without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise typer.Abort from error
+
+
 app = typer.Typer(
     name="keye-jax",
+    cls=_Group,
     help="Keye-VL-2.0-30B-A3B in JAX: convert a checkpoint, inspect, verify, measure and train it, ask about videos.",
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -87,6 +87,7 @@ def batch(
     coordinator: options.Coordinator = None,
     processes: options.Processes = None,
     process_id: options.ProcessId = None,
+    startup_timeout: options.StartupTimeout = distributed.START_S,
 ) -> int:
     """Answer many requests from a file, or the same question about each video of a folder.
 
@@ -99,7 +100,7 @@ def batch(
     _at_least(1, rows=rows, media_workers=media_workers, concurrency=concurrency, max_tokens=max_tokens, ray=ray)
     _at_least(0, retries=retries, grace=grace, ray_gpus=ray_gpus)
     if ray is None:
-        distributed.start(coordinator, processes, process_id, lost_code=STOPPED)
+        distributed.start(coordinator, processes, process_id, timeout=startup_timeout, lost_code=STOPPED)
         options.check_sharding_is_given(sharding)
     elif coordinator or processes is not None or process_id is not None:
         raise UserError("--coordinator, --processes and --process-id do not go with --ray")
@@ -129,7 +130,10 @@ def batch(
     )
     for kind in ("image", "video"):
         read_options(kind, media, "", shared=True)
-    part = Shard.from_environment(os.environ) if shard is None else Shard.parse(shard)
+    environment = dict(os.environ)
+    if distributed.process_count() > 1:
+        environment.pop("JOB_COMPLETION_INDEX", None)  # of a pod that answers together with the others
+    part = Shard.from_environment(environment) if shard is None else Shard.parse(shard)
     output = part.output(output)
     # What answers depend on, by the names of options.
     settings = dataclasses.asdict(sampling) | media
@@ -173,6 +177,7 @@ def batch(
                         concurrency=outstanding,
                         grace_s=grace,
                     )
+                    distributed.take_passed_on(job.stop)
                     ended = asyncio.run(job.run())
                     interrupts.handle_again()
                 _write_report(tally, output)
@@ -190,13 +195,19 @@ def batch(
 
 
 def _follow(opener: Callable[[], Any]) -> int:
-    """Does what process 0 says until its job is done or stopped, which signals are left to."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Does what process 0 says until its job is done or stopped; Ctrl-C is left to it, SIGTERM is passed on to it."""
+    passed: list[int] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        passed.append(number)
+        distributed.pass_on(number)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, pass_on)
     if distributed.tell(""):
         with opener():
             pass
-    return 0
+    return interrupts.SIGNALLED + passed[0] if passed else 0
 
 
 def _at_least(least: int, **values: float | None) -> None:

@@ -77,6 +77,7 @@ def generate(
     coordinator: options.Coordinator = None,
     processes: options.Processes = None,
     process_id: options.ProcessId = None,
+    startup_timeout: options.StartupTimeout = distributed.START_S,
 ) -> int:
     """Answer a question about images and videos.
 
@@ -89,7 +90,7 @@ def generate(
     given = {"image": image or [], "video": video or []}
     stdin = _standard_input({**given, "messages": [messages], "subtitles": [subtitles]})
     request = _request(prompt, given, ctx.meta["media"], messages, stdin)
-    distributed.start(coordinator, processes, process_id)
+    distributed.start(coordinator, processes, process_id, timeout=startup_timeout)
 
     from keye_jax.engine.checkpoint import load_runtime, read_checkpoint
     from keye_jax.engine.engine import Engine

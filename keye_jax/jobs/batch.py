@@ -174,6 +174,8 @@ class Batch:
         # Set by the first signal or failure, and by the second signal.
         self._ending, self._now = asyncio.Event(), asyncio.Event()
         self._signal: signal.Signals | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopped = False
         self._failure: JobStoppedError | None = None
 
     async def run(self) -> signal.Signals | None:
@@ -185,7 +187,7 @@ class Batch:
         Raises:
           JobStoppedError: the output cannot be written, the input cannot be read, or the engine ended.
         """
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         signals = (signal.SIGINT, signal.SIGTERM)
         for number in signals:
             loop.add_signal_handler(number, self._on_signal, number)
@@ -214,9 +216,22 @@ class Batch:
             raise self._failure
         return self._signal
 
+    def stop(self, number: int) -> None:
+        """Ends the run as a signal does that another process of the job has got. Any thread may call it."""
+
+        def take() -> None:
+            self._stopped = not self._ending.is_set()
+            self._signal = self._signal or signal.Signals(number)
+            self._ending.set()
+
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(take)
+
     def _on_signal(self, number: signal.Signals) -> None:
-        if self._ending.is_set():
+        # The same signal to all processes of a job arrives twice here.
+        if self._ending.is_set() and not self._stopped:
             self._now.set()
+        self._stopped = False
         self._signal = self._signal or signal.Signals(number)
         self._ending.set()
 

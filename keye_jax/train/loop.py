@@ -328,7 +328,7 @@ def _stop_signal() -> Iterator[list[signal.Signals]]:
     def take(number: int, frame: FrameType | None) -> None:
         if not got:
             got.append(signal.Signals(number))
-        elif callable(handler := before[number]):
+        elif callable(handler := before[signal.Signals(number)]):
             handler(number, frame)
         else:
             raise KeyboardInterrupt
