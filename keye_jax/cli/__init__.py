@@ -1,19 +1,38 @@
 """The `keye-jax` command: one small module per subcommand."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
+from keye_jax import interrupts
+
+# Before the other imports, which take a while.
+interrupts.handle_if_command("keye-jax", __name__)
+
+import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from keye_jax.cli import batch, bench, convert, doctor, eval, frames, generate, inspect, plan, serve, train, verify
 from keye_jax.errors import UserError
 from keye_jax.runtime import distributed
 from pallas_kernels.errors import UnsupportedError
 
+
+class _Group(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Keeps typer from ending at Ctrl-C without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise typer.Abort from error
+
+
 app = typer.Typer(
     name="keye-jax",
+    cls=_Group,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -43,8 +62,12 @@ def _options(
 
 def run(command: typer.Typer, arguments: list[str]) -> int:
     """Runs `command` with `arguments` and returns its exit code: a user's mistake is one line on stderr and 2."""
+    interrupts.set_hint()
     try:
-        code = command(arguments or ["--help"], standalone_mode=False)
+        try:
+            code = command(arguments or ["--help"], standalone_mode=False)
+        finally:
+            interrupts.end_if_told()
         distributed.finish()
     except typer.TyperException as error:
         print(f"keye-jax: {error.format_message()}", file=sys.stderr)
@@ -62,11 +85,14 @@ def run(command: typer.Typer, arguments: list[str]) -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):
         distributed.fail("interrupted", 130)
-        print("keye-jax: interrupted", file=sys.stderr)
+        sys.stderr.write(interrupts.line(signal.SIGINT))
         return 130
     return code if isinstance(code, int) else 0
 
 
 def main() -> None:
     """Entry point of the `keye-jax` command."""
-    sys.exit(run(app, sys.argv[1:]))
+    interrupts.handle()
+    with interrupts.raised():
+        code = run(app, sys.argv[1:])
+    sys.exit(code)

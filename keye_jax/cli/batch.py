@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from keye_jax import interrupts
 from keye_jax.cli import options
 from keye_jax.cli.groups import EngineGroup, MediaGroup, ModelGroup, at_least, expanded
 from keye_jax.errors import UserError
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from keye_jax.jobs.batch import Engine
     from keye_jax.jobs.report import Tally
 
-# Exit codes; SIGNALLED plus the number of a signal.
-SOME_FAILED, STOPPED, SIGNALLED = 1, 3, 128
+# Exit codes.
+SOME_FAILED, STOPPED = 1, 3
 # Told to the other processes of a job before process 0 opens its engine.
 _OPENS = "opens its engine"
 
@@ -91,7 +92,10 @@ def batch(
     chosen = media.given() | options.given(subtitles=subtitles)
     for kind in ("image", "video"):
         read_options(kind, chosen, "", shared=True)
-    part = Shard.from_environment(os.environ) if shard is None else Shard.parse(shard)
+    environment = dict(os.environ)
+    if distributed.process_count() > 1:
+        environment.pop("JOB_COMPLETION_INDEX", None)  # of a pod that answers together with the others
+    part = Shard.from_environment(environment) if shard is None else Shard.parse(shard)
     output = part.output(output)
     # What answers depend on, by the names of options.
     key_options = dataclasses.asdict(sampling) | chosen | {"max_tokens": max_tokens, "shard": str(part), "rows": rows}
@@ -131,7 +135,9 @@ def batch(
                         concurrency=outstanding,
                         grace_s=grace,
                     )
+                    distributed.take_passed_on(job.pass_signal)
                     ended = asyncio.run(job.run())
+                    interrupts.handle_again()
                 _write_report(tally, output)
     except JobStoppedError as error:
         print(f"keye-jax: {error}", file=sys.stderr)
@@ -139,7 +145,7 @@ def batch(
     if ended is not None:
         rest = f"{tally.total - tally.done:,} of {tally.total:,} requests have no result yet"
         print(f"keye-jax: stopped by {ended.name}; {rest}, and the same command goes on", file=sys.stderr)
-        return SIGNALLED + ended
+        return interrupts.SIGNALLED + ended
     if tally.failed:
         print(f"keye-jax: {tally.failed:,} of {tally.total:,} requests failed; see {output}", file=sys.stderr)
         return SOME_FAILED
@@ -147,13 +153,19 @@ def batch(
 
 
 def follow(opener: Callable[[], Any]) -> int:
-    """Does what process 0 says until its job is done or stopped, which signals are left to."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Does what process 0 says until its job is done or stopped; Ctrl-C is left to it, SIGTERM is passed on to it."""
+    passed: list[int] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        passed.append(number)
+        distributed.pass_on(number)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, pass_on)
     if distributed.tell(""):
         with opener():
             pass
-    return 0
+    return interrupts.SIGNALLED + passed[0] if passed else 0
 
 
 def _input(file: Path | None, videos: str | None, prompt: str | None, output: Path) -> Path:

@@ -59,6 +59,7 @@ def bench(
     coordinator: options.Coordinator = None,
     processes: options.Processes = None,
     process_id: options.ProcessId = None,
+    startup_timeout: options.StartupTimeout = distributed.START_S,
 ) -> int:
     """Measures the model with random weights: prompts read and tokens written, sparse and dense.
 
@@ -86,7 +87,7 @@ def bench(
     if breakdown:
         # Kernels in CUDA graphs do not say which part of the model they belong to.
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
-    distributed.start(coordinator, processes, process_id)
+    distributed.start(coordinator, processes, process_id, timeout=startup_timeout)
     if time_limit is not None:
         _end_after(time_limit)
 

@@ -10,6 +10,7 @@ from typing import Annotated, Self
 
 import typer
 
+from keye_jax import interrupts
 from keye_jax.cli import options
 from keye_jax.errors import UserError
 
@@ -53,26 +54,23 @@ def convert(
     _keep_off_accelerators()
     from convert import conversion, hub
 
-    try:
-        with ConversionProgress() as progress:
-            if source is None:
-                source = hub.download(
-                    hf=hf, modelscope=modelscope, revision=revision, cache_dir=cache_dir, progress=progress
-                )
-            if sharding is not None:
-                _check_sharding(sharding, source)
-            done = conversion.convert(
-                source,
-                destination,
-                check_finite=check_finite,
-                overwrite=overwrite,
-                shard_size=shard_size,
-                merge_lora=merge_lora,
-                progress=progress,
+    interrupts.set_hint("the same command continues where this one stopped")
+    with ConversionProgress() as progress:
+        if source is None:
+            source = hub.download(
+                hf=hf, modelscope=modelscope, revision=revision, cache_dir=cache_dir, progress=progress
             )
-    except KeyboardInterrupt as error:
-        print("keye-jax: interrupted; the same command continues where this one stopped", file=sys.stderr)
-        raise typer.Exit(130) from error
+        if sharding is not None:
+            _check_sharding(sharding, source)
+        done = conversion.convert(
+            source,
+            destination,
+            check_finite=check_finite,
+            overwrite=overwrite,
+            shard_size=shard_size,
+            merge_lora=merge_lora,
+            progress=progress,
+        )
     print(
         f"{done.destination}: {done.kind}, {done.tensors:,} tensors, {done.nbytes:,} bytes, in {done.seconds:.0f} s"
         + (f" ({done.continued:,} bytes were there from an earlier run)" if done.continued else "")

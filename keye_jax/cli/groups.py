@@ -82,6 +82,7 @@ class ModelGroup:
     coordinator: options.Coordinator = None
     processes: options.Processes = None
     process_id: options.ProcessId = None
+    startup_timeout: options.StartupTimeout = distributed.START_S
 
     def settings(self) -> dict[str, Any]:
         """The arguments of `load_runtime` but its mesh. Raises UserError for a value that is not allowed."""
@@ -94,7 +95,7 @@ class ModelGroup:
 
     def start(self, **settings: Any) -> None:
         """Joins this process to the others of its job; see `keye_jax.runtime.distributed.start`."""
-        distributed.start(self.coordinator, self.processes, self.process_id, **settings)
+        distributed.start(self.coordinator, self.processes, self.process_id, timeout=self.startup_timeout, **settings)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,11 +57,15 @@ Sharding = Annotated[
 Coordinator = Annotated[
     str | None,
     typer.Option(
-        metavar="HOST:PORT", help="Of several processes: where process 0 is; 'auto', alone, finds all on a TPU pod."
+        metavar="HOST:PORT",
+        help="Of several processes: where process 0 is; 'auto', alone, asks the launcher and the TPU machine.",
     ),
 ]
 Processes = Annotated[int | None, typer.Option(help="Of several processes: how many there are.")]
 ProcessId = Annotated[int | None, typer.Option(help="Of several processes: which one this is, from 0.")]
+StartupTimeout = Annotated[
+    float, typer.Option(help="Of several processes: seconds that the others may take to arrive.")
+]
 
 
 def given(**values: Any) -> dict[str, Any]:

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from keye_jax import presets
+from keye_jax import interrupts, presets
 from keye_jax.cli import options
 from keye_jax.errors import UserError
 
 if TYPE_CHECKING:
     from keye_jax.train.config import StageConfig
-
-SIGNALLED = 128
 
 
 def train(
@@ -89,7 +87,7 @@ def train(
         return 0
     why = f"stopped by {ended.signal.name}" if ended.signal else "stopped by --stop-after"
     print(f"keye-jax: {why} after step {ended.step:,}, which is saved; the same command goes on", file=sys.stderr)
-    return SIGNALLED + ended.signal if ended.signal else 0
+    return interrupts.SIGNALLED + ended.signal if ended.signal else 0
 
 
 def _check_installed(package: str) -> None:

@@ -26,6 +26,7 @@ def verify(
     coordinator: options.Coordinator = None,
     processes: options.Processes = None,
     process_id: options.ProcessId = None,
+    startup_timeout: options.StartupTimeout = distributed.START_S,
 ) -> int:
     """Run a checkpoint on recorded prompts and compare everything it computes.
 
@@ -38,7 +39,7 @@ def verify(
     if not atol >= 0:
         raise UserError(f"--atol is {atol}; it must be 0 or more")
     arrays = _read_arrays(golden)
-    distributed.start(coordinator, processes, process_id)
+    distributed.start(coordinator, processes, process_id, timeout=startup_timeout)
 
     import jax
     import rich

@@ -174,6 +174,8 @@ class Batch:
         # Set by the first signal or failure, and by the second signal.
         self._ending, self._now = asyncio.Event(), asyncio.Event()
         self._signal: signal.Signals | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopped = False
         self._failure: JobStoppedError | None = None
 
     def stop(self, *, now: bool = False) -> None:
@@ -194,7 +196,7 @@ class Batch:
         Raises:
           JobStoppedError: the output cannot be written, the input cannot be read, or the engine ended.
         """
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         for number in signals:
             loop.add_signal_handler(number, self._on_signal, number)
         feeding, writing = asyncio.create_task(self._feed()), asyncio.create_task(self._write())
@@ -222,9 +224,23 @@ class Batch:
             raise self._failure
         return self._signal
 
+    def pass_signal(self, number: int) -> None:
+        """Ends the run as a signal does that another process of the job has got. Any thread may call it."""
+
+        def take() -> None:
+            self._stopped = not self._ending.is_set()
+            self._signal = self._signal or signal.Signals(number)
+            self._ending.set()
+
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(take)
+
     def _on_signal(self, number: signal.Signals) -> None:
+        # The same signal to all processes of a job arrives twice here.
+        again = self._ending.is_set() and not self._stopped
+        self._stopped = False
         self._signal = self._signal or signal.Signals(number)
-        self.stop(now=self._ending.is_set())
+        self.stop(now=again)
 
     def _fail(self, error: JobStoppedError) -> None:
         self._failure = self._failure or error

@@ -49,6 +49,7 @@ class Shard:
         Raises:
           UserError: it is known which part this is, but not of how many; or a number is not one.
         """
+        environ = {name: value for name, value in environ.items() if value}
         if "SLURM_ARRAY_TASK_ID" in environ:
             first, step = (_number(environ, f"SLURM_ARRAY_TASK_{name}", default) for name, default in _SLURM.items())
             index = (_number(environ, "SLURM_ARRAY_TASK_ID") - first) // max(1, step)

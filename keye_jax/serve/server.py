@@ -20,6 +20,7 @@ import uvicorn
 
 from keye_jax.errors import UserError
 from keye_jax.jobs.journal import checkpoint_hash
+from keye_jax.runtime import distributed
 from keye_jax.serve.app import make_app
 from keye_jax.serve.batches import Batches
 from keye_jax.serve.files import FileStore
@@ -86,6 +87,7 @@ def serve(
         ) from error
     server = Server(service, batches)
     opening = _Opening(opener)
+    distributed.take_passed_on(server.pass_signal)
     try:
         asyncio.run(server.run(listener, opening))
     finally:
@@ -161,6 +163,7 @@ class Server(uvicorn.Server):
         self.failed = False
         self._service, self._batches = service, batches
         self._signals = 0
+        self._passed = False
 
     async def run(self, listener: socket.socket, opening: _Opening) -> None:  # pyright: ignore
         """Serves until the end."""
@@ -189,7 +192,14 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains; the second ends at once."""
-        self._signals += 1
+        # The same signal to all processes of a model over several hosts arrives twice here.
+        self._signals += not self._passed
+        self._passed = False
+
+    def pass_signal(self, number: int) -> None:
+        """As the first signal does, one that another process of the model has got. Any thread may call it."""
+        self._passed = not self._signals
+        self._signals = max(1, self._signals)
 
     def drain(self) -> None:
         """As the first signal does."""

@@ -306,8 +306,8 @@ def run(
                 report.say("no sample of the first step is longer than topk, so the indexer learns nothing from it")
             report.step(step, numbers | {"tokens": int(numbers["tokens"]), "targets": int(numbers["targets"])}, epoch)
 
-    over = False
-    with _stop_signal() as stopped:
+    over, stopped = False, []
+    with contextlib.ExitStack() as stack:
         while state.step < trainer.steps:
             late = stop_after is not None and time.monotonic() - start >= stop_after
             if stopped or late:
@@ -318,6 +318,9 @@ def run(
                 report.say(f"the data end after step {state.step:,}, since some of it cannot be read")
                 over = True
                 break
+            if state.step == first:
+                # Before, the step is compiled, which may take minutes, and there is nothing to save.
+                stopped = stack.enter_context(_stop_signal())
             waiting.append((state.step, values, batches.epoch()))
             show(_AHEAD)
             last = state.step == trainer.steps
@@ -351,10 +354,13 @@ def _stop_signal() -> Iterator[list[signal.Signals]]:
     """Collects SIGINT and SIGTERM in a list in place of ending the process; a second one ends it."""
     got: list[signal.Signals] = []
 
-    def take(number: int, _: FrameType | None) -> None:
-        if got:
+    def take(number: int, frame: FrameType | None) -> None:
+        if not got:
+            got.append(signal.Signals(number))
+        elif callable(handler := before[signal.Signals(number)]):
+            handler(number, frame)
+        else:
             raise KeyboardInterrupt
-        got.append(signal.Signals(number))
 
     before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -6,7 +6,6 @@ import concurrent.futures
 import dataclasses
 import multiprocessing
 import pickle
-import signal
 from collections.abc import Callable, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from keye_jax import interrupts
 from keye_jax.errors import UserError
 from keye_jax.processor import ModelInputs, Processor
 from keye_jax.train.samples import read_conversation
@@ -133,7 +133,9 @@ _settings: Settings | None = None
 def _start(content: bytes) -> None:
     """Begins the work of a process."""
     global _settings
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    interrupts.end_with(parent.sentinel)
     _settings = pickle.loads(content)
 
 
@@ -156,6 +158,8 @@ class Reader:
     def __init__(self, settings: Settings, workers: int):
         self._settings, self._workers = settings, workers
         self._content = pickle.dumps(settings, pickle.HIGHEST_PROTOCOL)
+        if workers:
+            interrupts.start_quiet_tracker()
         self._pool = self._new_pool(workers) if workers else None
 
     def plan(self, line: bytes) -> Callable[[], Planned | Broken]:
@@ -181,7 +185,8 @@ class Reader:
             return lambda: getattr(self._settings, method)(argument)
         pool, future = self._pool, None
         try:
-            future = pool.submit(_run, method, argument)
+            with interrupts.kept_from_children():
+                future = pool.submit(_run, method, argument)
         except BrokenProcessPool:
             self._replace(pool)
 
@@ -205,6 +210,8 @@ class Reader:
         """Does work again in a process that does nothing else."""
         with self._new_pool(1) as pool:
             try:
-                return pool.submit(_run, method, argument).result()
+                with interrupts.kept_from_children():
+                    future = pool.submit(_run, method, argument)
+                return future.result()
             except BrokenProcessPool:
                 return Broken("it crashes the process that decodes it")

@@ -36,9 +36,10 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def begin(*arguments):
-    """Starts Python with arguments, on one CPU device."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+def begin(*arguments, environment=None):
+    """Starts Python with arguments, on one CPU device, and with these variables too."""
+    given = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment = os.environ | given | (environment or {})
     command = [sys.executable, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -12,6 +12,8 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
+from keye_jax import interrupts
+
 _PROGRAM = "from keye_jax.engine.media.worker import main; main()"
 # Seconds. How long it may take to start, and how often one looks whether to go on waiting.
 _START_S, _LOOK_S = 120, 0.1
@@ -39,7 +41,7 @@ class WorkerProcess:
     def __init__(self, setup: bytes, memory: int):
         self._pipe, theirs = Pipe()
         paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
-        with theirs:
+        with theirs, interrupts.kept_from_children():
             descriptors = (theirs.fileno(), memory)
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _PROGRAM, *map(str, descriptors)],

@@ -22,7 +22,6 @@ import dataclasses
 import logging
 import mmap
 import pickle
-import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from keye_jax import interrupts
 from keye_jax.engine.media.frame_cache import FrameCache
 from keye_jax.engine.media.hashes import FileHashes, FileKey, decoder_versions
 from keye_jax.engine.media.work import Medium, Stopped, decode, describe, failure
@@ -58,7 +58,7 @@ class Settings:
 
 def main() -> None:
     """The program of a worker. Its arguments are the descriptors of the pipe and of the shared memory."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    interrupts.end_with(int(sys.argv[1]))
     pipe, memory = Connection(int(sys.argv[1])), mmap.mmap(int(sys.argv[2]), 0)
     try:
         worker = _Worker(pipe, memory, pickle.loads(pipe.recv_bytes()))

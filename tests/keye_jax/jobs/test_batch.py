@@ -45,7 +45,13 @@ def output(tmp_path):
 
 
 @pytest.fixture
-def run(tmp_path, output):
+def jobs():
+    """The jobs that `run` has run or is running."""
+    return []
+
+
+@pytest.fixture
+def run(tmp_path, output, jobs):
     """Runs a job on the content of an input, and returns how it ended and its tally."""
 
     def call(content, engine=None, *, concurrency=16, grace_s=5.0, shard=WHOLE, reader=read_lines, **options):
@@ -64,6 +70,7 @@ def run(tmp_path, output):
                 concurrency=concurrency,
                 grace_s=grace_s,
             )
+            jobs.append(job)
             return asyncio.run(job.run()), tally
 
     return call
@@ -236,6 +243,15 @@ class TestEnds:
         start = time.monotonic()
         ended, _ = run(line("a", "hang"), FakeEngine(after={1: twice}), grace_s=600)
         assert ended == signal.SIGINT and time.monotonic() - start < 60
+
+    def test_a_signal_that_another_process_of_the_job_has_got_too_counts_once(self, run, jobs):
+        def everywhere():
+            threading.Timer(0.1, lambda: jobs[-1].pass_signal(signal.SIGTERM)).start()
+            later(0.3, signal.SIGTERM)
+
+        engine = FakeEngine(2.0, after={1: everywhere})
+        ended, tally = run(line("a") + line("b"), engine, concurrency=2)
+        assert ended == signal.SIGTERM and tally.done == 2
 
     def test_a_defect_here_is_not_hidden(self, run, monkeypatch):
         monkeypatch.setattr("keye_jax.jobs.batch.completion_body", lambda *_, **__: 1 / 0)

@@ -184,22 +184,126 @@ def test_flags_that_do_not_belong_together_are_refused(arguments, message):
         distributed.start(*arguments)
 
 
-@pytest.mark.parametrize(
-    ("environment", "several"),
-    [
-        ({}, False),
-        ({name: "2" for name in distributed._SLURM}, True),
-        ({name: "2" for name in distributed._SLURM} | {"SLURM_NTASKS": "1"}, False),
-        ({"SLURM_NTASKS": "4"}, False),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "one"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "one,two"}, True),
-        ({"MEGASCALE_NUM_SLICES": "2", "TPU_WORKER_HOSTNAMES": "one"}, True),
-    ],
-)
-def test_the_environment_says_whether_there_are_several_processes(monkeypatch, environment, several):
-    for name in (*distributed._SLURM, "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert distributed._several_in_environment() is several
+# Each launcher's variables for process 0 of two on this machine; those that say the number, and the port of process 0.
+LAUNCHERS = {
+    "jax": ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID"),
+    "kubernetes": ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}, "JOB_COMPLETION_INDEX"),
+    "kubeflow": (
+        {"COORDINATOR_ADDRESS": "127.0.0.1", "COORDINATOR_PORT": "{port}", "NUM_PROCESSES": "2"},
+        "PROCESS_ID",
+    ),
+    "torch": ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{port}", "WORLD_SIZE": "2"}, "RANK"),
+    "open mpi": (
+        {
+            "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+            "OMPI_MCA_orte_hnp_uri": "{job_of_4096}.0;tcp://127.0.0.1:1",
+        },
+        "OMPI_COMM_WORLD_RANK",
+    ),
+    "slurm": (
+        {
+            "SLURM_JOB_ID": "{job}",
+            "SLURM_STEP_NODELIST": "127.0.0.1",
+            "SLURM_NTASKS": "2",
+            "SLURM_LOCALID": "0",
+        },
+        "SLURM_PROCID",
+    ),
+    "mpi": ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:{port}", "PMI_SIZE": "2"}, "PMI_RANK"),
+    "tpu": ({"TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.1", "JAX_COORDINATOR_PORT": "{port}"}, "TPU_WORKER_ID"),
+    "megascale": (
+        {
+            "TPU_WORKER_HOSTNAMES": "127.0.0.1",
+            "TPU_WORKER_ID": "0",
+            "MEGASCALE_NUM_SLICES": "2",
+            "MEGASCALE_COORDINATOR_ADDRESS": "127.0.0.1:8080",
+            "JAX_COORDINATOR_PORT": "{port}",
+        },
+        "MEGASCALE_SLICE_ID",
+    ),
+}
+
+
+def launched(launcher, program, *arguments):
+    """Two processes as a launcher starts them."""
+    variables, number = LAUNCHERS[launcher]
+    port = free_port()
+    while port < 61440:  # where Slurm's and Open MPI's ports are
+        port = 61440 + port % 4096
+        with socket.socket() as probe:
+            if not probe.connect_ex(("127.0.0.1", port)):
+                port = free_port()
+    job = port - 61440
+    filled = {name: value.format(port=port, job=job, job_of_4096=4096 * job) for name, value in variables.items()}
+    return [begin("-c", program, *arguments, environment=filled | {number: str(i)}) for i in range(2)]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_find_each_other_as_the_launcher_says(launcher):
+    program = """if True:
+        import os
+        from keye_jax.runtime import launchers, rendezvous
+        found = launchers.find(os.environ)
+        rendezvous.meet(found.coordinator, found.processes, found.process_id, 30)
+        print(found.process_id)
+    """
+    for number, worker in enumerate(launched(launcher, program)):
+        code, out, err = finish(worker, seconds=60)
+        assert (code, out) == (0, f"{number}\n"), err
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_signal_to_one_process_ends_all_by_its_name(victim):
+    program = """if True:
+        import time
+        from keye_jax import interrupts
+        from keye_jax.runtime import distributed
+        interrupts.handle()
+        with interrupts.raised():
+            distributed.start("auto")
+            print("up", file=distributed._job.errors, flush=True)
+            time.sleep(60)
+    """
+    workers = launched("slurm", program)
+    try:
+        for worker in workers:
+            told(worker, "up")
+        workers[victim].send_signal(signal.SIGTERM)
+        name = f"process {victim} ({socket.gethostname()})"
+        for number, worker in enumerate(workers):
+            code, _, err = finish(worker, seconds=30)
+            said = f"keye-jax: {name} was told to end (SIGTERM)"
+            if number != victim:
+                said += f"; process {number} ({socket.gethostname()}) ends"
+            assert (code, err) == (143, f"{said}\n")
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def test_half_of_a_launchers_variables_is_refused_by_the_command(checkpoint):
+    """And not answered by each process alone."""
+    ask = ["generate", "--checkpoint", checkpoint, "--prompt", "?"]
+    code, out, err = finish(
+        begin("-m", "keye_jax.cli", *ask, environment={"SLURM_STEP_NODELIST": "a,b", "SLURM_PROCID": "1"})
+    )
+    assert (code, out) == (2, "")
+    assert err.startswith("keye-jax: SLURM_JOB_ID, SLURM_NTASKS and SLURM_LOCALID are not set, and ")
+    assert err.count("\n") == 1
+
+
+def test_auto_finds_nothing_here():
+    with pytest.raises(UserError, match="--coordinator is 'auto', and"):
+        distributed.start("auto")
+
+
+def test_flags_are_completed_by_variables(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "here:1")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "5")
+    with pytest.raises(UserError, match="--process-id is 5; it must be from 0 to"):
+        distributed.start(processes=2)
+    with pytest.raises(UserError, match="--processes must be given too"):
+        distributed.start(process_id=0)
+    with pytest.raises(UserError, match="--startup-timeout is 0; it must be a positive number"):
+        distributed.start(processes=2, process_id=0, timeout=0)

@@ -1,0 +1,197 @@
+"""Ctrl-C at random moments of every command: `python -m tests.interrupts --tries 30 --seed 0`.
+
+Each try starts a command, waits for a random part of the time that it takes, and interrupts it: alone or with all its
+processes, once or twice. It has to end within seconds with one line and exit code 130, or to have ended before, and to
+leave no process. What a conversion leaves must be what the next one continues. Ends with exit code 1 if a try fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from keye_jax.testing import write_clip
+from tests.keye_jax.processes import ROOT, write_inputs
+
+LIMIT_S = 10.0
+"""From the last signal to the end of the process, on a busy machine."""
+
+# Python itself needs so long before it runs any program.
+_FIRST_S = 0.3
+_ENDINGS = ("keye-jax: interrupted", "keye-jax: stopped by SIGINT")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command of `keye-jax`.
+
+    Attributes:
+      arguments: with "{out}" for a path that is new for each try.
+      check: takes that path after the command was interrupted; says what is wrong with what is there, or "".
+    """
+
+    arguments: Sequence[str]
+    check: Callable[[Path], str] = lambda out: ""
+
+
+def commands(folder: Path) -> dict[str, Command]:
+    """The commands, with inputs that are written into a folder."""
+    write_inputs(folder)
+    write_clip(folder / "long.mp4", seconds=20, size=(112, 56))
+    body = {"messages": [{"role": "user", "content": [{"type": "text", "text": "What moves?"}]}]}
+    media = {"type": "video_url", "video_url": {"url": str(folder / "long.mp4")}}
+    body["messages"][0]["content"].insert(0, media)
+    asked = {"method": "POST", "url": "/v1/chat/completions", "body": body}
+    lines = [json.dumps({"custom_id": str(number), **asked}) for number in range(20)]
+    (folder / "in.jsonl").write_text("\n".join(lines) + "\n")
+    given = ("--checkpoint", str(folder / "orbax"))
+    golden = ROOT / "tests" / "golden" / "a"
+
+    def converts(out: Path) -> str:
+        code, _, err = _ended(_start(("convert", str(folder / "hf"), str(out))))
+        if out.is_dir() and code == 2 and "is not empty" in err:
+            return ""  # it was whole
+        return "" if code == 0 else f"the next conversion ends with {code}: {err}"
+
+    def has_whole_lines(out: Path) -> str:
+        text = out.read_text() if out.exists() else ""
+        for line in text.splitlines()[: None if text.endswith("\n") else -1]:
+            if json.loads(line)["response"] is None:
+                return f"an interrupted request has a result: {line}"
+        return ""
+
+    return {
+        "convert": Command(("convert", str(folder / "hf"), "{out}"), converts),
+        "generate": Command(
+            ("generate", *given, "--video", str(folder / "long.mp4"), "--prompt", "?", "--max-new-tokens", "20")
+        ),
+        "batch": Command(
+            (
+                *("batch", *given, "--input", str(folder / "in.jsonl"), "--output", "{out}", "--max-tokens", "8"),
+                *("--rows", "2", "--cache-tokens", "16K", "--grace", "2"),
+            ),
+            has_whole_lines,
+        ),
+        "bench": Command(
+            (
+                *("bench", "--config", str(folder / "hf" / "config.json"), "--prefill", "256", "--decode", "1x256"),
+                *("--packed", "", "--unrelated", "", "--repeats", "1"),
+            )
+        ),
+        "plan": Command(("plan", "--platform", "h200:4", "--sharding", "expert", "--context", "8K", "--no-compile")),
+        "verify": Command(("verify", "--checkpoint", str(golden), "--golden", str(golden / "golden.npz"))),
+        "frames": Command(("frames", str(folder / "long.mp4"), "--out", "{out}")),
+        "train": Command(("train", "--config", "shapes_cpu", "--output", "{out}")),
+    }
+
+
+def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
+    """Starts the command at the head of a process group, as a shell does."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / "build" / "compiled"))
+    return subprocess.Popen(
+        [sys.executable, "-m", "keye_jax.cli", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+
+
+def _ended(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr; raises TimeoutExpired if the process, or one that it has started, does not end."""
+    try:
+        out, err = process.communicate(timeout=seconds)  # its children have the same pipes
+        return process.returncode, out, err
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+
+
+def interrupt(arguments: Sequence[str], delay: float, *, group: bool, again: float | None) -> tuple[str, str]:
+    """Interrupts a command once.
+
+    Args:
+      arguments: of the command.
+      delay: seconds from its start.
+      group: whether its children are signalled too, as by a terminal.
+      again: seconds from the first signal to a second; None for none.
+
+    Returns:
+      "interrupted" or "over", which it was before; and what is wrong, or "".
+    """
+    process = _start(arguments)
+    for pause in [delay] + ([] if again is None else [again]):
+        time.sleep(pause)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT) if group else process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    try:
+        code, _, err = _ended(process, LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return "interrupted", f"it has not ended after {LIMIT_S:.0f} s"
+    if code == 0:
+        return "over", "" if "Traceback" not in err else err
+    told = [line for line in err.splitlines() if line.startswith(_ENDINGS)]
+    if code != 130 or len(told) != 1 or "Traceback" in err or "Error" in err:
+        return "interrupted", f"exit code {code} after {time.monotonic() - began:.1f} s: {err}"
+    return "interrupted", ""
+
+
+def attempt(command: Command, seconds: float, out: Path, draw: random.Random) -> tuple[str, str]:
+    """`interrupt` at a random moment of the `seconds` that the command takes, and a look at what it has left."""
+    arguments = [argument.format(out=out) for argument in command.arguments]
+    delay = draw.uniform(min(_FIRST_S, seconds), seconds)
+    again = draw.choice([None, None, 0.05, 0.5])
+    state, wrong = interrupt(arguments, delay, group=draw.random() < 0.5, again=again)
+    what = f"{state:11} at {delay:6.2f} of {seconds:6.2f} s" + ("" if again is None else f", twice in {again} s")
+    return what, wrong or command.check(out)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.interrupts", description=__doc__)
+    parser.add_argument("--tries", type=int, default=30, help="of each command")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--longest", type=float, default=20, help="seconds of a command in which it is interrupted")
+    parser.add_argument("--only", help="one command")
+    options = parser.parse_args()
+    failures = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder, numbers = Path(name), itertools.count()
+        for command_name, command in commands(folder).items():
+            if options.only not in (None, command_name):
+                continue
+            draw, good = random.Random(f"{options.seed} {command_name}"), 0
+            began = time.monotonic()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                _ended(_start([a.format(out=folder / "whole") for a in command.arguments]), options.longest)
+            seconds = time.monotonic() - began
+            for _ in range(options.tries):
+                out = folder / f"{next(numbers)}"
+                what, wrong = attempt(command, seconds, out, draw)
+                good += not wrong
+                print(f"{command_name:9} {what}{': ' if wrong else ''}{wrong}", flush=True)
+            for path in folder.glob("[0-9]*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            print(f"{command_name:9} {good} of {options.tries}", flush=True)
+            failures += options.tries - good
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""A signal ends a command within seconds, with one line, in moments where KeyboardInterrupt alone does not."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.interrupts import attempt, commands
+from tests.keye_jax.processes import ROOT
+
+_START = """
+import sys
+from keye_jax import interrupts
+interrupts.handle()
+def ready():
+    print("ready", flush=True)
+"""
+
+MOMENTS = {
+    "in native code": """
+import hashlib
+with interrupts.raised():
+    ready()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+""",
+    "swallowed": """
+import time
+with interrupts.raised():
+    ready()
+    while True:
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass
+""",
+    "taken for another error": """
+import time
+with interrupts.raised():
+    ready()
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt as error:
+        raise ValueError("not this") from error
+""",
+    "in a destructor, while threads fail": """
+import threading, time
+class Held:
+    def __del__(self):
+        ready()
+        time.sleep(60)
+def fail():
+    threading.Event().wait(0.5)
+    raise ValueError("not this")
+with interrupts.raised():
+    threading.Thread(target=fail).start()
+    held = Held()
+    del held
+    threading.Event().wait(0.1)
+    while threading.active_count() > 2:
+        time.sleep(0.1)
+""",
+    "at an exit that hangs": """
+import atexit, threading, time
+atexit.register(time.sleep, 60)
+threading.Thread(target=time.sleep, args=(60,)).start()
+with interrupts.raised():
+    ready()
+""",
+    "during imports": """
+import time
+ready()
+time.sleep(60)
+""",
+}
+
+
+def begun(program):
+    process = subprocess.Popen(
+        [sys.executable, "-c", _START + program],
+        env={"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+def ended(process, seconds=30):
+    try:
+        return *process.communicate(timeout=seconds), process.returncode
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_line_says_it_and_the_process_ends(moment, number):
+    process = begun(MOMENTS[moment])
+    time.sleep(0.3)  # it is in the midst of it
+    process.send_signal(number)
+    _, err, code = ended(process)
+    reason = {signal.SIGINT: "interrupted", signal.SIGTERM: "told to end (SIGTERM)"}[number]
+    assert (code, err) == (128 + number, f"keye-jax: {reason}\n")
+
+
+def test_the_second_ctrl_c_does_not_wait_for_what_is_being_closed():
+    program = """
+import time
+with interrupts.raised():
+    try:
+        ready()
+        time.sleep(60)
+    finally:
+        ready()
+        interrupts._PATIENCE_S = 60
+        time.sleep(60)
+"""
+    process = begun(program)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, err, code = ended(process)
+    assert (code, err) == (130, "keye-jax: interrupted\n")
+
+
+def test_a_child_does_not_get_the_signal_and_ends_with_its_parent():
+    program = """
+import os, signal, subprocess, time
+reading, writing = os.pipe()
+child = f'''
+import sys, time
+from keye_jax import interrupts
+interrupts.end_with({reading})
+print("ready", flush=True)
+time.sleep(60)
+'''
+with interrupts.kept_from_children(), interrupts.raised():
+    process = subprocess.Popen([sys.executable, "-c", child], pass_fds=[reading])
+os.close(reading)
+with interrupts.raised():
+    time.sleep(60)
+"""
+    process = begun(program)
+    process.send_signal(signal.SIGINT)
+    # The child has the same pipes, which are read to their end.
+    _, err, code = ended(process)
+    assert (code, err) == (130, "keye-jax: interrupted\n")
+
+
+def test_a_signal_that_the_parent_ignores_stays_ignored():
+    program = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+interrupts.handle()
+ready()
+sys.exit(signal.getsignal(signal.SIGINT) is not signal.SIG_IGN)
+"""
+    process = begun(program)
+    _, err, code = ended(process)
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.slow
+def test_commands_are_interrupted_at_random_moments(tmp_path):
+    """A few tries; `python -m tests.interrupts` makes more, of all commands."""
+    chosen = commands(tmp_path)
+    draw = random.Random(time.monotonic())
+    for name in ("convert", "frames", "generate"):
+        what, wrong = attempt(chosen[name], 6.0, tmp_path / f"{name}.out", draw)
+        assert not wrong, f"{name} {what}: {wrong}"
