@@ -27,7 +27,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "convert",
     ),
     "keye_jax.demo": ("keye_jax.cli", "keye_jax.testing", "convert"),
-    "keye_jax.jobs": ("keye_jax.engine", "keye_jax.presets"),
+    "keye_jax.jobs": ("keye_jax.engine", "keye_jax.presets", "keye_jax.file_lock"),
     "keye_jax.engine": ("keye_jax.runtime", "keye_jax.processor", "convert"),
     "keye_jax.eval": ("keye_jax.runtime", "keye_jax.engine", "keye_jax.train"),
     "keye_jax.bench": ("keye_jax.engine", "keye_jax.jobs", "keye_jax.presets", "keye_jax.testing"),
@@ -51,9 +51,10 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "keye_jax.presets": ("keye_jax.errors",),
     "keye_jax.config": ("keye_jax.errors",),
     "keye_jax.errors": (),
+    "keye_jax.file_lock": (),
     "keye_jax": (),  # __init__.py: the version, and names of the library that are looked up late
     "keye_jax.progress": (),
-    "convert": ("keye_jax.config", "keye_jax.sharding", "keye_jax.progress"),
+    "convert": ("keye_jax.config", "keye_jax.sharding", "keye_jax.progress", "keye_jax.file_lock"),
     "pallas_kernels": (),
 }
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import typer
 
-from keye_jax.cli import batch, bench, convert, eval, frames, generate, inspect, plan, train, verify
+from keye_jax.cli import batch, bench, convert, eval, frames, generate, inspect, paths, plan, train, verify
 from keye_jax.errors import UserError
 from keye_jax.runtime import distributed
 from pallas_kernels.errors import UnsupportedError
 
-app = typer.Typer(
+app = paths.App(
     name="keye-jax",
     help="Keye-VL-2.0-30B-A3B in JAX: convert a checkpoint, inspect, verify, measure and train it, ask about videos.",
     add_completion=False,
@@ -29,6 +30,14 @@ app.command("train")(train.train)
 app.command("generate", cls=generate.InOrder)(generate.generate)
 
 
+# What a file system can answer although the program is right. Any other OSError is a defect.
+_OF_THE_MACHINE = {
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EBUSY, errno.EXDEV),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENOLCK, errno.EMFILE, errno.ENFILE, errno.ENODEV, errno.ENXIO),
+}
+
+
 def run(command: typer.Typer, arguments: list[str]) -> int:
     """Runs `command` with `arguments` and returns its exit code: a user's mistake is one line on stderr and 2."""
     try:
@@ -37,14 +46,9 @@ def run(command: typer.Typer, arguments: list[str]) -> int:
     except typer.TyperException as error:
         print(f"keye-jax: {error.format_message()}", file=sys.stderr)
         return error.exit_code
-    except (
-        UserError,
-        UnsupportedError,
-        FileNotFoundError,
-        PermissionError,
-        NotADirectoryError,
-        IsADirectoryError,
-    ) as error:
+    except (UserError, UnsupportedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _OF_THE_MACHINE:
+            raise
         distributed.fail(str(error), 2)
         print(f"keye-jax: {error}", file=sys.stderr)
         return 2

@@ -82,6 +82,7 @@ def batch(
     indexer_dtype: options.IndexerDtype = None,
     prefill_chunk: options.PrefillChunk = None,
     dtype: options.Dtype = "checkpoint",
+    verify_checksums: options.VerifyChecksums = False,
     sharding: options.Sharding = None,
     coordinator: options.Coordinator = None,
     processes: options.Processes = None,
@@ -103,7 +104,7 @@ def batch(
     elif coordinator or processes is not None or process_id is not None:
         raise UserError("--coordinator, --processes and --process-id do not go with --ray")
 
-    from convert import kind_of
+    from convert import buckets, kind_of
     from keye_jax.engine.generation_config import GenerationDefaults
     from keye_jax.engine.options import EngineOptions
     from keye_jax.jobs.batch import Answerer, Batch, open_engine, token_text
@@ -112,9 +113,10 @@ def batch(
     from keye_jax.jobs.report import Progress, Tally
     from keye_jax.processor.options import read_options
 
-    kind_of(checkpoint)
+    directory = buckets.local(checkpoint)
+    kind_of(directory)
     asked = options.given(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    sampling = dataclasses.replace(GenerationDefaults.from_checkpoint(checkpoint).sampling, **asked)
+    sampling = dataclasses.replace(GenerationDefaults.from_checkpoint(directory).sampling, **asked)
     media = options.given(
         fps=fps,
         max_frames=max_frames,
@@ -141,7 +143,8 @@ def batch(
     shared |= {} if cache_tokens is None else {"cache_tokens": options.tokens("--cache-tokens", cache_tokens)}
     opener = functools.partial(
         open_engine,
-        str(checkpoint),
+        # A worker on another machine looks for a bucket's small files itself.
+        str(directory if ray is None else checkpoint),
         warmup=warmup,
         options=EngineOptions(**shared, frame_cache=frame_cache),
         sharding=sharding,
@@ -149,6 +152,7 @@ def batch(
         attention=chosen,
         prefill_chunk=chunk,
         dense_below=dense,
+        verify_checksums=verify_checksums,
         allow_remote=allow_remote,
         media=media,
     )
@@ -157,7 +161,7 @@ def batch(
     try:
         source = _input(input, videos, prompt, output)
         digest, lines = count_lines(source)
-        key = {"input": digest, "checkpoint": checkpoint_hash(checkpoint), "options": settings}
+        key = {"input": digest, "checkpoint": checkpoint_hash(directory), "options": settings}
         with Journal(output, key) as journal, source.open("rb") as file:
             tally, ended = Tally(part.size(lines), journal.succeeded, journal.failures), None
             if tally.done == tally.total:
@@ -165,7 +169,7 @@ def batch(
             else:
                 with _engine(opener, ray, ray_gpus, outstanding) as engine:
                     tally.begin()
-                    name, text = checkpoint.resolve().name, token_text(checkpoint)
+                    name, text = checkpoint.resolve().name, token_text(directory)
                     answerer = Answerer(engine, name, text, sampling, max_tokens, retries)
                     job = Batch(
                         *(answerer, journal, read_lines(file, part), tally, Progress()),

@@ -73,6 +73,7 @@ def generate(
     indexer_dtype: options.IndexerDtype = None,
     prefill_chunk: options.PrefillChunk = None,
     dtype: options.Dtype = "checkpoint",
+    verify_checksums: options.VerifyChecksums = False,
     sharding: options.Sharding = None,
     coordinator: options.Coordinator = None,
     processes: options.Processes = None,
@@ -91,6 +92,7 @@ def generate(
     request = _request(prompt, given, ctx.meta["media"], messages, stdin)
     distributed.start(coordinator, processes, process_id)
 
+    from convert import buckets
     from keye_jax.engine.checkpoint import load_runtime, read_checkpoint
     from keye_jax.engine.engine import Engine
     from keye_jax.engine.limits import new_token_limit
@@ -111,7 +113,8 @@ def generate(
         max_pixels=max_pixels,
         total_pixels=total_pixels,
     )
-    config, processor, defaults = read_checkpoint(checkpoint, allow_remote=allow_remote, media=media)
+    directory = buckets.local(checkpoint)
+    config, processor, defaults = read_checkpoint(directory, allow_remote=allow_remote, media=media)
     rules = options.mesh_rules(sharding, config)
     asked = options.given(temperature=0.0 if greedy else temperature, top_p=top_p, top_k=top_k, seed=seed)
     sampling = dataclasses.replace(defaults.sampling, **asked)
@@ -132,13 +135,14 @@ def generate(
     with options.ProgressBars() as report:
         report("loading weights", 0, None)
         runtime = load_runtime(
-            checkpoint,
+            directory,
             config,
             rules=rules,
             dtype=cast,
             attention=chosen,
             prefill_chunk=chunk,
             dense_below=dense,
+            verify_checksums=verify_checksums,
         )
         report("loading weights", 1, 1)
     load_seconds = time.perf_counter() - began

@@ -31,7 +31,9 @@ def plan(
         str | None, typer.Option(metavar="STAGE", help="Plan training by a stage's preset or file, in place of a job.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences that are decoded together.")] = 1,
-    config: Annotated[Path, typer.Option(help="Configuration of the model, a config.json.")] = presets.RELEASED,
+    config: Annotated[
+        Path, typer.Option(help="Configuration of the model, a config.json, or a checkpoint.")
+    ] = presets.RELEASED,
     sharding: options.Sharding = None,
     prefill_chunk: options.PrefillChunk = None,
     slices: Annotated[int, typer.Option(help="How many TPU slices of this topology.")] = 1,
@@ -57,6 +59,7 @@ def plan(
     tokens = options.tokens("--context", context)
     _without_devices()
 
+    from convert import buckets
     from keye_jax.config import KeyeConfig
     from keye_jax.planning.hardware import Platform
     from keye_jax.planning.plan import plan as compute
@@ -66,7 +69,7 @@ def plan(
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise UserError(f"--implementation is {implementation!r}; it must be one of: {', '.join(IMPLEMENTATIONS)}")
     found = compute(
-        KeyeConfig.from_file(config),
+        KeyeConfig.from_file(buckets.local(config)),
         ShardingConfig.from_file(presets.sharding_file(sharding or "one_device")),
         Platform.parse(platform, slices),
         context=tokens,
@@ -87,6 +90,7 @@ def _plan_train(train: str, config: Path, sharding: str | None, platform: str, s
     stage_file = presets.train_file(train)
     _without_devices()
 
+    from convert import buckets
     from keye_jax.config import KeyeConfig
     from keye_jax.planning.hardware import Platform
     from keye_jax.planning.train import plan_train
@@ -94,7 +98,7 @@ def _plan_train(train: str, config: Path, sharding: str | None, platform: str, s
     from keye_jax.train.config import StageConfig
 
     found = plan_train(
-        KeyeConfig.from_file(config),
+        KeyeConfig.from_file(buckets.local(config)),
         StageConfig.from_file(stage_file),
         ShardingConfig.from_file(presets.sharding_file(sharding or "train")),
         Platform.parse(platform, slices),

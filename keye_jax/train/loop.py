@@ -73,13 +73,21 @@ class Model:
     dtypes: Mapping[str, jnp.dtype]
 
 
-def load_model(checkpoint: str | Path, stage: StageConfig, rules: MeshRules, *, source: str = "stage") -> Model:
+def load_model(
+    checkpoint: str | Path,
+    stage: StageConfig,
+    rules: MeshRules,
+    *,
+    source: str = "stage",
+    verify_checksums: bool = False,
+) -> Model:
     """Loads a checkpoint for a stage: what trains, and what stays as it is.
 
     Args:
       checkpoint: a directory of either kind.
       rules: where weights lie; see `training_sharding`.
       source: what messages call the stage.
+      verify_checksums: as for `convert.load_params`.
 
     Raises:
       UserError: the checkpoint is not whole, or stage and model do not go together.
@@ -95,7 +103,12 @@ def load_model(checkpoint: str | Path, stage: StageConfig, rules: MeshRules, *, 
         for key in path[:-1]:
             node = node.setdefault(key, {})
         node[path[-1]] = training_sharding(rules, shape, axes)
-    params = load_params(checkpoint, config, shardings=shardings if rules.devices > 1 else None)
+    params = load_params(
+        checkpoint,
+        config,
+        shardings=shardings if rules.devices > 1 else None,
+        verify_checksums=verify_checksums,
+    )
     structure, weights = ModelDef.split(Keye.from_params(config, params))
     if stage.dtype != "checkpoint":
         weights = {path: value.astype(stage.dtype) for path, value in weights.items()}
