@@ -91,11 +91,12 @@ def convert(
         raise UserError(f"--shard-size is {shard_size}; it must be a positive number of bytes")
     destination = check_destination(dst, overwrite=overwrite, source=src)
     source_directory = buckets.local(src)
+    detect.kind_of(source_directory)
+    checks.raise_problems(source_directory, checks.damage(source_directory, report))
     source = detect.open_source(source_directory)
     try:
         config = detect.read_config(source_directory)
         adapter = None if merge_lora is None else read_adapter(merge_lora, config)
-        checks.raise_problems(source_directory, checks.damage(source_directory, report))
         found, problems = checks.check(source, config)
         if check_finite:
             problems += _non_finite(source, found, report)
@@ -237,6 +238,7 @@ def check_destination(dst: str | Path, *, overwrite: bool, source: str | Path | 
         except UserError as error:
             raise UserError(f"DST {destination} is not a checkpoint, so --overwrite does not replace it") from error
     partial = staging_directory(destination)
+    storage.resolve("DST.partial", partial)
     if partial.is_symlink() or os.path.ismount(partial):
         raise UserError(f"{partial} is in the way: it must be a directory of the same file system as DST")
     storage.check_writable("DST", partial if not partial.exists() else partial / "new")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -24,9 +25,9 @@ def kind_of(path: str | Path) -> Kind:
       UserError: there is no such directory, it holds no checkpoint, or its conversion is not finished.
     """
     path = buckets.local(path)
-    name = buckets.shown(path) if path.is_dir() else path
-    if not path.is_dir():
-        raise UserError(f"{path} {_why_no_directory(path)}; a checkpoint is a directory")
+    if (why := _why_no_directory(path)) is not None:
+        raise UserError(f"{path} {why}; a checkpoint is a directory")
+    name = buckets.shown(path)
     if is_unfinished(path):
         raise UserError(f"{path} is an unfinished conversion; repeat the command that began it")
     _refuse_pointers(path, name)
@@ -37,14 +38,13 @@ def kind_of(path: str | Path) -> Kind:
     raise UserError(f"{name} is not a checkpoint: it has neither {INDEX_NAME}, nor *.safetensors, nor Orbax's params/")
 
 
-def _why_no_directory(path: Path) -> str:
+def _why_no_directory(path: Path) -> str | None:
     try:
-        path.stat()
+        return None if stat.S_ISDIR(path.stat().st_mode) else "is a file"
     except FileNotFoundError:
         return "does not exist"
     except (OSError, ValueError) as error:
         return f"cannot be opened ({getattr(error, 'strerror', None) or error})"
-    return "is a file"
 
 
 # What `git clone` leaves of large files where Git LFS is not installed.

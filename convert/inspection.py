@@ -11,6 +11,7 @@ from convert.manifest import MANIFEST, Manifest
 from convert.orbax_io import OrbaxSource
 from convert.reader import SafetensorsSource
 from keye_jax.config import KeyeConfig
+from keye_jax.errors import UserError
 from keye_jax.progress import PhaseProgress
 
 _TEXT_PARTS = ("embedding", "attention", "indexer", "router", "norms", "lm_head")
@@ -85,8 +86,13 @@ def inspect(path: str | Path, *, check: bool = False, progress: PhaseProgress | 
         return _summary(path, "config", config, found, 0, [])
     kind = detect.kind_of(path)
     damaged = _damage(path, progress) if check else []
-    config = detect.read_config(path)
-    source = detect.open_source(path)
+    try:
+        config = detect.read_config(path)
+        source = detect.open_source(path)
+    except UserError:
+        # What cannot be read because of damage is said by the damage.
+        checks.raise_problems(path, damaged)
+        raise
     try:
         found, problems = checks.check(source, config)
         return _summary(path, kind, config, found, _count_files(source), list(dict.fromkeys(damaged + problems)))

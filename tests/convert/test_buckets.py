@@ -106,7 +106,9 @@ def test_damage_in_a_bucket(bucket, source):
     url = f"{bucket.scheme}://made/a"
     bucket.upload("a", source)
     convert.convert(url, f"{bucket.scheme}://made/orbax")
-    largest = max((name for name in bucket.objects if name.startswith("orbax/")), key=lambda n: len(bucket.objects[n][0]))
+    largest = max(
+        (name for name in bucket.objects if name.startswith("orbax/")), key=lambda n: len(bucket.objects[n][0])
+    )
     url, name = f"{bucket.scheme}://made/orbax", largest.removeprefix("orbax/")
     whole = bucket.objects[largest][0]
     load = functools.partial(convert.load_params, url, small_config(1))
