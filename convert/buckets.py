@@ -60,6 +60,8 @@ def parse(path: str | Path) -> str | None:
 def store_spec(url: str) -> dict[str, Any]:
     """Tensorstore's description of what is below `url`, for its key-value stores and for bases of these."""
     scheme, _, rest = url.partition("://")
+    if scheme == "file":
+        return {"driver": "file", "path": f"{rest}/"}
     bucket, _, path = rest.partition("/")
     spec: dict[str, Any] = {"bucket": bucket, "path": f"{path}/"}
     if scheme == "gs":

@@ -134,8 +134,8 @@ def _indices(request: Any) -> Iterator[tuple[slice, ...]]:
     if isinstance(request, StoredArray):
         yield (slice(None),) * len(request.shape)
         return
-    found = request.sharding.addressable_devices_indices_map(request.shape).values()
-    yield from {_key(index, request.shape): index for index in found if index is not None}.values()
+    found: Any = request.sharding.addressable_devices_indices_map(request.shape).values()
+    yield from {_key(index, request.shape): index for index in found}.values()
 
 
 def _key(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:

@@ -8,10 +8,12 @@ restored like any other Orbax checkpoint.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -184,7 +186,7 @@ class OrbaxSource:
         except Exception as error:
             raise UserError(f"{self._shown} cannot be read as an Orbax checkpoint: {_cause(error)}") from error
         if not isinstance(tree, Mapping):
-            raise UserError(f"{self._shown} cannot be read as an Orbax checkpoint: its metadata names no arrays")
+            raise UserError(f"{self._shown} cannot be read as an Orbax checkpoint: {_without_arrays(self._params)}")
         for path, leaf in flatten(tree).items():
             if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
                 self.entries[path] = StoredArray(tuple(leaf.shape), np.dtype(leaf.dtype))
@@ -221,9 +223,23 @@ class OrbaxSource:
         """Does nothing: no file stays open between reads."""
 
 
+@functools.cache
+def _drop_late_callbacks() -> None:
+    """Silences what Python prints when one array fails, and Orbax leaves the others to end by themselves."""
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
     """Silences the log of Orbax, which repeats its exceptions and what is checked here."""
+    _drop_late_callbacks()
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -233,7 +249,7 @@ def quiet_orbax() -> Iterator[None]:
         logger.setLevel(before)
 
 
-_FILE = re.compile(rf"[/\\w.-]*/({PARAMS}/[\\w./-]+)")
+_FILE = re.compile(rf"[/\w.-]*/({PARAMS}/[\w./-]+)")
 
 
 def _cause(error: Exception) -> str:
@@ -241,10 +257,24 @@ def _cause(error: Exception) -> str:
     if (why := storage.reason(error)) is not None:
         return why
     text = " ".join(str(error).split())
-    named = _FILE.search(text)
-    if named is not None and named[1].rpartition("/")[2]:
-        return f"{named[1]} is missing" if "NOT_FOUND" in text or "No such file" in text else f"{named[1]} is damaged"
+    # The innermost file comes last.
+    if (named := [file for file in _FILE.findall(text) if not file.endswith("/")]) and "/" in named[-1]:
+        return f"{named[-1]} is {'missing' if 'NOT_FOUND' in text or 'No such file' in text else 'damaged'}"
     return shorten_name(text or type(error).__name__)
+
+
+def _without_arrays(params: Path) -> str:
+    """Why Orbax, which does not say it, finds no arrays in a directory."""
+    folders = [path.parent for path in (*params.glob("_METADATA"), *params.glob("*/_METADATA"))]
+    if not folders:
+        return "its _METADATA is missing"
+    if not any((folder / "manifest.ocdbt").exists() for folder in folders) and not any(params.rglob(".zarray")):
+        return f"{PARAMS}/{folders[0].relative_to(params) / 'manifest.ocdbt'} is missing"
+    try:
+        BucketArrays(f"file://{params}", params).entries()
+    except (ValueError, OSError, LookupError) as error:
+        return _cause(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+    return "its metadata names no arrays"
 
 
 def on_device(entry: StoredArray, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct:

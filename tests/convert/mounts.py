@@ -37,9 +37,18 @@ def remount(directory: Path, options: str, *, read_only: bool = False) -> None:
     _mount("none", directory, "tmpfs", _MS_REMOUNT | (_MS_RDONLY if read_only else 0), options)
 
 
+def unmount(directory: Path) -> None:
+    """Takes a tmpfs away."""
+    _check(ctypes.CDLL(None, use_errno=True).umount(str(directory).encode()))
+
+
 def _mount(source: str, target: Path, kind: str, flags: int, options: str) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     arguments = [each.encode() for each in (source, str(target), kind)]
-    if libc.mount(*arguments, ctypes.c_ulong(flags), options.encode() or None):
+    _check(libc.mount(*arguments, ctypes.c_ulong(flags), options.encode() or None))
+
+
+def _check(result: int) -> None:
+    if result:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))

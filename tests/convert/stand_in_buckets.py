@@ -22,9 +22,10 @@ class StandInBucket:
     Attributes:
       scheme: "gs" or "s3".
       objects: content by name, with the number of its generation.
-      sent: bytes of content that were sent, by the User-Agent's or query's reader and by name of the object.
+      sent: bytes of content that were sent, by name of the object.
       writes: names in the order in which they were written.
       fail_after: when so many more writes are done, every later one is refused with the status 403; None for never.
+      requests: method and path of every request.
     """
 
     scheme: str
@@ -50,6 +51,10 @@ class StandInBucket:
             "AWS_ACCESS_KEY_ID": "stand-in",
             "AWS_SECRET_ACCESS_KEY": "stand-in",
         }
+
+    def share(self, other: StandInBucket) -> None:
+        """Makes this another server of the bucket that `other` has."""
+        self.objects, self.lock = other.objects, other.lock
 
     def put(self, name: str, data: bytes) -> int:
         self._generation += 1

@@ -1,20 +1,26 @@
 """Checkpoints in buckets of both kinds, in stand-ins that answer as their servers do."""
 
+import contextlib
+import dataclasses
 import functools
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
 import convert
-from convert import buckets, sinks
+from convert import buckets, sinks, synthetic
 from convert.inspection import inspect
 from convert.orbax_layout import flatten
 from keye_jax.cli import app, run
 from keye_jax.errors import UserError
 from tests.convert import stand_in_buckets
-from tests.convert.convert_helpers import contents, small_config, write
+from tests.convert.convert_helpers import ROOT, contents, small_config, write
 
 GROUP = 500_000
 
@@ -149,3 +155,72 @@ def test_commands(bucket, source, capsys):
         assert run(app, arguments) == 2
         out, err = capsys.readouterr()
         assert not out and err.count("\n") == 1 and message in err.replace(":/made", "://made"), err
+
+
+LOAD = """
+import sys
+from pathlib import Path
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from convert import load_params
+from convert.orbax_layout import flatten
+from keye_jax.config import KeyeConfig
+from keye_jax.model.params import parameter_shardings
+from keye_jax.runtime import distributed
+from keye_jax.sharding import MeshRules, ShardingConfig
+
+url, config, port, process, out = sys.argv[1:]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+distributed.start(f"localhost:{port}", 4, int(process))
+config = KeyeConfig.from_file(config)
+rules = {"experts": "a", "vocab": "a"}
+sharding = ShardingConfig.from_dict({"mesh": {"a": 4}, "rules": rules})
+shardings = parameter_shardings(config, MeshRules.create(sharding, config))
+params = flatten(load_params(url, config, shardings=shardings, verify_checksums=len(sys.argv) > 6))
+whole = {".".join(path): multihost_utils.process_allgather(array, tiled=True) for path, array in params.items()}
+if process == "0":
+    np.savez(out, **{name: array.view(np.uint16) for name, array in whole.items()})
+distributed.finish()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_four_processes_restore_a_checkpoint_and_read_their_parts(scheme, tmp_path):
+    """Prints the bytes that each process read, with `-s`."""
+    config = dataclasses.replace(small_config(1), hidden_size=512, moe_intermediate_size=512, num_experts=8)
+    synthetic.write_checkpoint(tmp_path / "source", config)
+    expected = flatten(convert.load_params(tmp_path / "source", config))
+    with contextlib.ExitStack() as opened:
+        # Each process has a door of its own to the same bucket, which counts what goes through it.
+        doors = [opened.enter_context(stand_in_buckets.serve(scheme)) for _ in range(4)]
+        for door in doors[1:]:
+            door.share(doors[0])
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        url = f"{scheme}://made/orbax"
+        command = [sys.executable, "-m", "convert", str(tmp_path / "source"), url]
+        subprocess.run(command, env=environment | doors[0].environment, cwd=ROOT, check=True, timeout=200)
+        total = sum(len(data) for data, _ in doors[0].objects.values())
+        with socket.socket() as held:
+            held.bind(("localhost", 0))
+            port = held.getsockname()[1]
+        for door in doors:
+            door.sent.clear()
+        arguments = [url, str(tmp_path / "source" / "config.json"), str(port)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", LOAD, *arguments, str(number), str(tmp_path / "whole.npz")],
+                env=environment | door.environment | {"PYTHONPATH": str(ROOT)},
+                cwd=ROOT,
+            )
+            for number, door in enumerate(doors)
+        ]
+        assert [process.wait(timeout=300) for process in processes] == [0] * 4
+        read = [sum(door.sent.values()) for door in doors]
+        print(f"{scheme}: {total:,} bytes in the bucket; read by each process: {', '.join(f'{n:,}' for n in read)}")
+    with np.load(tmp_path / "whole.npz") as whole:
+        assert len(whole.files) == len(expected)
+        for path, array in expected.items():
+            assert np.array_equal(whole[".".join(path)], np.asarray(array).view(np.uint16)), path
+    assert max(read) < 0.45 * total
