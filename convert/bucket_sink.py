@@ -60,15 +60,11 @@ class BucketStaging:
         self.done: set[str] = set()
         self.records: dict[str, FileRecord] = {}
         self._fingerprint = fingerprint
-        names = bucket.names()
+        names = existing(bucket, overwrite=overwrite)
         self._stamp, state = ABSENT, None
         if JOURNAL in names:
             text, self._stamp = bucket.read_stamped(JOURNAL)
             state = _read_journal(text, bucket.url)
-        elif names and not overwrite:
-            raise UserError(f"DST {bucket.url} exists; choose another, or replace it with --overwrite")
-        elif names and not _is_checkpoint(names):
-            raise UserError(f"DST {bucket.url} is not a checkpoint, so --overwrite does not replace it")
         if state is not None and state["fingerprint"] == fingerprint:
             self.done = set(state["done"])
             self.records = {name: FileRecord(*record) for name, record in state["records"].items()}
@@ -124,6 +120,22 @@ def _read_journal(text: bytes, url: str) -> dict[str, Any]:
         if isinstance(state, dict) and {"fingerprint", "done", "records"} <= state.keys():
             return state
     raise UserError(f"{url}/{JOURNAL} is in the way: this command did not make it; move it or remove it")
+
+
+def existing(bucket: Bucket, *, overwrite: bool) -> list[str]:
+    """The names of what is in the destination of a conversion.
+
+    Raises:
+      UserError: they are those of a checkpoint that may not be replaced, or of something else.
+      BucketError: the bucket cannot be read.
+    """
+    names = bucket.names()
+    if names and JOURNAL not in names:
+        if not overwrite:
+            raise UserError(f"DST {bucket.url} exists; choose another, or replace it with --overwrite")
+        if not _is_checkpoint(names):
+            raise UserError(f"DST {bucket.url} is not a checkpoint, so --overwrite does not replace it")
+    return names
 
 
 def _is_checkpoint(names: list[str]) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 
 from convert import buckets, checks, detect, sinks, storage
 from convert.adapter import Adapter, read_adapter
-from convert.bucket_sink import BucketOrbaxSink, BucketSafetensorsSink, BucketStaging
+from convert.bucket_sink import BucketOrbaxSink, BucketSafetensorsSink, BucketStaging, existing
 from convert.buckets import MARKER, Bucket
 from convert.checks import FoundTensor
 from convert.manifest import MANIFEST
@@ -215,7 +215,11 @@ def check_destination(dst: str | Path, *, overwrite: bool, source: str | Path | 
         other = None if source is None else buckets.parse(source)
         if other is not None and (f"{url}/".startswith(f"{other}/") or f"{other}/".startswith(f"{url}/")):
             raise UserError(f"DST {url} and SRC {other} overlap; they must be two places")
-        return Bucket(url)
+        try:
+            existing(bucket := Bucket(url), overwrite=overwrite)
+        except OSError as error:
+            raise UserError(f"DST {storage.reason(error) or error}") from error
+        return bucket
     destination = storage.resolve("DST", dst)
     if source is not None and buckets.parse(source) is None:
         directory = storage.resolve("SRC", source)

@@ -116,7 +116,7 @@ class Fuzz:
 
     def _with_fault(self, fault: str, convert: Callable[[], Any], chance: random.Random) -> Ended:
         if fault == "kill":
-            return apart(convert, kill_after=chance.uniform(0, 1.3 * self._seconds))
+            return apart(convert, kill_after=chance.uniform(0, self._seconds))
         most = sum(array.nbytes for _, array in self._arrays.values())
         if fault == "error" or not self.mounted:
             limit = int(2 ** chance.uniform(6, np.log2(most)))
