@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,18 +78,22 @@ def raise_problems(directory: Path, problems: list[str]) -> None:
 # More problems of one kind than this are one sentence, with the names of so many.
 _ALONE, _NAMED = 3, 3
 _KINDS = (
-    ("it is missing; its shape must be ", "tensors are missing"),
-    ("it is not a", "tensors are not of this model"),
-    ("its shape is ", "tensors have another shape than config.json says"),
-    ("its dtype is ", "tensors have a dtype that cannot be read"),
+    (r"it is missing; its shape must be ", "tensors are missing"),
+    (r"it is not an? (tensor|array) of this model", "tensors are not of this model"),
+    (r"its shape is ", "tensors have another shape than config.json says"),
+    (r"its dtype is ", "tensors have a dtype that cannot be read"),
+    (r"it is missing(?!; its shape)", "files are missing"),
+    (r"it is (truncated|too long): ", "files do not have the length that they must have"),
+    (r"its content is damaged: ", "files are damaged, by their SHA-256"),
+    (r"it cannot be read: ", "files cannot be read"),
 )
 
 
 def gather(problems: list[str]) -> list[str]:
     """`problems`, with those that many tensors have alike in one sentence of how many and the first few."""
     gathered: list[str] = []
-    for start, words in _KINDS:
-        alike = [problem for problem in problems if problem.partition(": ")[2].startswith(start)]
+    for kind, words in _KINDS:
+        alike = [problem for problem in problems if re.match(kind, problem.partition(": ")[2])]
         if len(alike) > _ALONE:
             names = ", ".join(problem.partition(": ")[0] for problem in alike[:_NAMED])
             rest = f" and {len(alike) - _NAMED:,} more"

@@ -108,6 +108,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         """Keeps the test's output clean."""
 
+    def handle_expect_100(self) -> bool:
+        # A client with a long body waits for this, up to a second.
+        going_on = super().handle_expect_100()
+        self.wfile.flush()
+        return going_on
+
     def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
