@@ -162,7 +162,8 @@ def _run(
 
 def _read(source: Source, group: list[FoundTensor]) -> dict[tuple[str, ...], np.ndarray]:
     if isinstance(source, SafetensorsSource):
-        return {item.tensor.path: source.read_tensor(item.tensor) for item in group}
+        arrays = source.read_tensors(item.tensor for item in group)
+        return {item.tensor.path: array for item, array in zip(group, arrays, strict=True)}
     return source.read([item.tensor.path for item in group])
 
 
