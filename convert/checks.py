@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convert import mapping
+from convert import buckets, mapping
+from convert.manifest import Manifest
 from convert.reader import DTYPES, SafetensorsSource
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
+from keye_jax.progress import PhaseProgress
 
 if TYPE_CHECKING:
     from convert.orbax_io import OrbaxSource
@@ -43,11 +46,60 @@ def check(source: SafetensorsSource | OrbaxSource, config: KeyeConfig) -> tuple[
     return _check_orbax(source, config)
 
 
+def damage(directory: Path, report: PhaseProgress | None = None, *, part: tuple[int, int] = (0, 1)) -> list[str]:
+    """Reads every file that the manifest has a checksum of; one sentence for each that is not as it was written.
+
+    Args:
+      directory: of a checkpoint, or that of `buckets.local`.
+      report: called with "verify", the bytes read and the bytes of all files.
+      part: `(i, n)`: only every n-th file, from the i-th on, as when n processes share the work.
+
+    Raises:
+      UserError: the manifest is damaged.
+    """
+    manifest = Manifest.read(directory)
+    if manifest is None or not manifest.has_checksums:
+        return []
+    index, parts = part
+    shared = Manifest(dict(list(manifest.files.items())[index::parts]))
+    return shared.wrong_content(buckets.blocks_of(directory, manifest), report)
+
+
 def raise_problems(directory: Path, problems: list[str]) -> None:
-    """Raises one `UserError` that lists all `problems`, if there are any."""
-    if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError("\n".join([f"{directory} has {count}:", *(f"  {problem}" for problem in problems)]))
+    """Raises one `UserError` that lists all `problems`, if there are any; many of one kind are one sentence."""
+    found = gather(problems)
+    name = buckets.shown(directory)
+    if len(found) == 1:
+        raise UserError(f"{name}: {found[0]}")
+    if found:
+        raise UserError("\n".join([f"{name} has {len(found)} problems:", *(f"  {problem}" for problem in found)]))
+
+
+# More problems of one kind than this are one sentence, with the names of so many.
+_ALONE, _NAMED = 3, 3
+_KINDS = (
+    (r"it is missing; its shape must be ", "tensors are missing"),
+    (r"it is not an? (tensor|array) of this model", "tensors are not of this model"),
+    (r"its shape is ", "tensors have another shape than config.json says"),
+    (r"its dtype is ", "tensors have a dtype that cannot be read"),
+    (r"it is missing(?!; its shape)", "files are missing"),
+    (r"it is (truncated|too long): ", "files do not have the length that they must have"),
+    (r"its content is damaged: ", "files are damaged, by their SHA-256"),
+    (r"it cannot be read: ", "files cannot be read"),
+)
+
+
+def gather(problems: list[str]) -> list[str]:
+    """`problems`, with those that many tensors have alike in one sentence of how many and the first few."""
+    gathered: list[str] = []
+    for kind, words in _KINDS:
+        alike = [problem for problem in problems if re.match(kind, problem.partition(": ")[2])]
+        if len(alike) > _ALONE:
+            names = ", ".join(problem.partition(": ")[0] for problem in alike[:_NAMED])
+            rest = f" and {len(alike) - _NAMED:,} more"
+            gathered.append(f"{len(alike):,} {words}: {names}{rest}")
+            problems = [problem for problem in problems if problem not in set(alike)]
+    return gathered + problems
 
 
 def _check_safetensors(source: SafetensorsSource, config: KeyeConfig) -> tuple[list[FoundTensor], list[str]]:
@@ -80,8 +132,20 @@ def _check_safetensors(source: SafetensorsSource, config: KeyeConfig) -> tuple[l
             # A tensor that the index puts into a bad file is reported with the file.
             problems.append(f"{name}: it is missing; its shape must be {list(tensor.checkpoint_shape)}")
     unexpected = sorted(name for name in source.entries.keys() - known if not mapping.is_ignored(name))
+    if (prefix := _common_prefix(unexpected, known)) is not None:
+        problems.append(f"{len(unexpected):,} names begin with {prefix!r}; without it they are those of this model")
+        return found, [problem for problem in problems if ": it is missing; " not in problem]
     problems += [f"{name}: it is not a tensor of this model{_hint(name, config)}" for name in unexpected]
     return found, problems
+
+
+def _common_prefix(unexpected: list[str], known: set[str]) -> str | None:
+    """What all of several unexpected names have before names of this model; None if there is no such prefix."""
+    if len(unexpected) < 2:
+        return None
+    first = unexpected[0]
+    starts = (first[: at + 1] for at, letter in enumerate(first) if letter == ".")
+    return next((s for s in starts if all(n.startswith(s) and n[len(s) :] in known for n in unexpected)), None)
 
 
 def _check_pieces(

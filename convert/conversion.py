@@ -5,28 +5,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
+import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from convert import checks, detect
+from convert import buckets, checks, detect, sinks, storage
 from convert.adapter import Adapter, read_adapter
+from convert.bucket_sink import BucketOrbaxSink, BucketSafetensorsSink, BucketStaging, existing
+from convert.buckets import MARKER, Bucket
 from convert.checks import FoundTensor
-from convert.orbax_io import MANIFEST, PARAMS, OrbaxSource, OrbaxWriter, write_manifest
+from convert.manifest import MANIFEST
+from convert.orbax_io import PARAMS, OrbaxSource
 from convert.reader import SafetensorsSource
+from convert.sinks import OrbaxSink, SafetensorsSink, Sink, grouped
 from convert.staging import Staging, is_empty, remove_leftover, staging_directory
-from convert.writer import PlannedTensor, ShardWriter
 from keye_jax.errors import UserError
 from keye_jax.progress import PhaseProgress
 
 SHARD_BYTES = 5_000_000_000
-
-# A tensor of _LARGE_BYTES or more is a group of its own. Smaller ones form groups of at most _GROUP_BYTES.
-_LARGE_BYTES = 64 << 20
-_GROUP_BYTES = 256 << 20
 
 # Files that are copied with the weights: configurations, tokenizer, templates, licence.
 _SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".md", ".model", ".tiktoken", ".jsonl"}
@@ -41,7 +40,7 @@ class Conversion:
     """The result of a conversion.
 
     Attributes:
-      destination: directory of the new checkpoint.
+      destination: directory or URL of the new checkpoint.
       kind: its kind.
       tensors: number of its arrays.
       nbytes: bytes of its arrays.
@@ -49,7 +48,7 @@ class Conversion:
       seconds: duration of this run.
     """
 
-    destination: Path
+    destination: str
     kind: detect.Kind
     tensors: int
     nbytes: int
@@ -70,29 +69,33 @@ def convert(
     """Converts the checkpoint in `src` into the other kind, bit by bit, and writes it into the directory `dst`.
 
     Memory: about twice the largest tensor, besides the interpreter. The new checkpoint is built in `dst.partial`, which
-    becomes `dst` at the end. After a run was stopped, the same call continues it.
+    becomes `dst` at the end. After a run was stopped, the same call continues it. In a bucket nothing is renamed:
+    objects are written where they belong, and the checkpoint is whole when its journal is gone.
 
     Args:
-      src: a directory with config.json and safetensors files, or with config.json and an Orbax checkpoint in `params/`.
-      dst: a directory that does not exist or is empty.
+      src: a directory with config.json and safetensors files, or with config.json and an Orbax checkpoint in `params/`;
+        or the URL of one in a bucket, `gs://` or `s3://`.
+      dst: a directory that does not exist or is empty, or such a URL.
       check_finite: read all tensors first, and refuse infinities and NaNs.
       overwrite: replace the checkpoint in `dst`, and start again if `dst.partial` belongs to another source.
       shard_size: maximum bytes of tensor data in one safetensors file; a larger tensor has a file of its own.
       merge_lora: a directory with a LoRA adapter in PEFT's layout, which is added to the weights that it is for.
-      progress: called with the phase, "check" or "convert", the bytes done and the bytes of all tensors.
+      progress: called with the phase, "verify", "check" or "convert", the bytes done and the bytes of all tensors.
 
     Raises:
       UserError: `src`, `dst` or an argument is not valid. One message lists all problems of the checkpoint.
     """
     started = time.monotonic()
-    source_directory, destination = Path(src), Path(dst).resolve()
     report = progress or (lambda phase, done, total: None)
     if shard_size <= 0:
         raise UserError(f"--shard-size is {shard_size}; it must be a positive number of bytes")
+    destination = check_destination(dst, overwrite=overwrite, source=src)
+    source_directory = buckets.local(src)
+    detect.kind_of(source_directory)
+    checks.raise_problems(source_directory, checks.damage(source_directory, report))
     source = detect.open_source(source_directory)
     try:
         config = detect.read_config(source_directory)
-        _check_destination(source_directory.resolve(), destination, overwrite=overwrite)
         adapter = None if merge_lora is None else read_adapter(merge_lora, config)
         found, problems = checks.check(source, config)
         if check_finite:
@@ -105,7 +108,7 @@ def convert(
 
 def _run(
     source: Source,
-    destination: Path,
+    destination: Path | Bucket,
     found: list[FoundTensor],
     adapter: Adapter | None,
     overwrite: bool,
@@ -113,104 +116,54 @@ def _run(
     report: PhaseProgress,
     started: float,
 ) -> Conversion:
-    to_orbax = isinstance(source, SafetensorsSource)
+    kind: detect.Kind = "orbax" if isinstance(source, SafetensorsSource) else "safetensors"
     total = sum(item.nbytes for item in found)
-    _check_space(destination, total)
-    staging = Staging(destination, _fingerprint(source, found, shard_size, adapter), overwrite=overwrite)
-    writer: _OrbaxSink | _SafetensorsSink | None = None
+    fingerprint = _fingerprint(source, found, shard_size, adapter)
+    if isinstance(destination, Path):
+        _check_space(destination, total)
+    staging: Staging | BucketStaging | None = None
+    sink: Sink | None = None
     try:
-        writer = _OrbaxSink(staging) if to_orbax else _SafetensorsSink(staging, found, shard_size)
+        if isinstance(destination, Bucket):
+            staging = BucketStaging(destination, fingerprint, overwrite=overwrite)
+            orbax = kind == "orbax"
+            sink = BucketOrbaxSink(staging) if orbax else BucketSafetensorsSink(staging, found, shard_size)
+        else:
+            staging = Staging(destination, fingerprint, overwrite=overwrite)
+            sink = OrbaxSink(staging) if kind == "orbax" else SafetensorsSink(staging, found, shard_size)
         continued = done = sum(item.nbytes for item in found if item.tensor.checkpoint_name in staging.done)
         report("convert", done, total)
-        for group in _groups(found):
+        for group in sink.groups(found):
             names = [item.tensor.checkpoint_name for item in group]
             if staging.done.issuperset(names):
                 continue
-            writer.write(group, _merged(_read_or_discard(source, group, staging), group, adapter))
-            staging.record(names, writer.saved())
+            sink.write(group, _merged(_read_or_discard(source, group, staging), group, adapter))
+            staging.record(names, sink.saved())
             done += sum(item.nbytes for item in group)
             report("convert", done, total)
-        writer.finish()
-        for file in side_files(source.directory):
-            shutil.copyfile(file, staging.result / file.name)
-        if to_orbax:
-            write_manifest(staging.result)
+        sink.finish(side_files(source.directory))
         staging.commit()
-    except OSError as error:
-        message = f"{error}; {staging.path} keeps the tensors written so far, and the same command continues"
-        raise UserError(message) from error
+    except UserError:
+        raise
+    except Exception as error:
+        # Orbax and tensorstore put what the system says into exceptions of their own.
+        if (why := storage.reason(error)) is None:
+            raise
+        keeps = f"{staging.path if staging else destination} keeps the tensors written so far"
+        raise UserError(f"{why}; {keeps}, and the same command continues") from error
     finally:
-        if writer is not None:
-            writer.close()
-        staging.close()
-    kind: detect.Kind = "orbax" if to_orbax else "safetensors"
-    return Conversion(destination, kind, len(found), total, continued, time.monotonic() - started)
-
-
-class _OrbaxSink:
-    """Writes groups as Orbax arrays."""
-
-    def __init__(self, staging: Staging) -> None:
-        self._writer = OrbaxWriter(staging.result, staging.saved_groups)
-        if not self._writer.intact:
-            staging.restart()
-            self._writer = OrbaxWriter(staging.result)
-
-    def write(self, group: list[FoundTensor], arrays: dict[tuple[str, ...], np.ndarray]) -> None:
-        self._writer.save(arrays)
-
-    def saved(self) -> list[str]:
-        return self._writer.saved()
-
-    def finish(self) -> None:
-        self._writer.finish()
-
-    def close(self) -> None:
-        """Does nothing: no file stays open between groups."""
-
-
-class _SafetensorsSink:
-    """Writes groups as tensors of safetensors shards."""
-
-    def __init__(self, staging: Staging, found: list[FoundTensor], shard_size: int) -> None:
-        tensors = [(item.tensor.checkpoint_name, item.tensor.checkpoint_shape, item.dtype) for item in found]
-        self._writer = ShardWriter(staging.result, [PlannedTensor(*tensor) for tensor in tensors], shard_size)
-
-    def write(self, group: list[FoundTensor], arrays: dict[tuple[str, ...], np.ndarray]) -> None:
-        for item in group:
-            self._writer.write(item.tensor.checkpoint_name, arrays[item.tensor.path])
-
-    def saved(self) -> list[str]:
-        self._writer.flush()
-        return []
-
-    def finish(self) -> None:
-        self._writer.finish()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def _groups(found: list[FoundTensor]) -> Iterator[list[FoundTensor]]:
-    """Splits tensors into groups: first each large tensor alone, then the small ones together.
-
-    Each of Orbax's partial saves reads the names of all arrays saved before. Therefore the groups of one tensor, which
-    are many, come first.
-    """
-    yield from ([item] for item in found if item.nbytes >= _LARGE_BYTES)
-    group: list[FoundTensor] = []
-    for item in (item for item in found if item.nbytes < _LARGE_BYTES):
-        if group and sum(other.nbytes for other in group) + item.nbytes > _GROUP_BYTES:
-            yield group
-            group = []
-        group.append(item)
-    if group:
-        yield group
+        if sink is not None:
+            sink.close()
+        if staging is not None:
+            staging.close()
+    shown = destination.url if isinstance(destination, Bucket) else str(destination)
+    return Conversion(shown, kind, len(found), total, continued, time.monotonic() - started)
 
 
 def _read(source: Source, group: list[FoundTensor]) -> dict[tuple[str, ...], np.ndarray]:
     if isinstance(source, SafetensorsSource):
-        return {item.tensor.path: source.read_tensor(item.tensor) for item in group}
+        arrays = source.read_tensors(item.tensor for item in group)
+        return {item.tensor.path: array for item, array in zip(group, arrays, strict=True)}
     return source.read([item.tensor.path for item in group])
 
 
@@ -223,12 +176,15 @@ def _merged(
     return {item.tensor.path: adapter.merge(item.tensor, arrays[item.tensor.path]) for item in group}
 
 
-def _read_or_discard(source: Source, group: list[FoundTensor], staging: Staging) -> dict[tuple[str, ...], np.ndarray]:
+def _read_or_discard(
+    source: Source, group: list[FoundTensor], staging: Staging | BucketStaging
+) -> dict[tuple[str, ...], np.ndarray]:
     try:
         return _read(source, group)
-    except UserError:
-        # The source is bad: continuing would fail again.
-        staging.discard()
+    except UserError as error:
+        # A source that is bad will be bad again; a disk or a network may be better later.
+        if storage.reason(error) is None:
+            staging.discard()
         raise
 
 
@@ -236,7 +192,7 @@ def _non_finite(source: Source, found: list[FoundTensor], report: PhaseProgress)
     """One sentence for each tensor with infinities or NaNs."""
     problems: list[str] = []
     done, total = 0, sum(item.nbytes for item in found)
-    for group in _groups(found):
+    for group in grouped(found):
         arrays = _read(source, group)
         for item in group:
             values = arrays.pop(item.tensor.path)
@@ -250,33 +206,62 @@ def _non_finite(source: Source, found: list[FoundTensor], report: PhaseProgress)
     return problems
 
 
-def _check_destination(source: Path, destination: Path, *, overwrite: bool) -> None:
-    if destination == source or destination in source.parents:
-        raise UserError(f"DST {destination} holds SRC; it must be another directory")
+def check_destination(dst: str | Path, *, overwrite: bool, source: str | Path | None = None) -> Path | Bucket:
+    """The destination of a conversion, which can be made as far as that can be told before the work.
+
+    Raises:
+      UserError: it exists, it holds `source` or lies in it, or the file system will refuse it.
+    """
+    if (url := buckets.parse(dst)) is not None:
+        other = None if source is None else buckets.parse(source)
+        if other is not None and (f"{url}/".startswith(f"{other}/") or f"{other}/".startswith(f"{url}/")):
+            raise UserError(f"DST {url} and SRC {other} overlap; they must be two places")
+        try:
+            existing(bucket := Bucket(url), overwrite=overwrite)
+        except OSError as error:
+            raise UserError(f"DST {storage.reason(error) or error}") from error
+        return bucket
+    destination = storage.resolve("DST", dst)
+    if source is not None and buckets.parse(source) is None:
+        directory = storage.resolve("SRC", source)
+        if destination == directory or destination in directory.parents or _same(destination, directory):
+            raise UserError(f"DST {destination} holds SRC; it must be another directory")
+        if directory.is_dir() and directory in destination.parents:
+            raise UserError(f"DST {destination} lies in SRC; it must be another directory")
     if destination.exists() and not destination.is_dir():
         raise UserError(f"DST {destination} is a file; it must be a directory, or not exist")
-    if is_empty(destination):
-        return
-    remove_leftover(destination)
-    if not overwrite:
-        raise UserError(f"DST {destination} exists and is not empty; choose another, or replace it with --overwrite")
-    try:
-        detect.kind_of(destination)
-    except UserError as error:
-        raise UserError(f"DST {destination} is not a checkpoint, so --overwrite does not replace it") from error
+    if os.path.ismount(destination):
+        raise UserError(f"DST {destination} is a mount point, which cannot be replaced; choose a directory in it")
+    if not is_empty(destination):
+        remove_leftover(destination)
+        if not overwrite:
+            raise UserError(
+                f"DST {destination} exists and is not empty; choose another, or replace it with --overwrite"
+            )
+        try:
+            detect.kind_of(destination)
+        except UserError as error:
+            raise UserError(f"DST {destination} is not a checkpoint, so --overwrite does not replace it") from error
+    partial = staging_directory(destination)
+    storage.resolve("DST.partial", partial)
+    if partial.is_symlink() or os.path.ismount(partial):
+        raise UserError(f"{partial} is in the way: it must be a directory of the same file system as DST")
+    storage.check_writable("DST", partial if not partial.exists() else partial / "new")
+    return destination
+
+
+def _same(first: Path, second: Path) -> bool:
+    return first.exists() and second.exists() and first.samefile(second)
 
 
 def _check_space(destination: Path, total: int) -> None:
     """Refuses a conversion without enough free space. The bytes that an earlier run wrote count as free."""
-    parent = next(path for path in destination.parents if path.is_dir())
-    free = shutil.disk_usage(parent).free
-    partial = staging_directory(destination)
+    partial, reclaimed = staging_directory(destination), 0
     if partial.is_dir():
         # Blocks, since a shard has its full length from the start. A file with several links counts once.
         blocks = {(s.st_dev, s.st_ino): s.st_blocks for s in (path.lstat() for path in partial.rglob("*"))}
-        free += 512 * sum(blocks.values())
-    if free < total:
-        raise UserError(f"DST {destination} needs {total:,} bytes and its filesystem has {free:,} bytes free")
+        reclaimed = 512 * sum(blocks.values())
+    storage.check_space("DST", destination, total, reclaimed=reclaimed)
 
 
 def _fingerprint(source: Source, found: list[FoundTensor], shard_size: int, adapter: Adapter | None) -> str:
@@ -286,12 +271,16 @@ def _fingerprint(source: Source, found: list[FoundTensor], shard_size: int, adap
         return str(file.relative_to(directory)), file.stat().st_size, file.stat().st_mtime_ns
 
     files = [source.directory / "config.json", *source.files]
+    bucket = source.directory / MARKER
     state = {
-        "files": [stamp(file, source.directory) for file in files],
+        # The stamps of a bucket's objects are in the marker.
+        "files": bucket.read_text(encoding="utf-8")
+        if bucket.is_file()
+        else [stamp(file, source.directory) for file in files],
         "config": (source.directory / "config.json").read_text(encoding="utf-8"),
         "tensors": [(item.tensor.checkpoint_name, item.tensor.checkpoint_shape, str(item.dtype)) for item in found],
         "shard_size": None if isinstance(source, SafetensorsSource) else shard_size,
-        "groups": (_LARGE_BYTES, _GROUP_BYTES),
+        "groups": (sinks.LARGE_BYTES, sinks.GROUP_BYTES),
     }
     if adapter is not None:
         state["adapter"] = [stamp(file, file.parent) for file in adapter.files]
@@ -302,6 +291,6 @@ def side_files(directory: Path) -> Iterable[Path]:
     """The files of a checkpoint, other than weights, that are copied into the new one."""
     for file in sorted(directory.iterdir()):
         wanted = file.suffix in _SIDE_SUFFIXES or file.name.startswith(_SIDE_NAMES)
-        weights = file.name.endswith(".index.json") or file.name in (MANIFEST, PARAMS)
+        weights = file.name.endswith(".index.json") or file.name in (MANIFEST, PARAMS, MARKER)
         if wanted and not weights and file.is_file() and file.stat().st_size <= _SIDE_BYTES:
             yield file

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from convert import buckets
 from convert.reader import DTYPES, INDEX_NAME, SafetensorsSource
 from convert.staging import is_unfinished
 from keye_jax.config import KeyeConfig
@@ -19,22 +21,52 @@ Kind = Literal["safetensors", "orbax"]
 
 
 def kind_of(path: str | Path) -> Kind:
-    """The kind of the checkpoint in the directory `path`, judged by file names.
+    """The kind of the checkpoint at `path`, a directory or a bucket's URL, judged by file names.
 
     Raises:
       UserError: there is no such directory, it holds no checkpoint, or its conversion is not finished.
     """
-    path = Path(path)
-    if not path.is_dir():
-        state = "is a file" if path.exists() else "does not exist"
-        raise UserError(f"{path} {state}; a checkpoint is a directory")
+    path = buckets.local(path)
+    if (why := _why_no_directory(path)) is not None:
+        raise UserError(f"{path} {why}; a checkpoint is a directory")
+    name = buckets.shown(path)
     if is_unfinished(path):
         raise UserError(f"{path} is an unfinished conversion; repeat the command that began it")
+    _refuse_pointers(path, name)
     if _has_safetensors(path):
         return "safetensors"
     if _has_orbax(path):
         return "orbax"
-    raise UserError(f"{path} is not a checkpoint: it has neither {INDEX_NAME}, nor *.safetensors, nor Orbax's params/")
+    raise UserError(f"{name} is not a checkpoint: it has neither {INDEX_NAME}, nor *.safetensors, nor Orbax's params/")
+
+
+def _why_no_directory(path: Path) -> str | None:
+    try:
+        return None if stat.S_ISDIR(path.stat().st_mode) else "is a file"
+    except FileNotFoundError:
+        return "does not exist"
+    except (OSError, ValueError) as error:
+        return f"cannot be opened ({getattr(error, 'strerror', None) or error})"
+
+
+# What `git clone` leaves of large files where Git LFS is not installed.
+_POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
+
+
+def _refuse_pointers(directory: Path, name: str | Path) -> None:
+    found = []
+    for file in sorted(directory.iterdir()):
+        if file.is_file() and file.stat().st_size <= _POINTER_BYTES:
+            with file.open("rb") as stream:
+                if stream.read(len(_POINTER)) == _POINTER:
+                    found.append(file.name)
+    if found:
+        files = (
+            f"{found[0]} is a Git LFS pointer"
+            if len(found) == 1
+            else f"{len(found)} files, such as {found[0]}, are Git LFS pointers"
+        )
+        raise UserError(f"{name}: {files}, without the content; run: git lfs pull")
 
 
 def has_weights(directory: Path) -> bool:
@@ -59,9 +91,9 @@ def read_config(path: str | Path) -> KeyeConfig:
       UserError: there is no config.json, or it is not valid.
       FileNotFoundError: there is no such file.
     """
-    path = Path(path)
+    path = buckets.local(path)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"{path} has no config.json; a checkpoint needs the one it was released with")
+        raise UserError(f"{buckets.shown(path)} has no config.json; a checkpoint needs the one it was released with")
     config = KeyeConfig.from_file(path)
     if not config.dtype_is_assumed or not path.is_dir() or not has_weights(path):
         return config
@@ -87,6 +119,7 @@ def open_source(directory: Path) -> SafetensorsSource | OrbaxSource:
     Raises:
       UserError: there is no checkpoint, or its index or metadata cannot be read.
     """
+    directory = buckets.local(directory)
     if kind_of(directory) == "safetensors":
         return SafetensorsSource(directory)
     from convert.orbax_io import OrbaxSource

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from convert import checks, detect
+from convert import buckets, checks, detect
 from convert.conversion import SHARD_BYTES, side_files
+from convert.manifest import Hasher
 from convert.reader import SafetensorsSource
+from convert.sinks import finish_local
 from convert.staging import is_empty
 from convert.writer import PlannedTensor, ShardWriter
 from keye_jax.errors import UserError
@@ -38,7 +41,7 @@ def export(
     Raises:
       UserError: `base` is not whole, or `dst` is not empty.
     """
-    base, dst = Path(base), Path(dst).absolute()
+    base, dst = buckets.local(base), Path(dst).absolute()
     if not is_empty(dst):
         raise UserError(f"{dst} is not empty; a checkpoint needs a new directory")
     source = detect.open_source(base)
@@ -63,8 +66,8 @@ def export(
         source.close()
         if writer is not None:
             writer.close()
-    for file in side_files(base):
-        shutil.copyfile(file, partial / file.name)
+    with contextlib.closing(Hasher()) as hasher:
+        finish_local(partial, side_files(base), hasher)
     if dst.exists():
         dst.rmdir()
     partial.rename(dst)

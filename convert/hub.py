@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from convert import buckets, storage
 from convert import download as http
 from keye_jax.errors import UserError
 from keye_jax.progress import PhaseProgress
@@ -30,6 +31,7 @@ def download(
     modelscope: str | None = None,
     revision: str | None = None,
     cache_dir: Path | None = None,
+    destination: Path | str | None = None,
     progress: PhaseProgress | None = None,
 ) -> Path:
     """Downloads the missing files of the checkpoint `hf` or `modelscope`, and returns its directory.
@@ -39,6 +41,7 @@ def download(
       modelscope: an id on ModelScope. The environment variable `MODELSCOPE_ENDPOINT` names another server.
       revision: a branch, tag or commit; None for the newest.
       cache_dir: directory for downloads; None for the default one, which docs/convert.md names.
+      destination: where the checkpoint goes afterwards; its filesystem must have room for it.
       progress: called with "download", the bytes done and the bytes of all files. ModelScope's library does not call
         it, and shows its own progress.
 
@@ -52,9 +55,12 @@ def download(
     library = _library("huggingface_hub" if option == "--hf" else "modelscope", option)
     try:
         if option == "--hf":
-            return _from_hugging_face(library, name, revision, cache_dir, progress or (lambda phase, done, total: None))
+            report = progress or (lambda phase, done, total: None)
+            return _from_hugging_face(library, name, revision, cache_dir, destination, report)
         cache = None if cache_dir is None else str(cache_dir)
         return Path(library.snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=PATTERNS))
+    except UserError:
+        raise
     except Exception as error:
         # The libraries raise the exceptions of several network stacks. All of them mean the same to the user.
         at = "" if revision is None else f" at revision {revision!r}"
@@ -72,7 +78,12 @@ def _library(name: str, option: str) -> Any:
 
 
 def _from_hugging_face(
-    library: Any, name: str, revision: str | None, cache_dir: Path | None, progress: PhaseProgress
+    library: Any,
+    name: str,
+    revision: str | None,
+    cache_dir: Path | None,
+    destination: Path | str | None,
+    progress: PhaseProgress,
 ) -> Path:
     info = library.HfApi().model_info(name, revision=revision)
     files = [file.rfilename for file in info.siblings]
@@ -87,7 +98,9 @@ def _from_hugging_face(
     parts = (http.part_of(directory / file) for file in missing)
     done = sum((directory / file).stat().st_size for file in wanted if file not in remotes)
     total = done + sum(remote.size for remote, _ in remotes.values())
-    meter = http.Meter(progress, done + sum(part.stat().st_size for part in parts if part.exists()), total)
+    begun = sum(part.stat().st_size for part in parts if part.exists())
+    _check_space(directory, total - done - begun, destination, total)
+    meter = http.Meter(progress, done + begun, total)
     stop = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         try:
@@ -102,6 +115,16 @@ def _from_hugging_face(
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return directory
+
+
+def _check_space(cache: Path, missing: int, destination: Path | str | None, total: int) -> None:
+    """Refuses a download that does not fit, or whose checkpoint does not fit where it goes afterwards."""
+    storage.check_space("--cache-dir", cache, missing)
+    if destination is None or buckets.parse(destination) is not None:
+        return
+    path = storage.resolve("DST", destination)
+    there = path if path.is_dir() else storage.existing_parent(path)
+    storage.check_space("DST", path, total + (missing if there.stat().st_dev == cache.stat().st_dev else 0))
 
 
 def _remote(

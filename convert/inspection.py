@@ -6,10 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from convert import checks, detect, mapping
+from convert import buckets, checks, detect, mapping
+from convert.manifest import MANIFEST, Manifest
 from convert.orbax_io import OrbaxSource
 from convert.reader import SafetensorsSource
 from keye_jax.config import KeyeConfig
+from keye_jax.errors import UserError
+from keye_jax.progress import PhaseProgress
 
 _TEXT_PARTS = ("embedding", "attention", "indexer", "router", "norms", "lm_head")
 
@@ -63,27 +66,47 @@ class Inspection:
         return dataclasses.asdict(self) | {"path": str(self.path)}
 
 
-def inspect(path: str | Path) -> Inspection:
-    """Inspects a config.json, a directory with one, or a checkpoint of either kind. Reads only headers and metadata.
+def inspect(path: str | Path, *, check: bool = False, progress: PhaseProgress | None = None) -> Inspection:
+    """Inspects a config.json, a directory with one, or a checkpoint of either kind, also in a bucket.
+
+    Reads only headers and metadata, unless `check` asks to compare every file with the checksums of the manifest.
+
+    Args:
+      path: of a file or a directory, or a bucket's URL.
+      check: whether to read every file.
+      progress: called with "verify", the bytes read and the bytes of all files.
 
     Raises:
       UserError: `path` is none of these, or its configuration is not valid.
       FileNotFoundError: there is no such file.
     """
-    path = Path(path)
+    path = buckets.local(path)
     if path.is_file() or _has_only_config(path):
         config = detect.read_config(path)
         dtype = config.jax_dtype
         found = [checks.FoundTensor(tensor, dtype) for tensor in mapping.rows(config)]
         return _summary(path, "config", config, found, 0, [])
     kind = detect.kind_of(path)
-    config = detect.read_config(path)
-    source = detect.open_source(path)
+    damaged = _damage(path, progress) if check else []
+    try:
+        config = detect.read_config(path)
+        source = detect.open_source(path)
+    except UserError:
+        # What cannot be read because of damage is said by the damage.
+        checks.raise_problems(path, damaged)
+        raise
     try:
         found, problems = checks.check(source, config)
-        return _summary(path, kind, config, found, _count_files(source), problems)
+        return _summary(path, kind, config, found, _count_files(source), list(dict.fromkeys(damaged + problems)))
     finally:
         source.close()
+
+
+def _damage(path: Path, progress: PhaseProgress | None) -> list[str]:
+    manifest = Manifest.read(path)
+    if manifest is None or not manifest.has_checksums:
+        return [f"it has no checksums to check: {MANIFEST} is missing, or of an older version"]
+    return checks.damage(path, progress)
 
 
 def _has_only_config(path: Path) -> bool:

@@ -13,11 +13,14 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from convert import checks, detect
+from convert import buckets, checks, detect, storage
 from convert.checks import FoundTensor
-from convert.orbax_io import OrbaxSource, StoredArray, chunk_axis, flatten, nest, on_device
+from convert.manifest import Manifest
+from convert.orbax_io import OrbaxSource, on_device
+from convert.orbax_layout import StoredArray, chunk_axis, flatten, nest
 from convert.reader import SafetensorsSource
 from keye_jax.config import KeyeConfig
+from keye_jax.errors import UserError
 
 Sharding = jax.sharding.Sharding
 
@@ -28,6 +31,7 @@ def load_params(
     *,
     dtype: Any = None,
     shardings: Sharding | Mapping[str, Any] | None = None,
+    verify_checksums: bool = False,
 ) -> dict[str, Any]:
     """Loads the arrays of the model. Arrays of a checkpoint that the model does not use are not read.
 
@@ -36,11 +40,13 @@ def load_params(
     at a time, and keeps the shards of its own devices. Host memory: twice the largest tensor.
 
     Args:
-      path: directory of a checkpoint of either kind.
+      path: directory of a checkpoint of either kind, or its URL in a bucket.
       config: its configuration.
       dtype: the dtype to cast every array to while it is loaded; None to keep the stored dtypes.
       shardings: one sharding for all arrays, or nested dicts like the result with shardings as leaves. Arrays without
         a sharding go to the default device.
+      verify_checksums: read every file first, and compare it with the manifest. Of a checkpoint in a bucket, each of
+        several processes reads its share.
 
     Returns:
       Nested dicts by module path, with layer numbers as strings. For instance,
@@ -50,10 +56,13 @@ def load_params(
     Raises:
       UserError: there is no checkpoint, or it does not match `config`. One message lists all problems.
     """
-    source = detect.open_source(Path(path))
+    directory = buckets.local(path)
+    if verify_checksums:
+        _verify(directory)
+    source = detect.open_source(directory)
     try:
         found, problems = checks.check(source, config)
-        checks.raise_problems(Path(path), problems)
+        checks.raise_problems(directory, problems)
         wanted = [item for item in found if item.tensor.in_model]
         targets = _targets(wanted, shardings)
         if isinstance(source, SafetensorsSource):
@@ -61,8 +70,23 @@ def load_params(
                 {item.tensor.path: _load_tensor(source, item, dtype, targets[item.tensor.path]) for item in wanted}
             )
         return nest(_restore(source, wanted, dtype, targets))
+    except OSError as error:
+        raise UserError(f"{buckets.shown(directory)} cannot be read: {storage.reason(error) or error}") from error
     finally:
         source.close()
+
+
+def _verify(directory: Path) -> None:
+    detect.kind_of(directory)
+    manifest = Manifest.read(directory)
+    if manifest is None or not manifest.has_checksums:
+        raise UserError(
+            f"{buckets.shown(directory)} has no checksums to verify: no conversion of this version wrote it"
+        )
+    # All processes see the same bucket, but each may have its own disk.
+    shared = buckets.origin(directory) is not None
+    part = (jax.process_index(), jax.process_count()) if shared else (0, 1)
+    checks.raise_problems(directory, checks.damage(directory, part=part))
 
 
 def _targets(

@@ -24,6 +24,15 @@ PACKING_ROWS = 32768
 # A checkpoint may hold these tensors. They are not weights of this model and are not converted.
 IGNORED = re.compile(r"visual\.vision_model\.head\..*|(.*\.)?rotary_emb\.inv_freq")
 
+# Names of other layouts: newer transformers put all below `model.`, and wrappers put a prefix before all.
+_WRAPPERS = re.compile(r"(?:_orig_mod\.|module\.)+")
+_LAYOUTS = (
+    (re.compile(r"model\.language_model\.(?=embed_tokens|layers|norm)"), "model."),
+    (re.compile(r"(?:model\.)?language_model\.model\."), "model."),
+    (re.compile(r"(?:model\.)?language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"model\.(?=visual\.|mlp_AR\.|lm_head\.)"), ""),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -265,6 +274,17 @@ def fused_name(checkpoint_name: str) -> str | None:
     """The name of the fused tensor that holds the linear `checkpoint_name`; None if that is no linear of an expert."""
     match = _EXPERT_NAME.fullmatch(checkpoint_name)
     return match.group(1) + _EXPERT_LINEARS[match.group(2)][0] if match else None
+
+
+def canonical_name(checkpoint_name: str) -> str:
+    """The name in the table of a tensor that may have that of another layout, or the prefix of a wrapper."""
+    name = checkpoint_name
+    if (wrapper := _WRAPPERS.match(name)) is not None:
+        name = name[wrapper.end() :]
+    for layout, ours in _LAYOUTS:
+        if (match := layout.match(name)) is not None:
+            return ours + name[match.end() :]
+    return name
 
 
 def is_ignored(checkpoint_name: str) -> bool:

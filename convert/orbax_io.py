@@ -8,11 +8,12 @@ restored like any other Orbax checkpoint.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
+import functools
 import logging
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,54 +22,19 @@ import jax
 import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
-from keye_jax.errors import UserError
-from keye_jax.parsing import read_json
+from convert import buckets, storage
+from convert.manifest import Manifest
+from convert.orbax_bucket import BucketArrays
+from convert.orbax_layout import ArrayPath, StoredArray, chunk_axis, flatten, in_slices, nest, piece_bytes
+from keye_jax.errors import UserError, shorten_name
 
-# The directory of the arrays in a converted checkpoint, and the file with the length of every file in it.
+# The directory of the arrays in a converted checkpoint.
 PARAMS = "params"
-MANIFEST = "checkpoint.json"
 
 # Bytes that Orbax may use while it restores, besides the arrays.
 _READ_BYTES = 1 << 30
-# An array of more than _CHUNKED_BYTES is stored in chunks, so that each host can read a part. An axis of at most
-# _MOST_SLICES slices of at least _SLICE_BYTES each, such as experts or heads, has one chunk a slice. Without such an
-# axis, the longest axis is cut into at most _PIECES chunks.
-_CHUNKED_BYTES = 1 << 20
-_SLICE_BYTES, _MOST_SLICES, _PIECES = 1 << 17, 256, 64
 # Metadata files are smaller than this. Before a merge, smaller files are copied and larger ones are linked.
 _COPIED_BYTES = 1 << 20
-
-ArrayPath = tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredArray:
-    """Shape and dtype of a stored array. Orbax takes it as a request to restore a numpy array."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
-
-
-def nest(flat: Mapping[ArrayPath, Any]) -> dict[str, Any]:
-    """Nested dicts from a dict by path."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value
-    return tree
-
-
-def flatten(tree: Any, prefix: ArrayPath = ()) -> dict[ArrayPath, Any]:
-    """The leaves of nested dicts by path."""
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    return {path: leaf for key, value in tree.items() for path, leaf in flatten(value, (*prefix, str(key))).items()}
 
 
 def _saving_context() -> ocp.Context:
@@ -83,26 +49,13 @@ def _saving_context() -> ocp.Context:
         axis = chunk_axis(value.shape, value.nbytes)
         if axis is None:
             return None
-        if _in_slices(value.shape[axis], value.nbytes):
+        if in_slices(value.shape[axis], value.nbytes):
             # With one expert a chunk, each device reads whole chunks, however the experts are split.
             return options(chunk_byte_size=value.nbytes // value.shape[axis], shard_axes=(axis,))
-        return options(chunk_byte_size=max(_CHUNKED_BYTES, value.nbytes // _PIECES))
+        return options(chunk_byte_size=piece_bytes(value.nbytes))
 
     context.array.saving.scoped_storage_options_creator = chunks
     return context
-
-
-def chunk_axis(shape: tuple[int, ...], nbytes: int) -> int | None:
-    """The axis along which an array is stored in chunks; None if it is one chunk. `nbytes`: bytes of the array."""
-    if nbytes <= _CHUNKED_BYTES:
-        return None
-    slices = (axis for axis, size in enumerate(shape) if _in_slices(size, nbytes))
-    return next(slices, max(range(len(shape)), key=lambda axis: shape[axis]))
-
-
-def _in_slices(size: int, nbytes: int) -> bool:
-    """Whether an axis of `size` slices has one chunk a slice."""
-    return size <= _MOST_SLICES and nbytes >= size * _SLICE_BYTES
 
 
 class OrbaxWriter:
@@ -189,18 +142,12 @@ def file_sizes(params: Path) -> dict[str, int]:
     return {path.relative_to(params).as_posix(): path.stat().st_size for path in files}
 
 
-def write_manifest(directory: Path) -> None:
-    """Writes the lengths of all files to `directory/checkpoint.json`, by which a truncated copy is recognised."""
-    manifest = {"format": "keye-jax", "version": 1, "files": file_sizes(directory / PARAMS)}
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-
 class OrbaxSource:
-    """The Orbax checkpoint in `directory/params`.
+    """The Orbax checkpoint in `directory/params`, or in the bucket whose small files `directory` has.
 
     Attributes:
       directory: its directory.
-      files: all files in `params/`.
+      files: all files in `params/` on this machine.
       entries: shape and dtype of every array, by path.
       problems: the problems of the files, one sentence each.
 
@@ -214,40 +161,37 @@ class OrbaxSource:
         self.entries: dict[ArrayPath, StoredArray] = {}
         self.problems: list[str] = []
         self._params = self.directory / PARAMS
-        sizes = file_sizes(self._params)
-        self.files = [self._params / name for name in sizes]
-        self._check_manifest(sizes)
-        if self.problems:
-            return
+        self._shown = f"{buckets.shown(self.directory)}/{PARAMS}"
+        url = buckets.origin(self.directory)
+        self._bucket = None if url is None else BucketArrays(f"{url}/{PARAMS}", self._params)
+        manifest = Manifest.read(self.directory)
+        weights = {} if manifest is None else {n: r.size for n, r in manifest.files.items() if n.startswith(PARAMS)}
+        if url is None:
+            sizes = {f"{PARAMS}/{name}": size for name, size in file_sizes(self._params).items()}
+        else:
+            sizes = buckets.Bucket(url).sizes(weights)
+        self.files = [self.directory / name for name in sizes]
+        if manifest is not None:
+            self.problems += manifest.wrong_sizes(sizes)
+        if not self.problems:
+            self._read_metadata()
+
+    def _read_metadata(self) -> None:
         try:
+            if self._bucket is not None:
+                self.entries = self._bucket.entries()
+                return
             with quiet_orbax():
                 tree = ocp.metadata(str(self._params)).metadata
         except Exception as error:
-            raise UserError(f"{self._params} cannot be read as an Orbax checkpoint: {_first_line(error)}") from error
+            raise UserError(f"{self._shown} cannot be read as an Orbax checkpoint: {_cause(error)}") from error
         if not isinstance(tree, Mapping):
-            raise UserError(f"{self._params} cannot be read as an Orbax checkpoint: its metadata names no arrays")
+            raise UserError(f"{self._shown} cannot be read as an Orbax checkpoint: {_without_arrays(self._params)}")
         for path, leaf in flatten(tree).items():
             if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
                 self.entries[path] = StoredArray(tuple(leaf.shape), np.dtype(leaf.dtype))
             else:
                 self.problems.append(f"{'.'.join(path)}: it is not an array")
-
-    def _check_manifest(self, sizes: dict[str, int]) -> None:
-        manifest = self.directory / MANIFEST
-        if not manifest.is_file():
-            return
-        expected = read_json(manifest).get("files")
-        if not isinstance(expected, dict) or not all(type(size) is int and size >= 0 for size in expected.values()):
-            raise UserError(
-                f"{manifest} is not a checkpoint's manifest: it must be JSON with 'files', an object of sizes in bytes"
-            )
-        for name, size in expected.items():
-            if name not in sizes:
-                self.problems.append(f"{PARAMS}/{name}: it is missing")
-            elif sizes[name] != size:
-                self.problems.append(
-                    f"{PARAMS}/{name}: it is truncated: it has {sizes[name]:,} bytes; it must have {size:,}"
-                )
 
     def read(self, paths: Iterable[ArrayPath]) -> dict[ArrayPath, np.ndarray]:
         """Reads arrays into host memory. Memory: the arrays, and a second copy of the one being read.
@@ -268,18 +212,34 @@ class OrbaxSource:
         context.pytree.loading.partial_load = True
         context.memory.read_concurrent_bytes = _READ_BYTES
         try:
+            if self._bucket is not None:
+                return self._bucket.restore(requests)
             with context, quiet_orbax():
                 return flatten(ocp.load(str(self._params), nest(requests)))
-        except ValueError as error:
-            raise UserError(f"{self._params}: the arrays cannot be read: {_first_line(error)}") from error
+        except (ValueError, OSError, KeyError, ExceptionGroup) as error:
+            raise UserError(f"{self._shown}: the arrays cannot be read: {_cause(error)}") from error
 
     def close(self) -> None:
         """Does nothing: no file stays open between reads."""
 
 
+@functools.cache
+def _drop_late_callbacks() -> None:
+    """Silences what Python prints when one array fails, and Orbax leaves the others to end by themselves."""
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
     """Silences the log of Orbax, which repeats its exceptions and what is checked here."""
+    _drop_late_callbacks()
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -289,8 +249,32 @@ def quiet_orbax() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+_FILE = re.compile(rf"[/\w.-]*/({PARAMS}/[\w./-]+)")
+
+
+def _cause(error: Exception) -> str:
+    """What a library says of a file that cannot be read, in one short line that names the file if it can be told."""
+    if (why := storage.reason(error)) is not None:
+        return why
+    text = " ".join(str(error).split())
+    # The innermost file comes last.
+    if (named := [file for file in _FILE.findall(text) if not file.endswith("/")]) and "/" in named[-1]:
+        return f"{named[-1]} is {'missing' if 'NOT_FOUND' in text or 'No such file' in text else 'damaged'}"
+    return shorten_name(text or type(error).__name__)
+
+
+def _without_arrays(params: Path) -> str:
+    """Why Orbax, which does not say it, finds no arrays in a directory."""
+    folders = [path.parent for path in (*params.glob("_METADATA"), *params.glob("*/_METADATA"))]
+    if not folders:
+        return "its _METADATA is missing"
+    if not any((folder / "manifest.ocdbt").exists() for folder in folders) and not any(params.rglob(".zarray")):
+        return f"{PARAMS}/{folders[0].relative_to(params) / 'manifest.ocdbt'} is missing"
+    try:
+        BucketArrays(f"file://{params}", params).entries()
+    except (ValueError, OSError, LookupError) as error:
+        return _cause(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+    return "its metadata names no arrays"
 
 
 def on_device(entry: StoredArray, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct:

@@ -6,16 +6,18 @@ resident memory: a mapped checkpoint would seem to need its whole size in memory
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import math
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from convert import mapping
+from convert import buckets, mapping
 from keye_jax.errors import UserError, shorten
 from keye_jax.parsing import parse_json, read_json
 
@@ -36,6 +38,7 @@ _OTHER_ITEM_BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
 # The format's own limit. A longer header means that the file is not safetensors.
 _MAX_HEADER_BYTES = 100_000_000
 _READ_BYTES = 64 << 20
+_BUCKET_READS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,8 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     with file.open("rb") as stream:
         if size < 8:
             raise HeaderError(f"it is truncated: it has {size} bytes; a header alone has at least 8")
-        length = int.from_bytes(stream.read(8), "little")
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
         if length > _MAX_HEADER_BYTES:
             raise HeaderError(
                 f"it is not safetensors: its header has {length:,} bytes; the format allows {_MAX_HEADER_BYTES:,}"
@@ -141,6 +145,8 @@ class SafetensorsSource:
             for file in [single] if single.is_file() else sorted(directory.glob("*.safetensors")):
                 self._open_file(file)
         self._descriptors: dict[Path, int] = {}
+        self._bucket = _bucket_of(directory)
+        self._take_other_names()
 
     @classmethod
     def of_files(cls, directory: Path, files: list[Path]) -> SafetensorsSource:
@@ -148,6 +154,7 @@ class SafetensorsSource:
         source = cls.__new__(cls)
         source.directory, source.files = directory, []
         source.entries, source.problems, source.in_bad_files, source._descriptors = {}, [], set(), {}
+        source._bucket = None
         for file in files:
             source._open_file(file)
         return source
@@ -183,6 +190,18 @@ class SafetensorsSource:
                 self.problems.append(f"{file_name}: {name} is missing in it; the index puts it there")
                 self.in_bad_files.add(name)
 
+    def _take_other_names(self) -> None:
+        """Gives tensors with names of another layout, such as `model.language_model.`, those of the table."""
+        renamed: dict[str, str] = {}
+        for name in list(self.entries):
+            ours = mapping.canonical_name(name)
+            if ours in renamed or (ours != name and ours in self.entries):
+                self.problems.append(f"{name}: it is the same tensor as {renamed.get(ours, ours)}")
+                continue
+            renamed[ours] = name
+        self.entries = {ours: self.entries[name] for ours, name in renamed.items()}
+        self.in_bad_files = {mapping.canonical_name(name) for name in self.in_bad_files}
+
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
         """Reads one tensor in its stored dtype and shape.
 
@@ -192,16 +211,23 @@ class SafetensorsSource:
 
         Raises:
           UserError: the file has become shorter since its header was read.
+          OSError: the file system or the bucket fails.
         """
         entry = self.entries[name]
         if out is None:
             out = np.empty(entry.shape, DTYPES[entry.dtype])
         assert out.nbytes == entry.nbytes and out.flags.c_contiguous
         target = memoryview(out.reshape(-1).view(np.uint8))
+        if self._bucket is not None:
+            self._bucket.read_into(entry.file.name, entry.start, target)
+            return out
         descriptor = self._descriptor(entry.file)
         done = 0
         while done < entry.nbytes:
-            count = os.preadv(descriptor, [target[done : done + _READ_BYTES]], entry.start + done)
+            try:
+                count = os.preadv(descriptor, [target[done : done + _READ_BYTES]], entry.start + done)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(entry.file)) from error
             if count == 0:
                 raise UserError(f"{entry.file} is truncated: it became shorter while it was read")
             done += count
@@ -221,6 +247,18 @@ class SafetensorsSource:
             fused[piece.expert, :, start:stop] = self.read(piece.checkpoint_name).T
         return fused
 
+    def read_tensors(self, tensors: Iterable[mapping.Tensor]) -> Iterator[np.ndarray]:
+        """Reads `tensors` in our shapes, as `read_tensor` does; from a bucket several at a time.
+
+        Memory: all tensors.
+        """
+        if self._bucket is None:
+            yield from map(self.read_tensor, tensors)
+            return
+        # A bucket answers each request late, and many at once.
+        with concurrent.futures.ThreadPoolExecutor(_BUCKET_READS) as pool:
+            yield from pool.map(self.read_tensor, tensors)
+
     def close(self) -> None:
         """Closes the files. A later read opens them again."""
         while self._descriptors:
@@ -230,6 +268,11 @@ class SafetensorsSource:
         if file not in self._descriptors:
             self._descriptors[file] = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         return self._descriptors[file]
+
+
+def _bucket_of(directory: Path) -> buckets.Bucket | None:
+    url = buckets.origin(directory)
+    return None if url is None else buckets.Bucket(url)
 
 
 def _read_index(index: Path) -> dict[str, str]:

@@ -8,7 +8,6 @@ A process that is stopped leaves `DST.partial`, and the same command continues f
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from keye_jax import file_lock
 from keye_jax.errors import UserError
 from keye_jax.parsing import read_json
 
@@ -104,17 +104,22 @@ class Staging:
 
     def close(self) -> None:
         """Unlocks the staging directory."""
+        if self._holder is not None:
+            self._holder.unlink(missing_ok=True)
+            self._holder = None
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
     def _lock(self) -> None:
         self._descriptor: int | None = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._holder: Path | None = None
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._holder = file_lock.lock(self._descriptor, self.path / _LOCK)
         except BlockingIOError as error:
             self.close()
-            raise UserError(f"{self.path}: another process is working on this conversion") from error
+            who = f" ({error.strerror} {error.filename})" if error.filename else ""
+            raise UserError(f"{self.path}: another process is working on this conversion{who}") from error
 
     def _read_journal(self) -> dict[str, Any] | None:
         """The journal of an earlier process; None if there was none. UserError if `path` is not a staging directory."""
@@ -130,7 +135,7 @@ class Staging:
                 return state
         except FileNotFoundError:
             # A process that was stopped at the start leaves only these.
-            if {entry.name for entry in self.path.iterdir()} <= {_LOCK, f"{JOURNAL}.new"}:
+            if {entry.name for entry in self.path.iterdir()} <= {_LOCK, f"{_LOCK}.holder", f"{JOURNAL}.new"}:
                 return None
         except (ValueError, KeyError, TypeError):
             pass

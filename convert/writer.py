@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,14 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
+def shard_index(shards: Mapping[str, list[PlannedTensor]]) -> str:
+    """The text of the index that says which file has which tensor."""
+    file_of = {tensor.name: name for name, shard in shards.items() for tensor in shard}
+    total = sum(tensor.nbytes for shard in shards.values() for tensor in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
+    return json.dumps(index, indent=2) + "\n"
+
+
 def encode_header(tensors: list[PlannedTensor]) -> bytes:
     """The bytes of a file before its data; their number is a multiple of 8."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -78,19 +87,19 @@ class ShardWriter:
         shards = plan_shards(tensors, shard_size)
         self._directory = directory
         self._names = shard_names(len(shards))
-        self._file_of: dict[str, str] = {}
         self._places: dict[str, tuple[Path, int, PlannedTensor]] = {}
         self._descriptors: dict[Path, int] = {}
         self._touched: set[Path] = set()
-        self._total = sum(tensor.nbytes for tensor in tensors)
-        for name, shard in zip(self._names, shards, strict=True):
+        self._missing: dict[Path, set[str]] = {}
+        self._shards = dict(zip(self._names, shards, strict=True))
+        for name, shard in self._shards.items():
             part = directory / f"{name}.part"
             header = encode_header(shard)
             offset = len(header)
             for tensor in shard:
-                self._file_of[tensor.name] = name
                 self._places[tensor.name] = (part, offset, tensor)
                 offset += tensor.nbytes
+            self._missing[part] = {tensor.name for tensor in shard}
             if not (directory / name).exists():
                 self._begin(part, header, offset)
 
@@ -110,11 +119,14 @@ class ShardWriter:
         while done < len(data):
             done += os.pwrite(self._descriptors[part], data[done : done + _WRITE_BYTES], offset + done)
         self._touched.add(part)
+        self._missing[part].discard(name)
 
-    def flush(self) -> None:
-        """Waits until everything written so far is on the disk."""
+    def flush(self) -> list[Path]:
+        """Waits until everything written so far is on the disk; returns the files that got their last tensor."""
+        complete = [part for part in self._touched if not self._missing[part]]
         while self._touched:
             os.fsync(self._descriptors[self._touched.pop()])
+        return complete
 
     def finish(self) -> None:
         """Gives the shards their final names, and writes the index if there are several shards."""
@@ -125,8 +137,7 @@ class ShardWriter:
             if part.exists():
                 part.rename(self._directory / name)
         if len(self._names) > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self._file_of.items()))}
-            (self._directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (self._directory / INDEX_NAME).write_text(shard_index(self._shards), encoding="utf-8")
 
     def close(self) -> None:
         """Closes the files without finishing them."""

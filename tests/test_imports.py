@@ -30,7 +30,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     ),
     "keye_jax.doctor": ("keye_jax.engine", "keye_jax"),
     "keye_jax.demo": ("keye_jax.cli", "keye_jax.testing", "convert"),
-    "keye_jax.jobs": ("keye_jax.engine", "keye_jax.presets"),
+    "keye_jax.jobs": ("keye_jax.engine", "keye_jax.presets", "keye_jax.file_lock"),
     "keye_jax.serve": ("keye_jax.engine", "keye_jax.jobs"),
     "keye_jax.engine": ("keye_jax.runtime", "keye_jax.processor", "convert"),
     "keye_jax.eval": ("keye_jax.runtime", "keye_jax.engine", "keye_jax.train"),
@@ -64,10 +64,11 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "keye_jax.config_rules": ("keye_jax.parsing",),
     "keye_jax.parsing": ("keye_jax.errors",),
     "keye_jax.errors": (),
+    "keye_jax.file_lock": (),
     "keye_jax.interrupts": (),
     "keye_jax": (),  # __init__.py: the version, and names of the library that are looked up late
     "keye_jax.progress": (),
-    "convert": ("keye_jax.config", "keye_jax.sharding", "keye_jax.progress"),
+    "convert": ("keye_jax.config", "keye_jax.sharding", "keye_jax.progress", "keye_jax.file_lock"),
     "pallas_kernels": (),
 }
 

@@ -8,6 +8,7 @@ from keye_jax import interrupts
 # Before the other imports, which take a while.
 interrupts.handle_if_command("keye-jax", __name__)
 
+import errno
 import signal
 import sys
 from typing import Annotated, Any
@@ -15,7 +16,21 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from keye_jax.cli import batch, bench, convert, doctor, eval, frames, generate, inspect, plan, serve, train, verify
+from keye_jax.cli import (
+    batch,
+    bench,
+    convert,
+    doctor,
+    eval,
+    frames,
+    generate,
+    inspect,
+    paths,
+    plan,
+    serve,
+    train,
+    verify,
+)
 from keye_jax.errors import UserError
 from keye_jax.runtime import distributed
 from pallas_kernels.errors import UnsupportedError
@@ -30,7 +45,7 @@ class _Group(TyperGroup):
             raise typer.Abort from error
 
 
-app = typer.Typer(
+app = paths.App(
     name="keye-jax",
     cls=_Group,
     add_completion=False,
@@ -60,6 +75,14 @@ def _options(
     """Keye-VL-2.0-30B-A3B in JAX: convert a checkpoint, inspect, verify, measure and train it, ask about videos."""
 
 
+# What a file system can answer although the program is right. Any other OSError is a defect.
+_OF_THE_MACHINE = {
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EBUSY, errno.EXDEV),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENOLCK, errno.EMFILE, errno.ENFILE, errno.ENODEV, errno.ENXIO),
+}
+
+
 def run(command: typer.Typer, arguments: list[str]) -> int:
     """Runs `command` with `arguments` and returns its exit code: a user's mistake is one line on stderr and 2."""
     interrupts.set_hint()
@@ -72,14 +95,9 @@ def run(command: typer.Typer, arguments: list[str]) -> int:
     except typer.TyperException as error:
         print(f"keye-jax: {error.format_message()}", file=sys.stderr)
         return error.exit_code
-    except (
-        UserError,
-        UnsupportedError,
-        FileNotFoundError,
-        PermissionError,
-        NotADirectoryError,
-        IsADirectoryError,
-    ) as error:
+    except (UserError, UnsupportedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _OF_THE_MACHINE:
+            raise
         distributed.fail(str(error), 2)
         print(f"keye-jax: {error}", file=sys.stderr)
         return 2

@@ -78,7 +78,7 @@ def batch(
     elif model.coordinator or model.processes is not None or model.process_id is not None:
         raise UserError("--coordinator, --processes and --process-id do not go with --ray")
 
-    from convert import kind_of
+    from convert import buckets, kind_of
     from keye_jax.engine.generation_config import GenerationDefaults
     from keye_jax.jobs.batch import Answerer, Batch, open_engine, token_text
     from keye_jax.jobs.journal import JobStoppedError, Journal, checkpoint_hash
@@ -86,9 +86,10 @@ def batch(
     from keye_jax.jobs.report import Progress, Tally
     from keye_jax.processor.options import read_options
 
-    kind_of(checkpoint)
+    directory = buckets.local(checkpoint)
+    kind_of(directory)
     asked = options.given(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    sampling = dataclasses.replace(GenerationDefaults.from_checkpoint(checkpoint).sampling, **asked)
+    sampling = dataclasses.replace(GenerationDefaults.from_checkpoint(directory).sampling, **asked)
     chosen = media.given() | options.given(subtitles=subtitles)
     for kind in ("image", "video"):
         read_options(kind, chosen, "", shared=True)
@@ -107,7 +108,8 @@ def batch(
     engine_options = engine.engine_options(rows=rows, chunks_between=rows)
     opener = functools.partial(
         open_engine,
-        str(checkpoint),
+        # A worker on another machine looks for a bucket's small files itself.
+        str(directory if ray is None else checkpoint),
         warmup=engine.warmup,
         options=engine_options,
         sharding=model.sharding,
@@ -120,7 +122,7 @@ def batch(
     try:
         source = _input(input, videos, prompt, output)
         digest, lines = count_lines(source)
-        key = {"input": digest, "checkpoint": checkpoint_hash(checkpoint), "options": key_options}
+        key = {"input": digest, "checkpoint": checkpoint_hash(directory), "options": key_options}
         with Journal(output, key) as journal, source.open("rb") as file:
             tally, ended = Tally(part.size(lines), journal.succeeded, journal.failures), None
             if tally.done == tally.total:
@@ -128,7 +130,7 @@ def batch(
             else:
                 with _engine(opener, ray, ray_gpus, outstanding) as opened:
                     tally.begin()
-                    name, text = checkpoint.resolve().name, token_text(checkpoint)
+                    name, text = checkpoint.resolve().name, token_text(directory)
                     answerer = Answerer(opened, name, text, sampling, max_tokens, retries)
                     job = Batch(
                         *(answerer, journal, read_lines(file, part), tally, Progress()),

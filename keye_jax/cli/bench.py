@@ -28,7 +28,9 @@ _DENSE, _SPARSE, _FP8 = "dense", "sparse", "sparse, fp8 indexer"
 
 
 def bench(
-    config: Annotated[Path, typer.Option(help="Configuration of the model, a config.json.")] = presets.RELEASED,
+    config: Annotated[
+        Path, typer.Option(help="Configuration of the model, a config.json, or a checkpoint.")
+    ] = presets.RELEASED,
     layers: Annotated[int | None, typer.Option(help="Decoder layers to use, the first ones, for a quick run.")] = None,
     prefill: Annotated[str, typer.Option(help="Prompt lengths to read, in tokens; '' for none.")] = (
         "8K,32K,128K,256K"
@@ -93,6 +95,7 @@ def bench(
 
     import jax
 
+    from convert import buckets
     from keye_jax.bench.inputs import random_model
     from keye_jax.bench.timing import SHORTEST_CONTEXT, compile_steps
     from keye_jax.config import KeyeConfig
@@ -106,7 +109,7 @@ def bench(
         if context < SHORTEST_CONTEXT:
             raise UserError(f"--decode has {batch}x{context}; a context must have at least {SHORTEST_CONTEXT} tokens")
     enable_compilation_cache()
-    sizes = KeyeConfig.from_file(config)
+    sizes = KeyeConfig.from_file(buckets.local(config))
     if layers is not None:
         if not 1 <= layers <= sizes.num_hidden_layers:
             raise UserError(f"--layers is {layers}; it must be from 1 to {sizes.num_hidden_layers}")

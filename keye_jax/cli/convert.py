@@ -20,7 +20,10 @@ _PLAIN_INTERVAL_S = 30.0
 def convert(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="[SRC] DST", help="The checkpoint, unless it is on a hub, and the directory to make."),
+        typer.Argument(
+            metavar="[SRC] DST",
+            help="The checkpoint, unless it is on a hub, and the directory to make; gs:// and s3:// URLs are taken.",
+        ),
     ],
     hf: Annotated[str | None, typer.Option(metavar="ID", help="Take the checkpoint from the Hugging Face Hub.")] = None,
     modelscope: Annotated[str | None, typer.Option(metavar="ID", help="Take the checkpoint from ModelScope.")] = None,
@@ -57,8 +60,15 @@ def convert(
     interrupts.set_hint("the same command continues where this one stopped")
     with ConversionProgress() as progress:
         if source is None:
+            # A download takes hours: what the destination will refuse is refused before it.
+            conversion.check_destination(destination, overwrite=overwrite)
             source = hub.download(
-                hf=hf, modelscope=modelscope, revision=revision, cache_dir=cache_dir, progress=progress
+                hf=hf,
+                modelscope=modelscope,
+                revision=revision,
+                cache_dir=cache_dir,
+                destination=destination,
+                progress=progress,
             )
         if sharding is not None:
             _check_sharding(sharding, source)
@@ -91,12 +101,13 @@ def _paths(paths: list[Path], hf: str | None, modelscope: str | None) -> tuple[P
 
 def _check_sharding(sharding: str, source: Path) -> None:
     """Raises UserError if the model cannot lie over devices as the sharding file says; "auto" is settled later."""
+    from convert import buckets
     from keye_jax import presets
     from keye_jax.config import KeyeConfig
     from keye_jax.sharding import ShardingConfig
 
     read = ShardingConfig.from_file(presets.sharding_file(sharding))
-    read.check(KeyeConfig.from_file(source), {axis: size or 1 for axis, size in read.mesh})
+    read.check(KeyeConfig.from_file(buckets.local(source)), {axis: size or 1 for axis, size in read.mesh})
 
 
 def _keep_off_accelerators() -> None:

@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 
 from keye_jax import presets
-from keye_jax.cli import options
+from keye_jax.cli import options, paths
 from keye_jax.errors import UserError
 
-app = typer.Typer(help="Measure what a model gets right.", no_args_is_help=True)
+app = paths.App(help="Measure what a model gets right.", no_args_is_help=True)
 
 _SELECTIONS = ("indexer", "dense", "random", "recent")
 
@@ -61,12 +61,14 @@ def shapes(
     import rich
     from rich.table import Table
 
+    from convert import buckets
     from keye_jax.config import KeyeConfig
     from keye_jax.engine.engine import Engine
     from keye_jax.eval.shapes import ENGINE, SELECTIONS, answers, failures, guesses, scores, write_clips
     from keye_jax.runtime.compilation_cache import enable_compilation_cache
 
     enable_compilation_cache()
+    checkpoint = buckets.local(checkpoint)
     config = KeyeConfig.from_file(checkpoint)
     found, given = {}, {}
     with tempfile.TemporaryDirectory() as directory, options.ProgressBars() as bars:

@@ -56,12 +56,14 @@ def frames(
 
 
 def _planner(checkpoint: Path | None, allow_remote: bool, chosen: dict[str, Any]) -> MediaPlanner:
+    from convert import buckets
     from keye_jax.config import KeyeConfig
     from keye_jax.processor import MediaPlanner, Processor
     from keye_jax.processor.settings import ProcessorSettings
 
     if checkpoint is None:
         return MediaPlanner(ProcessorSettings(), allow_remote=allow_remote, defaults=chosen)
+    checkpoint = buckets.local(checkpoint)
     config = KeyeConfig.from_file(checkpoint)
     return Processor.from_checkpoint(checkpoint, config, allow_remote=allow_remote, defaults=chosen).media
 

@@ -74,6 +74,7 @@ def generate(
     request = _request(prompt, given, ctx.meta["media"], messages, stdin)
     model.start()
 
+    from convert import buckets
     from keye_jax.engine.checkpoint import load_runtime, read_checkpoint
     from keye_jax.engine.engine import Engine
     from keye_jax.engine.limits import new_token_limit
@@ -84,7 +85,8 @@ def generate(
 
     enable_compilation_cache()
     chosen = media.given() | options.given(subtitles=stdin if subtitles == "-" else subtitles)
-    config, processor, defaults = read_checkpoint(checkpoint, allow_remote=allow_remote, media=chosen)
+    directory = buckets.local(checkpoint)
+    config, processor, defaults = read_checkpoint(directory, allow_remote=allow_remote, media=chosen)
     rules = options.mesh_rules(model.sharding, config)
     asked = options.given(temperature=0.0 if greedy else temperature, top_p=top_p, top_k=top_k, seed=seed)
     sampling = dataclasses.replace(defaults.sampling, **asked)
@@ -104,7 +106,7 @@ def generate(
     began = time.perf_counter()
     with options.ProgressBars() as report:
         report("loading weights", 0, None)
-        runtime = load_runtime(checkpoint, config, rules=rules, **settings)
+        runtime = load_runtime(directory, config, rules=rules, **settings)
         report("loading weights", 1, 1)
     load_seconds = time.perf_counter() - began
     with Engine(runtime, processor, defaults, options_for_one(rules, plan.num_tokens + limit)) as engine:

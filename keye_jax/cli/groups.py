@@ -78,6 +78,7 @@ class ModelGroup:
     indexer_dtype: options.IndexerDtype = None
     prefill_chunk: options.PrefillChunk = None
     dtype: options.Dtype = "checkpoint"
+    verify_checksums: options.VerifyChecksums = False
     sharding: options.Sharding = None
     coordinator: options.Coordinator = None
     processes: options.Processes = None
@@ -91,6 +92,7 @@ class ModelGroup:
             "prefill_chunk": options.prefill_chunk_size(self.prefill_chunk),
             "dense_below": options.dense_limit(self.dense_below),
             "dtype": options.parameter_dtype(self.dtype),
+            "verify_checksums": self.verify_checksums,
         }
 
     def start(self, **settings: Any) -> None:

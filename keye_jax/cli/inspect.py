@@ -17,19 +17,29 @@ _PROBLEMS_SHOWN = 20
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A config.json, or a checkpoint, safetensors or Orbax.")],
+    path: Annotated[
+        Path, typer.Argument(help="A config.json, or a checkpoint, safetensors or Orbax, or its gs:// or s3:// URL.")
+    ],
+    check: Annotated[
+        bool, typer.Option("--check", help="Read every file and compare it with the checksums of its conversion.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all problems.")] = False,
 ) -> int:
-    """Shows parameters and bytes by part, without loading weights.
+    """Shows parameters and bytes by part, without loading weights; with --check, finds damage.
 
     Exits with 2 if a checkpoint is not whole.
     """
     import jax
 
     jax.config.update("jax_platforms", "cpu")
+    from convert import buckets
+    from convert.checks import gather
     from convert.inspection import inspect as look
+    from keye_jax.cli.convert import ConversionProgress
 
-    found = look(path)
+    path = buckets.local(path)
+    with ConversionProgress() as progress:
+        found = look(path, check=check, progress=progress)
     text = _frame_text(path if path.is_dir() else path.parent)
     if as_json:
         print(json.dumps(found.to_dict() | {"frame_text": text}, indent=2))
@@ -40,10 +50,11 @@ def inspect(
             print(f"text of a video frame: {text['tokens_per_frame']:.1f} tokens ({text['format']}{guess})")
         for note in found.notes:
             print(f"note: {note}", file=sys.stderr)
-        for problem in found.problems[:_PROBLEMS_SHOWN]:
+        problems = gather(found.problems)
+        for problem in problems[:_PROBLEMS_SHOWN]:
             print(f"  {problem}", file=sys.stderr)
-        if len(found.problems) > _PROBLEMS_SHOWN:
-            print(f"  ... and {len(found.problems) - _PROBLEMS_SHOWN} more; --json lists all", file=sys.stderr)
+        if len(problems) > _PROBLEMS_SHOWN:
+            print(f"  ... and {len(problems) - _PROBLEMS_SHOWN} more; --json lists all", file=sys.stderr)
     return 2 if found.problems else 0
 
 

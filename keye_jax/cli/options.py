@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from keye_jax.model.attention import AttentionOptions
     from keye_jax.sharding import MeshRules
 
-Checkpoint = Annotated[Path, typer.Option(help="Directory of a checkpoint, safetensors or Orbax.")]
+Checkpoint = Annotated[
+    Path, typer.Option(help="Directory of a checkpoint, safetensors or Orbax, or its gs:// or s3:// URL.")
+]
+VerifyChecksums = Annotated[
+    bool, typer.Option("--verify-checksums", help="Read every file of the checkpoint first and compare its SHA-256.")
+]
 Attention = Annotated[str, typer.Option(help="'sparse', the model as released, or 'dense', for comparison.")]
 Implementation = Annotated[
     str | None, typer.Option(help="Kernels to use; the best that the device supports if left out.")

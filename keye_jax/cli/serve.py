@@ -93,17 +93,18 @@ def serve(
     model.start()
     options.check_sharding_is_given(model.sharding)
 
-    from convert import kind_of
+    from convert import buckets, kind_of
     from keye_jax.jobs.batch import open_engine
     from keye_jax.processor.options import read_options
 
-    kind_of(checkpoint)
+    directory = buckets.local(checkpoint)
+    kind_of(directory)
     chosen = media.given()
     for kind in ("image", "video"):
         read_options(kind, chosen, "", shared=True)
     opener = functools.partial(
         open_engine,
-        str(checkpoint),
+        str(directory),
         warmup=engine.warmup,
         options=engine.engine_options(
             rows=rows,
@@ -125,7 +126,7 @@ def serve(
 
     listener = listen(host, port)
     distributed.tell("serves")
-    return run(limits, checkpoint, name or checkpoint.resolve().name, opener, listener)
+    return run(limits, directory, name or checkpoint.resolve().name, opener, listener)
 
 
 def _check_extra() -> None:

@@ -23,7 +23,8 @@ def train(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Directory of a checkpoint, safetensors or Orbax. Without it, of generated data a new model."
+            help="Directory of a checkpoint, safetensors or Orbax, or its gs:// or s3:// URL. Without it, of generated "
+            "data a new model."
         ),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="File of samples, a JSON object a line.")] = None,
@@ -43,6 +44,7 @@ def train(
     stop_after: Annotated[
         float | None, typer.Option(metavar="MINUTES", help="Save and end after that time; the same command resumes.")
     ] = None,
+    verify_checksums: options.VerifyChecksums = False,
     sharding: options.Sharding = None,
 ) -> int:
     """Trains a checkpoint by a stage file, and resumes where it was stopped.
@@ -78,6 +80,7 @@ def train(
         adapter=adapter,
         export=export,
         export_step=export_step,
+        verify_checksums=verify_checksums,
         stop_after=None if stop_after is None else 60 * stop_after,
         rules_for=lambda model: options.mesh_rules(sharding, model),
     )

@@ -22,6 +22,7 @@ def verify(
     indexer_dtype: options.IndexerDtype = None,
     prefill_chunk: options.PrefillChunk = None,
     dtype: options.Dtype = "float32",
+    verify_checksums: options.VerifyChecksums = False,
     sharding: options.Sharding = None,
     coordinator: options.Coordinator = None,
     processes: options.Processes = None,
@@ -45,7 +46,7 @@ def verify(
     import rich
     from rich.table import Table
 
-    from convert import kind_of, load_params
+    from convert import buckets, kind_of, load_params
     from convert.detect import read_config
     from keye_jax.eval.parity import EXACT, OVERLAP, skipped
     from keye_jax.eval.parity import verify as compare_all
@@ -55,16 +56,20 @@ def verify(
     from keye_jax.runtime.runtime import Runtime
 
     enable_compilation_cache()
-    kind = kind_of(checkpoint)
-    config = read_config(checkpoint)
+    directory = buckets.local(checkpoint)
+    kind = kind_of(directory)
+    config = read_config(directory)
     rules = options.mesh_rules(sharding, config)
     shardings = parameter_shardings(config, rules)
-    model = Keye.from_params(config, load_params(checkpoint, config, dtype=cast, shardings=shardings))
+    params = load_params(directory, config, dtype=cast, shardings=shardings, verify_checksums=verify_checksums)
+    model = Keye.from_params(config, params)
     runtime = Runtime(model, config, options=chosen, prefill_chunk=chunk, rules=rules)
 
     how = f"{attention} attention" + (f" and a {indexer_dtype} indexer" if indexer_dtype else "")
     where = f" on {rules.devices} devices" if rules.devices > 1 else ""
-    table = Table("array", "compared", "result", "", title=f"{checkpoint} ({kind}, {runtime.dtype}, {how}{where})")
+    table = Table(
+        "array", "compared", "result", "", title=f"{buckets.shown(directory)} ({kind}, {runtime.dtype}, {how}{where})"
+    )
     passed = []
     # Without this, accelerators multiply float32 matrices in lower precision.
     with jax.default_matmul_precision("highest"):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert import kind_of, load_params
+from convert import buckets, kind_of, load_params
 from convert.detect import read_config
 from keye_jax.config import KeyeConfig
 from keye_jax.engine.generation_config import GenerationDefaults
@@ -30,14 +30,14 @@ def read_checkpoint(
     """Reads all of a checkpoint but its weights.
 
     Args:
-      directory: safetensors or Orbax.
+      directory: safetensors or Orbax, or the URL of one of them in a bucket.
       allow_remote, allow_files, guard: as for `Processor`.
       media: options of media that hold where a request sets none, `Processor`'s `defaults`.
 
     Raises:
       UserError: the checkpoint is not whole, or a value is not allowed.
     """
-    directory = Path(directory)
+    directory = buckets.local(directory)
     kind_of(directory)
     config = read_config(directory)
     processor = Processor.from_checkpoint(
@@ -56,6 +56,7 @@ def load_runtime(
     attention: AttentionOptions = AttentionOptions(),  # noqa: B008 (frozen)
     prefill_chunk: int | None = None,
     dense_below: int = 0,
+    verify_checksums: bool = False,
 ) -> Runtime:
     """Loads the weights of a checkpoint.
 
@@ -63,12 +64,14 @@ def load_runtime(
       rules: where parameters and pages lie; all on one device if left out.
       dtype: what the parameters are cast to; as they are if left out.
       attention, prefill_chunk, dense_below: as for `Runtime`.
+      verify_checksums: as for `convert.load_params`.
 
     Raises:
       UserError: the checkpoint is not whole.
     """
     rules = rules or MeshRules.single_device()
-    params = load_params(Path(directory), config, dtype=dtype, shardings=parameter_shardings(config, rules))
+    shardings = parameter_shardings(config, rules)
+    params = load_params(directory, config, dtype=dtype, shardings=shardings, verify_checksums=verify_checksums)
     return Runtime(
         Keye.from_params(config, params),
         config,
@@ -89,6 +92,7 @@ def load(
     **settings: Any,
 ) -> tuple[Runtime, Processor, GenerationDefaults]:
     """All that an engine needs of a checkpoint: `read_checkpoint`, and `load_runtime` with `settings`."""
+    directory = buckets.local(directory)
     config, processor, defaults = read_checkpoint(
         directory, allow_remote=allow_remote, allow_files=allow_files, media=media, guard=guard
     )

@@ -41,24 +41,26 @@ class Engine(Protocol):
 
 
 def open_engine(checkpoint: str, *, sharding: str | None = None, warmup: bool = True, **settings: Any) -> Any:
-    """An engine for a checkpoint; a context manager. Compiled programs are kept between runs.
+    """An engine for a checkpoint, local or in a bucket; a context manager. Compiled programs are kept.
 
     Args:
       sharding: a preset's name, or a sharding file; None for one device.
       warmup: whether all programs are compiled now, and none later.
       settings: of `Engine.from_checkpoint`.
     """
+    from convert import buckets
     from keye_jax import presets
     from keye_jax.engine.engine import Engine
     from keye_jax.runtime.compilation_cache import enable_compilation_cache
 
     enable_compilation_cache()
+    directory = buckets.local(checkpoint)
     rules = None
     if sharding is not None:
         file = ShardingConfig.from_file(presets.sharding_file(sharding))
-        rules = MeshRules.create(file, read_config(checkpoint))
+        rules = MeshRules.create(file, read_config(directory))
     with contextlib.ExitStack() as on_error:
-        engine = on_error.enter_context(Engine.from_checkpoint(checkpoint, rules=rules, **settings))
+        engine = on_error.enter_context(Engine.from_checkpoint(directory, rules=rules, **settings))
         if warmup:
             engine.warmup()
         on_error.pop_all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -13,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from keye_jax import file_lock
 from keye_jax.errors import UserError
 from keye_jax.jobs.lines import encode, result_key
 
@@ -47,6 +47,7 @@ class Journal:
         self._path = path
         self.finished: set[bytes] = set()
         self.succeeded, self.failures = 0, Counter[str]()
+        self._holder: Path | None = None
         with self._written():
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
@@ -56,13 +57,18 @@ class Journal:
                 self._check_key(json.loads(json.dumps(key)))
                 self._recover()
         except BaseException:
-            os.close(self._file)
+            self._close()
             raise
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._holder is not None:
+            self._holder.unlink(missing_ok=True)
         os.close(self._file)
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
@@ -97,9 +103,10 @@ class Journal:
         if not stat.S_ISREG(os.fstat(self._file).st_mode):
             raise UserError(f"--output is {str(self._path)!r}; it must be a regular file")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._holder = file_lock.lock(self._file, self._path)
         except BlockingIOError as error:
-            raise UserError(f"--output is {str(self._path)!r}; another job is writing it") from error
+            who = f" ({error.strerror} {error.filename})" if error.filename else ""
+            raise UserError(f"--output is {str(self._path)!r}; another job is writing it{who}") from error
 
     def _check_key(self, key: Mapping[str, Any]) -> None:
         """Compares the key with that of an output that has results; else writes it down."""

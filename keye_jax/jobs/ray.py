@@ -49,13 +49,15 @@ class Worker:
         opener: Callable[..., Engine] = open_engine,
         **options: Any,
     ):
+        from convert import buckets
         from keye_jax.engine.generation_config import GenerationDefaults
 
+        directory = buckets.local(checkpoint)
         self._answerer = Answerer(
             opener(checkpoint, **options),
             Path(checkpoint).resolve().name,
-            token_text(Path(checkpoint)),
-            sampling or GenerationDefaults.from_checkpoint(checkpoint).sampling,
+            token_text(directory),
+            sampling or GenerationDefaults.from_checkpoint(directory).sampling,
             max_tokens,
             retries,
         )

@@ -81,6 +81,7 @@ def load_model(
     *,
     adapter: Path | None = None,
     source: str = "stage",
+    verify_checksums: bool = False,
 ) -> Model:
     """Loads a checkpoint for a stage: what trains, and what stays as it is.
 
@@ -89,6 +90,7 @@ def load_model(
       rules: where weights lie; see `training_sharding`.
       adapter: a directory in PEFT's layout with the low-rank pairs to begin with; new ones without.
       source: what messages call the stage.
+      verify_checksums: as for `convert.load_params`.
 
     Raises:
       UserError: checkpoint or adapter is not whole, or they, stage and model do not go together.
@@ -103,7 +105,12 @@ def load_model(
         for key in path[:-1]:
             node = node.setdefault(key, {})
         node[path[-1]] = training_sharding(rules, shape, axes)
-    params = load_params(checkpoint, config, shardings=shardings if rules.devices > 1 else None)
+    params = load_params(
+        checkpoint,
+        config,
+        shardings=shardings if rules.devices > 1 else None,
+        verify_checksums=verify_checksums,
+    )
     structure, weights = ModelDef.split(Keye.from_params(config, params))
     if stage.dtype != "checkpoint":
         weights = {path: value.astype(stage.dtype) for path, value in weights.items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from convert import kind_of
+from convert import buckets, kind_of
 from convert.detect import read_config
 from convert.synthetic import write_checkpoint
 from keye_jax import presets
@@ -43,6 +43,7 @@ def train(
     adapter: Path | None = None,
     export: Path | None = None,
     export_step: str | None = None,
+    verify_checksums: bool = False,
     stop_after: float | None = None,
     rules_for: Callable[[KeyeConfig], MeshRules] = lambda _: MeshRules.single_device(),
 ) -> Ended:
@@ -50,14 +51,15 @@ def train(
 
     Args:
       source: what messages call the stage.
-      checkpoint: a directory of either kind, with its tokenizer and templates. None for a new embedded model, with
-        random weights that the stage's seed decides.
+      checkpoint: a directory of either kind, or its URL in a bucket, with its tokenizer and templates. None for a new
+        embedded model, with random weights that the stage's seed decides.
       output: folder of the run.
       data, evaluation: files of samples; None where the stage's data are generated.
       adapter: folder of low-rank pairs in PEFT's layout to begin with; new ones without.
       export: where the trained model is written in the released layout, once all steps are done.
       export_step: the checkpoint that is written to `export` in place of training: "last", "best" or a step; None to
         train.
+      verify_checksums: as for `convert.load_params`.
       stop_after: seconds; None for no limit.
       rules_for: gives the devices for a model.
 
@@ -66,7 +68,9 @@ def train(
     """
     if jax.process_count() > 1:
         raise UserError(f"there are {jax.process_count()} processes; training runs in one")
+    named = None if checkpoint is None else str(checkpoint)
     if checkpoint is not None:
+        checkpoint = buckets.local(checkpoint)
         kind_of(checkpoint)
     if checkpoint is not None and stage.layers is not None:
         raise UserError(f"{source}: layers is {stage.layers}; it is for a new model, and --checkpoint is given")
@@ -120,7 +124,9 @@ def train(
             evaluated = functools.partial(
                 GeneratedBatches, base, config, stage, held_out=True, count=stage.data.evaluation
             )
-        model = load_model(base, stage, rules, adapter=adapter, source=source)
+        model = load_model(
+            base, stage, rules, adapter=adapter, source=source, verify_checksums=verify_checksums
+        )
         trainer = Trainer(model, stage, train_options(stage, processor), rules, steps)
         begun = max(checkpoints.steps, default=0)
         curves = None if stage.tensorboard is None else output / stage.tensorboard
@@ -132,7 +138,7 @@ def train(
         if training.skipped:
             report.say(f"{training.skipped:,} samples were skipped")
         if stage.lora is not None:
-            trainer.write_adapter(output / ADAPTER, str(base))
+            trainer.write_adapter(output / ADAPTER, named or str(base))
         if export is not None and ended.finished:
             export_model(model, stage, trainer.state.weights, base, export)
         return ended

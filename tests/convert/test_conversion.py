@@ -1,6 +1,8 @@
 """Round trips keep every bit, and the files beside the weights."""
 
+import hashlib
 import json
+import os
 import shutil
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 from orbax.checkpoint.experimental import v1 as ocp
 
 import convert
-from convert import conversion, mapping, orbax_io, synthetic
+from convert import mapping, orbax_io, orbax_layout, sinks, synthetic
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 from tests.convert.convert_helpers import (
@@ -95,9 +97,9 @@ def test_side_files_travel_and_others_stay(tmp_path):
         (source / name).write_text(f"content of {name}")
     convert.convert(source, tmp_path / "orbax")
     convert.convert(tmp_path / "orbax", tmp_path / "back")
-    for directory, own in ((tmp_path / "orbax", {"params", "checkpoint.json"}), (tmp_path / "back", set())):
+    for directory, own in ((tmp_path / "orbax", {"params"}), (tmp_path / "back", set())):
         names = {path.name for path in directory.iterdir() if "safetensors" not in path.name}
-        assert names == carried | own | {"config.json"}
+        assert names == carried | own | {"config.json", "checkpoint.json"}
         assert all((directory / name).read_text() == f"content of {name}" for name in carried)
 
 
@@ -123,7 +125,7 @@ def test_unused_table_may_be_absent(tmp_path):
 def test_orbax_restores_it_without_us(tmp_path):
     config = write(tmp_path / "source")
     convert.convert(tmp_path / "source", tmp_path / "orbax")
-    restored = orbax_io.flatten(ocp.load(tmp_path / "orbax" / "params"))
+    restored = orbax_layout.flatten(ocp.load(tmp_path / "orbax" / "params"))
     assert restored.keys() == {tensor.path for tensor in mapping.rows(config)}
     for tensor in mapping.rows(config):
         expected = synthetic.random_tensor(tensor, 0, np.dtype(ml_dtypes.bfloat16))
@@ -146,13 +148,13 @@ def test_load_params(tmp_path, kind):
     config = write(tmp_path / "safetensors", expert_layout="per_expert")
     convert.convert(tmp_path / "safetensors", tmp_path / "orbax")
     assert convert.kind_of(tmp_path / kind) == kind
-    params = orbax_io.flatten(convert.load_params(tmp_path / kind, config))
+    params = orbax_layout.flatten(convert.load_params(tmp_path / kind, config))
     tensors = {tensor.path: tensor for tensor in mapping.rows(config) if tensor.in_model}
     assert params.keys() == tensors.keys()
     for path, tensor in tensors.items():
         assert isinstance(params[path], jax.Array)
         assert equal_bits(params[path], synthetic.random_tensor(tensor, 0, np.dtype(ml_dtypes.bfloat16)))
-    wide = orbax_io.flatten(convert.load_params(tmp_path / kind, config, dtype="float32"))
+    wide = orbax_layout.flatten(convert.load_params(tmp_path / kind, config, dtype="float32"))
     assert all(equal_bits(wide[path], np.asarray(params[path]).astype(np.float32)) for path in tensors)
 
 
@@ -162,7 +164,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import convert
-from convert.orbax_io import flatten, nest
+from convert.orbax_layout import flatten, nest
 from keye_jax.config import KeyeConfig
 
 source, orbax = sys.argv[1:]
@@ -192,7 +194,9 @@ def test_load_params_onto_a_mesh(tmp_path):
 
 def test_load_params_of_another_config_is_refused(tmp_path):
     write(tmp_path / "source", layers=1)
-    with pytest.raises(UserError, match="16 problems"):
+    with pytest.raises(
+        UserError, match=r"16 tensors are missing: model\.layers\.1\.input_layernorm\.weight, .* and 13 more"
+    ):
         convert.load_params(tmp_path / "source", small_config(2))
 
 
@@ -208,7 +212,7 @@ def test_synthetic_weights_follow_the_seed(tmp_path):
 
 
 def test_progress_counts_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "_GROUP_BYTES", 500_000)
+    monkeypatch.setattr(sinks, "GROUP_BYTES", 500_000)
     write(tmp_path / "source")
     calls = []
     report = lambda *call: calls.append(call)  # noqa: E731
@@ -276,17 +280,39 @@ def test_without_hard_links(tmp_path, monkeypatch):
 
 
 def test_manifest_lists_every_file(tmp_path):
+    write(tmp_path / "source", shard_size=1_000_000)
+    convert.convert(tmp_path / "source", tmp_path / "orbax")
+    convert.convert(tmp_path / "orbax", tmp_path / "back", shard_size=1_000_000)
+    for directory in (tmp_path / "orbax", tmp_path / "back"):
+        files = [path for path in directory.rglob("*") if path.is_file() and path.name != "checkpoint.json"]
+        assert json.loads((directory / "checkpoint.json").read_text())["files"] == {
+            path.relative_to(directory).as_posix(): {
+                "size": path.stat().st_size,
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            }
+            for path in files
+        }
+    shutil.move(tmp_path / "orbax", tmp_path / "moved")
+    convert.convert(tmp_path / "moved", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "source")
+
+
+def test_manifest_of_the_first_version(tmp_path):
     write(tmp_path / "source")
     convert.convert(tmp_path / "source", tmp_path / "orbax")
-    files = json.loads((tmp_path / "orbax" / "checkpoint.json").read_text())["files"]
-    assert files == orbax_io.file_sizes(tmp_path / "orbax" / "params")
-    manifest, whole = tmp_path / "orbax" / "checkpoint.json", json.dumps({"files": files})
+    sizes = orbax_io.file_sizes(tmp_path / "orbax" / "params")
+    manifest = {"format": "keye-jax", "version": 1, "files": sizes}
+    path, whole = tmp_path / "orbax" / "checkpoint.json", json.dumps(manifest)
     for damaged in ('{"files": 3}', '{"files": {"a": "1"}}', '{"files": {"a": 1e400}}', "[" * 100_000, whole[:-1]):
-        manifest.write_text(damaged)
+        path.write_text(damaged)
         with pytest.raises(UserError, match=r"checkpoint.json (is not|has lists)") as error:
             convert.load_params(tmp_path / "orbax", small_config())
         assert "\n" not in str(error.value)
-    manifest.write_text(whole)
-    shutil.move(tmp_path / "orbax", tmp_path / "moved")
-    convert.convert(tmp_path / "moved", tmp_path / "back")
-    assert contents(tmp_path / "back") == contents(tmp_path / "source")
+    path.write_text(whole)
+    convert.convert(tmp_path / "orbax", tmp_path / "back")
+    largest = max(sizes, key=lambda name: sizes[name])
+    os.truncate(tmp_path / "orbax" / "params" / largest, 5)
+    with pytest.raises(UserError, match=f"params/{largest}: it is truncated"):
+        convert.convert(tmp_path / "orbax", tmp_path / "other")
+    with pytest.raises(UserError, match="has no checksums to verify"):
+        convert.load_params(tmp_path / "orbax", small_config(), verify_checksums=True)

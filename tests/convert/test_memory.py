@@ -14,11 +14,11 @@ from tests.convert.convert_helpers import FULL_CONFIG, run_python, write
 MEASURED = """
 import json, re, sys
 from pathlib import Path
-from convert import conversion
+from convert import conversion, sinks
 
 # The tensors have a hundredth of their real sizes, and so have the limits.
-conversion._LARGE_BYTES //= 100
-conversion._GROUP_BYTES //= 100
+sinks.LARGE_BYTES //= 100
+sinks.GROUP_BYTES //= 100
 source, warm_up, directory = map(Path, sys.argv[1:])
 
 def peak():

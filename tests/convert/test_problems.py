@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import ml_dtypes
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import convert
-from convert import conversion
+from convert import storage
 from convert.reader import INDEX_NAME
 from keye_jax.errors import UserError
 from tests.convert.convert_helpers import contents, edit, edit_index, run_cli, write
@@ -43,9 +44,8 @@ def problems_of(source, tmp_path, **options):
         convert.convert(source, tmp_path / "made", **options)
     assert sorted(tmp_path.rglob("*")) == before
     first, *lines = str(raised.value).splitlines()
-    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-    assert not lines or first == f"{source} has {count}:"
-    return [line.strip() for line in lines] or [first]
+    assert not lines or first == f"{source} has {len(lines)} problems:"
+    return [line.strip() for line in lines] or [first.removeprefix(f"{source}: ")]
 
 
 def test_all_problems_are_listed_together(copy, tmp_path):
@@ -173,22 +173,26 @@ def test_orbax_data_that_cannot_be_read(copy, tmp_path):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(bytes(path.stat().st_size))
     (problem,) = problems_of(source, tmp_path)
-    assert "cannot be read" in problem
+    assert re.fullmatch(r"\d files are damaged, by their SHA-256: params/.*, .*, .* and \d more", problem)
+    (source / "checkpoint.json").unlink()
+    (problem,) = problems_of(source, tmp_path)
+    assert re.search(r"cannot be read as an Orbax checkpoint: params/state/d/\w+ is damaged$", problem)
 
 
 def test_orbax_of_another_config(copy, tmp_path):
     source = copy("orbax")
+    (source / "checkpoint.json").unlink()
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"vocab_size": 2049, "num_hidden_layers": 1}))
     problems = problems_of(source, tmp_path)
-    assert problems[0] == "decoder.embed_tokens.weight: its shape is [2048, 128]; it must be [2049, 128]"
-    assert "decoder.layers.1.moe.down_proj: it is not an array of this model" in problems
+    assert problems[1] == "decoder.embed_tokens.weight: its shape is [2048, 128]; it must be [2049, 128]"
+    assert problems[0].startswith("16 tensors are not of this model: decoder.layers.1.") and len(problems) == 3
     (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     problems = problems_of(source, tmp_path)
-    assert (
-        "decoder.layers.2.moe.down_proj: it is missing; its shape must be [16, 64, 128]" in problems
-        and len(problems) == 16
-    )
+    assert problems == [
+        "16 tensors are missing: decoder.layers.2.input_norm.weight, decoder.layers.2.attention.q_proj.weight, "
+        "decoder.layers.2.attention.k_proj.weight and 13 more"
+    ]
 
 
 def test_config_problems(copy, tmp_path):
@@ -202,7 +206,7 @@ def test_config_problems(copy, tmp_path):
 def test_not_enough_space(copy, tmp_path, monkeypatch):
     source = copy("single")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     (problem,) = problems_of(source, tmp_path)
     assert problem.endswith("its filesystem has 1,000 bytes free")
 

@@ -6,7 +6,7 @@ import os
 import pytest
 
 import convert
-from convert import conversion, staging
+from convert import sinks, staging
 from convert.inspection import inspect
 from convert.reader import SafetensorsSource
 from keye_jax.errors import UserError
@@ -18,15 +18,15 @@ GROUP = 700_000
 # These processes are forks of one process, which has done the imports.
 KILLED = """
 import json, os, shutil, signal, sys, threading
-from convert import conversion, orbax_io, staging, writer
+from convert import conversion, orbax_io, sinks, staging, writer
 
-conversion._LARGE_BYTES, conversion._GROUP_BYTES = {group}, {group}
+sinks.LARGE_BYTES, sinks.GROUP_BYTES = {group}, {group}
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 def run(source, destination, moment, overwrite):
     progress, calls = None, []
     if moment == "after_groups":
-        progress = lambda *call: die() if len(calls) == 4 else calls.append(call)
+        progress = lambda *call: die() if len(calls) == 4 else call[0] == "convert" and calls.append(call)
     elif moment == "before_record":
         record = staging.Staging.record
         def stop(*arguments):
@@ -35,7 +35,7 @@ def run(source, destination, moment, overwrite):
         staging.Staging.record = stop
     elif moment == "in_a_write":
         # Another thread kills the process while the main thread writes.
-        progress = lambda phase, done, total: done and threading.Timer(0.01, die).start()
+        progress = lambda phase, done, total: phase == "convert" and done and threading.Timer(0.01, die).start()
     elif moment == "in_the_merge":
         def stop(self, path):
             groups = sorted((path.parent / "params.partial_save").iterdir())
@@ -91,8 +91,8 @@ def killed(source, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch):
-    monkeypatch.setattr(conversion, "_LARGE_BYTES", GROUP)
-    monkeypatch.setattr(conversion, "_GROUP_BYTES", GROUP)
+    monkeypatch.setattr(sinks, "LARGE_BYTES", GROUP)
+    monkeypatch.setattr(sinks, "GROUP_BYTES", GROUP)
 
 
 @pytest.mark.parametrize("moment", TO_ORBAX)

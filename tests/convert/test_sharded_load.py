@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from convert import synthetic
-from convert.orbax_io import chunk_axis
+from convert.orbax_layout import chunk_axis
 from tests.convert.convert_helpers import run_cli, run_python, small_config
 
 MIB = 2**20
@@ -36,7 +36,7 @@ def test_shards_are_those_of_the_whole_and_each_chunk_is_read_once(tmp_path):
         import sys
         import jax, numpy as np, tensorstore
         from convert import load_params
-        from convert.orbax_io import flatten
+        from convert.orbax_layout import flatten
         from keye_jax.config import KeyeConfig
         from keye_jax.model.params import parameter_shardings
         from keye_jax.sharding import MeshRules, ShardingConfig
