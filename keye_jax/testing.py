@@ -27,8 +27,8 @@ Yes, that is right. No, this is not what the video shows. It would be better to 
 def main(values): return [value for value in values if value > 0]  # 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19
 """
 
-# ChatML. Pictures and videos stand where the message has them, before the text or between its parts. Arguments of a call
-# are JSON as text, or a value.
+# ChatML. Pictures and videos stand where the message has them, before the text or between its parts. The arguments of a
+# call are JSON as text, or a value.
 _TEMPLATE = """\
 {%- if tools %}
 {{- '<|im_start|>system\\nTools:\\n' }}

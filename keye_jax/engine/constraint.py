@@ -64,13 +64,34 @@ class Grammars:
         return matcher
 
     def _prepared(self) -> LLTokenizer:
-        from llguidance import LLTokenizer
+        from llguidance import LLTokenizer, TokenizerWrapper
 
         with self._lock:
             if self._tokenizer is None:
                 text = self._processor.strict_tokenizer_json()
-                self._tokenizer = LLTokenizer(text, n_vocab=self._vocab, eos_token=self._end_tokens)
+                bare = LLTokenizer(text, n_vocab=self._vocab, eos_token=self._end_tokens)
+                wrapper = TokenizerWrapper(_TextTokenizer(bare, self._processor))
+                self._tokenizer = LLTokenizer(wrapper, eos_token=self._end_tokens)
             return self._tokenizer
+
+
+class _TextTokenizer:
+    """A tokenizer as llguidance wants it, that makes no control token of a text which is spelled like one.
+
+    llguidance's own does. A grammar that forces such a text would then name a token that it refuses afterwards.
+    """
+
+    def __init__(self, bare: LLTokenizer, processor: Processor):
+        self._bare, self._processor = bare, processor
+        self.eos_token_id, self.bos_token_id = bare.eos_token, None
+        self.tokens = [bare.decode_bytes([token]) for token in range(bare.vocab_size)]
+        self.special_token_ids = [token for token in range(bare.vocab_size) if bare.is_special_token(token)]
+
+    def __call__(self, text: str) -> list[int]:
+        try:
+            return self._processor.encode_text(text)
+        except UserError:  # only a control token has a character of it
+            return self._bare.greedy_tokenize(text)
 
 
 class Masks:

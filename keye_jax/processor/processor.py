@@ -233,6 +233,14 @@ class Processor:
         """The id of the token named `text`, such as "<|im_end|>"; None if there is no such token."""
         return self._tokenizer.token_id(text)
 
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a text of a user. No id is that of a control token.
+
+        Raises:
+          UserError: the tokenizer has a single character of the text only as a control token.
+        """
+        return self._tokenizer.encode_text(text)
+
     def strict_tokenizer_json(self) -> str:
         """The tokenizer as `tokenizer.json`, with every added token as a special one, which no text is made of."""
         return self._tokenizer.strict_json()

@@ -111,6 +111,10 @@ def _read_own(value: Any) -> str:
         return _from_schema(text, field)
     if not isinstance(text, str) or not text:
         raise wrong(field, text, "a grammar as text" + ("" if field == "grammar.value" else ", or an object"))
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair
+        raise wrong(field, text, "a text that UTF-8 has") from error
     matcher = _llguidance()
     if kind == "regex":
         return _valid(matcher.grammar_from_regex(text), field)
@@ -131,7 +135,7 @@ def _from_lark(text: str) -> str:
 
 def _from_schema(schema: Any, field: str) -> str:
     options = {**_checked(schema, field), "x-guidance": _COMPACT}
-    return _valid(_llguidance().grammar_from_json_schema(options), field)
+    return _valid(json.dumps({"grammars": [{"json_schema": options}]}), field)
 
 
 def _checked(schema: Any, field: str) -> Mapping[str, Any]:

@@ -31,6 +31,12 @@ def test_engine(tmp_path):
     assert all(cell["tokens_per_second"] > 0 and cell["bare_tokens_per_second"] > 0 for cell in cells)
 
 
+def test_masks():
+    command = [sys.executable, "-m", "keye_jax.bench.masks", "--rows", "2", "--steps", "5", "--vocab", "600"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True)
+    assert re.search(r"^masks of 2 rows in a step, microseconds: median \d", done.stdout, re.M)
+
+
 def test_jobs():
     out = run("jobs", "--lines", "6", "--words", "20", "60", "--tokens", "4", "--rows", "2", "--traced-lines", "2")
     assert json.loads(next(line for line in out.splitlines() if line.startswith("{")))["job"]["succeeded"] == 6

@@ -2,7 +2,8 @@
 
 The arguments are a directory of `processes.write_inputs`; a sharding file, or "-"; the port, the number of processes,
 and which one this is. Process 0 prints an object: for each request the token ids and by how much each token is ahead of
-the second likeliest, or how else it ended. With the further argument "on" it then goes on asking for ever.
+the second likeliest, its text if it is bound to a grammar, or how else it ended. With the further argument "on" it then
+goes on asking for ever.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+
+from llguidance import LLMatcher
 
 from keye_jax.engine.request import Request, RequestError
 from keye_jax.runtime import distributed
@@ -32,6 +35,8 @@ def requests(files: Path) -> dict[str, Request]:
         "long": ask(" ".join(str(number) for number in range(70)), tokens=12, **scores),
         "picture": ask([picture, {"type": "text", "text": "What is it?"}], tokens=12, **scores),
         "video": ask([video, {"type": "text", "text": "What happens?"}], tokens=12, **scores),
+        "bound": ask("hello", tokens=40, grammar=LLMatcher.grammar_from_lark('start: "a ball"'), thinking_budget=3),
+        "raw": Request(prompt="hello", max_tokens=12, sampling=GREEDY, **scores),
         "stopped": ask("hello", tokens=1000, stop=("zzz",)),
         "missing": ask([{"type": "image", "image": "/nowhere.png"}], tokens=4),
         "broken": ask([{"type": "video", "video": "data:video/mp4;base64,AAAA"}], tokens=4),
@@ -76,6 +81,9 @@ def answers(engine, files: Path) -> dict:
             (choice,) = handle.result(300).choices
         except RequestError as error:
             found[name] = error.kind
+            continue
+        if handle is handles["bound"]:
+            found[name] = choice.text
             continue
         leads = [each.top[0][1] - each.top[1][1] for each in choice.logprobs or ()]
         found[name] = [choice.token_ids, leads] if leads else choice.finish_reason

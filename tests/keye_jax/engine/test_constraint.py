@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from keye_jax.engine.constraint import Constraint, GrammarError, Grammars, Masks
+from keye_jax.engine.openai import ChatStream, completion_body, read_chat
 from keye_jax.engine.request import Request, RequestError
 from keye_jax.runtime.sampling import SamplingParams
 from tests.keye_jax.engine.conftest import GREEDY, ask, words
@@ -75,6 +76,16 @@ class TestConstraint:
         call = processor.token_id("<tool_call>")
         for text in ("start: <tool_call>", f"start: <[{call}]>"):
             assert tokens_of(Constraint(masks, "closed", None, grammars.compile(lark(text))).allowed) == {call}
+
+    @pytest.mark.parametrize("text", ["</think>", "<|im_end|> or <tool_call>", "<"])
+    def test_text_that_is_spelled_like_a_control_token_is_text(self, grammars, masks, processor, text):
+        one = Constraint(masks, "closed", None, grammars.compile(schema_grammar({"enum": [text]})))
+        written = []
+        while not (allowed := tokens_of(one.allowed)) & {END, 497}:
+            written.append(min(allowed))
+            one.advance(written[-1])
+        assert json.loads(processor.detokenize(written)) == text
+        assert not set(written) & set(processor._tokenizer.control.values())
 
     def test_it_begins_behind_the_thoughts(self, grammars, masks):
         matcher = grammars.compile(lark('start: "a"'))
@@ -223,3 +234,28 @@ def test_a_prompt_without_a_template(engine, loaded):
     assert same.choices[0].token_ids == text.choices[0].token_ids
     thinking = engine.submit(Request(prompt=[END, 3, OPEN, 4], max_tokens=5, sampling=GREEDY)).result(120)
     assert thinking.usage.reasoning > 0 and thinking.usage.prompt == 4
+
+
+def test_calls_that_must_be_made_stream_as_they_are_whole(engine, loaded):
+    """Bodies of the OpenAI interface, to a model that writes anything it may."""
+    tool = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": [tool], "tool_choice": "required"}
+    body |= {"thinking_budget": 3, "max_tokens": 400, "parallel_tool_calls": False, "n": 2, "logprobs": True}
+    asked = read_chat(body, sampling=RANDOM)
+    head = {"completion_id": "x", "created": 1, "model": "m", "token_text": str}
+    handle, stream = engine.submit(asked.request), ChatStream(**head)
+    chunks = [chunk for event in handle for chunk in stream.take(event)]
+    result = handle.result(120)
+    chunks += stream.take(result)
+    for index, choice in enumerate(completion_body(result, **head)["choices"]):
+        parts = [each for chunk in chunks for each in chunk["choices"] if each["index"] == index]
+        pieces = [call for each in parts for call in each["delta"].get("tool_calls", ())]
+        [call] = choice["message"]["tool_calls"]
+        assert pieces[0]["id"] == call["id"] and pieces[0]["function"]["name"] == call["function"]["name"] == "look"
+        assert len(pieces) > 2
+        assert "".join(each["function"]["arguments"] for each in pieces) == call["function"]["arguments"]
+        jsonschema.validate(json.loads(call["function"]["arguments"]), SCHEMA)
+        assert parts[-1]["finish_reason"] == choice["finish_reason"] == "tool_calls"
+        assert choice["message"]["content"] is None and choice["message"]["reasoning"]
+        scores = [each for part in parts if part["logprobs"] for each in part["logprobs"]["content"]]
+        assert scores == choice["logprobs"]["content"] and len(scores) == len(result.choices[index].token_ids)

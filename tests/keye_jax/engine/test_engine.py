@@ -143,7 +143,12 @@ def test_scores_of_tokens(engine):
 @pytest.mark.parametrize(
     ("request_", "kind", "message"),
     [
-        (ask(words(1), tokens=5000), "too_large", "max_tokens is 5000 and the prompt has"),
+        (
+            ask(words(1), tokens=5000),
+            "too_large",
+            "max_tokens is 5000; a prompt and its answer together must be",
+        ),
+        (ask(words(1, 900), tokens=900), "too_large", "max_tokens is 900 and the prompt has"),
         (ask([{"type": "image", "image": "/nowhere.png"}]), "media", "there is no such file"),
         (ask([{"type": "video", "video": "data:video/mp4;base64,AAAA"}]), "media", "not a video"),
         (ask("hello", logit_bias={10**7: 1.0}), "invalid", "logit_bias has token 10000000"),
@@ -236,8 +241,26 @@ def test_closing_ends_requests_and_frees_the_devices(make):
 def test_draining_answers_what_there_is(make):
     with make() as engine:
         handles = [engine.submit(ask(words(seed))) for seed in range(6)]
-        engine.drain()
+        assert engine.drain()
         assert all(handle.done for handle in handles)
+
+
+def test_draining_for_a_time(make):
+    with make() as engine:
+        assert not engine.progress.busy
+        handle = engine.submit(ask(words(1), tokens=1500))
+        for _, _ in zip(range(3), handle, strict=False):
+            pass
+        before, counts = engine.progress, engine.stats()
+        assert before.busy and before.steps > 0
+        assert (counts.requests, counts.waiting, counts.scheduler.running) == (1, 0, 1)
+        assert counts.generated_tokens >= 3 and counts.scheduler.free_pages < counts.scheduler.pages
+        assert not engine.drain(timeout=0.01)
+        engine.cancel_all()
+        assert engine.drain()
+        assert handle.result(0).choices[0].finish_reason == "cancelled"
+        after = engine.progress
+        assert after.steps >= before.steps and after.at >= before.at and engine.stats().requests == 0
 
 
 @pytest.mark.parametrize(

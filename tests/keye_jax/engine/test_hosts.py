@@ -94,7 +94,8 @@ def test_every_process_takes_the_turns_of_the_first(three, store):
     taken = [[], []]
     threads = [follow(process, turns) for process, turns in zip(three[1:], taken, strict=True)]
     request = Request(messages=[{"role": "user", "content": "a" * 5000}], max_tokens=7, stop=("x",))
-    given = [Turn((Command(3, request), Command(2)), (frames(0, 9),), warm=True)]
+    raw = Request(prompt=[3] * 5000, grammar="start: 'a'")
+    given = [Turn((Command(3, request), Command(2), Command(4, raw)), (frames(0, 9),), warm=True)]
     given += [Turn(media=(frames(index, 5),) if index % 100 == 0 else ()) for index in range(1000)]
     most = 0
     for turn in [*given, Turn(close=True)]:
@@ -103,7 +104,8 @@ def test_every_process_takes_the_turns_of_the_first(three, store):
     for thread, turns in zip(threads, taken, strict=True):
         thread.join(60)
         assert len(turns) == 1002
-        submitted, cancelled = turns[0].commands
+        submitted, cancelled, bound = turns[0].commands
+        assert bound.request.grammar == raw.grammar and not bound.request.prompt
         assert submitted.job_id == 3 and cancelled == (2, None) and turns[0].warm
         assert (submitted.request.max_tokens, submitted.request.stop) == (7, ("x",))
         assert not submitted.request.messages
@@ -170,12 +172,13 @@ def test_two_processes_answer_as_one_and_name_the_one_that_is_killed(files, alon
     try:
         found = json.loads(told(workers[0], "{"))
         answered = {name: answer for name, answer in alone.items() if isinstance(answer, list)}
-        assert answered.keys() == {"text", "long", "picture", "video"}
+        assert answered.keys() == {"text", "long", "picture", "video", "raw"}
         for name, (tokens, leads) in answered.items():
             assert_leads(np.asarray(leads), 1e-3)
             assert found[name][0] == tokens
         rest = {name: answer for name, answer in found.items() if name not in answered}
-        assert rest == {"stopped": "cancelled", "missing": "media", "broken": "media", "too large": "too_large"}
+        refused = {"missing": "media", "broken": "media", "too large": "too_large"}
+        assert rest == {"bound": "a ball", "stopped": "cancelled", **refused}
         assert rest == {name: answer for name, answer in alone.items() if name not in answered}
         workers[victim].send_signal(signal.SIGKILL)
         code, _, err = finish(workers[1 - victim], seconds=60)

@@ -25,7 +25,7 @@ class Letters:
     def step(self, token):
         return chr(token)
 
-    def flush(self):
+    def flush(self) -> str:
         return ""
 
 

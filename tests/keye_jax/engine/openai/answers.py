@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from keye_jax.engine.request import Request, Result, SelectionHeat, Timings, TokenLogprob, Usage
+from keye_jax.engine.request import FinishReason, Request, Result, SelectionHeat, Timings, TokenLogprob, Usage
 from keye_jax.engine.text import AnswerWriter
 
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("f", "look")]
@@ -46,7 +46,7 @@ def answer(processor, request: Request, chosen: random.Random, *, heat: bool = F
     thinking = request.prompt is None and chosen.random() < 0.5
     writers = [AnswerWriter(processor, request, index, thinking, events.append) for index in range(request.n)]
     drawn = [tokens(processor, chosen) for _ in writers]
-    reasons = [chosen.choice(("stop", "length", "cancelled")) for _ in writers]
+    reasons: list[FinishReason] = [chosen.choice(("stop", "length", "cancelled")) for _ in writers]
     running = list(range(request.n))
     while running:
         index = chosen.choice(running)

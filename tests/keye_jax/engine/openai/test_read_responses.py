@@ -1,3 +1,5 @@
+from typing import Any, cast
+
 import pytest
 
 from keye_jax.engine.openai import read_responses
@@ -24,14 +26,18 @@ def ask(**fields):
     return read_responses({"input": "hi", **fields}, sampling=SamplingParams(), max_tokens=9)
 
 
+def conversation(**fields) -> list[dict[str, Any]]:
+    return cast(Any, ask(**fields).request.messages)
+
+
 def test_a_text():
-    assert ask().request.messages == [{"role": "user", "content": "hi"}]
-    assert ask(instructions="be short").request.messages[0] == {"role": "system", "content": "be short"}
+    assert conversation() == [{"role": "user", "content": "hi"}]
+    assert conversation(instructions="be short")[0] == {"role": "system", "content": "be short"}
     assert ask().request.max_tokens == 9 and ask(max_output_tokens=5).request.max_tokens == 5
 
 
 def test_items():
-    messages = ask(input=ITEMS).request.messages
+    messages = conversation(input=ITEMS)
     assert [message["role"] for message in messages] == [
         *("developer", "user", "assistant", "tool", "tool", "assistant"),
     ]

@@ -109,7 +109,7 @@ def test_chat(processor, head):
             state = ChatCompletionStreamState()
             for chunk in chunks:
                 state.handle_chunk(ChatCompletionChunk.model_validate(chunk))
-            final = state.current_completion_snapshot.to_dict()
+            final: Any = state.current_completion_snapshot.to_dict()
             for one, other in zip(final["choices"], whole["choices"], strict=True):
                 assert one["message"].get("content") == other["message"]["content"]
                 calls = [call["function"] for call in one["message"].get("tool_calls") or ()]
