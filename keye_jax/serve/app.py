@@ -106,8 +106,9 @@ def _model(service: Service) -> dict[str, Any]:
     values: dict[str, Any] = {"id": service.name, "object": "model", "created": service.created, "owned_by": "keye-jax"}
     if service.engine is not None:
         values["max_model_len"] = service.engine.scheduler_config.most_tokens
-        # The page asks for paths only where they may be read.
+        # What the page offers only where it is there: paths, and what answers looked at.
         values["media_root"] = service.engine.processor.media.reads_files
+        values["selection_heat"] = service.engine.options.selection_heat
     return values
 
 

@@ -16,10 +16,11 @@ class ScriptedEngine:
     Args:
       engine: the one inside, which draws a few tokens for each answer.
       reasoning, text: of each answer.
-      heat: by frame, the weights of what each answer looks at.
+      heat: by frame, weights of what each answer looks at; what the engine inside looked at if left out.
       pause_s: seconds between two pieces.
 
     Attributes:
+      processor: that of the one inside.
       asked: all requests.
       cancelled: how many of their answers were cut off.
     """
@@ -27,6 +28,7 @@ class ScriptedEngine:
     def __init__(self, engine: Any, reasoning: str, text: str, heat: Iterable[float] = (), pause_s: float = 0.0):
         self._engine = engine
         self.reasoning, self.text, self.heat, self.pause_s = reasoning, text, tuple(heat), pause_s
+        self.processor = engine.processor
         self.asked: list[Request] = []
         self.cancelled = 0
 
@@ -35,15 +37,15 @@ class ScriptedEngine:
 
     def submit(self, request: Request) -> Any:
         self.asked.append(request)
-        inside = dataclasses.replace(request, max_tokens=2, selection_heat=False)
-        return _Handle(self, self._engine.submit(inside), request)
+        inside = dataclasses.replace(request, max_tokens=2)
+        return _Handle(self, self._engine.submit(inside))
 
 
 class _Handle:
     """A handle that writes the script once the engine inside has written."""
 
-    def __init__(self, engine: ScriptedEngine, inside: Any, request: Request):
-        self._engine, self._inside, self._request = engine, inside, request
+    def __init__(self, engine: ScriptedEngine, inside: Any):
+        self._engine, self._inside = engine, inside
         self._written = False
 
     async def __aiter__(self):
@@ -61,8 +63,8 @@ class _Handle:
         result = await self._inside
         engine = self._engine
         tokens = len(engine.reasoning + engine.text) // 4
-        heat = None
-        if self._request.selection_heat and result.usage.video:
+        heat = result.choices[0].selection_heat
+        if heat is not None and engine.heat:
             whole = sum(engine.heat)
             heat = SelectionHeat((tuple(0.8 * weight / whole for weight in engine.heat),), (), 0.2, 0.1)
         choice = dataclasses.replace(
