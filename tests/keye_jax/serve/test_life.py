@@ -151,11 +151,12 @@ class TestLog:
         caplog.set_level(logging.INFO, "keye_jax.serve")
         secret = {**ASK, "messages": [{"role": "user", "content": "the launch code is 1234"}]}
         assert ask(serving(), secret).status_code == 200
+        wait_for(lambda: any(record.message == "request" for record in caplog.records))  # after the answer
         line = next(record.fields for record in caplog.records if record.message == "request")
         assert line["path"] == "/v1/chat/completions" and line["prompt_tokens"] > 5 and line["completion_tokens"] > 0
         assert not any("1234" in str(vars(record)) for record in caplog.records)
         assert ask(serving(log_prompts=True), secret).status_code == 200
-        assert any("1234" in str(vars(record)) for record in caplog.records)
+        wait_for(lambda: any("1234" in str(vars(record)) for record in caplog.records))
 
 
 class TestMetrics:
