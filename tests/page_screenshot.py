@@ -89,8 +89,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_video(folder / "shapes.mp4", SCENE, scale=4, crf=18)
-        write_video(folder / "other.mp4", dataclasses.replace(SCENE, word="moon"), scale=4, crf=18)
+        write_video(folder / "shapes.mp4", SCENE, scale=3, crf=18)
+        write_video(folder / "other.mp4", dataclasses.replace(SCENE, word="moon"))
         config = KeyeConfig.from_file(Path(__file__).parent / "golden" / "a")
         write_checkpoint(folder / "checkpoint", config, seed=0)
         write_processor_files(folder / "checkpoint", config)
