@@ -1,7 +1,7 @@
 """The operations of sparse attention and mixture-of-experts layers. They do not need `keye_jax`.
 
-Every operation is one public function in a folder of its own, with `implementation=None`: the best implementation that
-runs here and supports the arguments runs. A name forces one; `dispatch.OPERATIONS` lists the names an operation has.
+Every operation is one function of this package, with `implementation=None`: the best implementation that runs here and
+supports the arguments runs. A name forces one; `dispatch.OPERATIONS` lists the names an operation has.
 
 An operation's folder shows its platforms: `api.py` is the public function, `xla.py` the portable implementation, and
 `mosaic_gpu`, `cudnn` and `mosaic_tpu` are a file or a folder each. `gpu/` and `tpu.py` hold what the kernels of one
@@ -14,3 +14,60 @@ Keys live in pages: an array `[p, page_size, ...]`, and a page table int32 `[b, 
 the page that holds positions `i * page_size` to `(i + 1) * page_size - 1` of sequence b. The identity table is a
 contiguous sequence.
 """
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pallas_kernels.dispatch import available, resolve
+    from pallas_kernels.errors import ArgumentError, UnsupportedError
+    from pallas_kernels.flash_attention import flash_attention, paged_flash_attention
+    from pallas_kernels.grouped_matmul import expert_mlp, grouped_matmul
+    from pallas_kernels.indexer_scores import hadamard, indexer_scores, quantize
+    from pallas_kernels.select_topk import select_topk
+    from pallas_kernels.sparse_attention import sparse_attention
+    from pallas_kernels.topk_attention import topk_attention
+
+__all__ = [
+    "ArgumentError",
+    "UnsupportedError",
+    "available",
+    "expert_mlp",
+    "flash_attention",
+    "grouped_matmul",
+    "hadamard",
+    "indexer_scores",
+    "paged_flash_attention",
+    "quantize",
+    "resolve",
+    "select_topk",
+    "sparse_attention",
+    "topk_attention",
+]
+
+
+def _public(module: str, name: str) -> property:
+    """A name that is looked up when it is used, so that importing the package imports nothing.
+
+    It hides the folder of the same name, which Python would set here when the folder is imported.
+    """
+    return property(
+        lambda _: getattr(importlib.import_module(f"pallas_kernels.{module}"), name), lambda _package, _folder: None
+    )
+
+
+_MODULES = {
+    "dispatch": ("available", "resolve"),
+    "errors": ("ArgumentError", "UnsupportedError"),
+    "flash_attention.api": ("flash_attention", "paged_flash_attention"),
+    "grouped_matmul.api": ("expert_mlp", "grouped_matmul"),
+    "indexer_scores.api": ("indexer_scores",),
+    "indexer_scores.quantize": ("hadamard", "quantize"),
+    "select_topk.api": ("select_topk",),
+    "sparse_attention.api": ("sparse_attention",),
+    "topk_attention.api": ("topk_attention",),
+}
+_names = {name: _public(module, name) for module, names in _MODULES.items() for name in names}
+sys.modules[__name__].__class__ = type("Package", (types.ModuleType,), _names)

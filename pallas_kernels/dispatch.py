@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pallas_kernels.errors import UnsupportedError
+from pallas_kernels.checks import Signature, Sizes
+from pallas_kernels.errors import ArgumentError, UnsupportedError
+from pallas_kernels.kernel_call import DEVICES, PLATFORMS, call_kernel
+from pallas_kernels.meshes import call_on_explicit_mesh, explicit_devices, explicit_mesh, vary_like
 
 IMPLEMENTATIONS = ("mosaic_gpu", "cudnn", "mosaic_tpu", "xla")
 """Names of implementations, best first."""
@@ -78,52 +80,114 @@ def resolve(operation: str, preferred: str | None) -> str | None:
       `preferred` if the operation has it, else "xla", which every operation has; None for no preference.
 
     Raises:
-      ValueError: `preferred` is no implementation's name.
+      ArgumentError: `preferred` is no implementation's name.
     """
     _check_name(operation, preferred)
     return preferred if preferred is None or preferred in OPERATIONS[operation].implementations else "xla"
 
 
-def dispatch(operation: str, implementation: str | None) -> Callable:
-    """Chooses the implementation of an operation.
+def candidates(operation: str, implementation: str | None) -> list[str]:
+    """The implementations of an operation to try, in order.
 
     Args:
       operation: a key of `OPERATIONS`.
-      implementation: the name of the only one to try, on whatever device the program runs. None tries all that this
-        machine's default device can run, best first.
-
-    Returns:
-      A function of the operation's arrays and keywords. It calls the first implementation that supports them, and
-      imports an implementation only to try it, so that no platform needs another platform's packages. An
-      implementation that does not support its arguments raises NotImplementedError.
-
-      The function raises UnsupportedError where every implementation that it tries refuses the arguments.
+      implementation: the name of the only one, or None for all that this machine's default device can run, best first.
 
     Raises:
-      ValueError: `implementation` is no implementation's name.
-      UnsupportedError: the operation has no implementation of that name.
+      ArgumentError: `implementation` is no implementation's name.
+      UnsupportedError: the operation has no implementation of that name, or this machine has another device of the
+        platform. Of another platform there may be a device to compile for, so that is refused later.
     """
     _check_name(operation, implementation)
     existing = OPERATIONS[operation].implementations
     if implementation is None:
-        chosen = [name for name in existing if name in available()]
-    elif implementation in existing:
-        chosen = [implementation]
-    else:
+        return [name for name in existing if name in available()]
+    if implementation not in existing:
         raise UnsupportedError(f"{operation} has no implementation {implementation!r}; it has: {', '.join(existing)}")
+    if implementation not in available() and jax.default_backend() in PLATFORMS[implementation]:
+        raise UnsupportedError(
+            f"{operation}: the implementation {implementation!r} runs on {DEVICES[implementation]}, "
+            f"not on {jax.devices()[0].device_kind}; leave `implementation` out, or pass implementation='xla'"
+        )
+    return [implementation]
 
-    def call(*arrays: Any, **kwargs: Any) -> Any:
-        arrays = tuple(_as_array(array) for array in arrays)
-        kwargs = {name: _as_array(x) if isinstance(x, np.ndarray) else x for name, x in kwargs.items()}
-        reasons = []
-        for name in chosen:
-            try:
-                return implementation_of(operation, name)(*arrays, **kwargs)
-            except NotImplementedError as error:
-                reasons.append(f"{name}: {error}")
-        raise UnsupportedError(f"no implementation of {operation} supports these arguments ({'; '.join(reasons)})")
 
-    return call
+def dispatch(signature: Signature, implementation: str | None, arrays: Mapping[str, Any], **static: Any) -> Any:
+    """Checks the arguments of an operation, and runs the first implementation that supports them.
+
+    An implementation is imported only to try it, so that no platform needs another platform's packages. One that does
+    not support its arguments raises NotImplementedError. Where a size is 0, none runs.
+
+    Args:
+      signature: of the operation.
+      implementation: as for `candidates`.
+      arrays: the arguments by name.
+      static: further arguments of the implementations, known while the program is traced.
+
+    Returns:
+      The operation's results.
+
+    Raises:
+      ArgumentError: a shape or dtype does not fit. `implementation` is no implementation's name.
+      UnsupportedError: every implementation that is tried refuses the arguments, or cannot run where it is asked to.
+    """
+    chosen = candidates(signature.operation, implementation)
+    checked, sizes = signature.check(**arrays)
+    given = [x for x in checked.values() if x is not None]
+    mesh = explicit_mesh(given)
+
+    def run(arrays: dict[str, Any]) -> Any:
+        arrays = vary_like(arrays, *jax.tree.leaves(arrays))
+        if sizes.nothing_to_do:
+            return vary_like(_nothing(signature, arrays, sizes), *jax.tree.leaves(arrays))
+        return _first_supported(signature.operation, implementation, chosen, arrays, static)
+
+    if mesh is None:
+        return run(checked)
+    if explicit_devices(mesh) > 1:
+        chosen = [name for name in chosen if name == "xla"]
+        if not chosen:
+            raise UnsupportedError(
+                f"{signature.operation}: the implementation {implementation!r} cannot divide its work among devices; "
+                "call it inside jax.shard_map, or pass implementation='xla'"
+            )
+    return call_on_explicit_mesh(run, checked, signature, sizes, mesh)
+
+
+def _first_supported(
+    operation: str, implementation: str | None, chosen: list[str], arrays: dict[str, Any], static: dict[str, Any]
+) -> Any:
+    names = [name for name, array in arrays.items() if array is not None]
+    operands = tuple(arrays[name] for name in names)
+
+    def function(name: str) -> Callable:
+        def run(*operands: jax.Array) -> Any:
+            given = dict.fromkeys(arrays) | dict(zip(names, operands, strict=True))
+            return implementation_of(operation, name)(**given, **static)
+
+        return run
+
+    reasons = []
+    for name in chosen:
+        try:
+            if name == "xla":
+                return function(name)(*operands)
+            portable = function("xla") if implementation is None else None
+            return call_kernel(operation, name, function(name), portable, operands)
+        except UnsupportedError:
+            raise
+        except NotImplementedError as error:
+            reasons.append(f"{name}: {error}")
+    raise UnsupportedError(f"no implementation of {operation} supports these arguments ({'; '.join(reasons)})")
+
+
+def _nothing(signature: Signature, arrays: dict[str, Any], sizes: Sizes) -> Any:
+    """Results where some size is 0."""
+    found = []
+    for result in signature.results:
+        dtype = arrays[result.dtype].dtype if result.dtype in arrays else result.dtype
+        found.append(jnp.full(sizes.of(result.shape), result.nothing, dtype))
+    return found[0] if len(found) == 1 else tuple(found)
 
 
 def implementation_of(operation: str, name: str) -> Callable:
@@ -134,10 +198,4 @@ def implementation_of(operation: str, name: str) -> Callable:
 def _check_name(operation: str, implementation: str | None) -> None:
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         names = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"implementation of {operation} is {implementation!r}; it must be one of: {names}")
-
-
-def _as_array(x: Any) -> jax.Array:
-    """A JAX array; integers become int32, which kernels read."""
-    x = jnp.asarray(x)
-    return x.astype(jnp.int32) if jnp.issubdtype(x.dtype, jnp.integer) else x
+        raise ArgumentError(f"implementation of {operation} is {implementation!r}; it must be one of: {names}")

@@ -13,6 +13,11 @@ MASKED = -1e30
 _INTERPRETED_VMEM_BYTES = 64 * 2**20
 
 
+def result_like(x: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
+    """A kernel's result that varies over the mesh axes over which x varies."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+
+
 def vmem_limit() -> int:
     """Bytes of VMEM that a kernel may take: three quarters of a core's.
 

@@ -29,6 +29,13 @@ def test_the_python_of_run_md(golden, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == names["answer"].text + "\n"
 
 
+def test_the_python_of_kernels_md(capsys):
+    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    exec(code, {})
+    assert f"`{capsys.readouterr().out.strip()}`" in text
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):

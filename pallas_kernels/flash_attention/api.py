@@ -1,15 +1,44 @@
 """Dense attention without the matrix of scores."""
 
-import jax
+import math
 
+import jax
+from jax.typing import ArrayLike
+
+from pallas_kernels.checks import INTEGERS, Array, Result, Signature, number
 from pallas_kernels.dispatch import dispatch
+
+_DENSE = Signature(
+    "flash_attention",
+    {
+        "q": Array("b t n d"),
+        "k": Array("b s k d"),
+        "v": Array("b s k d"),
+        "lengths": Array("b", INTEGERS),
+    },
+    (Result("b t n d", "q"),),
+    same_dtype=("q", "k", "v"),
+    multiples=(("n", "k"),),
+)
+
+_PAGED = Signature(
+    "paged_flash_attention",
+    {
+        "q": Array("b t n d"),
+        "kv": Array("p page_size 2*k d"),
+        "page_table": Array("b m", INTEGERS),
+        "query_start": Array("b", INTEGERS),
+    },
+    (Result("b t n d", "q"), Result("b t n", "float32", -math.inf)),
+    multiples=(("n", "k"),),
+)
 
 
 def flash_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lengths: jax.Array,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    lengths: ArrayLike,
     *,
     scale: float,
     implementation: str | None = None,
@@ -19,27 +48,29 @@ def flash_attention(
     Memory: the result, and a workspace that grows with t, not with t * s.
 
     Args:
-      q: `[b, t, n, d]`.
+      q: `[b, t, n, d]`, bfloat16, float16 or float32.
       k, v: `[b, s, k, d]`, in the dtype of q. n is a multiple of k.
       lengths: int32 `[b]`, the number of keys that exist, from 0 to s. A query attends to keys 0 to `lengths - 1`.
+        Numbers out of that range count as the nearest in it, but not in "cudnn", where they are undefined.
       scale: factor on the dot products.
       implementation: None, "cudnn", "mosaic_tpu" or "xla".
 
     Returns:
-      `[b, t, n, d]` in the dtype of q.
+      `[b, t, n, d]` in the dtype of q; zeros where there is no key.
 
     Raises:
-      UnsupportedError: the implementation does not exist, or none supports the arguments.
-      ValueError: `implementation` is no implementation's name.
+      ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.
+      UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
-    return dispatch("flash_attention", implementation)(q, k, v, lengths, scale=scale)
+    arrays = {"q": q, "k": k, "v": v, "lengths": lengths}
+    return dispatch(_DENSE, implementation, arrays, scale=number("flash_attention", "scale", scale))
 
 
 def paged_flash_attention(
-    q: jax.Array,
-    kv: jax.Array,
-    page_table: jax.Array,
-    query_start: jax.Array,
+    q: ArrayLike,
+    kv: ArrayLike,
+    page_table: ArrayLike,
+    query_start: ArrayLike,
     *,
     scale: float,
     implementation: str | None = None,
@@ -50,11 +81,13 @@ def paged_flash_attention(
     keys and values.
 
     Args:
-      q: `[b, t, n, d]`.
+      q: `[b, t, n, d]`, bfloat16, float16 or float32. n is a multiple of k.
       kv: `[p, page_size, 2 * k, d]` pages. A row holds the keys of all k heads, then their values.
-      page_table: int32 `[b, m]`.
+      page_table: int32 `[b, m]`, from 0 to p - 1. In "xla" and "mosaic_tpu" other numbers count as the nearest of
+        these; GPU kernels do not check them.
       query_start: int32 `[b]`, the position of each sequence's first query. Query t has position `query_start + t` and
-        attends to positions up to its own. A query with a position below 0 attends to nothing.
+        attends to positions up to its own. A query with a position below 0 attends to nothing. One with a position
+        from `m * page_size` on attends to all that there is; GPU kernels do not take it.
       scale: factor on the dot products.
       implementation: None, "mosaic_gpu" (t = 1 only), "cudnn" (t from 16), "mosaic_tpu" or "xla".
 
@@ -63,7 +96,8 @@ def paged_flash_attention(
       that attends to nothing gets zeros and -inf.
 
     Raises:
-      UnsupportedError: no implementation that may run supports the arguments.
-      ValueError: `implementation` is no implementation's name.
+      ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.
+      UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
-    return dispatch("paged_flash_attention", implementation)(q, kv, page_table, query_start, scale=scale)
+    arrays = {"q": q, "kv": kv, "page_table": page_table, "query_start": query_start}
+    return dispatch(_PAGED, implementation, arrays, scale=number("paged_flash_attention", "scale", scale))

@@ -18,7 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from pallas_kernels import paging
-from pallas_kernels.tpu import LANES, MASKED, check_attention, precision, vmem_limit
+from pallas_kernels.meshes import varying_axes
+from pallas_kernels.tpu import LANES, MASKED, check_attention, precision, result_like, vmem_limit
 
 _QUERIES = 256
 """Queries that share one reading of the pages."""
@@ -33,11 +34,13 @@ def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array
     """See `api.flash_attention`. The queries are scaled, and then rounded to their dtype.
 
     Raises:
-      NotImplementedError: a dtype other than bfloat16.
+      NotImplementedError: a dtype other than bfloat16, or arrays of which JAX tracks over which mesh axes they vary.
     """
     queries, keys, dim = q.shape[1], k.shape[1], q.shape[3]
     if q.dtype != jnp.bfloat16 or k.dtype != q.dtype:
         raise NotImplementedError(f"takes bfloat16, not {q.dtype} and {k.dtype}")
+    if varying_axes(q):
+        raise NotImplementedError("JAX's splash attention runs only in jax.shard_map(..., check_vma=False)")
     sizes = [(n, min(_SPLASH_BLOCK, -(-n // LANES) * LANES)) for n in (queries, keys)]
     padding, blocks = [-n % block for n, block in sizes], [block for _, block in sizes]
 
@@ -50,13 +53,15 @@ def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array
         block_sizes=splash_attention.BlockSizes(block_q=blocks[0], block_kv=blocks[1]),
     )
     # Segment 0 has the keys that exist and all queries. Segment 1 has the other keys and no query.
-    there = jnp.arange(keys + padding[1]) >= lengths[:, None]
+    there = jnp.arange(keys + padding[1]) >= jnp.minimum(lengths, keys)[:, None]
     segments = splash_attention.SegmentIds(
         q=jnp.zeros((q.shape[0], queries + padding[0]), jnp.int32), kv=there.astype(jnp.int32)
     )
     scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
     arrays = by_head(scaled, padding[0]), by_head(k, padding[1]), by_head(v, padding[1])
-    return jax.lax.map(lambda image: attend(*image), (*arrays, segments))[:, :, :queries, :dim].swapaxes(1, 2)
+    out = jax.lax.map(lambda image: attend(*image), (*arrays, segments))[:, :, :queries, :dim].swapaxes(1, 2)
+    # Splash attention leaves a query undefined that sees no key.
+    return jnp.where(lengths[:, None, None, None] > 0, out, 0)
 
 
 def paged_flash_attention(
@@ -78,11 +83,12 @@ def paged_flash_attention(
     padded = -(-queries // block) * block
     context = page_table.shape[1] * page_size
     chunk = min(_CHUNK, -(-context // LANES) * LANES)
-    table = paging.pad_to_chunks(page_table, chunk // page_size).astype(jnp.int32)
+    table = paging.pad_to_chunks(jnp.clip(page_table, 0, kv.shape[0] - 1), chunk // page_size)
     blocked = jnp.pad(q, ((0, 0), (0, padded - queries), (0, 0), (0, 0)))
     blocked = blocked.reshape(batch, padded // block, block, kv_heads, group, dim).transpose(0, 1, 3, 2, 4, 5)
     blocked = blocked.reshape(batch, padded // block, kv_heads, block * group, dim)
-    out, lse = _attend(blocked, kv, table, query_start.astype(jnp.int32), group=group, chunk=chunk, scale=scale)
+    sizes = {"group": group, "chunk": chunk, "context": context}
+    out, lse = _attend(blocked, kv, table, query_start, **sizes, scale=scale)
     out = out.reshape(batch, -1, kv_heads, block, group, dim).transpose(0, 1, 3, 2, 4, 5)
     lse = lse.reshape(batch, -1, kv_heads, block, group).transpose(0, 1, 3, 2, 4)
     return out.reshape(batch, padded, heads, dim)[:, :queries], lse.reshape(batch, padded, heads)[:, :queries]
@@ -92,9 +98,17 @@ def _query_start(start: Any, sequence: jax.Array) -> jax.Array | int:
     return start[sequence]
 
 
-@functools.partial(jax.jit, static_argnames=("group", "chunk", "scale"))
+@functools.partial(jax.jit, static_argnames=("group", "chunk", "context", "scale"))
 def _attend(
-    q: jax.Array, kv: jax.Array, table: jax.Array, query_start: jax.Array, *, group: int, chunk: int, scale: float
+    q: jax.Array,
+    kv: jax.Array,
+    table: jax.Array,
+    query_start: jax.Array,
+    *,
+    group: int,
+    chunk: int,
+    context: int,
+    scale: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of q `[b, blocks, k, block * group, d]`, and log-sum-exps `[b, blocks, k, 1, block * group]`."""
     batch, blocks, kv_heads, rows, dim = q.shape
@@ -134,7 +148,8 @@ def _attend(
                 if masked:
                     row = first + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
                     position = turn * chunk + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-                    logits = jnp.where(position <= first_query + jax.lax.div(row, group), logits, MASKED)
+                    last = jnp.minimum(first_query + jax.lax.div(row, group), context - 1)
+                    logits = jnp.where(position <= last, logits, MASKED)
                 tiles = [logits[:, lanes : lanes + LANES] for lanes in range(0, chunk, LANES)]
                 old = largest[head, some]
                 new = jnp.maximum(old, jnp.max(functools.reduce(jnp.maximum, tiles), axis=1, keepdims=True))
@@ -154,7 +169,7 @@ def _attend(
             whole = pages.at[buffer]
             pltpu.make_async_copy(whole, whole, done.at[buffer]).wait()
             flat[...] = pages[buffer].reshape(chunk, width)
-            all_visible = (turn + 1) * chunk <= first_query + 1
+            all_visible = (turn + 1) * chunk <= jnp.minimum(first_query + 1, context)
             pl.when(all_visible)(lambda: multiply(False))
             pl.when(jnp.logical_not(all_visible))(lambda: multiply(True))
 
@@ -194,8 +209,8 @@ def _attend(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, blocks, kv_heads, 1, rows), jnp.float32),
+            result_like(q, q.shape, q.dtype),
+            result_like(q, (batch, blocks, kv_heads, 1, rows), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import paging
+from pallas_kernels.meshes import vary_like
 
 _QUERY_CHUNK = 512
 _KEY_CHUNK = 512
@@ -51,7 +52,12 @@ def _attend(
         return out * correction[..., None] + part, total, new_largest
 
     shape = grouped.shape[:-1]
-    state = (jnp.zeros(grouped.shape, jnp.float32), jnp.zeros(shape), jnp.full(shape, -jnp.inf))
+    state = (
+        jnp.zeros(grouped.shape, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.full(shape, -jnp.inf, jnp.float32),
+    )
+    state = vary_like(state, q)
     if num_chunks == 1:
         out, total, largest = step(jnp.int32(0), state)
     else:
@@ -85,7 +91,7 @@ def _map_query_chunks(
 
 def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, *, scale: float) -> jax.Array:
     """See `api.flash_attention`. It has a gradient, which takes memory for the scores of some queries at a time."""
-    return _flash_attention(scale, q, k, v, lengths)
+    return _flash_attention(scale, q, k, v, jnp.minimum(lengths, k.shape[1]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -142,7 +148,7 @@ def _flash_attention_backward(
         d_q = jnp.einsum("bkgts,bskd->btkgd", d_s, k, preferred_element_type=jnp.float32)
         return (sums[0] + d_k, sums[1] + d_v), d_q.astype(q.dtype)
 
-    zeros = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+    zeros = vary_like((jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)), q)
     items = tuple(map(split, (q, d_out.astype(q.dtype), lse, rows)))
     if blocks > 1:
         (d_k, d_v), d_q = jax.lax.scan(run, zeros, items)
@@ -159,6 +165,22 @@ _flash_attention.defvjp(_flash_attention_forward, _flash_attention_backward)
 def paged_flash_attention(
     q: jax.Array, kv: jax.Array, page_table: jax.Array, query_start: jax.Array, *, scale: float
 ) -> tuple[jax.Array, jax.Array]:
+    """See `api.paged_flash_attention`. It has a gradient, which takes memory for the scores of one chunk of keys."""
+    capacity = page_table.shape[1] * kv.shape[1]
+    last_visible = jnp.minimum(query_start[:, None] + jnp.arange(q.shape[1]), capacity - 1)
+    return _paged_flash_attention(scale, q, kv, jnp.clip(page_table, 0, kv.shape[0] - 1), last_visible)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _paged_flash_attention(
+    scale: float, q: jax.Array, kv: jax.Array, page_table: jax.Array, last_visible: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return _paged_flash_attention_forward(scale, q, kv, page_table, last_visible)[0]
+
+
+def _paged_flash_attention_forward(
+    scale: float, q: jax.Array, kv: jax.Array, page_table: jax.Array, last_visible: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
     batch, queries, heads, dim = q.shape
     page_size = kv.shape[1]
     # A position costs its logits, and a copy of its keys and values.
@@ -168,11 +190,54 @@ def paged_flash_attention(
     table = paging.pad_to_chunks(page_table, pages_per_chunk)
 
     def load_chunk(chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rows = kv[paging.pages_of_chunk(table, chunk, pages_per_chunk)].reshape(batch, chunk_size, -1, dim)
-        keys, values = jnp.split(rows, 2, axis=2)
-        return keys, values
+        return _keys_and_values(kv, paging.pages_of_chunk(table, chunk, pages_per_chunk))
 
     def attend(q: jax.Array, last_visible: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _attend(q, load_chunk, last_visible, chunk_size, table.shape[1] // pages_per_chunk, scale=scale)
 
-    return _map_query_chunks(attend, q, query_start[:, None] + jnp.arange(queries))
+    found = _map_query_chunks(attend, q, last_visible)
+    return found, (q, kv, page_table, last_visible, *found)
+
+
+def _paged_flash_attention_backward(
+    scale: float, saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, None, None]:
+    """As `_flash_attention_backward`, for chunks of keys, with the gradient of the log-sum-exps beside."""
+    q, kv, page_table, last_visible, out, lse = saved
+    batch, queries, heads, dim = q.shape
+    page_size, kv_heads = kv.shape[1], kv.shape[2] // 2
+    d_out, d_lse = (x.astype(jnp.float32) for x in cotangents)
+    d_rest = d_lse - jnp.sum(out.astype(jnp.float32) * d_out, axis=-1)
+    shape = (batch, queries, kv_heads, heads // kv_heads)
+    q_by_head, d_out = q.reshape(*shape, dim), d_out.reshape(*shape, dim)
+    lse = jnp.where(jnp.isfinite(lse), lse, 0.0).reshape(*shape, 1)
+    d_rest = d_rest.reshape(*shape, 1)
+    pages_per_chunk = paging.pages_per_chunk(page_table, page_size, 4 * batch * queries * heads, _GRADIENT_BYTES)
+    table = paging.pad_to_chunks(page_table, pages_per_chunk)
+    chunk_size = pages_per_chunk * page_size
+    chunks = jnp.clip(jnp.max(last_visible) // chunk_size + 1, 0, table.shape[1] // pages_per_chunk)
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def add_chunk(chunk: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        pages = paging.pages_of_chunk(table, chunk, pages_per_chunk)
+        keys, values = _keys_and_values(kv, pages)
+        seen = chunk * chunk_size + jnp.arange(chunk_size) <= last_visible[..., None]
+        logits = dot("btkgd,bskd->btkgs", q_by_head, keys) * scale
+        probabilities = jnp.where(seen[:, :, None, None], jnp.exp(logits - lse), 0.0)
+        d_s = probabilities * (dot("btkgd,bskd->btkgs", d_out, values) + d_rest) * scale
+        d_keys, d_values = dot("btkgs,btkgd->bskd", d_s, q_by_head), dot("btkgs,btkgd->bskd", probabilities, d_out)
+        d_pages = jnp.concatenate([d_keys, d_values], axis=2).reshape(*pages.shape, *kv.shape[1:])
+        return sums[0] + dot("btkgs,bskd->btkgd", d_s, keys), sums[1].at[pages].add(d_pages)
+
+    sums = vary_like((jnp.zeros(q_by_head.shape, jnp.float32), jnp.zeros(kv.shape, jnp.float32)), q)
+    d_q, d_kv = jax.lax.fori_loop(0, chunks, add_chunk, sums)
+    return d_q.reshape(q.shape).astype(q.dtype), d_kv.astype(kv.dtype), None, None
+
+
+_paged_flash_attention.defvjp(_paged_flash_attention_forward, _paged_flash_attention_backward)
+
+
+def _keys_and_values(kv: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The keys and the values `[b, s, k, d]` of pages int32 `[b, i]`."""
+    keys, values = jnp.split(kv[pages].reshape(pages.shape[0], -1, *kv.shape[2:]), 2, axis=2)
+    return keys, values

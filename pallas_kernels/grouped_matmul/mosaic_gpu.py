@@ -381,6 +381,7 @@ def _scan_groups(sizes, table, rows, tile_m):
         for i in range(per_thread):
             at = arith.addi(first, const(i))
             size = load(sizes, arith.minui(at, const(groups - 1)))
+            size = arith.minsi(arith.maxsi(size, const(0)), const(rows))
             size = arith.select(less(at, const(groups)), size, const(0))
             own.append((size, tiles_of(size)))
         sums = [functools.reduce(arith.addi, column) for column in zip(*own, strict=True)]
@@ -403,11 +404,13 @@ def _scan_groups(sizes, table, rows, tile_m):
         for i in range(per_thread):
             at = arith.addi(first, const(i))
             with utils.when(less(at, const(groups))):
-                store(before[0], at)
+                store(arith.minsi(before[0], const(rows)), at)
                 store(before[1], arith.addi(at, const(tiles_at)))
             before = [arith.addi(a, b) for a, b in zip(before, own[i], strict=True)]
         with utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread, const(0))):
-            behind = arith.maxsi(arith.subi(const(rows), totals[0]), const(0))
+            # Groups that do not fit any more end at the last row, so no unit of theirs multiplies or stores a row.
+            totals[0] = arith.minsi(totals[0], const(rows))
+            behind = arith.subi(const(rows), totals[0])
             store(totals[0], const(groups))
             store(totals[1], const(tiles_at + groups))
             store(const(rows), const(groups + 1))

@@ -8,6 +8,8 @@ caller.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.grouped_matmul.groups import group_ends
+
 
 def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """See `api.grouped_matmul`.
@@ -17,10 +19,10 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> ja
     """
     if lhs.dtype not in (jnp.bfloat16, jnp.float32) or rhs.dtype != lhs.dtype:
         raise NotImplementedError(f"rows {lhs.dtype} and matrices {rhs.dtype}: both must be bfloat16 or both float32")
-    sizes = group_sizes.astype(jnp.int32)
-    out = jax.lax.ragged_dot(lhs, rhs, sizes, preferred_element_type=lhs.dtype)
+    ends = group_ends(lhs.shape[0], group_sizes)
+    out = jax.lax.ragged_dot(lhs, rhs, jnp.diff(ends, prepend=0), preferred_element_type=lhs.dtype)
     # ragged_dot does not define the rows of no group.
-    return jnp.where(jnp.arange(lhs.shape[0])[:, None] < jnp.sum(sizes), out, 0)
+    return jnp.where(jnp.arange(lhs.shape[0])[:, None] < ends[-1], out, 0)
 
 
 def expert_mlp(lhs: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array) -> jax.Array:

@@ -3,41 +3,102 @@
 `lax.ragged_dot` multiplies every row by every group's matrix on CPU and GPU, which this avoids.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.grouped_matmul.groups import group_ends
+from pallas_kernels.meshes import vary_like
 
 _BLOCK_ROWS = 128
 _FEW_ROWS = 16
 
 
+class _Blocks(NamedTuple):
+    """Rows of every group, cut into blocks of a few rows."""
+
+    size: int
+    number: jax.Array
+    locate: Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+    """Group, first row, and the end of the group's rows, of a block."""
+
+
 def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    rows, groups = lhs.shape[0], rhs.shape[0]
-    if rows <= _FEW_ROWS:
-        # Each row by its own matrix, without a loop: on an accelerator every turn costs a round trip to the host.
-        group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")
-        matrices = jnp.take(rhs, group, axis=0, mode="clip")
-        return jnp.einsum("mk,mkn->mn", lhs, matrices, preferred_element_type=jnp.float32).astype(lhs.dtype)
-    block = min(_BLOCK_ROWS, max(8, 1 << (rows // groups).bit_length()))
-    group_ends = jnp.cumsum(group_sizes)
-    group_starts = group_ends - group_sizes
-    group_blocks = (group_sizes + block - 1) // block
-    block_ends = jnp.cumsum(group_blocks)
-
-    lhs = jnp.pad(lhs, ((0, block), (0, 0)))
-
-    def multiply(index: jax.Array, out: jax.Array) -> jax.Array:
-        group = jnp.searchsorted(block_ends, index, side="right")
-        start = group_starts[group] + (index - (block_ends[group] - group_blocks[group])) * block
-        rows_in = jax.lax.dynamic_slice_in_dim(lhs, start, block)
-        matrix = jax.lax.dynamic_index_in_dim(rhs, group, keepdims=False)
-        rows_out = jnp.dot(rows_in, matrix, preferred_element_type=jnp.float32).astype(out.dtype)
-        # The last block of a group also writes rows of the next group. That group's blocks overwrite them later.
-        return jax.lax.dynamic_update_slice_in_dim(out, rows_out, start, axis=0)
-
-    out = jnp.zeros((rows + block, rhs.shape[2]), lhs.dtype)
-    return jax.lax.fori_loop(0, block_ends[-1], multiply, out)[:rows]
+    """See `api.grouped_matmul`. It has a gradient, for which only matrices of groups that have rows are read, too."""
+    return _grouped_matmul(lhs, rhs, group_ends(lhs.shape[0], group_sizes))
 
 
 def expert_mlp(lhs: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """See `api.expert_mlp`."""
     gate, up = jnp.split(grouped_matmul(lhs, gate_up, group_sizes).astype(jnp.float32), 2, axis=-1)
     return grouped_matmul((jax.nn.silu(gate) * up).astype(lhs.dtype), down, group_sizes)
+
+
+@jax.custom_vjp
+def _grouped_matmul(lhs: jax.Array, rhs: jax.Array, ends: jax.Array) -> jax.Array:
+    rows = lhs.shape[0]
+    if rows <= _FEW_ROWS:
+        # Each row by its own matrix, without a loop: on an accelerator every turn costs a round trip to the host.
+        matrices = jnp.take(rhs, _group_of_row(rows, ends), axis=0, mode="clip")
+        out = jnp.einsum("mk,mkn->mn", lhs, matrices, preferred_element_type=jnp.float32).astype(lhs.dtype)
+    else:
+        blocks = _cut(rows, ends)
+        padded = jnp.pad(lhs, ((0, blocks.size), (0, 0)))
+
+        def multiply(index: jax.Array, out: jax.Array) -> jax.Array:
+            group, start, _ = blocks.locate(index)
+            rows_in = jax.lax.dynamic_slice_in_dim(padded, start, blocks.size)
+            matrix = jax.lax.dynamic_index_in_dim(rhs, group, keepdims=False)
+            rows_out = jnp.dot(rows_in, matrix, preferred_element_type=jnp.float32).astype(out.dtype)
+            # The last block of a group also writes rows of the next group. That group's blocks overwrite them later.
+            return jax.lax.dynamic_update_slice_in_dim(out, rows_out, start, axis=0)
+
+        out = vary_like(jnp.zeros((rows + blocks.size, rhs.shape[2]), lhs.dtype), lhs)
+        out = jax.lax.fori_loop(0, blocks.number, multiply, out)[:rows]
+    return jnp.where(jnp.arange(rows)[:, None] < ends[-1], out, 0)
+
+
+def _forward(lhs: jax.Array, rhs: jax.Array, ends: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _grouped_matmul(lhs, rhs, ends), (lhs, rhs, ends)
+
+
+def _backward(saved: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    lhs, rhs, ends = saved
+    d_lhs = _grouped_matmul(d_out, rhs.swapaxes(1, 2), ends).astype(lhs.dtype)
+    rows = lhs.shape[0]
+    blocks = _cut(rows, ends)
+    padding = ((0, blocks.size), (0, 0))
+    padded, d_padded = jnp.pad(lhs, padding), jnp.pad(d_out, padding)
+
+    def add(index: jax.Array, d_rhs: jax.Array) -> jax.Array:
+        group, start, end = blocks.locate(index)
+        rows_in, d_rows = (jax.lax.dynamic_slice_in_dim(x, start, blocks.size) for x in (padded, d_padded))
+        own = (start + jnp.arange(blocks.size) < end)[:, None]
+        product = jnp.dot(jnp.where(own, rows_in, 0).T, jnp.where(own, d_rows, 0), preferred_element_type=jnp.float32)
+        return d_rhs.at[group].add(product)
+
+    d_rhs = vary_like(jnp.zeros(rhs.shape, jnp.float32), lhs)
+    return d_lhs, jax.lax.fori_loop(0, blocks.number, add, d_rhs).astype(rhs.dtype), None
+
+
+_grouped_matmul.defvjp(_forward, _backward)
+
+
+def _group_of_row(rows: int, ends: jax.Array) -> jax.Array:
+    return jnp.searchsorted(ends, jnp.arange(rows), side="right")
+
+
+def _cut(rows: int, ends: jax.Array) -> _Blocks:
+    size = min(_BLOCK_ROWS, max(8, 1 << (rows // len(ends)).bit_length()))
+    group_sizes = jnp.diff(ends, prepend=0)
+    group_blocks = (group_sizes + size - 1) // size
+    block_ends = jnp.cumsum(group_blocks)
+
+    def locate(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        group = jnp.searchsorted(block_ends, index, side="right")
+        first = index - (block_ends[group] - group_blocks[group])
+        return group, ends[group] - group_sizes[group] + first * size, ends[group]
+
+    return _Blocks(size, block_ends[-1], locate)

@@ -1,19 +1,37 @@
 """Scores of the DeepSeek Sparse Attention indexer."""
 
-import jax
+import math
 
+import jax
+from jax.typing import ArrayLike
+
+from pallas_kernels.checks import INDEX_FLOATS, INTEGERS, Array, Result, Signature, flag, number
 from pallas_kernels.dispatch import dispatch
+
+_SIGNATURE = Signature(
+    "indexer_scores",
+    {
+        "q": Array("b t n d", INDEX_FLOATS),
+        "weights": Array("b t n"),
+        "keys": Array("p page_size d", INDEX_FLOATS),
+        "page_table": Array("b m", INTEGERS),
+        "query_start": Array("b", INTEGERS),
+        "key_scales": Array("p page_size", optional=True),
+    },
+    (Result("b t m*page_size", "float32", -math.inf),),
+    same_dtype=("q", "keys"),
+)
 
 
 def indexer_scores(
-    q: jax.Array,
-    weights: jax.Array,
-    keys: jax.Array,
-    page_table: jax.Array,
-    query_start: jax.Array,
+    q: ArrayLike,
+    weights: ArrayLike,
+    keys: ArrayLike,
+    page_table: ArrayLike,
+    query_start: ArrayLike,
     *,
     scale: float,
-    key_scales: jax.Array | None = None,
+    key_scales: ArrayLike | None = None,
     fill: bool = True,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -25,12 +43,14 @@ def indexer_scores(
     Memory: the result, and a workspace that does not grow with the context.
 
     Args:
-      q: `[b, t, n, d]` index queries.
-      weights: `[b, t, n]` signed gates.
-      keys: `[p, page_size, d]` pages of index keys, one head.
-      page_table: int32 `[b, m]`.
+      q: `[b, t, n, d]` index queries, float8_e4m3fn, bfloat16, float16 or float32.
+      weights: `[b, t, n]` signed gates, bfloat16, float16 or float32.
+      keys: `[p, page_size, d]` pages of index keys, one head, in the dtype of q.
+      page_table: int32 `[b, m]`, from 0 to p - 1. In "xla" and "mosaic_tpu" other numbers count as the nearest of
+        these; GPU kernels do not check them.
       query_start: int32 `[b]`, the position of each sequence's first query. Query t has position `query_start + t` and
-        sees positions up to its own.
+        sees positions up to its own: none below 0, and all that there are from `m * page_size` on. GPU kernels take
+        positions from 0.
       scale: factor on the sum.
       key_scales: float32 `[p, page_size]`, a factor on each key's scores; None for ones.
       fill: False leaves the scores after a query's own position undefined. This saves time for a caller that does not
@@ -41,8 +61,16 @@ def indexer_scores(
       float32 `[b, t, m * page_size]`; -inf after a query's own position.
 
     Raises:
-      UnsupportedError: the implementation does not exist, or none supports the arguments.
-      ValueError: `implementation` is no implementation's name.
+      ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.
+      UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
-    run = dispatch("indexer_scores", implementation)
-    return run(q, weights, keys, page_table, query_start, scale=scale, key_scales=key_scales, fill=fill)
+    arrays = {
+        "q": q,
+        "weights": weights,
+        "keys": keys,
+        "page_table": page_table,
+        "query_start": query_start,
+        "key_scales": key_scales,
+    }
+    scale, fill = number("indexer_scores", "scale", scale), flag("indexer_scores", "fill", fill)
+    return dispatch(_SIGNATURE, implementation, arrays, scale=scale, fill=fill)

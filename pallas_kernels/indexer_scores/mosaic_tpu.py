@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import LANES, vmem_limit
+from pallas_kernels.tpu import LANES, result_like, vmem_limit
 
 _TILE = 256  # Keys of one product: the width of the larger systolic arrays.
 _QUERIES = 256  # Queries of one block.
@@ -70,7 +70,7 @@ def indexer_scores(
     length = pages * page_size
     step = min(_DECODE_KEYS if block == 1 else _PREFILL_KEYS, pl.cdiv(length, _TILE) * _TILE)
     unroll = _DECODE_UNROLL if block == 1 else _PREFILL_UNROLL
-    table = jnp.pad(page_table.astype(jnp.int32), ((0, 0), (0, -pages % (step // page_size))))
+    table = jnp.pad(jnp.clip(page_table, 0, keys.shape[0] - 1), ((0, 0), (0, -pages % (step // page_size))))
     call = pl.pallas_call(
         functools.partial(_kernel, page_size=page_size, step=step, block=block, dim=dim, unroll=unroll),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -89,7 +89,7 @@ def indexer_scores(
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((batch, queries, length), jnp.float32),
+        out_shape=result_like(q, (batch, queries, length), jnp.float32),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             # The kernel needs no more. XLA keeps other arrays of a step in the rest.
@@ -138,7 +138,8 @@ def _kernel(
 ):
     b, i, j = (pl.program_id(axis) for axis in range(3))
     first_query = _query_start(start_ref, b) + i * block
-    seen_steps = (first_query + block - 1) // step + 1
+    # Queries that see nothing also get one step, with all keys masked.
+    seen_steps = jnp.maximum((first_query + block - 1) // step, 0) + 1
     per_step, rows = step // page_size, page_size * dim // LANES
 
     def copies(step_index, each):

@@ -4,8 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.checks import Array, Signature
+from pallas_kernels.errors import ArgumentError
+
 _SMALLEST = 1e-4
 """Least magnitude that a vector is scaled for."""
+
+_HADAMARD, _QUANTIZE = (Signature(name, {"x": Array("... d")}, ()) for name in ("hadamard", "quantize"))
 
 
 def hadamard(x: jax.Array) -> jax.Array:
@@ -18,11 +23,12 @@ def hadamard(x: jax.Array) -> jax.Array:
       `[..., d]` in the dtype of x, computed in float32.
 
     Raises:
-      ValueError: d is not a power of two.
+      ArgumentError: d is not a power of two, or x is no array of bfloat16, float16 or float32.
     """
+    x = _HADAMARD.check(x=x)[0]["x"]
     dim = x.shape[-1]
     if dim & (dim - 1):
-        raise ValueError(f"an index head has {dim} elements; the fp8 indexer takes powers of two")
+        raise ArgumentError(f"hadamard: an index head has {dim} elements; the fp8 indexer takes powers of two")
     matrix = np.ones((1, 1), np.float32)
     while len(matrix) < dim:
         matrix = np.kron(np.array([[1, 1], [1, -1]], np.float32), matrix)
@@ -42,7 +48,11 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Returns:
       values float8_e4m3fn `[..., d]`, scales float32 `[...]`.
+
+    Raises:
+      ArgumentError: x is no array of bfloat16, float16 or float32.
     """
+    x = _QUANTIZE.check(x=x)[0]["x"]
     largest = jnp.maximum(jnp.max(jnp.abs(x), axis=-1).astype(jnp.float32), _SMALLEST)
     # 448 is 1.75 * 2 ** 8. The exponent goes up by one if the mantissa is above 1.75: exact, unlike a logarithm.
     bits = jax.lax.bitcast_convert_type(largest, jnp.int32)

@@ -23,13 +23,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import LANES, vmem_limit
+from pallas_kernels.tpu import LANES, result_like, vmem_limit
 
 _CHUNK = 8 * 4096  # Scores of one turn of a pass's loop, over all rows side by side.
 _PART = 8 * 512  # Scores of one vector of counts: few enough for registers, enough to be independent.
 _LOWEST = -(2**31)
 _HIGHEST = 2**31 - 1
-_MINUS_INFINITY = -0x7F800001  # The key of -inf.
+_INFINITY, _MINUS_INFINITY = 0x7F800000, -0x7F800001  # Keys.
 
 
 def select_topk(scores: jax.Array, lengths: jax.Array, k: int) -> jax.Array:
@@ -39,7 +39,7 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int) -> jax.Array:
       NotImplementedError: see `select_threshold`; also rows whose lists do not fit VMEM.
     """
     leading, size = scores.shape[:-1], scores.shape[-1]
-    rows, lengths = scores.reshape(-1, size), lengths.reshape(-1).astype(jnp.int32)
+    rows, lengths = scores.reshape(-1, size), jnp.clip(lengths.reshape(-1), 0, size)
     threshold, last_tie = select_threshold(rows, lengths, k)
     return _lists(rows, lengths, _sort_key(threshold), last_tie, k).reshape(*leading, k)
 
@@ -78,7 +78,7 @@ def select_threshold(scores: jax.Array, lengths: jax.Array, k: int) -> tuple[jax
         grid=(pl.cdiv(rows, block),),
         in_specs=[column, pl.BlockSpec((block, padded), lambda i: (i, 0))],
         out_specs=(column, column),
-        out_shape=(jax.ShapeDtypeStruct((rows + padding, 1), jnp.int32),) * 2,
+        out_shape=(result_like(scores, (rows + padding, 1), jnp.int32),) * 2,
         scratch_shapes=[pltpu.VMEM((block, padded), jnp.int32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=limit),
         cost_estimate=pl.CostEstimate(flops=30 * rows * size, bytes_accessed=4 * rows * size, transcendentals=0),
@@ -88,9 +88,10 @@ def select_threshold(scores: jax.Array, lengths: jax.Array, k: int) -> tuple[jax
 
 
 def _sort_key(scores: jax.Array) -> jax.Array:
-    """Signed integers in the order of float32 scores; 0.0 and -0.0 give the same integer."""
+    """Signed integers in the order of float32 scores; 0.0 and -0.0 give the same integer, and so do inf and NaN."""
     bits = lax.bitcast_convert_type(scores, jnp.int32)
-    return jnp.where(bits == _LOWEST, 0, bits ^ ((bits >> 31) & _HIGHEST))
+    key = jnp.where(bits == _LOWEST, 0, bits ^ ((bits >> 31) & _HIGHEST))
+    return jnp.where(scores != scores, _INFINITY, key)
 
 
 def _score(key: jax.Array) -> jax.Array:
@@ -207,7 +208,7 @@ def _lists(rows: jax.Array, lengths: jax.Array, threshold: jax.Array, last_tie: 
             in_specs=[pl.BlockSpec((None, tiles, LANES), lambda row, *_: (row, 0, 0))],
             out_specs=pl.BlockSpec((None, 1, slots), lambda row, *_: (row, 0, 0)),
         ),
-        out_shape=jax.ShapeDtypeStruct((count, 1, slots), jnp.int32),
+        out_shape=result_like(rows, (count, 1, slots), jnp.int32),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=limit),
         cost_estimate=pl.CostEstimate(
             flops=2 * count * tiles * LANES * (slots + 2 * LANES),

@@ -5,9 +5,12 @@ import jax.numpy as jnp
 
 
 def select_topk(scores: jax.Array, lengths: jax.Array, k: int) -> jax.Array:
+    """See `api.select_topk`."""
     size = scores.shape[-1]
-    # top_k orders -0.0 below 0.0. A valid -inf wins against the masked scores, which have higher positions.
-    scores = jnp.where(scores == 0, 0.0, scores)
+    lengths = jnp.minimum(lengths, size)
+    # top_k orders -0.0 below 0.0, and NaN by its sign.
+    scores = jnp.where(scores == 0, 0.0, jnp.where(jnp.isnan(scores), jnp.inf, scores))
+    # A valid -inf wins against the masked scores, which have higher positions.
     scores = jnp.where(jnp.arange(size) < lengths[..., None], scores, -jnp.inf)
     _, positions = jax.lax.top_k(scores, min(k, size))
     positions = jnp.sort(jnp.where(positions < lengths[..., None], positions, size), axis=-1)

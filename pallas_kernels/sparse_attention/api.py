@@ -1,15 +1,31 @@
 """Attention of each query to its own set of keys."""
 
-import jax
+import math
 
+import jax
+from jax.typing import ArrayLike
+
+from pallas_kernels.checks import INTEGERS, Array, Result, Signature, number
 from pallas_kernels.dispatch import dispatch
+
+_SIGNATURE = Signature(
+    "sparse_attention",
+    {
+        "q": Array("b t n d"),
+        "kv": Array("p page_size 2*k d"),
+        "indices": Array("b t top_k", INTEGERS),
+        "page_table": Array("b m", INTEGERS),
+    },
+    (Result("b t n d", "q"), Result("b t n", "float32", -math.inf)),
+    multiples=(("n", "k"),),
+)
 
 
 def sparse_attention(
-    q: jax.Array,
-    kv: jax.Array,
-    indices: jax.Array,
-    page_table: jax.Array,
+    q: ArrayLike,
+    kv: ArrayLike,
+    indices: ArrayLike,
+    page_table: ArrayLike,
     *,
     scale: float,
     implementation: str | None = None,
@@ -19,11 +35,12 @@ def sparse_attention(
     Memory: the results, and a workspace that does not grow with the context.
 
     Args:
-      q: `[b, t, n, d]`.
+      q: `[b, t, n, d]`, bfloat16, float16 or float32. n is a multiple of k.
       kv: `[p, page_size, 2 * k, d]` pages. A row holds the keys of all k heads, then their values.
       indices: int32 `[b, t, top_k]`, the positions that a query attends to, the same for all its heads. A position
-        appears at most once; -1 is ignored.
-      page_table: int32 `[b, m]`.
+        appears at most once. Numbers below 0 are ignored, and from `m * page_size` on, which GPU kernels do not check.
+      page_table: int32 `[b, m]`, from 0 to p - 1. In "xla" and "mosaic_tpu" other numbers count as the nearest of
+        these; GPU kernels do not check them.
       scale: factor on the dot products.
       implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
@@ -32,7 +49,8 @@ def sparse_attention(
       with no selected position gets zeros and -inf.
 
     Raises:
-      UnsupportedError: the implementation does not exist, or none supports the arguments.
-      ValueError: `implementation` is no implementation's name.
+      ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.
+      UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
-    return dispatch("sparse_attention", implementation)(q, kv, indices, page_table, scale=scale)
+    arrays = {"q": q, "kv": kv, "indices": indices, "page_table": page_table}
+    return dispatch(_SIGNATURE, implementation, arrays, scale=number("sparse_attention", "scale", scale))

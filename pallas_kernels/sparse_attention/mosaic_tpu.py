@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import paging
-from pallas_kernels.tpu import LANES, MASKED, check_attention, precision
+from pallas_kernels.tpu import LANES, MASKED, check_attention, precision, result_like
 
 _CHUNK = 512
 _UNROLL = 8
@@ -37,8 +37,10 @@ def sparse_attention(
     total = batch * queries
     chunk = min(_CHUNK, -(-top_k // LANES) * LANES)
     padding = -top_k % chunk
+    indices = jnp.where(indices < page_table.shape[1] * kv.shape[1], indices, -1)
     lists = jnp.pad(indices.reshape(total, top_k), ((0, 0), (0, padding)), constant_values=-1)
-    slots = paging.slots(page_table, jnp.maximum(lists, 0).reshape(batch, queries, -1), kv.shape[1])
+    table = jnp.clip(page_table, 0, kv.shape[0] - 1)
+    slots = paging.slots(table, jnp.maximum(lists, 0).reshape(batch, queries, -1), kv.shape[1])
     # Chunks behind the last valid entry are neither copied nor multiplied.
     lengths = jnp.max(jnp.where(lists >= 0, jnp.arange(top_k + padding) + 1, 0), axis=-1)
     out, lse = _attend(
@@ -158,8 +160,8 @@ def _attend(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((total, kv_heads, group, LANES), jnp.float32),
+            result_like(q, q.shape, q.dtype),
+            result_like(q, (total, kv_heads, group, LANES), jnp.float32),
         ],
         cost_estimate=pl.CostEstimate(
             flops=4 * elements * group * dim,

@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import paging
 from pallas_kernels.select_topk.mosaic_tpu import select_threshold, select_topk
 from pallas_kernels.sparse_attention.mosaic_tpu import sparse_attention
-from pallas_kernels.tpu import LANES, MASKED, check_attention, precision, vmem_limit
+from pallas_kernels.tpu import LANES, MASKED, check_attention, precision, result_like, vmem_limit
 
 GROUP = 16
 """Queries that share a union. With 8 heads each they fill the rows of a matrix unit."""
@@ -69,6 +69,7 @@ def topk_attention(
     if queries < GROUP:
         return sparse_attention(q, kv, select_topk(scores, lengths, top_k), page_table, scale=scale)
     size = scores.shape[-1]
+    lengths = jnp.clip(lengths, 0, size)
     threshold, last_tie = select_threshold(scores.reshape(-1, size), lengths.reshape(-1), top_k)
     threshold, last_tie = threshold.reshape(batch, queries), last_tie.reshape(batch, queries)
     return threshold_attention(q, scores, threshold, last_tie, lengths, kv, page_table, scale=scale)
@@ -127,7 +128,7 @@ def threshold_attention(
     groups = (queries + padding) // GROUP
     grouped = pad(q).reshape(batch, groups, GROUP, kv_heads, heads // kv_heads, dim)
     grouped = grouped.transpose(0, 1, 3, 2, 4, 5).reshape(batch, groups, kv_heads, rows, dim)
-    table = paging.pad_to_chunks(page_table, config.chunk // page_size)
+    table = paging.pad_to_chunks(jnp.clip(page_table, 0, kv.shape[0] - 1), config.chunk // page_size)
     table = jnp.pad(table, ((0, 0), (0, max(0, -(-size // page_size) - table.shape[1]))))
     padded_lengths = pad(lengths)
     chunks = jnp.max(padded_lengths.reshape(batch, -1, QUERIES), axis=-1)
@@ -213,6 +214,7 @@ def _attend(
         def select(tile: jax.Array, _: None) -> None:
             """Stores the positions of a tile that each query selects, and the places at which each group packs them."""
             score = scores[0, :, pl.ds(pl.multiple_of(tile * _TILE, _TILE), _TILE)]
+            score = jnp.where(score != score, jnp.inf, score)
             position = turn * config.chunk + tile * _TILE + _lanes(score.shape)
             above = (score > bounds[...]) & (position < ends[0])
             chosen = jnp.where(above | ((score == bounds[...]) & (position <= ends[1])), 1.0, 0.0)
@@ -345,8 +347,8 @@ def _attend(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, all_groups, kv_heads, 1, rows), jnp.float32),
+            result_like(q, q.shape, q.dtype),
+            result_like(q, (batch, all_groups, kv_heads, 1, rows), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_limit()

@@ -44,6 +44,24 @@ INTERPRETED = {
             "test_infinities[mosaic_tpu]",
         },
     },
+    "test_out_of_range.py": {
+        "TestSelectTopk": {
+            "test_scores_that_are_no_numbers_count_as_infinity[mosaic_tpu]",
+            "test_lengths_out_of_range_are_the_nearest_in_range[mosaic_tpu]",
+        },
+        "TestSparseAttention": {
+            "test_positions_from_the_capacity_on_are_ignored[mosaic_tpu]",
+            "test_pages_out_of_range_are_the_nearest_in_range[mosaic_tpu]",
+        },
+        "TestTopkAttention": {"test_lengths_and_scores[mosaic_tpu]"},
+        "TestPagedFlashAttention": {
+            "test_queries_behind_the_capacity_see_all_of_it[mosaic_tpu]",
+            "test_pages_out_of_range_are_the_nearest_in_range[mosaic_tpu]",
+        },
+        "TestFlashAttention": {"test_lengths_out_of_range_are_the_nearest_in_range[mosaic_tpu]"},
+        "TestIndexerScores": {"test_queries_and_pages_out_of_range[mosaic_tpu]"},
+        "TestExperts": {"test_group_sizes[mosaic_tpu-64-more rows than there are]"},
+    },
     "test_topk_attention.py": {
         "TestTopkAttention": {
             "test_queries[bfloat16-mosaic_tpu-64-40]",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels
 from pallas_kernels import dispatch
 from pallas_kernels.errors import UnsupportedError
 from pallas_kernels.flash_attention import flash_attention, paged_flash_attention
@@ -43,7 +44,7 @@ def test_every_implementation_exists_or_is_refused(operation, name):
     else:
         assert dispatch.resolve(operation, name) == "xla"
         with pytest.raises(UnsupportedError):
-            dispatch.dispatch(operation, name)
+            dispatch.candidates(operation, name)
 
 
 def test_a_preference_that_the_operation_lacks_becomes_the_portable_one():
@@ -73,13 +74,21 @@ def test_the_documentation_lists_the_same_implementations():
     assert listed == {name: operation.implementations for name, operation in dispatch.OPERATIONS.items()}
 
 
-def test_the_operations_do_not_import_the_model():
-    """Nor the kernels of any platform, before one is tried."""
+def test_the_package_has_the_functions_and_imports_little():
+    """Neither JAX before a function is used, nor the kernels of any platform before one is tried, nor the model.
+
+    The package's names are functions, also after the folders of the same names were imported.
+    """
     code = (
-        "import sys; from pallas_kernels import flash_attention, grouped_matmul, indexer_scores, paging, select_topk,"
-        " shapes, sparse_attention, topk_attention;"
+        "import sys, pallas_kernels; print('jax' in sys.modules)\n"
+        "import pallas_kernels.topk_attention.xla\n"
+        "from pallas_kernels import *; from pallas_kernels import paging, shapes\n"
+        "print(all(callable(getattr(pallas_kernels, name)) for name in pallas_kernels.__all__))\n"
         "print([n for n in sys.modules if n.startswith(('keye_jax', 'convert', 'jax.experimental.pallas'))])"
     )
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert done.stdout == "[]\n", done.stdout + done.stderr
+    assert done.stdout == "False\nTrue\n[]\n", done.stdout + done.stderr
+    assert set(dispatch.OPERATIONS) < set(pallas_kernels.__all__)
+    assert sorted(pallas_kernels.__all__) == sorted(sum(pallas_kernels._MODULES.values(), ()))
+    assert (root / "pallas_kernels" / "py.typed").exists()

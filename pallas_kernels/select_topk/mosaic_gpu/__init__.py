@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.gpu.hopper import MULTIPROCESSORS
 from pallas_kernels.gpu.machine import SHARED_WORDS, launch
 from pallas_kernels.select_topk.mosaic_gpu.few_rows import few_rows_plan, select_few_rows
-from pallas_kernels.select_topk.mosaic_gpu.row_reader import RowPlan, write_short_row
+from pallas_kernels.select_topk.mosaic_gpu.row_reader import RowPlan, row_length, write_short_row
 from pallas_kernels.select_topk.mosaic_gpu.row_selection import RowSelection
 
 _MAX_K = 4096
@@ -22,7 +22,7 @@ _MAX_K = 4096
 def row_body(machine, scores, lengths, positions, row, rank, *, rows, plan):
     """Runs in each thread: selects row `row`. `rank` is the block's number in its cluster."""
     row, rank = machine.word(row), machine.word(rank)
-    length = machine.load_global(machine.row(lengths, 0, rows), row)
+    length = row_length(machine, lengths, row, rows, plan.size)
     out = machine.row(positions, row, plan.k)
     if machine.teams > 1:
         with machine.when(machine.team.eq(1) & machine.turn.eq(0)):
@@ -59,7 +59,7 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, cluster: int |
 
     Args:
       scores: float32 `[..., s]`, s a multiple of 4; no NaN among the first `lengths`.
-      lengths: int32 `[...]`, from 0 to s.
+      lengths: int32 `[...]`; numbers out of the range from 0 to s count as the nearest in it.
       k: number of positions to select, from 1 to 4096.
       cluster: number of blocks that read a row, each a part of it. None chooses, and holds few rows in registers.
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from pallas_kernels.gpu.hopper import MULTIPROCESSORS
 from pallas_kernels.gpu.machine import launch
 from pallas_kernels.gpu.simt import warp_scan
-from pallas_kernels.select_topk.mosaic_gpu.row_reader import HIGHEST, sort_key, write_short_row
+from pallas_kernels.select_topk.mosaic_gpu.row_reader import HIGHEST, row_length, sort_key, write_short_row
 
 BINS = 2048
 FINALISTS = 32
@@ -95,7 +95,7 @@ def select_few_rows(scores: jax.Array, lengths: jax.Array, plan: HeldRowPlan) ->
 def few_rows_body(machine, scores, lengths, positions, row, rank, *, rows, plan):
     """Runs in each thread: selects row `row`. `rank` is the block's number in its cluster."""
     row, rank = machine.word(row), machine.word(rank)
-    length = machine.load_global(machine.row(lengths, 0, rows), row)
+    length = row_length(machine, lengths, row, rows, plan.size)
     out = machine.row(positions, row, plan.k)
     with machine.when(length <= plan.k):
         write_short_row(machine, out, length, rank, plan.k)

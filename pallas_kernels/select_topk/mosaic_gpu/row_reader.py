@@ -77,6 +77,12 @@ def join_zeros(key):
     return key.machine.select(key.eq(0x7FFFFFFF), 0x80000000, key)
 
 
+def row_length(machine, lengths, row, rows, size):
+    """The length of row `row` of `rows`; one that is out of range becomes the nearest from 0 to `size`."""
+    length = machine.load_global(machine.row(lengths, 0, rows), row)
+    return machine.select(length > 0x7FFFFFFF, 0, length.min(size))
+
+
 def write_short_row(machine, out, length, rank, k):
     """Writes the result of a row of at most k scores: all its positions, then -1."""
 

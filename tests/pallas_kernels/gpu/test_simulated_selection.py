@@ -61,10 +61,11 @@ def select(scores, lengths, body, plan, words):
 def check_selection(kind, cluster, body, plan, words):
     rng = np.random.default_rng(cluster)
     scores = make_scores(kind, rng)
-    lengths = np.array([0, 1, SIZE - 1, 5001] if cluster == 2 else [SIZE, SIZE - 3, K + 1, 50])
+    given = np.array([-3, 1, SIZE - 1, 5001] if cluster == 2 else [SIZE + 9, SIZE - 3, K + 1, 50])
+    lengths = given.clip(0, SIZE)
     for row, length in enumerate(lengths):
         scores[row, length:] = np.nan
-    positions = select(scores, lengths, body, plan, words)
+    positions = select(scores, given, body, plan, words)
     for own, expected in zip(positions, oracle(scores, lengths), strict=True):
         expected = np.flatnonzero(expected)
         np.testing.assert_array_equal(own, np.pad(expected, (0, K - len(expected)), constant_values=-1))
