@@ -117,7 +117,7 @@ class BucketArrays:
             cast = {key: array.astype(request.dtype, copy=False) for key, array in arrays.items()}
             done[path] = jax.block_until_ready(
                 jax.make_array_from_callback(
-                    request.shape, request.sharding, lambda index: cast[_key(index, request.shape)]
+                    request.shape, request.sharding, lambda index: cast[_key(index or (), request.shape)]
                 )
             )
         return self._nbytes(request, len(shards))

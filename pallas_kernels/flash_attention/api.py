@@ -3,6 +3,7 @@
 import math
 
 import jax
+from jax.typing import ArrayLike
 
 from pallas_kernels.checks import INTEGERS, Array, Result, Signature, number
 from pallas_kernels.dispatch import dispatch
@@ -34,10 +35,10 @@ _PAGED = Signature(
 
 
 def flash_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lengths: jax.Array,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    lengths: ArrayLike,
     *,
     scale: float,
     implementation: str | None = None,
@@ -66,10 +67,10 @@ def flash_attention(
 
 
 def paged_flash_attention(
-    q: jax.Array,
-    kv: jax.Array,
-    page_table: jax.Array,
-    query_start: jax.Array,
+    q: ArrayLike,
+    kv: ArrayLike,
+    page_table: ArrayLike,
+    query_start: ArrayLike,
     *,
     scale: float,
     implementation: str | None = None,

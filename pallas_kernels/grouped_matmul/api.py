@@ -1,6 +1,7 @@
 """One matrix product per group of rows: the experts of a mixture-of-experts layer."""
 
 import jax
+from jax.typing import ArrayLike
 
 from pallas_kernels.checks import INTEGERS, Array, Result, Signature
 from pallas_kernels.dispatch import dispatch
@@ -24,7 +25,7 @@ _EXPERTS = Signature(
 
 
 def grouped_matmul(
-    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, implementation: str | None = None
+    lhs: ArrayLike, rhs: ArrayLike, group_sizes: ArrayLike, *, implementation: str | None = None
 ) -> jax.Array:
     """Multiplies consecutive groups of rows of `lhs` by the matrix of their group, with float32 sums.
 
@@ -48,7 +49,7 @@ def grouped_matmul(
 
 
 def expert_mlp(
-    lhs: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array, *, implementation: str | None = None
+    lhs: ArrayLike, gate_up: ArrayLike, down: ArrayLike, group_sizes: ArrayLike, *, implementation: str | None = None
 ) -> jax.Array:
     """SwiGLU experts: `silu(lhs @ gate) * (lhs @ up) @ down` with the matrices of each row's group.
 

@@ -3,6 +3,7 @@
 import math
 
 import jax
+from jax.typing import ArrayLike
 
 from pallas_kernels.checks import INDEX_FLOATS, INTEGERS, Array, Result, Signature, flag, number
 from pallas_kernels.dispatch import dispatch
@@ -23,14 +24,14 @@ _SIGNATURE = Signature(
 
 
 def indexer_scores(
-    q: jax.Array,
-    weights: jax.Array,
-    keys: jax.Array,
-    page_table: jax.Array,
-    query_start: jax.Array,
+    q: ArrayLike,
+    weights: ArrayLike,
+    keys: ArrayLike,
+    page_table: ArrayLike,
+    query_start: ArrayLike,
     *,
     scale: float,
-    key_scales: jax.Array | None = None,
+    key_scales: ArrayLike | None = None,
     fill: bool = True,
     implementation: str | None = None,
 ) -> jax.Array:

@@ -1,12 +1,13 @@
 """Exact selection of the highest scores of a row."""
 
 import jax
+from jax.typing import ArrayLike
 
 from pallas_kernels.checks import FLOAT32, INTEGERS, Array, Result, Signature, count
 from pallas_kernels.dispatch import dispatch
 
 
-def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, implementation: str | None = None) -> jax.Array:
+def select_topk(scores: ArrayLike, lengths: ArrayLike, k: int, *, implementation: str | None = None) -> jax.Array:
     """Positions of the `k` highest of the first `lengths` scores of each row; all of them if `lengths` is below k.
 
     Exact and deterministic: of equal scores (0.0 equals -0.0) the lower position wins. NaN counts as infinity, except

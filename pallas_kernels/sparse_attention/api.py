@@ -3,6 +3,7 @@
 import math
 
 import jax
+from jax.typing import ArrayLike
 
 from pallas_kernels.checks import INTEGERS, Array, Result, Signature, number
 from pallas_kernels.dispatch import dispatch
@@ -21,10 +22,10 @@ _SIGNATURE = Signature(
 
 
 def sparse_attention(
-    q: jax.Array,
-    kv: jax.Array,
-    indices: jax.Array,
-    page_table: jax.Array,
+    q: ArrayLike,
+    kv: ArrayLike,
+    indices: ArrayLike,
+    page_table: ArrayLike,
     *,
     scale: float,
     implementation: str | None = None,

@@ -3,6 +3,7 @@
 import math
 
 import jax
+from jax.typing import ArrayLike
 
 from pallas_kernels.checks import FLOAT32, INTEGERS, Array, Result, Signature, count, number
 from pallas_kernels.dispatch import dispatch
@@ -23,11 +24,11 @@ _SIGNATURE = Signature(
 
 
 def topk_attention(
-    q: jax.Array,
-    scores: jax.Array,
-    lengths: jax.Array,
-    kv: jax.Array,
-    page_table: jax.Array,
+    q: ArrayLike,
+    scores: ArrayLike,
+    lengths: ArrayLike,
+    kv: ArrayLike,
+    page_table: ArrayLike,
     *,
     top_k: int,
     scale: float,

@@ -64,7 +64,8 @@ class Dense:
     @classmethod
     def sparse_attention(cls, q, kv, indices, page_table):
         seen = (indices[..., None] == jnp.arange(CONTEXT)).any(axis=-2)
-        return cls.attend(q, *jnp.split(cls.pages(kv, page_table), 2, axis=2), seen)
+        keys, values = jnp.split(cls.pages(kv, page_table), 2, axis=2)
+        return cls.attend(q, keys, values, seen)
 
     @classmethod
     def topk_attention(cls, q, scores, lengths, kv, page_table):
@@ -77,7 +78,8 @@ class Dense:
 
     @classmethod
     def paged_flash_attention(cls, q, kv, page_table, query_start):
-        return cls.attend(q, *jnp.split(cls.pages(kv, page_table), 2, axis=2), cls.causal(query_start))
+        keys, values = jnp.split(cls.pages(kv, page_table), 2, axis=2)
+        return cls.attend(q, keys, values, cls.causal(query_start))
 
     @staticmethod
     def grouped_matmul(lhs, rhs, group_sizes):
