@@ -124,9 +124,7 @@ def train(
             evaluated = functools.partial(
                 GeneratedBatches, base, config, stage, held_out=True, count=stage.data.evaluation
             )
-        model = load_model(
-            base, stage, rules, adapter=adapter, source=source, verify_checksums=verify_checksums
-        )
+        model = load_model(base, stage, rules, adapter=adapter, source=source, verify_checksums=verify_checksums)
         trainer = Trainer(model, stage, train_options(stage, processor), rules, steps)
         begun = max(checkpoints.steps, default=0)
         curves = None if stage.tensorboard is None else output / stage.tensorboard
