@@ -68,7 +68,8 @@ def test_manifests_follow_the_schemas_of_kubernetes(path):
     ("name", "command"), list(commands()), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_commands_are_known(name, command):
-    subcommand = typer.main.get_command(app).commands[command[0]]
+    group: Any = typer.main.get_command(app)
+    subcommand = group.commands[command[0]]
     known = {option: each for each in subcommand.params for option in each.opts + each.secondary_opts}
     options = dict(word.partition("=")[::2] for word in command[1:] if word.startswith("--"))
     assert options, name

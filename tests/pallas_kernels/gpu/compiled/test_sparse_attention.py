@@ -221,7 +221,7 @@ def test_selection_with_attention_matches_portable(batch, queries, top_k):
     scores = jnp.round(jax.random.normal(key, (batch, queries, 4096)) * 8)
     lengths = jax.random.randint(key, (batch, queries), 1, 4097)
     arguments = (q, scores, lengths, kv, tables)
-    run = jax.jit(topk_attention.topk_attention, static_argnames=("top_k", "scale", "implementation"))
+    run = jax.jit(topk_attention, static_argnames=("top_k", "scale", "implementation"))
     out, lse = run(*arguments, top_k=top_k, scale=SCALE, implementation="mosaic_gpu")
     expected_out, expected_lse = run(*arguments, top_k=top_k, scale=SCALE, implementation="xla")
     assert relative_error(out, expected_out) < 5e-3
