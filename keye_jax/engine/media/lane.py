@@ -90,12 +90,12 @@ class Lane:
         self.process: WorkerProcess | None = None
 
     def start(self) -> WorkerProcess:
-        """The worker process, a new one if there is none or it has ended.
+        """The worker process, a new one if there is none or it has ended: what ended it is no fault of the next request.
 
         Raises:
           Failed: it does not start.
         """
-        if self.process is not None and self.process.is_alive():
+        if self.process is not None and self.process.answers():
             return self.process
         self.close()
         try:

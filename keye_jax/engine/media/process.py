@@ -15,8 +15,8 @@ from typing import Any
 from keye_jax import interrupts
 
 _PROGRAM = "from keye_jax.engine.media.worker import main; main()"
-# Seconds. How long it may take to start, and how often one looks whether to go on waiting.
-_START_S, _LOOK_S = 120, 0.1
+# Seconds. How long it may take to start and to answer, and how often one looks whether to go on waiting.
+_START_S, _PING_S, _LOOK_S = 120, 30, 0.1
 
 
 class ProcessEnded(Exception):
@@ -65,8 +65,14 @@ class WorkerProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
+    def answers(self) -> bool:
+        """Whether the process, which has nothing to do, is there. That it runs would not tell that it is being killed."""
+        try:
+            self.send(("ping",))
+            self.receive(_PING_S)
+        except (ProcessEnded, TimeoutError):
+            return False
+        return True
 
     def send(self, message: tuple[Any, ...]) -> None:
         """Raises ProcessEnded."""

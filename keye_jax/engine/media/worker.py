@@ -7,7 +7,9 @@ shared memory.
        ("decode", serial, plan, media, skip, shown, threads)   plan: pickled
        ("room", serial, offset)                         the answer to "want"
        ("stop", serial)                                 the work is no longer wanted
+       ("ping",)                                        asks for "pong"
   out  ("ready",)
+       ("pong",)
        ("planned", plan, prompt, hashes)                hashes: of the files of this request
        ("want", medium, first_frame, frames)            waits for "room"
        ("filled",)                                      the room that was given last holds its frames
@@ -77,6 +79,8 @@ class _Worker:
 
     def take(self, message: tuple[Any, ...]) -> None:
         """Does what a message says. "room" and "stop" come too late here."""
+        if message[0] == "ping":
+            self._pipe.send(("pong",))
         if message[0] not in ("plan", "decode"):
             return
         try:
