@@ -111,8 +111,13 @@ def test_the_manifest_itself(made, tmp_path):
     values["files"][name]["sha256"] = "0" * 64
     for text, message in (
         (json.dumps(values), "checkpoint.json is damaged"),
-        ("{", "checkpoint.json is not a checkpoint's manifest"),
+        ("{", "checkpoint.json is not JSON"),
+        ("[" * 100_000, "checkpoint.json has lists or objects 100,000 levels deep"),
+        ('{"version": %s}' % ("1" * 5000), "checkpoint.json is not JSON: a number has 5,000 digits"),
+        ("[]", "checkpoint.json is not a checkpoint's manifest"),
         ('{"version": 2, "files": {"a": 1}}', "checkpoint.json is not a checkpoint's manifest"),
+        ('{"version": 1, "files": {"/dev/zero": 1}}', "checkpoint.json is not a checkpoint's manifest"),
+        ('{"version": 1, "files": {"../a": 1}}', "checkpoint.json is not a checkpoint's manifest"),
     ):
         manifest.write_text(text)
         with pytest.raises(UserError, match=message):
