@@ -54,9 +54,10 @@ def parse(path: str | Path) -> str | None:
         return None
     scheme, rest = match[1].lower(), re.sub(r"/+", "/", match[2]).strip("/")
     if scheme not in ("gs", "s3"):
-        raise UserError(f"{path} has the scheme {match[1]}://; a path has none, and a bucket has gs:// or s3://")
+        shown = f"{match[1]}://{match[2]}"
+        raise UserError(f"{shown} has the scheme {match[1]}://; a path has none, and a bucket has gs:// or s3://")
     if "/" not in rest or any(part in (".", "..") for part in rest.split("/")):
-        raise UserError(f"{path} names no place in a bucket; it must be {scheme}://BUCKET/PATH")
+        raise UserError(f"{scheme}://{rest} names no place in a bucket; it must be {scheme}://BUCKET/PATH")
     return f"{scheme}://{rest}"
 
 
