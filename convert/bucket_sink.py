@@ -27,6 +27,7 @@ from convert.reader import INDEX_NAME
 from convert.sinks import grouped, planned_tensor
 from convert.writer import encode_header, plan_shards, shard_index, shard_names
 from keye_jax.errors import UserError
+from keye_jax.parsing import parse_json
 
 MOST_SHARD_BYTES = 1_000_000_000
 """Tensor data in one safetensors file in a bucket, which is made in memory; a larger tensor has a file of its own."""
@@ -115,8 +116,8 @@ class BucketStaging:
 
 
 def _read_journal(text: bytes, url: str) -> dict[str, Any]:
-    with contextlib.suppress(ValueError, TypeError):
-        state = json.loads(text)
+    with contextlib.suppress(UserError):
+        state = parse_json(text, JOURNAL)
         if isinstance(state, dict) and {"fingerprint", "done", "records"} <= state.keys():
             return state
     raise UserError(f"{url}/{JOURNAL} is in the way: this command did not make it; move it or remove it")

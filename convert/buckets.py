@@ -22,6 +22,7 @@ from convert import storage
 from convert.manifest import Blocks, Manifest, local_blocks
 from convert.storage import BucketError
 from keye_jax.errors import UserError
+from keye_jax.parsing import parse_json, read_json
 
 MARKER = "bucket.json"
 # In a bucket, this object is there while a conversion to it is not finished.
@@ -30,6 +31,8 @@ JOURNAL = "conversion.json"
 _BLOCK = 32 << 20
 # The format's own limit.
 _MOST_HEADER_BYTES = 100_000_000
+# More than any server keeps in one object.
+_MOST_BYTES = 1 << 50
 _SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".md", ".model", ".tiktoken", ".jsonl")
 _SMALL_NAMES = ("LICENSE", "LICENCE", "NOTICE")
 # Files of Orbax that tell a checkpoint's kind and the names of its arrays.
@@ -51,9 +54,10 @@ def parse(path: str | Path) -> str | None:
         return None
     scheme, rest = match[1].lower(), re.sub(r"/+", "/", match[2]).strip("/")
     if scheme not in ("gs", "s3"):
-        raise UserError(f"{path} has the scheme {match[1]}://; a path has none, and a bucket has gs:// or s3://")
+        shown = f"{match[1]}://{match[2]}"
+        raise UserError(f"{shown} has the scheme {match[1]}://; a path has none, and a bucket has gs:// or s3://")
     if "/" not in rest or any(part in (".", "..") for part in rest.split("/")):
-        raise UserError(f"{path} names no place in a bucket; it must be {scheme}://BUCKET/PATH")
+        raise UserError(f"{scheme}://{rest} names no place in a bucket; it must be {scheme}://BUCKET/PATH")
     return f"{scheme}://{rest}"
 
 
@@ -99,8 +103,12 @@ class Bucket:
         self._store = self._wait("", lambda: ts.KvStore.open(store_spec(url), context=context()))
 
     def names(self) -> list[str]:
-        """Names of all objects, relative to the URL, sorted."""
-        return sorted(name.decode() for name in self._wait("", self._store.list))
+        """Names of all objects, relative to the URL, sorted.
+
+        Objects that end with a slash are left out: consoles make them, empty, where a user makes a folder.
+        """
+        names = (name.decode(errors="replace") for name in self._wait("", self._store.list))
+        return sorted(name for name in names if name and not name.endswith("/"))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """The content of an object, or a range of it.
@@ -221,9 +229,14 @@ def said(error: Exception) -> str:
 
 
 def origin(directory: Path) -> str | None:
-    """The URL of the checkpoint whose small files `directory` holds; None if it is a checkpoint of this machine."""
+    """The URL of the checkpoint whose small files `directory` holds; None if it is a checkpoint of this machine.
+
+    Only `local` makes such a directory. Elsewhere a file of the marker's name says nothing: it may be a stranger's.
+    """
     marker = directory / MARKER
-    return json.loads(marker.read_text(encoding="utf-8"))["url"] if marker.is_file() else None
+    if directory.absolute().parent != _mirrors() or not marker.is_file():
+        return None
+    return read_json(marker)["url"]
 
 
 def shown(directory: Path) -> str:
@@ -269,7 +282,7 @@ def _mirror(bucket: Bucket) -> Path:
     stamps = {name: stamp.hex() for name, (_, stamp) in contents.items()}
     stamps |= {name: stamp.hex() for name, (_, stamp, _) in headers.items()}
     marker = json.dumps({"url": bucket.url, "stamps": stamps, "names": names}, indent=1)
-    directory = cache_directory() / "buckets" / hashlib.sha256(marker.encode()).hexdigest()
+    directory = _mirrors() / hashlib.sha256(marker.encode()).hexdigest()
     if directory.is_dir():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -284,10 +297,11 @@ def _mirror(bucket: Bucket) -> Path:
         (partial / MARKER).write_text(marker, encoding="utf-8")
         partial.rename(directory)
     except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
         # Another process on this machine may have made the same.
         if not directory.is_dir():
             raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return directory
 
 
@@ -309,12 +323,19 @@ def _header(bucket: Bucket, name: str) -> tuple[bytes, bytes, int]:
         if length > _MOST_HEADER_BYTES:
             return start, stamp, len(start)
         header = bucket.read(name, 0, 8 + length)
-        tensors = [value for key, value in json.loads(header[8:]).items() if key != "__metadata__"]
+        tensors = [value for key, value in parse_json(header[8:], name).items() if key != "__metadata__"]
         end = 8 + length + max((int(value["data_offsets"][1]) for value in tensors), default=0)
-    except (BucketError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        if not 8 <= end < _MOST_BYTES:
+            raise ValueError
+    except (BucketError, ValueError, LookupError, TypeError, AttributeError):
         # Not safetensors, or truncated in the header: the reader says what is wrong.
         return start, stamp, len(start)
     return header, stamp, bucket.sizes({name: end})[name]
+
+
+def _mirrors() -> Path:
+    """The directory of those that `local` makes."""
+    return (cache_directory() / "buckets").absolute()
 
 
 def cache_directory() -> Path:

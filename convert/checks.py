@@ -134,8 +134,11 @@ def _check_safetensors(source: SafetensorsSource, config: KeyeConfig) -> tuple[l
     unexpected = sorted(name for name in source.entries.keys() - known if not mapping.is_ignored(name))
     if (prefix := _common_prefix(unexpected, known)) is not None:
         problems.append(f"{len(unexpected):,} names begin with {prefix!r}; without it they are those of this model")
-        return found, [problem for problem in problems if ": it is missing; " not in problem]
-    problems += [f"{name}: it is not a tensor of this model{_hint(name, config)}" for name in unexpected]
+    else:
+        problems += [f"{name}: it is not a tensor of this model{_hint(name, config)}" for name in unexpected]
+    if prefix is not None or source.is_partly_unknown:
+        # What is missing has another name, or is in a file that cannot be read, which is a problem already.
+        problems = [problem for problem in problems if ": it is missing; " not in problem]
     return found, problems
 
 

@@ -102,6 +102,8 @@ def convert(
             problems += _non_finite(source, found, report)
         checks.raise_problems(source_directory, problems)
         return _run(source, destination, found, adapter, overwrite, shard_size, report, started)
+    except OSError as error:
+        raise UserError(storage.reason(error) or str(error)) from error
     finally:
         source.close()
 

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from convert import buckets
+from convert import buckets, storage
 from convert.reader import DTYPES, INDEX_NAME, SafetensorsSource
 from convert.staging import is_unfinished
 from keye_jax.config import KeyeConfig
@@ -120,8 +120,12 @@ def open_source(directory: Path) -> SafetensorsSource | OrbaxSource:
       UserError: there is no checkpoint, or its index or metadata cannot be read.
     """
     directory = buckets.local(directory)
-    if kind_of(directory) == "safetensors":
-        return SafetensorsSource(directory)
-    from convert.orbax_io import OrbaxSource
+    kind = kind_of(directory)
+    try:
+        if kind == "safetensors":
+            return SafetensorsSource(directory)
+        from convert.orbax_io import OrbaxSource
 
-    return OrbaxSource(directory)
+        return OrbaxSource(directory)
+    except OSError as error:
+        raise UserError(f"{buckets.shown(directory)} cannot be read: {storage.reason(error) or error}") from error

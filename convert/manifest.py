@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from convert import storage
 from keye_jax.errors import UserError
+from keye_jax.parsing import parse_json
 from keye_jax.progress import PhaseProgress
 
 MANIFEST = "checkpoint.json"
@@ -68,19 +69,18 @@ class Manifest:
         path = directory / MANIFEST
         if not path.is_file():
             return None
-        wrong = f"{path} is not a checkpoint's manifest: it must be JSON with 'files'"
+        values = parse_json(storage.read_bytes(path), str(path))
         try:
-            values = json.loads(storage.read_bytes(path))
+            if not all(_is_below(name) for name in values["files"]):
+                raise ValueError
             if values["version"] == 1:
                 return cls({f"params/{name}": FileRecord(_count(size), None) for name, size in values["files"].items()})
             files = {
-                str(name): FileRecord(_count(record["size"]), str(record["sha256"]))
+                name: FileRecord(_count(record["size"]), str(record["sha256"]))
                 for name, record in values["files"].items()
             }
-        except UserError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(wrong) from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not a checkpoint's manifest: it must have 'files' by relative path") from error
         if values.get("sha256") != _digest_of(values["files"]):
             raise UserError(f"{path} is damaged: its content does not have the SHA-256 that is stored in it")
         return cls(files)
@@ -229,6 +229,11 @@ def encode(records: Mapping[str, FileRecord]) -> bytes:
 
 def _digest_of(files: Any) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _is_below(name: str) -> bool:
+    """Whether a manifest may name a file so: it must not lead out of the checkpoint's directory."""
+    return name.isprintable() and not name.startswith("/") and not {"", ".", ".."} & set(name.split("/"))
 
 
 def _count(value: Any) -> int:

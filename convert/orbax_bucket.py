@@ -7,7 +7,6 @@ arrays are zarr arrays in an OCDBT database, and tensorstore reads these whereve
 from __future__ import annotations
 
 import ast
-import json
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,8 @@ import numpy as np
 
 from convert import buckets
 from convert.orbax_layout import ArrayPath, StoredArray
+from keye_jax.errors import UserError
+from keye_jax.parsing import read_json
 
 # Bytes of arrays that are on their way at a time.
 _READ_BYTES = 1 << 30
@@ -30,7 +31,7 @@ class BucketArrays:
     """The arrays below `url`, whose metadata files are also in `params`.
 
     Raises:
-      ValueError: the metadata cannot be read.
+      UserError: the metadata cannot be read.
     """
 
     def __init__(self, url: str, params: Path) -> None:
@@ -40,12 +41,16 @@ class BucketArrays:
         folder = next((path for path in found if (path / "_METADATA").is_file()), None)
         if folder is None:
             raise buckets.BucketError(f"{url}: it has no _METADATA")
-        metadata = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))
+        file = folder / "_METADATA"
+        metadata = read_json(file)
         self._base = url if folder == params else f"{url}/{folder.name}"
         self._ocdbt = bool(metadata.get("use_ocdbt", True))
         self._driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-        # The keys are Python tuples in text.
-        self._paths = [tuple(map(str, ast.literal_eval(key))) for key in metadata["tree_metadata"]]
+        try:
+            # The keys are Python tuples in text.
+            self._paths = [tuple(map(str, ast.literal_eval(key))) for key in metadata["tree_metadata"]]
+        except (ValueError, LookupError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+            raise UserError(f"{file} does not say the names of the arrays") from error
         retries = buckets.RETRIES
         self._context = ts.Context(
             {

@@ -89,6 +89,8 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     if not isinstance(values, dict):
         raise HeaderError("its header is not a JSON object")
     values.pop("__metadata__", None)
+    if (unprintable := next((name for name in values if not name.isprintable()), None)) is not None:
+        raise HeaderError(f"its header is wrong: {shorten(unprintable)} is no name of a tensor")
     entries = {name: _read_entry(file, name, value, 8 + length) for name, value in values.items()}
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
@@ -124,6 +126,7 @@ class SafetensorsSource:
       entries: the places of the tensors in the complete files, by name.
       problems: the problems of the files, one sentence each.
       in_bad_files: names of the tensors that the index puts into incomplete or missing files.
+      is_partly_unknown: whether there is no index, and a file cannot be read: nobody knows which tensors are in it.
 
     Raises:
       UserError: the index is not valid.
@@ -134,6 +137,7 @@ class SafetensorsSource:
         self.entries: dict[str, TensorEntry] = {}
         self.problems: list[str] = []
         self.in_bad_files: set[str] = set()
+        self.is_partly_unknown = False
         index = directory / INDEX_NAME
         if index.is_file():
             self.files = [index]
@@ -143,7 +147,7 @@ class SafetensorsSource:
             # Without an index, model.safetensors is the whole checkpoint, and files beside it are ignored.
             single = directory / "model.safetensors"
             for file in [single] if single.is_file() else sorted(directory.glob("*.safetensors")):
-                self._open_file(file)
+                self.is_partly_unknown |= self._open_file(file) is None
         self._descriptors: dict[Path, int] = {}
         self._bucket = _bucket_of(directory)
         self._take_other_names()
@@ -152,7 +156,7 @@ class SafetensorsSource:
     def of_files(cls, directory: Path, files: list[Path]) -> SafetensorsSource:
         """The tensors of the named files of `directory`, whatever else is there."""
         source = cls.__new__(cls)
-        source.directory, source.files = directory, []
+        source.directory, source.files, source.is_partly_unknown = directory, [], False
         source.entries, source.problems, source.in_bad_files, source._descriptors = {}, [], set(), {}
         source._bucket = None
         for file in files:
@@ -280,6 +284,8 @@ def _read_index(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict):
         raise UserError(f"{index} is not a safetensors index: it must be JSON with an object 'weight_map'")
     for name, file_name in weight_map.items():
+        if not name.isprintable():
+            raise UserError(f"{index}: weight_map has {shorten(name)}, which is no name of a tensor")
         # A name in a downloaded file must not lead out of the directory.
         if not isinstance(file_name, str) or not _is_plain_name(file_name):
             raise UserError(

@@ -23,7 +23,16 @@ _WORDS = {errno.ENOSPC: "no space left on the disk, or no free inodes", errno.ED
 
 
 class BucketError(OSError):
-    """A bucket cannot be read or written. The message names the object and says what the server said."""
+    """A bucket cannot be read or written. The message names the object and says what the server said.
+
+    Its number is that of a failing disk, so who catches errors of the machine catches this one.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.EIO, message)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 def reason(error: BaseException) -> str | None:

@@ -346,6 +346,8 @@ def _one_decoder(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in text.items():
         if name in ("model_type", "architectures"):
             continue
+        if name == "text_config":
+            fail("text_config.text_config", value, "left out")
         if name in config_rules.HARMLESS[""] and name not in ("dtype", "torch_dtype"):
             result.setdefault(name, value)
         else:

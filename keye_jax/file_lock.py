@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -36,30 +36,45 @@ def lock(descriptor: int, path: Path) -> Path | None:
     return None
 
 
+# What this process has held, with its number: in a container that starts again, another has the same one.
+_held: set[tuple[int, Path]] = set()
+
+
 def _hold(holder: Path) -> Path:
     while True:
         try:
             descriptor = os.open(holder, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except FileExistsError as error:
-            host, _, process = holder.read_text(encoding="utf-8").strip().rpartition(" ")
-            if host != socket.gethostname() or _lives(process):
-                raise BlockingIOError(
-                    errno.EAGAIN, f"{host} {process} holds it; if it has ended, remove", holder
-                ) from error
+            try:
+                held = holder.read_text(encoding="utf-8", errors="replace")
+            except FileNotFoundError:  # it was unlocked just now
+                continue
+            host, _, process = held.strip().rpartition(" ")
+            if host != socket.gethostname() or _lives(process, holder):
+                who = " ".join(held.split())[:80] or "another process"
+                raise BlockingIOError(errno.EAGAIN, f"{who} holds it; if it has ended, remove", holder) from error
             holder.unlink(missing_ok=True)
             continue
-        os.write(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode())
-        os.close(descriptor)
+        try:
+            os.write(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode())
+        except OSError:  # a full disk
+            holder.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+        _held.add((os.getpid(), holder.absolute()))
         return holder
 
 
-def _lives(process: str) -> bool:
-    if not process.isdecimal():
+def _lives(process: str, holder: Path) -> bool:
+    if not re.fullmatch("[1-9][0-9]{0,8}", process):
         return True
-    with contextlib.suppress(ProcessLookupError):
-        try:
-            os.kill(int(process), 0)
-        except PermissionError:
-            return True
-        return int(process) != os.getpid()
-    return False
+    if int(process) == os.getpid():
+        return (os.getpid(), holder.absolute()) in _held
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

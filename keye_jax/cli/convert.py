@@ -92,10 +92,10 @@ def _paths(paths: list[Path], hf: str | None, modelscope: str | None) -> tuple[P
         raise UserError("--hf and --modelscope are both given; only one of them can be")
     if hf is not None or modelscope is not None:
         if len(paths) != 1:
-            raise UserError(f"with --hf or --modelscope the command takes DST alone; it got {len(paths)} paths")
+            raise UserError(f"with --hf or --modelscope the command takes DST alone; it got {len(paths)}")
         return None, paths[0]
     if len(paths) != 2:
-        raise UserError(f"the command takes SRC and DST, or DST with --hf or --modelscope; it got {len(paths)} paths")
+        raise UserError(f"the command takes SRC and DST, or DST with --hf or --modelscope; it got {len(paths)}")
     return paths[0], paths[1]
 
 

@@ -61,8 +61,10 @@ def _expanded(name: str, option: str, value: Any) -> Any:
     if not isinstance(value, Path) and not (isinstance(value, str) and name in _TEXTS):
         return value
     text = str(value)
-    if isinstance(value, Path) and name not in _BUCKETS and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
-        raise UserError(f"{option} is {text!r}; it must be a path of this machine, not a URL")
+    # `pathlib` has made one slash of two.
+    if isinstance(value, Path) and name not in _BUCKETS and (url := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", text)):
+        shown = f"{url[1]}://{text[url.end() :]}"
+        raise UserError(f"{option} is {shown!r}; it must be a path of this machine, not a URL")
     if not text.startswith("~"):
         return value
     try:

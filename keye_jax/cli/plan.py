@@ -71,6 +71,10 @@ def plan(
         bandwidth=None if device_bandwidth is None else quantity("--device-bandwidth", device_bandwidth, "/s"),
     )
     if train is not None:
+        others = {"--batch": None if batch == 1 else batch, "--prefill-chunk": prefill_chunk}
+        others |= {"--implementation": implementation, "--indexer-dtype": indexer_dtype}
+        if given := [name for name, value in others.items() if value is not None]:
+            raise UserError(f"{' and '.join(given)} cannot go with --train; the stage says what a step of training is")
         return _plan_train(train, config, sharding, devices, as_json=as_json)
     assert context is not None
     tokens = options.tokens("--context", context)

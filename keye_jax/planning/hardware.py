@@ -24,7 +24,7 @@ class Chip:
       source: where the figures come from.
       description: of a GPU, what XLA's compiler must know of it to compile for it elsewhere, a `GpuTargetConfigProto`
         in text; None for one that programs are not compiled for elsewhere.
-      implementation: of the kernels that it runs by itself.
+      implementations: of the kernels, those that it can run, best first.
     """
 
     platform: str
@@ -34,7 +34,7 @@ class Chip:
     interconnect: float | None = None
     source: str = ""
     description: str | None = None
-    implementation: str = "xla"
+    implementations: tuple[str, ...] = ("xla",)
 
 
 def _hopper(memory: float, bandwidth: float) -> str:
@@ -53,25 +53,27 @@ def _hopper(memory: float, bandwidth: float) -> str:
         }}"""
 
 
-_NVIDIA, _CLOUD, _TPU = "NVIDIA's data sheet", "Google Cloud's TPU documentation", "mosaic_tpu"
+_NVIDIA, _GEFORCE = "NVIDIA's data sheet", "NVIDIA's paper on the architecture, GeForce"
+_CLOUD = "Google Cloud's TPU documentation"
+_HOPPER, _CUDA, _TPU = ("mosaic_gpu", "cudnn", "xla"), ("cudnn", "xla"), ("mosaic_tpu", "xla")
 
 CHIPS = {
     "cpu": Chip("cpu", None),
-    "h100": Chip(*("gpu", 80e9, 989e12, 3.35e12, 450e9, f"{_NVIDIA}, H100 SXM"), _hopper(80e9, 3.35e12), "mosaic_gpu"),
-    "h200": Chip(*("gpu", 141e9, 989e12, 4.8e12, 450e9, f"{_NVIDIA}, H200 SXM"), _hopper(141e9, 4.8e12), "mosaic_gpu"),
-    "b200": Chip("gpu", 180e9, 2.25e15, 8e12, 900e9, f"{_NVIDIA}, DGX B200"),
-    "a100": Chip("gpu", 80e9, 312e12, 2.039e12, 300e9, f"{_NVIDIA}, A100 SXM 80 GB"),
+    "h100": Chip(*("gpu", 80e9, 989e12, 3.35e12, 450e9, f"{_NVIDIA}, H100 SXM"), _hopper(80e9, 3.35e12), _HOPPER),
+    "h200": Chip(*("gpu", 141e9, 989e12, 4.8e12, 450e9, f"{_NVIDIA}, H200 SXM"), _hopper(141e9, 4.8e12), _HOPPER),
+    "b200": Chip("gpu", 180e9, 2.25e15, 8e12, 900e9, f"{_NVIDIA}, DGX B200", implementations=_CUDA),
+    "a100": Chip("gpu", 80e9, 312e12, 2.039e12, 300e9, f"{_NVIDIA}, A100 SXM 80 GB", implementations=_CUDA),
     # These have no NVLink: what goes between two of them goes over PCI Express, 16 lanes.
-    "l40s": Chip("gpu", 48e9, 362e12, 864e9, 32e9, f"{_NVIDIA}, L40S"),
-    "rtx4090": Chip("gpu", 24e9, 165e12, 1.008e12, 32e9, "NVIDIA's Ada architecture paper, GeForce RTX 4090"),
-    "rtx5090": Chip("gpu", 32e9, 209.5e12, 1.792e12, 64e9, "NVIDIA's Blackwell architecture paper, GeForce RTX 5090"),
+    "l40s": Chip("gpu", 48e9, 362e12, 864e9, 32e9, f"{_NVIDIA}, L40S", implementations=_CUDA),
+    "rtx4090": Chip("gpu", 24e9, 165e12, 1.008e12, 32e9, f"{_GEFORCE} RTX 4090", implementations=_CUDA),
+    "rtx5090": Chip("gpu", 32e9, 209.5e12, 1.792e12, 64e9, f"{_GEFORCE} RTX 5090", implementations=_CUDA),
     "mi300x": Chip("gpu", 192e9, 1307e12, 5.3e12, 448e9, "AMD's data sheet, Instinct MI300X"),
-    "v5e": Chip("tpu", 16 * GIB, 197e12, 819e9, 200e9, f"{_CLOUD}, v5e", implementation=_TPU),
-    "v5p": Chip("tpu", 95 * GIB, 459e12, 2765e9, 600e9, f"{_CLOUD}, v5p", implementation=_TPU),
-    "v6e": Chip("tpu", 32 * GIB, 918e12, 1638e9, 400e9, f"{_CLOUD}, v6e", implementation=_TPU),
+    "v5e": Chip("tpu", 16 * GIB, 197e12, 819e9, 200e9, f"{_CLOUD}, v5e", implementations=_TPU),
+    "v5p": Chip("tpu", 95 * GIB, 459e12, 2765e9, 600e9, f"{_CLOUD}, v5p", implementations=_TPU),
+    "v6e": Chip("tpu", 32 * GIB, 918e12, 1638e9, 400e9, f"{_CLOUD}, v6e", implementations=_TPU),
     # A chip of two cores, each a device with its half of the chip.
     "tpu7x": Chip(
-        *("tpu", 96 * GIB, 2307e12 / 2, 7380e9 / 2, 600e9 / 2, f"{_CLOUD}, TPU7x, half a chip"), implementation=_TPU
+        *("tpu", 96 * GIB, 2307e12 / 2, 7380e9 / 2, 600e9 / 2, f"{_CLOUD}, TPU7x, half a chip"), implementations=_TPU
     ),
 }
 
@@ -134,7 +136,7 @@ class Platform:
             raise UserError(
                 f"--platform is {shorten(text)}; the name of a device must have only letters, digits, . _ -"
             )
-        chip = CHIPS.get(kind, Chip("gpu", memory, source="the command line"))
+        chip = CHIPS.get(kind, Chip("gpu", memory, source="the command line", implementations=_HOPPER))
         given = {"memory": memory, "bandwidth": bandwidth}
         if changes := {name: value for name, value in given.items() if value is not None}:
             chip = dataclasses.replace(chip, **changes, description=None)

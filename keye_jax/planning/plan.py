@@ -18,6 +18,7 @@ import jax
 
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
+from keye_jax.kv_cache import PAGE_SIZE
 from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.keye import Keye
 from keye_jax.planning.collectives import Collective, of_program, of_trace
@@ -35,6 +36,9 @@ USABLE = 0.95
 """Share of a GPU's memory that a job can have; XLA takes 0.75 unless XLA_PYTHON_CLIENT_MEM_FRACTION says more."""
 
 TPU_PREFILL_CHUNK = 1024
+
+MOST_TOKENS = 2**31 - 1
+"""Of all sequences together: programs count in int32."""
 
 _COMPILER_OPTIONS = {"gpu": {"xla_gpu_autotune_level": "0"}}
 """Trying which way is the fastest takes a GPU."""
@@ -140,7 +144,8 @@ def plan(
         JAX's plugin for CUDA is installed.
 
     Raises:
-      UserError: the context is longer than the model's, the sharding impossible, or the topology unknown.
+      UserError: the context is longer than the model's, there are too many sequences, the sharding is impossible, or
+        the platform does not run the implementation.
     """
     if not 1 <= context <= config.max_position_embeddings:
         raise UserError(
@@ -149,6 +154,10 @@ def plan(
     if batch < 1:
         raise UserError(f"--batch is {batch}; it must be at least 1")
     chip = platform.chip
+    if implementation is not None and implementation not in chip.implementations:
+        raise UserError(
+            f"--implementation is {implementation!r}; on {platform.name} it must be {' or '.join(chip.implementations)}"
+        )
     rules = abstract_rules(sharding, config, platform)
     devices, note = _compile_only_devices(platform) if compile_programs else (None, None)
     compiling = devices is not None
@@ -164,7 +173,12 @@ def plan(
 
     homes = rules.size("batch")
     rows = -(-batch // homes) * homes
-    own = implementation or (chip.implementation if compiling else "xla")
+    most = MOST_TOKENS // (-(-context // PAGE_SIZE) * PAGE_SIZE)
+    if rows > most:
+        raise UserError(
+            f"--batch is {batch:,}; with --context {context:,} it must be at most {most // homes * homes:,}"
+        )
+    own = implementation or (chip.implementations[0] if compiling else "xla")
     try:
         runtime, programs = traced_with(own)
     except UnsupportedError:

@@ -29,12 +29,14 @@ SILENCE_S = 10.0
 """Seconds without a sign of life after which a process is lost."""
 
 START_S = 60.0
-"""Seconds that the others may take to arrive."""
+"""Seconds that the others may take to arrive, unless the user says otherwise; that is at most `MOST_START_S`."""
+
+MOST_START_S = 7 * 24 * 3600
 
 _SIGN_S = 1.0
 # After this silence JAX aborts all. Up to half of it may be over when a process dies: twice what ending it here takes.
 _HEARTBEAT_S = 60
-_SHUTDOWN_S = 7 * 24 * 3600  # whoever is lost before is named by its silence
+_SHUTDOWN_S = MOST_START_S  # whoever is lost before is named by its silence
 _ALIVE, _DONE, _FAILED, _ENDED = "keye/alive/", "done", "failed: ", "ended: "
 _TOLD, _PASSED_ON = "keye/told/", "keye/passed_on/"
 
@@ -63,8 +65,8 @@ def start(
     Raises:
       UserError: some of the arguments are missing or impossible, or the others do not arrive.
     """
-    if not timeout > 0:
-        raise UserError(f"--startup-timeout is {timeout:g}; it must be a positive number of seconds")
+    if not 0 < timeout <= MOST_START_S:
+        raise UserError(f"--startup-timeout is {timeout:g}; it must be above 0, and at most {MOST_START_S:,} seconds")
     given = {"--coordinator": coordinator, "--processes": processes, "--process-id": process_id}
     if coordinator == "auto" and processes is None and process_id is None:
         launch = launchers.find(os.environ) or _asked_of_jax(timeout)
@@ -107,7 +109,7 @@ def _checked(given: dict[str, Any], environment: Mapping[str, str]) -> launchers
         values = zip(given, (address, processes, process_id), strict=True)
         missing = [flag for flag, value in values if value is None]
         raise UserError(f"{' and '.join(missing)} must be given too: {', '.join(given)} belong together")
-    launchers.check_address("--coordinator", address)
+    address = launchers.check_address("--coordinator", address.strip())
     if processes < 1:
         raise UserError(f"--processes is {processes}; it must be at least 1")
     if not 0 <= process_id < processes:

@@ -15,6 +15,8 @@ from keye_jax.errors import UserError, shorten
 
 Environment = Mapping[str, str]
 TPU_PORT = 8482
+# A name or an IPv4 address, or an IPv6 address in brackets.
+_HOST = r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]"
 
 # Variables of launchers that are not JAX itself.
 _OTHERS = {"NUM_PROCESSES", "PROCESS_ID", "WORLD_SIZE", "RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"} | {
@@ -47,7 +49,7 @@ def find(environment: Environment) -> Launch | None:
     Raises:
       UserError: a part of what belongs together is missing, or a value is impossible.
     """
-    given = {name: value for name, value in environment.items() if value.strip()}
+    given = _given(environment)
     chosen = _chosen(given, "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT")
     for launcher in (_jax, _kubeflow, _torch, _open_mpi, _slurm, _pmi, _tpu):
         if (launch := launcher(given, chosen)) is not None:
@@ -65,7 +67,7 @@ def completed(
     Raises:
       UserError: a variable is impossible.
     """
-    given = {name: value for name, value in environment.items() if value.strip()}
+    given = _given(environment)
     coordinator = coordinator or _chosen(given, "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT")
     if processes is None and "JAX_NUM_PROCESSES" in given:
         processes = _number(given, "JAX_NUM_PROCESSES")
@@ -78,7 +80,7 @@ def completed(
 def check_address(name: str, address: str) -> str:
     """A "HOST:PORT". Raises UserError with the option's or variable's name if it is none."""
     host, _, port = address.rpartition(":")
-    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+    if not re.fullmatch(_HOST, host) or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
         raise UserError(f"{name} is {shorten(address)}; it must be HOST:PORT of process 0")
     return address
 
@@ -96,21 +98,20 @@ def _jax(given: Environment, chosen: str | None) -> Launch | None:
 
 
 def _kubeflow(given: Environment, chosen: str | None) -> Launch | None:
-    names = ("COORDINATOR_ADDRESS", "COORDINATOR_PORT", "NUM_PROCESSES", "PROCESS_ID")
-    if not _several(given, names, count="NUM_PROCESSES"):
-        return None
-    address = chosen or _chosen(given, *names[:2])
-    assert address is not None
-    return _launch(given, address, *names[2:])
+    return _with_port(given, chosen, ("COORDINATOR_ADDRESS", "COORDINATOR_PORT"), ("NUM_PROCESSES", "PROCESS_ID"))
 
 
 def _torch(given: Environment, chosen: str | None) -> Launch | None:
-    names = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
-    if not _several(given, names, count="WORLD_SIZE"):
+    return _with_port(given, chosen, ("MASTER_ADDR", "MASTER_PORT"), ("WORLD_SIZE", "RANK"))
+
+
+def _with_port(given: Environment, chosen: str | None, place: tuple[str, str], which: tuple[str, str]) -> Launch | None:
+    """A group of four: host and port of process 0, unless these are chosen, how many processes, and which one."""
+    if not _several(given, which if chosen else (*place, *which), count=which[0]):
         return None
-    address = chosen or _chosen(given, *names[:2])
+    address = chosen or _chosen(given, *place)
     assert address is not None
-    return _launch(given, address, *names[2:])
+    return _launch(given, address, *which)
 
 
 def _open_mpi(given: Environment, chosen: str | None) -> Launch | None:
@@ -139,11 +140,14 @@ def _slurm(given: Environment, chosen: str | None) -> Launch | None:
     if not _several(given, names, count=count):
         return None
     if chosen is None:
-        # The first name of such as "node7", "node7,node9" and "node[07-09,12],other3".
-        first = re.match(r"([^,\[]+)(?:\[([^],-]+))?", given["SLURM_STEP_NODELIST"])
-        if first is None:
-            raise UserError(f"SLURM_STEP_NODELIST is {given['SLURM_STEP_NODELIST']!r}; it must be a list of nodes")
-        chosen = f"{first[1]}{first[2] or ''}:{_port(_number(given, 'SLURM_JOB_ID'))}"
+        # The first name of such as "node7,node9", "node[07-09,12],other3" and "rack[1-2]node[3,5]".
+        first = re.match(r"(?:[^,\[\]]|\[[^\[\]]+\])+", given["SLURM_STEP_NODELIST"])
+        host = "" if first is None else re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0])
+        if not re.fullmatch(_HOST, host):
+            raise UserError(
+                f"SLURM_STEP_NODELIST is {shorten(given['SLURM_STEP_NODELIST'])}; it must be a list of nodes"
+            )
+        chosen = f"{host}:{_port(_number(given, 'SLURM_JOB_ID'))}"
     return _launch(given, chosen, *names[2:])
 
 
@@ -174,23 +178,28 @@ def _tpu(given: Environment, chosen: str | None) -> Launch | None:
         raise UserError(f"TPU_WORKER_ID is {worker}; {kind} has {len(hosts)} workers, so it must be below that")
     if not number < slices:
         raise UserError(f"MEGASCALE_SLICE_ID is {number}; it must be below MEGASCALE_NUM_SLICES, which is {slices}")
-    host = given["MEGASCALE_COORDINATOR_ADDRESS"] if slices > 1 else hosts[0]
+    place = "MEGASCALE_COORDINATOR_ADDRESS" if slices > 1 else kind
+    host = given[place] if slices > 1 else hosts[0]
     port = _number(given, "JAX_COORDINATOR_PORT", TPU_PORT)
     address = chosen or f"{re.sub(':[0-9]+$', '', host)}:{port}"
-    return Launch(check_address(kind, address), slices * len(hosts), number * len(hosts) + worker)
+    return Launch(check_address(place, address), slices * len(hosts), number * len(hosts) + worker)
 
 
 def _tpu_hosts(given: Environment) -> tuple[str, list[str]]:
     """The variable that names a slice's workers, and what it says; one worker if there is none."""
     if path := given.get("TPU_PROCESS_ADDRESSES_PATH"):
         try:
-            return "TPU_PROCESS_ADDRESSES_PATH", Path(path).read_text(encoding="utf-8").strip().split(",")
+            return "TPU_PROCESS_ADDRESSES_PATH", _split(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"TPU_PROCESS_ADDRESSES_PATH is {path!r}; it must be a file that can be read") from error
     for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
         if name in given:
-            return name, given[name].split(",")
+            return name, _split(given[name])
     return "TPU_WORKER_HOSTNAMES", ["localhost"]
+
+
+def _split(hosts: str) -> list[str]:
+    return [host.strip() for host in hosts.split(",") if host.strip()]
 
 
 def _several(given: Environment, names: tuple[str, ...], *, count: str = "") -> bool:
@@ -215,6 +224,11 @@ def _launch(given: Environment, address: str, count: str, index: str, local: str
     return Launch(address, processes, process_id, None if local is None else _number(given, local))
 
 
+def _given(environment: Environment) -> Environment:
+    """The variables that are set, without spaces around their values."""
+    return {name: value.strip() for name, value in environment.items() if value.strip()}
+
+
 def _chosen(given: Environment, name: str, port: str) -> str | None:
     """An address whose port may be in another variable."""
     address = given.get(name)
@@ -228,7 +242,7 @@ def _chosen(given: Environment, name: str, port: str) -> str | None:
 def _number(given: Environment, name: str, default: int | None = None) -> int:
     if default is not None and name not in given:
         return default
-    text = given[name].strip()
+    text = given[name]
     if not re.fullmatch("[0-9]{1,9}", text):
         raise UserError(f"{name} is {shorten(text)}; it must be a whole number")
     return int(text)

@@ -102,7 +102,7 @@ def _wait(
             try:
                 message = json.loads(line)
                 missing = message.get("missing", [])
-            except (ValueError, AttributeError) as error:
+            except (ValueError, AttributeError, RecursionError) as error:
                 raise UserError(f"what answers at {coordinator} is not process 0 of keye-jax") from error
             if message.get("go"):
                 return
@@ -187,7 +187,8 @@ class _Server:
             return
         self._connections[connection] = received
         if received.endswith(b"\n") and not self._over:
-            with contextlib.suppress(ValueError, TypeError, KeyError):
+            # Not of ours: whatever a scanner of ports sends.
+            with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 self._arrive(connection, json.loads(received))
 
     def _arrive(self, connection: socket.socket, hello: dict[str, Any]) -> None:

@@ -103,6 +103,23 @@ def test_parts_of_orbax_without_a_manifest(made, tmp_path, file, damage):
         assert damage == "flipped" or file == "_CHECKPOINT_METADATA"
 
 
+@pytest.mark.parametrize("damage", ["emptied", "not JSON", "a name with a line in it"])
+def test_a_file_that_no_index_describes(made, tmp_path, damage):
+    """What is missing because it was there is not said besides."""
+    copy = shutil.copytree(made / "source", tmp_path / "copy")
+    data = (copy / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    renamed = data[8:end].replace(b'"lm_head.weight"', rb'"lm_head\nweight"')
+    new = {
+        "emptied": b"",
+        "not JSON": data[:8] + b"[" + data[9:],
+        "a name with a line in it": len(renamed).to_bytes(8, "little") + renamed + data[end:],
+    }
+    (copy / "model.safetensors").write_bytes(new[damage])
+    with pytest.raises(UserError, match=rf"^{copy}: model\.safetensors: it[^\n]*$"):
+        convert.convert(copy, tmp_path / "to")
+
+
 def test_the_manifest_itself(made, tmp_path):
     copy = shutil.copytree(made / "orbax", tmp_path / "copy")
     manifest = copy / "checkpoint.json"
@@ -111,8 +128,13 @@ def test_the_manifest_itself(made, tmp_path):
     values["files"][name]["sha256"] = "0" * 64
     for text, message in (
         (json.dumps(values), "checkpoint.json is damaged"),
-        ("{", "checkpoint.json is not a checkpoint's manifest"),
+        ("{", "checkpoint.json is not JSON"),
+        ("[" * 100_000, "checkpoint.json has lists or objects 100,000 levels deep"),
+        ('{"version": %s}' % ("1" * 5000), "checkpoint.json is not JSON: a number has 5,000 digits"),
+        ("[]", "checkpoint.json is not a checkpoint's manifest"),
         ('{"version": 2, "files": {"a": 1}}', "checkpoint.json is not a checkpoint's manifest"),
+        ('{"version": 1, "files": {"/dev/zero": 1}}', "checkpoint.json is not a checkpoint's manifest"),
+        ('{"version": 1, "files": {"../a": 1}}', "checkpoint.json is not a checkpoint's manifest"),
     ):
         manifest.write_text(text)
         with pytest.raises(UserError, match=message):

@@ -185,6 +185,11 @@ def test_without_flock(source, tmp_path, monkeypatch):
         (partial / "lock.holder").write_text(f"{host} {process}\n")
         with pytest.raises(UserError, match=r"another process is working on this conversion \(.*lock\.holder\)"):
             convert.convert(source / "orbax", tmp_path / "made")
+    # Nobody knows who wrote these.
+    for content in (b"", b"\xff\xfe" * 99, f"{socket.gethostname()} {'9' * 40}".encode(), b"\n" * 99):
+        (partial / "lock.holder").write_bytes(content)
+        with pytest.raises(UserError, match=r"another process is working on this conversion \(.*lock\.holder\)$"):
+            convert.convert(source / "orbax", tmp_path / "made")
     # A holder on this host that has ended is taken over.
     (partial / "lock.holder").write_text(f"{socket.gethostname()} {2**22 + 1}\n")
     convert.convert(source / "orbax", tmp_path / "made")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import struct
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from keye_jax import file_lock
 from keye_jax.errors import UserError, shorten
 
 _ENTRY, _UNFINISHED = ".frames", ".part"
@@ -165,8 +165,10 @@ class FrameWriter:
         descriptor, name = tempfile.mkstemp(_UNFINISHED, dir=path.parent)
         self._file: BinaryIO | None = os.fdopen(descriptor, "wb")
         self._unfinished = Path(name)
+        self._holder: Path | None = None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # held until the process ends, so others see that it lives
+            # Held until the process ends, so others see that it lives.
+            self._holder = file_lock.lock(descriptor, self._unfinished)
             os.ftruncate(descriptor, int(np.prod(shape, dtype=np.int64)))  # it counts with its whole size at once
         except BaseException:
             self.close()
@@ -220,15 +222,19 @@ class FrameWriter:
             with contextlib.suppress(OSError):  # a full disk
                 file.close()
             _remove(self._unfinished)
+            if self._holder is not None:
+                _remove(self._holder)
 
 
 def _is_abandoned(path: Path) -> bool:
     """Whether no process writes an unfinished entry."""
     with path.open("rb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            holder = file_lock.lock(file.fileno(), path)
         except OSError:
             return False
+        if holder is not None:
+            _remove(holder)
         return True
 
 

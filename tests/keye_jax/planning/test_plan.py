@@ -1,6 +1,7 @@
 """Plans: bytes are those of the arrays there would be, collectives those of the program, mistakes are refused."""
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -173,6 +174,27 @@ def test_any_device_can_be_described(capsys):
     for value in ("80", "0GiB", "-1GB", "80GiB/s", "nan GB"):
         code, out, err = planned(capsys, *arguments, "--device-memory", value)
         assert (code, out) == (2, "") and f"--device-memory is '{value}'; it must be a number with a unit" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("cpu:1 --implementation mosaic_gpu", "on cpu:1 it must be xla"),
+        ("a100:1 --implementation mosaic_gpu", "on a100:1 it must be cudnn or xla"),
+        ("mi300x:1 --implementation cudnn", "on mi300x:1 it must be xla"),
+        ("v6e:1x1 --implementation cudnn", "on v6e:1x1 it must be mosaic_tpu or xla"),
+        ("h200:1 --batch 2097153 --context 1K", "it must be at most 2,097,151"),
+        ("h200:8 --sharding expert --batch 99999999999999 --context 32K", "--batch is 99,999,999,999,999; .* 65,528"),
+    ],
+)
+def test_jobs_that_a_launch_would_refuse(capsys, arguments, message):
+    code, out, err = planned(capsys, "--platform", *arguments.split())
+    assert (code, out, err.count("\n")) == (2, "", 1) and re.search(message, err), err
+
+
+def test_options_of_a_job_do_not_go_with_training(capsys):
+    assert run(app, ["plan", "--platform", "cpu:1", "--train", "lora", "--batch", "2", "--prefill-chunk", "64"]) == 2
+    assert "--batch and --prefill-chunk cannot go with --train" in capsys.readouterr().err
 
 
 def test_contexts_have_units(capsys):

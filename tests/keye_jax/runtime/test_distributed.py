@@ -298,6 +298,20 @@ def test_auto_finds_nothing_here():
         distributed.start("auto")
 
 
+def test_auto_asks_the_tpu_machine(monkeypatch):
+    """The last row of the table of launchers: a TPU pod outside GKE. The machine's data are those of its server."""
+    from jax._src.clusters import cloud_tpu_cluster as machine
+
+    said = {"agent-worker-number": "2", "worker-network-endpoints": ",".join(f"id:{n}:127.0.0.1" for n in range(4))}
+    monkeypatch.setattr(machine, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(machine, "get_metadata", lambda key: (said.get(key, ""), 200))
+    for name in ("TPU_SKIP_MDS_QUERY", "JAX_COORDINATOR_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"process 2 cannot reach process 0 at 127\.0\.0\.1:8482 within 1 s"):
+        distributed.start("auto", timeout=1)
+    assert distributed.process_count() == 1
+
+
 def test_flags_are_completed_by_variables(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "here:1")
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "5")
@@ -305,5 +319,8 @@ def test_flags_are_completed_by_variables(monkeypatch):
         distributed.start(processes=2)
     with pytest.raises(UserError, match="--processes must be given too"):
         distributed.start(process_id=0)
-    with pytest.raises(UserError, match="--startup-timeout is 0; it must be a positive number"):
-        distributed.start(processes=2, process_id=0, timeout=0)
+    for timeout in (0, float("nan"), float("inf"), 1e30):
+        with pytest.raises(
+            UserError, match=r"--startup-timeout is .*; it must be above 0, and at most 604,800 seconds"
+        ):
+            distributed.start(processes=2, process_id=0, timeout=timeout)

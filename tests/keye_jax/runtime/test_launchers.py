@@ -58,6 +58,14 @@ def test_every_launcher_says_which_process_this_is(name):
         (SLURM | {"JAX_COORDINATOR_ADDRESS": "node9:9"}, Launch("node9:9", 4, 2, 0)),
         (SLURM | {"SLURM_STEP_NODELIST": "a,b"}, Launch("a:61442", 4, 2, 0)),
         (SLURM | {"SLURM_STEP_NODELIST": "gpu-[3,5-7],b"}, Launch("gpu-3:61442", 4, 2, 0)),
+        (SLURM | {"SLURM_STEP_NODELIST": "rack[1-2]node[03,5]-ib,b"}, Launch("rack1node03-ib:61442", 4, 2, 0)),
+        # With a chosen address no other is needed.
+        *(
+            ({name: group[name] for name in which} | {"JAX_COORDINATOR_ADDRESS": "a:9"}, Launch("a:9", 4, 2))
+            for group, which in ((KUBEFLOW, ("NUM_PROCESSES", "PROCESS_ID")), (TORCH, ("WORLD_SIZE", "RANK")))
+        ),
+        ({name: f" {value} " for name, value in JAX.items()}, Launch("node0:8476", 4, 2)),
+        (TPU | {"TPU_WORKER_HOSTNAMES": "tpu0, tpu1,tpu2,"}, Launch("tpu0:8482", 3, 2)),
         # A step of two tasks in an allocation of four.
         (SLURM | {"SLURM_STEP_NUM_TASKS": "3"}, Launch("node07:61442", 3, 2, 0)),
         (OPEN_MPI | SLURM | {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp6://[fe80::1,fe80::2]:43370"}, None),
@@ -122,6 +130,14 @@ def test_half_a_group_is_refused_by_name(name, missing, empty):
         (JAX | {"JAX_PROCESS_ID": "4"}, "JAX_PROCESS_ID is 4; it must be from 0 to JAX_NUM_PROCESSES - 1 = 3"),
         (SLURM | {"SLURM_PROCID": "-1"}, "SLURM_PROCID is '-1'; it must be a whole number"),
         (KUBEFLOW | {"COORDINATOR_PORT": "http"}, "it must be HOST:PORT"),
+        *(
+            (
+                JAX | {"JAX_COORDINATOR_ADDRESS": address},
+                f"JAX_COORDINATOR_ADDRESS is {address!r}; it must be HOST:PORT",
+            )
+            for address in ("::1:8476", "http://node0:8476", "node 0:8476", ":8476", "node0:0", "node0:65536", "[]:1")
+        ),
+        (SLURM | {"SLURM_STEP_NODELIST": "[1-2"}, "SLURM_STEP_NODELIST is '[1-2'; it must be a list of nodes"),
         (TPU | {"TPU_WORKER_ID": "4"}, "TPU_WORKER_ID is 4; TPU_WORKER_HOSTNAMES has 4 workers"),
         (MEGASCALE | {"MEGASCALE_SLICE_ID": "2"}, "MEGASCALE_SLICE_ID is 2; it must be below MEGASCALE_NUM_SLICES"),
         ({"TPU_PROCESS_ADDRESSES_PATH": "/none"}, "TPU_PROCESS_ADDRESSES_PATH is '/none'; it must be a file"),

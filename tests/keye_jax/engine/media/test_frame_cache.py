@@ -1,6 +1,7 @@
 """Decoded frames on disk."""
 
 import contextlib
+import fcntl
 import os
 import subprocess
 import sys
@@ -91,17 +92,31 @@ def test_an_entry_larger_than_the_cache_is_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_unfinished_entries_of_dead_processes_are_removed(tmp_path):
+NO_LOCKS = """
+import errno, fcntl, os
+def no_locks(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+fcntl.flock = no_locks
+"""
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_unfinished_entries_of_dead_processes_are_removed(tmp_path, monkeypatch, locks):
     program = (
         "import os, sys; from pathlib import Path; from keye_jax.engine.media import FrameCache;"
         f"writer = FrameCache(Path(sys.argv[1]), 1 << 20).write({KEY!r}, {SHAPE!r}); os._exit(0)"
     )
+    if not locks:
+        program = NO_LOCKS + program
+        monkeypatch.setattr(fcntl, "flock", fcntl.flock)  # to be put back afterwards
+        exec(NO_LOCKS, {})
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, check=True)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
+    left = [".part"] if locks else [".holder", ".part"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == left
     cache = FrameCache(tmp_path, 1 << 20)
     with writing(cache, bytes(32)) as alive:
         write(cache)
-        assert sorted(path.suffix for path in tmp_path.iterdir()) == [".frames", ".part"]
+        assert sorted(path.suffix for path in tmp_path.iterdir()) == sorted([".frames", *left])
         alive.close()
     assert [path.suffix for path in tmp_path.iterdir()] == [".frames"]
 
