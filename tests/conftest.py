@@ -1,5 +1,7 @@
 import gc
 import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,9 @@ _MOST_MAPPINGS = 15_000
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Compiled programs are kept beside the checkout, not in the user's cache.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "compiled"))
+# A shell has processes that it starts in the background ignore Ctrl-C, and those of tests would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

@@ -67,7 +67,7 @@ def test_a_job(batch, engines, inputs, tmp_path):
     assert report["job"] == {"requests": 2, "succeeded": 2, "failed": 0, "not_done": 0, "failures": {}}
     assert (tmp_path / "out.jsonl.report.svg").exists()
     _, (checkpoint, settings, engine) = engines
-    assert checkpoint == str(inputs / "hf")
+    assert str(checkpoint) == str(inputs / "hf")
     assert settings["options"].rows == 32 and settings["options"].cache_tokens is None
     assert settings["media"] == {} and settings["allow_remote"] is False
     assert {request.max_tokens for request in engine.requests} == {None, 3}

@@ -371,7 +371,7 @@ def test_remote_files(checkpoint, config, server, clip, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             plan(processor, {"type": "image", "image": server + path})
     monkeypatch.setattr("keye_jax.processor.media.MAX_REMOTE_BYTES", 10)
-    with pytest.raises(UserError, match="it must be at most"):
+    with pytest.raises(UserError, match="it must have at most 10 bytes"):
         plan(processor, {"type": "image", "image": f"{server}/a.png"})
     with pytest.raises(UserError, match="it cannot be fetched"):
         plan(processor, {"type": "image", "image": "http://127.0.0.1:1/a.png"})
