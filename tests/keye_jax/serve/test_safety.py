@@ -192,7 +192,7 @@ class TestConnections:
         server = impatient  # sockets hold some MiB for it
         file = server.client().files.create(file=("large", bytes(64 << 20)), purpose="user_data")
         stuck = connect(f"GET /v1/files/{file.id}/content HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        wait_for(lambda: len(server.server.server_state.connections) >= 1)
+        wait_for(lambda: server.server.server_state.tasks)
         wait_for(lambda: not server.server.server_state.tasks, seconds=20)
         with contextlib.suppress(ConnectionResetError):
             received = 0
