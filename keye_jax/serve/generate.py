@@ -156,6 +156,7 @@ class Exchange:
         self._service, self._asked, self._log = service, asked, log
         self._admission = service.admit(sum(each.n for each in asked.requests))
         self._handles: list[Any] = []
+        self._first: asyncio.Future[Any] | None = None  # the first piece of a stream
         try:
             for each in asked.requests:
                 self._handles.append(service.submit(each))
@@ -163,7 +164,6 @@ class Exchange:
             self.close()
             raise
         self._pieces = aiter(self._handles[0])
-        self._first: asyncio.Future[Any] | None = None  # of a stream
 
     def close(self) -> None:
         """Cancels what is not done. Does nothing the second time."""
