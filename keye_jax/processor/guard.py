@@ -87,7 +87,7 @@ def is_public(address: str) -> bool:
     return found.is_global and not found.is_multicast and not found.is_reserved
 
 
-def connect_public(name: str, address: tuple[str, int], timeout: float | None, source: object = None) -> socket.socket:
+def connect_public(name: str, address: tuple[str, int], timeout: float | None) -> socket.socket:
     """Connects as `socket.create_connection` does, but to a public address only.
 
     A name is looked up once, and the address that was checked is the one that is connected to.

@@ -8,6 +8,7 @@ import http.client
 import os
 import re
 import socket
+import ssl
 import string
 import tempfile
 import threading
@@ -38,7 +39,7 @@ _ENCODINGS = frozenset({"gzip", "x-gzip", "compress", "deflate", "br", "zstd"})
 _IN_PATH = "".join(set(string.punctuation) - set('"#<>?`{}^'))
 _IN_QUERY = "".join(set(string.punctuation) - set("\"#<>'"))
 
-type _Connect = Callable[[tuple[str, int], float | None, Any], socket.socket]
+type _Connect = Callable[[tuple[str, int], float | None], socket.socket]
 
 
 class DownloadedFile:
@@ -236,11 +237,18 @@ def _connection(kind: Any, watchdog: _Watchdog, connect: _Connect | None, host: 
     """A connection of class `kind` whose socket the watchdog knows, and which `connect` makes if it is given."""
     connection = kind(host, **options)
     begin = connection.connect
-    if connect is not None:
-        connection._create_connection = connect  # in the place of `socket.create_connection`
+
+    def begin_with(connect: _Connect) -> None:
+        connected = connect((connection.host, connection.port), connection.timeout)
+        if kind is http.client.HTTPSConnection:
+            connected = ssl.create_default_context().wrap_socket(connected, server_hostname=connection.host)
+        connection.sock = connected
 
     def watched() -> None:
-        begin()
+        if connect is None:
+            begin()
+        else:
+            begin_with(connect)
         watchdog.watch(connection.sock)
 
     connection.connect = watched

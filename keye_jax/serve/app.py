@@ -36,7 +36,7 @@ def make_app(service: Service, batches: Batches) -> Starlette:
             CORSMiddleware,
             allow_origins=options.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
+            allow_headers=["*"],  # OpenAI's client for browsers sends many of its own
             expose_headers=["x-request-id", "retry-after", generate.IGNORED_HEADER],
         )
         middleware.insert(0, cors)

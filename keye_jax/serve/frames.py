@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import io
 import multiprocessing
 import pickle
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from keye_jax import interrupts
 from keye_jax.errors import UserError
 from keye_jax.processor import ImagePlan, MediaPlanner
 
 _TIMEOUT_S = 60.0
 _QUALITY = 80
 
-_planner: MediaPlanner | None = None
-
 
 class FrameReader:
     """Shows media in a process of its own, which a damaged file may crash or hold up without harm to others.
+
+    One medium is shown after the other. The time of each begins with its turn.
 
     Args:
       planner: measures media.
@@ -33,15 +38,24 @@ class FrameReader:
 
     def __init__(self, planner: MediaPlanner):
         self._setup = pickle.dumps(planner)
-        self._pool: ProcessPoolExecutor | None = None
+        self._turns = concurrent.futures.ThreadPoolExecutor(1, "keye-jax frames")
+        self._process: _Process | None = None
+        self._closed = False
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process; None if there is none."""
+        process = self._process
+        return None if process is None else process.pid
 
     def close(self) -> None:
         """Ends the process."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            for process in list((pool._processes or {}).values()):
-                process.kill()
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._closed = True
+        self._turns.shutdown(wait=False, cancel_futures=True)
+        if (process := self._process) is not None:
+            process.kill()
+        self._turns.shutdown()
+        self._end()
 
     async def describe(self, source: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
         """What the model sees: kind, width, height, tokens, and of a video its seconds and the times of its frames.
@@ -60,29 +74,84 @@ class FrameReader:
         return await self._call(_picture, source, dict(options), frame, width)
 
     async def _call[T](self, function: Callable[..., T], *arguments: Any) -> T:
-        for last in (False, True):
-            if self._pool is None:
-                context = multiprocessing.get_context("spawn")
-                self._pool = ProcessPoolExecutor(1, context, _set_up, (self._setup,))
-            pool = self._pool
+        return await asyncio.get_running_loop().run_in_executor(self._turns, self._ask, function, arguments)
+
+    def _ask(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        for _ in range(2):  # a process that ended while it had nothing to do is no fault of this medium
+            if self._closed:
+                break
+            if self._process is None:
+                self._process = _Process(self._setup)
             try:
-                wanted = asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
-                return await asyncio.wait_for(wanted, _TIMEOUT_S)
-            except (BrokenProcessPool, TimeoutError) as error:
-                if self._pool is pool:
-                    self.close()
-                if last or isinstance(error, TimeoutError):
-                    raise UserError("the medium cannot be shown: what reads it crashed or takes too long") from error
-        raise AssertionError("the second try returns or raises")
+                answer = self._process.ask(function, arguments)
+            except TimeoutError:
+                self._end()
+                break
+            except (EOFError, OSError):
+                self._end()
+                continue
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        raise UserError("the medium cannot be shown: what reads it crashed or takes too long")
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.close()
 
 
-def _set_up(setup: bytes) -> None:
-    global _planner
-    _planner = pickle.loads(setup)
+class _Process:
+    """The process, with a folder for what it downloads."""
+
+    def __init__(self, setup: bytes):
+        self._folder = tempfile.mkdtemp(prefix="keye-jax-frames-")
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process: SpawnProcess = context.Process(target=_run, args=(theirs, setup, self._folder), daemon=True)
+        with theirs, interrupts.kept_from_children():
+            self._process.start()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    def ask(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """What the function returns or raises there. Raises EOFError, OSError or TimeoutError if nothing comes."""
+        self._pipe.send((function, arguments))
+        if not self._pipe.poll(_TIMEOUT_S):
+            raise TimeoutError
+        return self._pipe.recv()
+
+    def kill(self) -> None:
+        """Ends it at once. Any thread may call it."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """Ends it, and removes what it has downloaded."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _describe(source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
-    with _plan(source, options) as plan:
+def _run(pipe: Connection, setup: bytes, folder: str) -> None:
+    """The program of the process."""
+    interrupts.end_with(pipe.fileno())
+    tempfile.tempdir = folder
+    planner = pickle.loads(setup)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the other process ended
+        while True:
+            function, arguments = pipe.recv()
+            try:
+                answer = function(planner, *arguments)
+            except Exception as error:
+                answer = error
+            pipe.send(answer)
+
+
+def _describe(planner: MediaPlanner, source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    with _plan(planner, source, options) as plan:
         values: dict[str, Any] = {"object": "frames", "width": plan.width, "height": plan.height}
         if isinstance(plan, ImagePlan):
             return {**values, "kind": "image", "num_tokens": plan.num_tokens, "warnings": list(plan.warnings)}
@@ -98,8 +167,8 @@ def _describe(source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def _picture(source: str | Path, options: dict[str, Any], frame: int, width: int) -> bytes:
-    with _plan(source, options) as plan:
+def _picture(planner: MediaPlanner, source: str | Path, options: dict[str, Any], frame: int, width: int) -> bytes:
+    with _plan(planner, source, options) as plan:
         count = 1 if isinstance(plan, ImagePlan) else plan.frames
         if not 0 <= frame < count:
             raise UserError(f"frame is {frame}; it must be from 0 to {count - 1}")
@@ -114,6 +183,5 @@ def _picture(source: str | Path, options: dict[str, Any], frame: int, width: int
         return written.getvalue()
 
 
-def _plan(source: str | Path, options: dict[str, Any]) -> Any:
-    assert _planner is not None, "the process is set up"
-    return _planner.file(source, "media", options)
+def _plan(planner: MediaPlanner, source: str | Path, options: dict[str, Any]) -> Any:
+    return planner.file(source, "media", options)

@@ -145,7 +145,10 @@ class Gate:
     def _check_origin(self, headers: Headers) -> None:
         """Without a key, what any page in a browser of this machine sends is refused, under whatever name it does."""
         host = headers.get("host", "")
-        name = urllib.parse.urlsplit(f"//{host}").hostname if host else ""
+        try:
+            name = urllib.parse.urlsplit(f"//{host}").hostname
+        except ValueError:
+            name = None
         if name not in _LOCAL_NAMES | {self._options.host}:
             raise Refusal(403, "the Host of the request must be that of this server, unless an API key is set")
         origin = headers.get("origin")

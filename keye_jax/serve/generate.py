@@ -156,6 +156,7 @@ class Exchange:
         self._service, self._asked, self._log = service, asked, log
         self._admission = service.admit(sum(each.n for each in asked.requests))
         self._handles: list[Any] = []
+        self._first: asyncio.Future[Any] | None = None  # the first piece of a stream
         try:
             for each in asked.requests:
                 self._handles.append(service.submit(each))
@@ -163,7 +164,6 @@ class Exchange:
             self.close()
             raise
         self._pieces = aiter(self._handles[0])
-        self._first = asyncio.ensure_future(anext(self._pieces, None))
 
     def close(self) -> None:
         """Cancels what is not done. Does nothing the second time."""
@@ -171,11 +171,12 @@ class Exchange:
             if not handle.done:
                 handle.cancel()
         self._admission.close()
-        if self._handles:
+        if self._first is not None:
             self._first.cancel()
 
     async def begun(self, wait_s: float) -> None:
         """Waits a while for the first piece. Raises RequestError if there comes none because the request failed."""
+        self._first = asyncio.ensure_future(anext(self._pieces, None))
         await asyncio.wait({self._first}, timeout=wait_s)
         if self._first.done() and isinstance(error := self._first.exception(), RequestError):
             self._note_failure(error)
@@ -186,7 +187,7 @@ class Exchange:
         return [await self._result(handle) for handle in self._handles]
 
     async def events(self, interface: Interface) -> AsyncIterator[bytes]:
-        """Server-sent events with the answers."""
+        """Server-sent events with the answers, after `begun`."""
         take, start = interface.stream(self._asked, self._service)
 
         def written(values: list[dict[str, Any]]) -> bytes:
@@ -197,7 +198,7 @@ class Exchange:
         for prompt, handle in enumerate(self._handles):
             try:
                 pieces = self._pieces if not prompt else aiter(handle)
-                piece = await self._first if not prompt else await anext(pieces, None)
+                piece = await (self._first if self._first and not prompt else anext(pieces, None))
                 while piece is not None:
                     yield written(take(piece, prompt))
                     piece = await anext(pieces, None)

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from keye_jax.errors import UserError, shorten
+from keye_jax.processor.messages import check_messages
 from keye_jax.serve.bodies import read_object
 from keye_jax.serve.errors import json_response
 from keye_jax.serve.service import Service
@@ -21,10 +22,15 @@ async def tokenize(request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_ready()
     body = await read_object(request)
-    ids = await asyncio.to_thread(_ids, service, body)
-    strings = [service.token_text(token) for token in ids] if body.get("return_token_strs") is True else None
+    ids, strings = await asyncio.to_thread(_tokens, service, body)
     length = service.engine.scheduler_config.most_tokens
     return json_response({"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": strings})
+
+
+def _tokens(service: Service, body: dict[str, Any]) -> tuple[list[int], list[str] | None]:
+    """The ids, and their texts if these are asked for."""
+    ids = _ids(service, body)
+    return ids, [service.token_text(token) for token in ids] if body.get("return_token_strs") is True else None
 
 
 def _ids(service: Service, body: dict[str, Any]) -> list[int]:
@@ -36,19 +42,11 @@ def _ids(service: Service, body: dict[str, Any]) -> list[int]:
         if not isinstance(prompt, str):
             raise UserError(f"prompt is {shorten(prompt)}; it must be a string", field="prompt")
         return list(processor.plan_raw(prompt).prompt_ids)
-    if _has_media(body["messages"]):
+    if check_messages(body["messages"])[1]:
         raise UserError("messages have images or videos; only texts are counted here", field="messages")
     options = {name: body[name] for name in _PLAN_FIELDS if body.get(name) is not None}
     with processor.plan(body["messages"], **options) as plan:
         return list(plan.prompt_ids)
-
-
-def _has_media(messages: Any) -> bool:
-    contents = (
-        [each.get("content") for each in messages if isinstance(each, dict)] if isinstance(messages, list) else []
-    )
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(isinstance(part, dict) and "text" not in part for part in parts)
 
 
 async def detokenize(request: Request) -> Response:

@@ -90,7 +90,7 @@ class Lane:
         self.process: WorkerProcess | None = None
 
     def start(self) -> WorkerProcess:
-        """The worker process, a new one if there is none or it has ended: what ended it is no fault of the next request.
+        """The worker process; a new one if there is none or it ended, which is no fault of the request that comes now.
 
         Raises:
           Failed: it does not start.

@@ -66,7 +66,7 @@ class WorkerProcess:
         return self._process.pid
 
     def answers(self) -> bool:
-        """Whether the process, which has nothing to do, is there. That it runs would not tell that it is being killed."""
+        """Whether the process, which has nothing to do, is there: while it is killed, it still seems to run."""
         try:
             self.send(("ping",))
             self.receive(_PING_S)

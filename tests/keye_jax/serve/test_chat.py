@@ -128,6 +128,13 @@ class TestChat:
         found = httpx.post(f"{server.url}/tokenize", json=asked).json()
         assert found["token_strs"].count("<|im_end|>") == 1  # that of the template
         assert "<|image_pad|>" not in found["token_strs"]
+        media = [
+            {"type": "image", "image": "data:image/png;base64,AAAA", "text": "x"},
+            {"text": "a part without a type"},
+        ]
+        for part, status in zip(media, (400, 200), strict=True):
+            asked = {"messages": [{"role": "user", "content": [part]}]}
+            assert httpx.post(f"{server.url}/tokenize", json=asked).status_code == status
         raw = httpx.post(f"{server.url}/tokenize", json={"prompt": text}).json()
         assert httpx.post(f"{server.url}/detokenize", json={"tokens": raw["tokens"]}).json() == {"prompt": text}
         assert raw["count"] == len(raw["tokens"]) > 10

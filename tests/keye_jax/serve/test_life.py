@@ -12,6 +12,7 @@ import time
 import httpx
 import pytest
 
+from keye_jax.serve import frames
 from tests.keye_jax.serve.conftest import Running, wait_for
 
 ASK = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
@@ -19,6 +20,20 @@ ASK = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 
 def ask(server, body=ASK):
     return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+
+
+@pytest.fixture
+def hanging(engine, monkeypatch):
+    """An event for which every step of the engine waits."""
+    event, run = threading.Event(), engine._stepper.run
+
+    def hang(*arguments):
+        event.wait(60)
+        return run(*arguments)
+
+    monkeypatch.setattr(engine._stepper, "run", hang)
+    yield event
+    event.set()
 
 
 class TestDisconnect:
@@ -89,8 +104,8 @@ class TestDrain:
             assert before > 0 and "refused" in outcomes
             assert not server.server.failed
 
-    def test_the_grace_ends(self, engine, long_ask):
-        server = Running(engine, grace_s=0.2)
+    def test_the_grace_ends(self, engine, long_ask, hanging):
+        server = Running(engine, grace_s=0.2, heartbeat_s=0.1)
         with server, httpx.Client(timeout=60) as client:
             with client.stream(
                 "POST", f"{server.url}/v1/chat/completions", json={**long_ask, "stream": True}
@@ -101,6 +116,8 @@ class TestDrain:
                     assert "data: [DONE]" not in "".join(answer.iter_text())
             server.join()
             assert server.server.failed
+        hanging.set()
+        wait_for(lambda: not engine.stats().requests)
 
 
 class TestFaults:
@@ -118,24 +135,40 @@ class TestFaults:
         asked = {"media": f"file-id:{file.id}", "options": {"num_frames": 3}}
         first = httpx.post(f"{server.url}/v1/frames", json=asked, timeout=60).json()
         assert [each["frame"] for each in first["frames"]] == [0, 1, 2] and first["kind"] == "video"
-        (process,) = server.service.frames._pool._processes.values()
-        os.kill(process.pid, signal.SIGKILL)
+        os.kill(server.service.frames.pid, signal.SIGKILL)
         picture = httpx.post(f"{server.url}/v1/frames/picture", json={**asked, "frame": 2, "width": 40}, timeout=60)
         assert picture.headers["content-type"] == "image/jpeg" and picture.content[:2] == b"\xff\xd8"
         outside = httpx.post(f"{server.url}/v1/frames/picture", json={**asked, "frame": 3}, timeout=60)
         assert (outside.status_code, outside.json()["error"]["message"]) == (400, "frame is 3; it must be from 0 to 2")
 
-    def test_the_engine_hangs(self, engine, long_ask, monkeypatch):
+    def test_the_process_that_shows_frames_hangs(self, server, client, files, monkeypatch):
+        """Only the request that it hangs with fails, and not those that wait behind it."""
+        file = client.files.create(file=files / "clip.mp4", purpose="vision")
+        asked = {"media": f"file-id:{file.id}", "options": {"num_frames": 3}}
+        arrived, hung, show = threading.Event(), threading.Event(), frames._Process.ask
+
+        def hang(process, function, arguments):
+            if hung.is_set():
+                return show(process, function, arguments)
+            hung.set()
+            arrived.wait(60)
+            raise TimeoutError
+
+        monkeypatch.setattr(frames._Process, "ask", hang)
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            first = pool.submit(httpx.post, f"{server.url}/v1/frames", json=asked, timeout=60)
+            wait_for(hung.is_set)
+            second = pool.submit(httpx.post, f"{server.url}/v1/frames", json=asked, timeout=60)
+            wait_for(lambda: server.service.frames._turns._work_queue.qsize())
+            arrived.set()
+            assert "takes too long" in first.result().json()["error"]["message"]
+            assert second.result().json()["kind"] == "video"
+
+    def test_the_engine_hangs(self, engine, long_ask, request):
         """While there is work and no step ends, the server is not healthy; when steps end again, it is."""
         with Running(engine, watchdog_s=0.6, heartbeat_s=0.1) as server:
             assert httpx.get(f"{server.url}/health").status_code == 200  # nothing to do, and no steps
-            hanging, run = threading.Event(), engine._stepper.run
-
-            def hang(*arguments):
-                hanging.wait(30)
-                return run(*arguments)
-
-            monkeypatch.setattr(engine._stepper, "run", hang)
+            hanging = request.getfixturevalue("hanging")
             with httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**long_ask, "stream": True}):
                 wait_for(lambda: httpx.get(f"{server.url}/health").status_code == 503)
                 assert ask(server).status_code == 503

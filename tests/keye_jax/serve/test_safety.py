@@ -50,12 +50,15 @@ class TestKey:
         # A name of theirs that leads here, of a page that is its own origin.
         rebound = {"host": "evil.example", "origin": "http://evil.example"}
         assert ask(server, headers=rebound).status_code == 403
+        assert ask(server, headers={"host": "["}).status_code == 403
 
     def test_origins_that_are_allowed(self, server, serving):
         asked = {"origin": "https://good.example", "access-control-request-method": "POST"}
+        asked["access-control-request-headers"] = "authorization,x-stainless-lang"
         assert "access-control-allow-origin" not in httpx.options(f"{server.url}/v1/models", headers=asked).headers
         open_one = serving(cors_origins=("https://good.example",))
         answer = httpx.options(f"{open_one.url}/v1/models", headers=asked)
+        assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == "https://good.example"
         assert ask(open_one, headers={"origin": "https://good.example"}).status_code == 200
         assert ask(open_one, headers={"origin": "https://evil.example"}).status_code == 403
