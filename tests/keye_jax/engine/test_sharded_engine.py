@@ -5,6 +5,7 @@ Under `expert` a sequence has a home, and under `combined` its pages are on all 
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from keye_jax.config import KeyeConfig
@@ -67,3 +68,30 @@ def test_the_same_tokens_whatever_runs_beside(make):
         handles = [short.submit(request(number)) for number in range(ROWS)]
         assert [tokens(handle) for handle in handles] == everyone
         assert short.stats().scheduler.preemptions > 0
+
+
+def test_grammars_budgets_and_heat(make, loaded, files):
+    """Under a grammar that allows one answer, it looks at what it looks at on one device; others stay as they are."""
+    matcher = pytest.importorskip("llguidance").LLMatcher
+    forced = tuple(range(100, 140))
+    grammar = matcher.grammar_from_lark("start: " + " ".join(f"<[{token}]>" for token in forced))
+    content = [{"type": "image", "image": str(files / "picture.png")}, {"type": "text", "text": words(3, 88)}]
+    looks = ask(content, tokens=64, thinking_budget=0, grammar=grammar, selection_heat=True)
+    digits = matcher.grammar_from_regex("[0-9]{8,12}")
+    sampling = SamplingParams(temperature=1.5, seed=7)
+    bound = ask(words(4, 88), tokens=64, thinking_budget=3, grammar=digits, sampling=sampling)
+    with Engine(*loaded, options=dataclasses.replace(OPTIONS, selection_heat=True)) as engine:
+        expected = engine.submit(looks).result(600).choices[0].selection_heat
+    with make(selection_heat=True) as engine:
+        alone = tokens(engine.submit(bound))
+        asked = [engine.submit(each) for each in (*map(request, range(4)), looks, bound, looks)]
+        *_, first, second, third = (handle.result(600).choices[0] for handle in asked)
+    assert second.token_ids == alone and second.text.isdecimal() and 8 <= len(second.text) <= 12
+    assert second.reasoning_tokens <= 4  # with the closing mark
+    for choice in (first, third):
+        assert [token for token in choice.token_ids if token in forced] == list(forced)
+        assert choice.finish_reason == "stop"
+        # Selections at the edge may differ by rounding.
+        found = [(*each.images, each.text, each.answer) for each in (choice.selection_heat, expected)]
+        assert all(found[0])
+        np.testing.assert_allclose(*found, atol=5e-3)
