@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from keye_jax.engine.request import Request, RequestError, Result
+from keye_jax.engine.request import Request, Result
 from keye_jax.errors import UserError, shorten
 from keye_jax.jobs.batch import Answerer, Batch
 from keye_jax.jobs.journal import JobStoppedError, Journal, write_whole
@@ -237,9 +237,7 @@ class _Lines:
         self._service = service
 
     def submit(self, request: Request) -> _Line:
-        most = self._service.options.max_tokens
-        if most is not None and (request.max_tokens or 0) > most:
-            raise RequestError("invalid", f"max_tokens is {request.max_tokens}; it must be at most {most} here")
+        self._service.check_length(request)
         return _Line(self._service.submit(request), Admission(self._service, request.n))
 
 

@@ -25,7 +25,6 @@ from keye_jax.engine.openai import (
     text_completion_body,
 )
 from keye_jax.engine.request import RequestError, Result
-from keye_jax.errors import UserError
 from keye_jax.serve.answers import DONE, EventStream, event, unless_gone
 from keye_jax.serve.bodies import for_log, read_object
 from keye_jax.serve.errors import json_response
@@ -115,7 +114,8 @@ async def _generate(request: Request, interface: Interface) -> Response:
     sampling = service.engine.defaults.sampling
     # A schema takes a while to compile.
     asked = await asyncio.to_thread(interface.read, body, sampling=sampling, max_tokens=service.options.max_tokens)
-    _check_tokens(asked, service)
+    for each in asked.requests:
+        service.check_length(each)
     exchange = Exchange(service, asked, request.state.log)
     headers = {} if not asked.ignored else {IGNORED_HEADER: _header(asked.ignored)}
     try:
@@ -129,13 +129,6 @@ async def _generate(request: Request, interface: Interface) -> Response:
     except BaseException:
         exchange.close()
         raise
-
-
-def _check_tokens(asked: Asked, service: Service) -> None:
-    most = service.options.max_tokens
-    for each in asked.requests:
-        if most is not None and (each.max_tokens or 0) > most:
-            raise UserError(f"max_tokens is {each.max_tokens}; it must be at most {most} here", field="max_tokens")
 
 
 def _header(names: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from keye_jax.engine.request import Request
+from keye_jax.errors import UserError
 from keye_jax.serve.errors import Refusal
 from keye_jax.serve.files import FileStore
 from keye_jax.serve.frames import FrameReader
@@ -86,6 +87,12 @@ class Service:
             message = f"{self.outstanding} answers are written or wait; there may be {most} at once"
             raise Refusal(429, message, code="queue_full", retry_after=QUEUE_RETRY_S)
         return Admission(self, answers)
+
+    def check_length(self, request: Request) -> None:
+        """Raises UserError if a request asks for longer answers than this server writes."""
+        most = self.options.max_tokens
+        if most is not None and (request.max_tokens or 0) > most:
+            raise UserError(f"max_tokens is {request.max_tokens}; it must be at most {most} here", field="max_tokens")
 
     def submit(self, request: Request) -> Any:
         """Gives a request to the engine, with the paths of uploaded files in the place of their names.
