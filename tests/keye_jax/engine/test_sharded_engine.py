@@ -51,6 +51,11 @@ def tokens(handle):
     return choice.token_ids
 
 
+def shares(heat):
+    """Of a picture, the text and the answer."""
+    return [*heat.images, heat.text, heat.answer]
+
+
 def test_the_same_tokens_whatever_runs_beside(make):
     """Alone, among others, with a cached prefix, and preempted."""
     with make(prefix_cache=False) as engine:
@@ -91,7 +96,7 @@ def test_grammars_budgets_and_heat(make, loaded, files):
     for choice in (first, third):
         assert [token for token in choice.token_ids if token in forced] == list(forced)
         assert choice.finish_reason == "stop"
+        found = shares(choice.selection_heat)
+        assert all(found)
         # Selections at the edge may differ by rounding.
-        found = [(*each.images, each.text, each.answer) for each in (choice.selection_heat, expected)]
-        assert all(found[0])
-        np.testing.assert_allclose(*found, atol=5e-3)
+        np.testing.assert_allclose(found, shares(expected), atol=5e-3)
