@@ -367,7 +367,7 @@ class _Segment:
         return jax.tree.map(join, results)
 
     def window(self, keys: Any, first: jax.Array) -> tuple[Any, jax.Array]:
-        """What is looked at of the keys' arrays, `[b or 1, s, ...]`, and their positions in the sample, `[1, width]`."""
+        """What is looked at of the keys' arrays, `[b or 1, s, ...]`, and their positions in the samples, `[1, s]`."""
         at = jnp.arange(self.width)[None]
         if self.own:
             return jax.tree.map(lambda x: x[:, : self.width], keys), at
