@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -143,6 +144,7 @@ def _client(port: int) -> Iterator[Callable[[], str]]:
         thread.join()
 
 
+@functools.cache
 def _start_of_python() -> float:
     """Seconds until Python on this machine, as busy as it is, has begun with the package. No program can act before."""
     begun = []
@@ -150,7 +152,7 @@ def _start_of_python() -> float:
         before = time.monotonic()
         subprocess.run([sys.executable, "-c", "import keye_jax.interrupts"], cwd=ROOT, check=True)
         begun.append(time.monotonic() - before)
-    return 1.5 * max(begun)
+    return 2 * max(begun)
 
 
 def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
