@@ -154,12 +154,12 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            limit_concurrency=options.max_connections,
             h11_max_incomplete_event_size=_HEAD_BYTES,
             timeout_graceful_shutdown=5,
             loop="asyncio",
         )
         super().__init__(config)
+        service.connections = lambda: len(self.server_state.connections)
         self.failed = False
         self._service, self._batches = service, batches
         self._signals = 0
