@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import errno
 import http.client
+import resource
 import socket
 import time
 
@@ -14,6 +15,7 @@ from starlette.datastructures import UploadFile
 
 from keye_jax.errors import UserError
 from keye_jax.serve.options import ServeOptions
+from keye_jax.serve.server import allow_connections
 from keye_jax.testing import write_clip, write_picture
 from tests.keye_jax.serve.conftest import wait_for
 
@@ -231,6 +233,18 @@ class TestConnections:
                 dripping.sendall(b" ")
                 answer = dripping.recv(4096)
         assert b" 408 " in answer
+
+    def test_there_may_be_as_many_as_are_allowed(self):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            low = min(512, hard - 1)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (low, hard))
+            allow_connections(low)
+            assert low < resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            allow_connections(0)
+            assert low < resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
     def test_probes_are_answered_beside_too_many_connections(self, serving):
         """Or else an orchestrator would end a server that is only busy."""
