@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
-import multiprocessing
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -33,7 +33,6 @@ from keye_jax import presets
 from keye_jax.bench.engine import bare_rate
 from keye_jax.bench.inputs import random_model
 from keye_jax.bench.masks import SCHEMA
-from keye_jax.bench.streams import stream_all
 from keye_jax.bench.timing import SHORTEST_CONTEXT
 from keye_jax.config import KeyeConfig
 from keye_jax.engine.engine import Engine
@@ -81,17 +80,23 @@ class Load:
 
     Args:
       engine: answers them.
-      prompt, tokens: of each prompt, and of each answer.
+      prompt, tokens: of each prompt, and of each answer while all are written. Prompts are read one after the other,
+        and the first answers are written meanwhile.
     """
 
     def __init__(self, engine: Engine, prompt: int, tokens: int):
         self._engine, self._prompt, self._tokens = engine, prompt, tokens
         self._rng = np.random.default_rng(0)
         processor = engine.processor
+        self._no_end = dict.fromkeys(engine.defaults.end_tokens, -100.0)
         # All tokens but those of bytes, and those that stand for media.
         self._ids = np.setdiff1d(
             np.arange(300, engine.runtime.config.vocab_size), (processor.image_token_id, processor.video_token_id)
         )
+
+    def _most(self, count: int) -> int:
+        """Tokens of an answer, so that all `count` of them are written together for a while."""
+        return self._tokens + count * self._engine.scheduler_config.chunks_left(self._prompt, 0)
 
     def prompts(self, count: int) -> list[list[int]]:
         """Prompts of random tokens, of which none is in the prefix cache."""
@@ -101,16 +106,20 @@ class Load:
         """Asks `count` requests at once, with further fields of `Request`."""
         asked = []
         for prompt in self.prompts(count):
-            request = Request(prompt=prompt, sampling=SAMPLING, max_tokens=self._tokens, **fields)
+            most = self._most(count)
+            request = Request(prompt=prompt, sampling=SAMPLING, max_tokens=most, logit_bias=self._no_end, **fields)
             asked.append((time.perf_counter(), self._engine.submit(request)))
         return [(begun, begun + np.asarray(handle.result().choices[0].token_seconds)) for begun, handle in asked]
 
-    def over_http(self, pool: concurrent.futures.Executor, port: int, count: int) -> Times:
+    def over_http(self, port: int, count: int) -> Times:
         """The same over HTTP."""
-        drawn = {"temperature": SAMPLING.temperature, "top_p": SAMPLING.top_p, "top_k": SAMPLING.top_k}
-        bodies = [{"prompt": prompt, "max_tokens": self._tokens, **drawn} for prompt in self.prompts(count)]
-        found = pool.submit(stream_all, port, "/v1/completions", bodies).result()
-        return [(begun, np.asarray(times)) for begun, times in found]
+        drawn: dict[str, Any] = {"temperature": SAMPLING.temperature, "top_p": SAMPLING.top_p, "top_k": SAMPLING.top_k}
+        drawn |= {"max_tokens": self._most(count), "logit_bias": {str(token): -100 for token in self._no_end}}
+        bodies = [{"prompt": prompt, **drawn} for prompt in self.prompts(count)]
+        asked = json.dumps({"port": port, "path": "/v1/completions", "bodies": bodies})
+        command = [sys.executable, "-m", "keye_jax.bench.streams"]
+        done = subprocess.run(command, input=asked, stdout=subprocess.PIPE, text=True, check=True)
+        return [(begun, np.asarray(times)) for begun, times in json.loads(done.stdout)]
 
 
 def gaps_ms(times: Times) -> np.ndarray:
@@ -166,14 +175,13 @@ def measure(
 ) -> list[Latency]:
     """Latencies of each number of streams, straight and over HTTP."""
     load, found = Load(engine, prompt, tokens), []
-    context = multiprocessing.get_context("spawn")
-    with serving(engine) as port, concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-        for over in (load.straight, lambda count: load.over_http(pool, port, count)):
-            over(1)  # what is made at the first use
+    with serving(engine) as port:
+        load.straight(1)  # what is made at the first use
+        load.over_http(port, 1)
         for count in streams:
             repeated = max(2, rounds // count)
             found.append(latency(count, "engine", lambda count=count: load.straight(count), repeated))
-            found.append(latency(count, "http", lambda count=count: load.over_http(pool, port, count), repeated))
+            found.append(latency(count, "http", lambda count=count: load.over_http(port, count), repeated))
     return found
 
 
@@ -195,7 +203,10 @@ def main() -> int:
     if arguments.layers:
         config = dataclasses.replace(config, num_hidden_layers=arguments.layers)
     streams = [int(count) for count in arguments.streams.split(",")]
-    context = max(arguments.prompt + arguments.tokens, 2 * SHORTEST_CONTEXT)
+    # An answer also goes on while the prompts of others are read, of which each has fewer chunks than that.
+    chunks = -(-arguments.prompt // EngineOptions.small_chunk)
+    most = arguments.tokens + chunks * max(*streams, arguments.rows)
+    context = max(arguments.prompt + most, 2 * SHORTEST_CONTEXT)
     runtime = Runtime(random_model(config), config)
     sizes = arguments.prompt, arguments.tokens
     print(
@@ -204,7 +215,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="keye-jax-") as directory:
         write_processor_files(directory, config)
         processor = Processor.from_checkpoint(directory, config)
-        defaults = GenerationDefaults(SamplingParams(), frozenset())
+        defaults = GenerationDefaults.from_checkpoint(directory)
 
         @contextlib.contextmanager
         def opened(rows: int, heat: bool) -> Iterator[Engine]:

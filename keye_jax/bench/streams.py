@@ -1,9 +1,13 @@
-"""Clients of `keye_jax.bench.serve`, for a process of their own: they must not share the server's interpreter."""
+"""Clients of `keye_jax.bench.serve`, in a process of their own: they must not share the server's interpreter.
+
+The program reads an object with `port`, `path` and `bodies`, and writes what `stream_all` returns; both are JSON.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,3 +44,7 @@ async def _stream(port: int, path: str, body: Mapping[str, Any]) -> tuple[float,
             times.append(now)
     writer.close()
     return begun, times
+
+
+if __name__ == "__main__":
+    json.dump(stream_all(**json.load(sys.stdin)), sys.stdout)
