@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import resource
 import signal
 import socket
 import threading
@@ -31,6 +32,7 @@ from keye_jax.serve.service import Service
 
 _BACKLOG = 2048
 _HEAD_BYTES = 64 << 10
+_OTHER_FILES = 512
 _LOOK_S, _SOON_S = 0.5, 0.02
 
 
@@ -52,6 +54,19 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"{where}; they must be free to listen on ({error.strerror or error})") from error
     listener.setblocking(False)
     return listener
+
+
+def allow_connections(count: int) -> None:
+    """Raises this process's own limit on open files to what so many connections need, as far as the system lets it.
+
+    At the limit no connection is accepted, and so no probe is answered.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * count + _OTHER_FILES  # an answer may need a file of its own
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def serve(
@@ -76,6 +91,7 @@ def serve(
       UserError: the folder of files cannot be made, or the engine cannot be opened because of a user's mistake.
     """
     start_log()
+    allow_connections(options.max_connections)
     state = options.state_dir
     try:
         files = FileStore(state and state / "files", options.max_stored_bytes)
@@ -155,12 +171,12 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            limit_concurrency=options.max_connections,
             h11_max_incomplete_event_size=_HEAD_BYTES,
             timeout_graceful_shutdown=5,
             loop="asyncio",
         )
         super().__init__(config)
+        service.connections = lambda: len(self.server_state.connections)
         self.failed = False
         self._service, self._batches = service, batches
         self._signals = 0
