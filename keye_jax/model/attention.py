@@ -249,6 +249,7 @@ class Attention(nnx.Module):
         self, inputs: AttentionInputs, indexer: Indexer, context: Context, training: Training, step: StepSharding
     ) -> tuple[jax.Array, Any]:
         def attend(inputs: AttentionInputs, context: Context) -> tuple[jax.Array, Any]:
+            assert isinstance(context, PackedContext), "training has no cache"
             scales = {"scale": self.scale, "index_scale": indexer.scale}
             return training.attend(inputs, context, step, top_k=self.top_k, **scales)
 

@@ -167,7 +167,7 @@ class TestOtherInterfaces:
         text = {"type": "input_text", "text": "What?"}
         with pytest.raises(openai.BadRequestError) as caught:
             client.responses.create(model="x", input=[{"role": "user", "content": [text, part]}], instructions="Look.")
-        assert caught.value.param.startswith("input[0].content[1]") and "messages" not in str(caught.value)
+        assert (caught.value.param or "").startswith("input[0].content[1]") and "messages" not in str(caught.value)
 
     def test_responses(self, client):
         fields = {"model": "tiny", "input": "What is a ball?", "max_output_tokens": 16}

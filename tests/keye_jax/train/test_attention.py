@@ -165,13 +165,15 @@ def test_branches_of_a_row_are_samples_that_share_their_beginning(case: str):
         return out, measures.kl
 
     def loss(arguments: Any, branch: jax.Array | None, count: Any) -> jax.Array:
-        out, kl = run(*arguments, branch)
+        queries, keys = arguments
+        out, kl = run(queries, keys, branch)
         return jnp.sum(jnp.sin(out) * count[:, None, None]) + jnp.sum(kl * count)
 
     def plain(arguments: Any, count: Any) -> jax.Array:
         if case != "fused":
             return loss(arguments, None, count)
-        out, _ = attend(CASES["dense, no KL"], *arguments, nowhere, nowhere)
+        queries, keys = arguments
+        out, _ = attend(CASES["dense, no KL"], queries, keys, nowhere, nowhere)
         return jnp.sum(jnp.sin(out) * count[:, None, None])
 
     gradients = jax.jit(jax.grad(loss))(joined, branch, np.ones(begin + 2 * length))

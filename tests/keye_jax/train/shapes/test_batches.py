@@ -76,6 +76,7 @@ def test_questions_apart_are_each_as_if_alone(files, config):
     asked = ask(scene, 3, 0)
     batch = apart.of([scene], [asked])
     assert batch.branch is not None and batch.branch[0].max() == 3
+    alone = batch
     for number, question in enumerate(asked, 1):
         alone = apart.of([scene], [[question]])
         assert alone.branch is not None
