@@ -32,8 +32,8 @@ SIGNALLED = 128
 
 _PATIENCE_S = 2.0
 
-
 _told: signal.Signals | None = None
+_taken = False
 _raises = False
 _hint = ""
 _announce: Callable[[str, int], bool] | None = None
@@ -181,8 +181,10 @@ def start_quiet_tracker() -> None:
 
 def _take(number: int, _: FrameType | None) -> None:
     """The handler, in the main thread."""
-    global _told
-    first, _told = _told is None, _told or signal.Signals(number)
+    global _told, _taken
+    # The thread may have read the same signal before, and have set `_told`.
+    first, _taken = not _taken, True
+    _told = _told or signal.Signals(number)
     if first and _raises:
         _mute()
         assert _bell is not None
