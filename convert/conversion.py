@@ -119,7 +119,8 @@ def _run(
     report: PhaseProgress,
     started: float,
 ) -> Conversion:
-    kind: detect.Kind = "orbax" if isinstance(source, SafetensorsSource) else "safetensors"
+    orbax = isinstance(source, SafetensorsSource)
+    kind: detect.Kind = "orbax" if orbax else "safetensors"
     total = sum(item.nbytes for item in found)
     fingerprint = _fingerprint(source, found, shard_size, adapter)
     if isinstance(destination, Path):
@@ -129,11 +130,9 @@ def _run(
     try:
         if isinstance(destination, Bucket):
             staging = BucketStaging(destination, fingerprint, overwrite=overwrite)
-            orbax = kind == "orbax"
             sink = BucketOrbaxSink(staging) if orbax else BucketSafetensorsSink(staging, found, shard_size)
         else:
             staging = Staging(destination, fingerprint, overwrite=overwrite)
-            orbax = kind == "orbax"
             sink = OrbaxSink(staging, report) if orbax else SafetensorsSink(staging, found, shard_size, report)
         continued = done = sum(item.nbytes for item in found if item.tensor.checkpoint_name in staging.done)
         report("convert", done, total)

@@ -5,8 +5,8 @@ once. Figures are the time to the first token, and the time between two tokens w
 engine they are those of its own clock; of HTTP those at which pieces of text reach the client. Beside them stands the
 step of the bare decode loop, with as many rows.
 
-Then 16 requests, in turns with and without `selection_heat`, and with and without a grammar, say what these add to a
-step. The table is printed once; all takes minutes on a GPU, warm-up included, and a minute with a tiny model on a CPU.
+Then 16 requests, in turns with and without a grammar, say what grammars add to a step. An engine that counts heat does
+so for all its rows, so heat is what a second engine takes more than one without it.
 """
 
 from __future__ import annotations
@@ -139,14 +139,18 @@ def latency(streams: int, over: str, ask: Callable[[], Times], rounds: int) -> L
     return Latency(streams, over, *quantiles)
 
 
-def share(without: Callable[[], Times], having: Callable[[], Times], rounds: int) -> dict[str, float]:
-    """What something adds to the time between two tokens: medians in milliseconds, in turns, and their ratio less 1."""
-    gaps: tuple[list[np.ndarray], list[np.ndarray]] = [], []
+def median_gaps(asks: Sequence[Callable[[], Times]], rounds: int) -> list[float]:
+    """The median time between two tokens of each way to ask, in milliseconds; they take turns."""
+    gaps: list[list[np.ndarray]] = [[] for _ in asks]
     for _ in range(rounds):
-        for ask, found in zip((without, having), gaps, strict=True):
+        for ask, found in zip(asks, gaps, strict=True):
             found.append(gaps_ms(ask()))
-    off, on = (float(np.median(np.concatenate(found))) for found in gaps)
-    return {"without_ms": off, "with_ms": on, "share": on / off - 1}
+    return [float(np.median(np.concatenate(found))) for found in gaps]
+
+
+def added(without: float, having: float) -> dict[str, float]:
+    """What something adds to a step: both times in milliseconds, and their ratio less 1."""
+    return {"without_ms": without, "with_ms": having, "share": having / without - 1}
 
 
 @contextlib.contextmanager
@@ -231,14 +235,19 @@ def main() -> int:
             found = measure(engine, runtime, streams, *sizes, arguments.rounds)
             shapes = engine.scheduler_config
         grammar = LLMatcher.grammar_from_json_schema(_ENDLESS, overrides={"whitespace_flexible": False})
-        with opened(arguments.rows, heat=True) as engine:
-            load, count = Load(engine, *sizes), arguments.rows
-            for fields in ({"selection_heat": True}, {"grammar": grammar}):
-                load.straight(1, **fields)
-            plain = lambda: load.straight(count)  # noqa: E731
-            heat = share(plain, lambda: load.straight(count, selection_heat=True), 3)
-            masks = share(plain, lambda: load.straight(count, grammar=grammar), 3)
-            compiled = engine.stats().compilations
+        count, compiled = arguments.rows, 0
+        with opened(count, heat=False) as engine:
+            load = Load(engine, *sizes)
+            load.straight(1, grammar=grammar)
+            asks = (lambda: load.straight(count)), (lambda: load.straight(count, grammar=grammar))
+            plain, masked = median_gaps(asks, 3)
+            compiled += engine.stats().compilations
+        with opened(count, heat=True) as engine:
+            load = Load(engine, *sizes)
+            load.straight(1, selection_heat=True)
+            (heated,) = median_gaps((lambda: load.straight(count, selection_heat=True),), 3)
+            compiled += engine.stats().compilations
+        masks, heat = added(plain, masked), added(plain, heated)
     steps = {count: 1e3 * count / bare_rate(runtime, shapes, count, context) for count in streams}
     print("  ".join(f"{name:>12}" for name in ("streams", "over", "first", "first 95%", "gap", "gap 95%", "bare step")))
     for each in found:

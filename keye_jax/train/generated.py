@@ -1,11 +1,12 @@
 """Batches of the generated world, without end: scenes are made on the host, and their frames drawn on the device.
 
-Questions about a clip take some 0.1 ms each, so processes make batches ahead.
+Questions take a core's time, so processes make batches ahead.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import multiprocessing
 from collections import deque
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from keye_jax.train.shapes.batches import Batch, BatchOptions, frame_patches
 from keye_jax.train.shapes.batches import Batches as Conversations
 from keye_jax.train.shapes.scene import SIDE, SceneOptions
 
+_log = logging.getLogger(__name__)
 _SETTINGS = ("turns", "apart", "kinds", *(field.name for field in dataclasses.fields(SceneOptions)))
 
 
@@ -124,6 +126,7 @@ class GeneratedBatches:
             return self._ahead.popleft().result()
         except BrokenProcessPool:
             # A process was ended from outside. This one makes the same batches.
+            _log.warning("a process that makes clips was ended from outside; all are made in one process from now on")
             self.close()
             self._workers = 0
             return self._makers[which].batch(self._seed, self._number)

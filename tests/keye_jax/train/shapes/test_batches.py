@@ -76,7 +76,7 @@ def test_questions_apart_are_each_as_if_alone(files, config):
     asked = ask(scene, 3, 0)
     batch = apart.of([scene], [asked])
     assert batch.branch is not None and batch.branch[0].max() == 3
-    alone = batch
+    begin = int(np.argmax(batch.branch[0] > 0))
     for number, question in enumerate(asked, 1):
         alone = apart.of([scene], [[question]])
         assert alone.branch is not None
@@ -84,8 +84,7 @@ def test_questions_apart_are_each_as_if_alone(files, config):
         for name in ("ids", "targets"):
             np.testing.assert_array_equal(getattr(batch, name)[0, of_branch], getattr(alone, name)[0, own])
         np.testing.assert_array_equal(batch.positions[:, 0, of_branch], alone.positions[:, 0, own])
-    begin = int(np.argmax(batch.branch[0] > 0))
-    np.testing.assert_array_equal(batch.ids[0, :begin], alone.ids[0, :begin])
+        np.testing.assert_array_equal(batch.ids[0, :begin], alone.ids[0, :begin])
 
 
 def test_parts_of_clips_have_their_times(files, config):
