@@ -139,15 +139,13 @@ def batch(
                     )
                     distributed.take_passed_on(job.pass_signal)
                     ended = asyncio.run(job.run())
-                    interrupts.handle_again()
                 _write_report(tally, output)
     except JobStoppedError as error:
         print(f"keye-jax: {error}", file=sys.stderr)
         return STOPPED
     if ended is not None:
         rest = f"{tally.total - tally.done:,} of {tally.total:,} requests have no result yet"
-        print(f"keye-jax: stopped by {ended.name}; {rest}, and the same command goes on", file=sys.stderr)
-        return interrupts.SIGNALLED + ended
+        return interrupts.say_stopped(ended, f"; {rest}, and the same command goes on")
     if tally.failed:
         print(f"keye-jax: {tally.failed:,} of {tally.total:,} requests failed; see {output}", file=sys.stderr)
         return SOME_FAILED

@@ -143,6 +143,64 @@ with interrupts.raised():
     assert (code, err) == (130, "keye-jax: interrupted\n")
 
 
+def test_signals_are_given_to_a_function_and_later_end_the_process():
+    program = """
+import hashlib, threading
+got = threading.Event()
+with interrupts.raised():
+    with interrupts.given_to(lambda number: (print(number.name, flush=True), got.set())):
+        threading.Thread(target=lambda: (got.wait(), print("given", flush=True))).start()
+        ready()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)
+    ready()
+    threading.Event().wait()
+"""
+    process = begun(program)
+    assert process.stdout is not None
+    process.send_signal(signal.SIGINT)
+    assert [process.stdout.readline() for _ in range(3)] == ["SIGINT\n", "given\n", "ready\n"]
+    process.send_signal(signal.SIGINT)
+    _, err, code = ended(process)
+    assert (code, err) == (130, "keye-jax: interrupted\n")
+
+
+def test_a_signal_after_the_command_has_said_how_it_stopped_adds_no_line():
+    program = """
+import time
+with interrupts.raised():
+    interrupts.say_stopped(2, " after step 3")
+    ready()
+    time.sleep(60)
+"""
+    process = begun(program)
+    process.send_signal(signal.SIGINT)
+    _, err, code = ended(process)
+    assert (code, err) == (130, "keye-jax: stopped by SIGINT after step 3\n")
+
+
+def test_a_signal_waits_until_a_child_is_known():
+    program = """
+import time
+with interrupts.raised(), interrupts.kept_from_children():
+    ready()
+    time.sleep(1)  # the thread of signals gets it
+    print("known", flush=True)
+"""
+    process = begun(program)
+    process.send_signal(signal.SIGINT)
+    out, err, code = ended(process)
+    assert (code, out, err) == (130, "known\n", "keye-jax: interrupted\n")
+
+
+def test_little_is_imported_before_signals_are_handled():
+    program = "import sys, keye_jax.interrupts; print(*sys.modules)"
+    environment = {"PYTHONPATH": str(ROOT)}
+    # Without site-packages, where an installed package may have anything imported.
+    result = subprocess.run([sys.executable, "-S", "-c", program], env=environment, capture_output=True, text=True)
+    assert "keye_jax.interrupts" in result.stdout.split()
+    assert not {"typing", "pathlib", "re", "inspect", "subprocess"} & set(result.stdout.split())
+
+
 @pytest.mark.parametrize("ends_itself", [True, False])
 def test_a_child_does_not_get_the_signal_and_ends_with_its_parent(ends_itself):
     program = f"""
