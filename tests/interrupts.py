@@ -32,7 +32,11 @@ from pathlib import Path
 
 import httpx
 
+from convert.synthetic import write_checkpoint
+from keye_jax import presets
+from keye_jax.config import KeyeConfig
 from keye_jax.testing import write_clip
+from keye_jax.train.shapes.files import write_model_files
 from tests.keye_jax.processes import ROOT, free_port, write_inputs
 
 LIMIT_S = 10.0
@@ -50,6 +54,7 @@ class Command:
       arguments: with "{out}" for a path that is new for each try.
       check: takes that path after the command was interrupted; says what is wrong with what is there, or "".
       beside: does something while the command runs; gives a function that says what the command is doing.
+      code: its exit code where nobody interrupts it.
       phases: what it can be doing, and the seconds from the beginning of that in which it is interrupted. Without any,
         the moment is one of the time that the whole command takes.
     """
@@ -57,12 +62,15 @@ class Command:
     arguments: Sequence[str]
     check: Callable[[Path], str] = lambda out: ""
     beside: Callable[[], AbstractContextManager[Callable[[], str]]] = lambda: contextlib.nullcontext(lambda: "")
+    code: int = 0
     phases: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def commands(folder: Path) -> dict[str, Command]:
     """The commands, with inputs that are written into a folder."""
     write_inputs(folder)
+    write_checkpoint(folder / "small", KeyeConfig.from_file(presets.EMBEDDED), seed=0)
+    write_model_files(folder / "small")
     write_clip(folder / "long.mp4", seconds=20, size=(112, 56))
     body = {"messages": [{"role": "user", "content": [{"type": "text", "text": "What moves?"}]}]}
     media = {"type": "video_url", "video_url": {"url": str(folder / "long.mp4")}}
@@ -108,6 +116,9 @@ def commands(folder: Path) -> dict[str, Command]:
         ),
         "plan": Command(("plan", "--platform", "h200:4", "--sharding", "expert", "--context", "8K", "--no-compile")),
         "verify": Command(("verify", "--checkpoint", str(golden), "--golden", str(golden / "golden.npz"))),
+        "inspect": Command(("inspect", str(folder / "orbax"), "--check")),
+        "doctor": Command(("doctor",)),
+        "eval": Command(("eval", "shapes", "--checkpoint", str(folder / "small"), "--videos", "4"), code=1),
         "frames": Command(("frames", str(folder / "long.mp4"), "--out", "{out}")),
         "train": Command(("train", "--config", "shapes_cpu", "--output", "{out}")),
         "serve": Command(
@@ -185,7 +196,13 @@ def _ended(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, s
 
 
 def interrupt(
-    process: subprocess.Popen[str], delay: float, *, group: bool, again: float | None, doing: Callable[[], str]
+    process: subprocess.Popen[str],
+    delay: float,
+    *,
+    group: bool,
+    again: float | None,
+    doing: Callable[[], str],
+    whole: int = 0,
 ) -> tuple[str, str]:
     """Interrupts a command once.
 
@@ -195,6 +212,7 @@ def interrupt(
       group: whether its children are signalled too, as by a terminal.
       again: seconds from the first signal to a second; None for none.
       doing: says what the command is doing.
+      whole: its exit code where nobody interrupts it.
 
     Returns:
       "interrupted", with what it was doing, or "over", which it was before; and what is wrong, or "".
@@ -210,7 +228,7 @@ def interrupt(
         code, _, err = _ended(process, LIMIT_S)
     except subprocess.TimeoutExpired:
         return state, f"it has not ended after {LIMIT_S:.0f} s"
-    if code == 0:
+    if code == whole:
         return "over", "" if "Traceback" not in err else err
     told = [line for line in err.splitlines() if line.startswith(_ENDINGS)]
     if code != 130 or len(told) != 1 or "Traceback" in err or "Error" in err:
@@ -230,7 +248,7 @@ def attempt(command: Command, seconds: float, out: Path, draw: random.Random) ->
             while doing() != phase and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.01)
         delay = draw.uniform(0, seconds)
-        state, wrong = interrupt(process, delay, group=group, again=again, doing=doing)
+        state, wrong = interrupt(process, delay, group=group, again=again, doing=doing, whole=command.code)
     what = f"{state:21} at {delay:6.2f} of {seconds:6.2f} s after {start:.2f} s" + (
         "" if again is None else f", twice in {again} s"
     )
