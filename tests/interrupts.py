@@ -3,7 +3,8 @@
 Each try starts a command, waits for a random part of the time that it takes, and interrupts it: alone or with all its
 processes, once or twice. It has to end within seconds with one line and exit code 130, or to have ended before, and to
 leave no process. What a conversion leaves must be what the next one continues. A server is interrupted while it loads
-the model, while it answers, and while nobody asks. Ends with exit code 1 if a try fails.
+the model, while it answers, and while nobody asks; a batch and a training also when they have results. Ends with exit
+code 1 if a try fails.
 
 The time of a try begins when the command has taken over SIGTERM, which it does together with Ctrl-C and /proc shows.
 Before that, Python starts and imports one module of the package, and answers Ctrl-C with a traceback. How long that
@@ -36,6 +37,7 @@ from convert.synthetic import write_checkpoint
 from keye_jax import presets
 from keye_jax.config import KeyeConfig
 from keye_jax.testing import write_clip
+from keye_jax.train.report import MEASURES
 from keye_jax.train.shapes.files import write_model_files
 from tests.keye_jax.processes import ROOT, free_port, write_inputs
 
@@ -53,7 +55,8 @@ class Command:
     Attributes:
       arguments: with "{out}" for a path that is new for each try.
       check: takes that path after the command was interrupted; says what is wrong with what is there, or "".
-      beside: does something while the command runs; gives a function that says what the command is doing.
+      beside: takes that path, and does something while the command runs; gives a function that says what the command is
+        doing.
       code: its exit code where nobody interrupts it.
       phases: what it can be doing, and the seconds from the beginning of that in which it is interrupted. Without any,
         the moment is one of the time that the whole command takes.
@@ -61,7 +64,7 @@ class Command:
 
     arguments: Sequence[str]
     check: Callable[[Path], str] = lambda out: ""
-    beside: Callable[[], AbstractContextManager[Callable[[], str]]] = lambda: contextlib.nullcontext(lambda: "")
+    beside: Callable[[Path], AbstractContextManager[Callable[[], str]]] = lambda out: contextlib.nullcontext(lambda: "")
     code: int = 0
     phases: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
@@ -76,7 +79,7 @@ def commands(folder: Path) -> dict[str, Command]:
     media = {"type": "video_url", "video_url": {"url": str(folder / "long.mp4")}}
     body["messages"][0]["content"].insert(0, media)
     asked = {"method": "POST", "url": "/v1/chat/completions", "body": body}
-    lines = [json.dumps({"custom_id": str(number), **asked}) for number in range(20)]
+    lines = [json.dumps({"custom_id": str(number), **asked}) for number in range(100)]
     (folder / "in.jsonl").write_text("\n".join(lines) + "\n")
     given = ("--checkpoint", str(folder / "orbax"))
     golden = ROOT / "tests" / "golden" / "a"
@@ -107,6 +110,8 @@ def commands(folder: Path) -> dict[str, Command]:
                 *("--rows", "2", "--cache-tokens", "16K", "--grace", "2"),
             ),
             has_whole_lines,
+            beside=lambda out: _looking(out, "answering"),
+            phases={"loading": 30, "answering": 3},
         ),
         "bench": Command(
             (
@@ -120,13 +125,23 @@ def commands(folder: Path) -> dict[str, Command]:
         "doctor": Command(("doctor",)),
         "eval": Command(("eval", "shapes", "--checkpoint", str(folder / "small"), "--videos", "4"), code=1),
         "frames": Command(("frames", str(folder / "long.mp4"), "--out", "{out}")),
-        "train": Command(("train", "--config", "shapes_cpu", "--output", "{out}")),
+        "train": Command(
+            ("train", "--config", "shapes_cpu", "--output", "{out}"),
+            beside=lambda out: _looking(out / MEASURES, "training"),
+            phases={"loading": 20, "training": 5},
+        ),
         "serve": Command(
             ("serve", *given, *small, "--port", str(port)),
-            beside=lambda: _client(port),
+            beside=lambda out: _client(port),
             phases={"loading": 8, "idle": 1, "answering": 2},
         ),
     }
+
+
+@contextlib.contextmanager
+def _looking(results: Path, doing: str) -> Iterator[Callable[[], str]]:
+    """Gives a function that says "loading", and another word when there are results."""
+    yield lambda: doing if results.exists() and results.stat().st_size else "loading"
 
 
 @contextlib.contextmanager
@@ -240,7 +255,7 @@ def attempt(command: Command, seconds: float, out: Path, draw: random.Random) ->
     """`interrupt` at a random moment of the `seconds` that the command takes, and a look at what it has left."""
     arguments = [argument.format(out=out) for argument in command.arguments]
     again, group = draw.choice([None, None, 0.05, 0.5]), draw.random() < 0.5
-    with command.beside() as doing:
+    with command.beside(out) as doing:
         process, start = _start(arguments)
         if command.phases:
             phase, seconds = draw.choice(list(command.phases.items()))
