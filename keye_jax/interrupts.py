@@ -49,6 +49,7 @@ _whole = threading.RLock()  # of what is not cut in two
 _main_is_in_whole = False
 _late: int | None = None  # came to the main thread meanwhile
 _handles = False
+_others: int | None = None  # signals to handlers of others, where they are counted
 _children: weakref.WeakSet[subprocess.Popen[Any]] = weakref.WeakSet()
 _errors = 2  # where the line goes
 _bell: int | None = None
@@ -102,6 +103,17 @@ def given_to(
         with _whole:  # the function is not being called
             _receivers.clear()
         signal.set_wakeup_fd(bell)
+
+
+@contextlib.contextmanager
+def ended_by_second() -> Iterator[None]:
+    """In it the second signal to a handler of others ends the process, also where native code keeps it from that."""
+    global _others
+    _others = 0
+    try:
+        yield
+    finally:
+        _others = None
 
 
 @contextlib.contextmanager
@@ -303,11 +315,15 @@ def _watch(bell: int) -> None:
 
 def _ends_process(number: int) -> bool:
     """Whether a signal is to end this process; it is given to whom it belongs."""
+    global _others
     handler = signal.getsignal(number)
     if handler is _leave:
         with _whole:
             if (function := _receivers.get(number)) is not None:
                 function(signal.Signals(number))
+    elif handler is not _take and _others is not None:
+        _others += 1
+        return _others > 1
     return handler is _take
 
 

@@ -57,6 +57,7 @@ class Command:
       check: takes that path after the command was interrupted; says what is wrong with what is there, or "".
       beside: takes that path, and does something while the command runs; gives a function that says what the command is
         doing.
+      order_s: seconds that it may take to end in its own order, after one signal.
       code: its exit code where nobody interrupts it.
       phases: what it can be doing, and the seconds from the beginning of that in which it is interrupted. Without any,
         the moment is one of the time that the whole command takes.
@@ -65,6 +66,7 @@ class Command:
     arguments: Sequence[str]
     check: Callable[[Path], str] = lambda out: ""
     beside: Callable[[Path], AbstractContextManager[Callable[[], str]]] = lambda out: contextlib.nullcontext(lambda: "")
+    order_s: float = LIMIT_S
     code: int = 0
     phases: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
@@ -129,6 +131,7 @@ def commands(folder: Path) -> dict[str, Command]:
             ("train", "--config", "shapes_cpu", "--output", "{out}"),
             beside=lambda out: _looking(out / MEASURES, "training"),
             phases={"loading": 20, "training": 5},
+            order_s=60,  # it ends a step and saves
         ),
         "serve": Command(
             ("serve", *given, *small, "--port", str(port)),
@@ -218,6 +221,7 @@ def interrupt(
     again: float | None,
     doing: Callable[[], str],
     whole: int = 0,
+    order_s: float = LIMIT_S,
 ) -> tuple[str, str]:
     """Interrupts a command once.
 
@@ -228,6 +232,7 @@ def interrupt(
       again: seconds from the first signal to a second; None for none.
       doing: says what the command is doing.
       whole: its exit code where nobody interrupts it.
+      order_s: how long it may take after one signal; after two it has `LIMIT_S`.
 
     Returns:
       "interrupted", with what it was doing, or "over", which it was before; and what is wrong, or "".
@@ -238,11 +243,11 @@ def interrupt(
         time.sleep(pause)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT) if group else process.send_signal(signal.SIGINT)
-    began = time.monotonic()
+    began, limit = time.monotonic(), order_s if again is None else LIMIT_S
     try:
-        code, _, err = _ended(process, LIMIT_S)
+        code, _, err = _ended(process, limit)
     except subprocess.TimeoutExpired:
-        return state, f"it has not ended after {LIMIT_S:.0f} s"
+        return state, f"it has not ended after {limit:.0f} s"
     if code == whole:
         return "over", "" if "Traceback" not in err else err
     told = [line for line in err.splitlines() if line.startswith(_ENDINGS)]
@@ -263,7 +268,9 @@ def attempt(command: Command, seconds: float, out: Path, draw: random.Random) ->
             while doing() != phase and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.01)
         delay = draw.uniform(0, seconds)
-        state, wrong = interrupt(process, delay, group=group, again=again, doing=doing, whole=command.code)
+        state, wrong = interrupt(
+            process, delay, group=group, again=again, doing=doing, whole=command.code, order_s=command.order_s
+        )
     what = f"{state:21} at {delay:6.2f} of {seconds:6.2f} s after {start:.2f} s" + (
         "" if again is None else f", twice in {again} s"
     )

@@ -171,6 +171,23 @@ with interrupts.raised():
     assert (code, out, err) == (130, "", "keye-jax: interrupted\n")
 
 
+def test_the_second_signal_to_anothers_handler_ends_the_process():
+    program = """
+import hashlib, signal
+signal.signal(signal.SIGINT, lambda *_: None)
+with interrupts.raised(), interrupts.ended_by_second():
+    ready()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+    process = begun(program)
+    end = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < end:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    _, err, code = ended(process)
+    assert (code, err) == (130, "keye-jax: interrupted\n")
+
+
 def test_a_signal_after_the_command_has_said_how_it_stopped_adds_no_line():
     program = """
 import time
