@@ -85,6 +85,7 @@ def commands(folder: Path) -> dict[str, Command]:
             ),
             has_whole_lines,
         ),
+        "warmup": Command(("warmup", "batch", *given, "--rows", "2", "--cache-tokens", "16K")),
         "bench": Command(
             (
                 *("bench", "--config", str(folder / "hf" / "config.json"), "--prefill", "256", "--decode", "1x256"),
