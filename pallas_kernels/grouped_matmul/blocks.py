@@ -41,7 +41,9 @@ class Blocks:
 
         A block behind the last counts as one of the last group, and begins behind the group's end.
         """
-        group = jnp.minimum(jnp.searchsorted(self.block_ends, index, side="right", method="compare_all"), len(self.ends) - 1)
+        group = jnp.minimum(
+            jnp.searchsorted(self.block_ends, index, side="right", method="compare_all"), len(self.ends) - 1
+        )
         first = (index - self.block_starts[group]) * self.size
         return group, self.starts[group] + first, self.ends[group]
 
