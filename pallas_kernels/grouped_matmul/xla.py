@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import portable
 from pallas_kernels.grouped_matmul.blocks import Blocks, group_of_row
 from pallas_kernels.grouped_matmul.groups import group_ends
 from pallas_kernels.meshes import vary_like
-from pallas_kernels.portable import on_gpus
 
 _BLOCK_ROWS = 128
 """Most rows of a block, not on GPUs."""
@@ -55,7 +55,7 @@ def _forward(lhs: jax.Array, rhs: jax.Array, ends: jax.Array) -> tuple[jax.Array
 def _backward(saved: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     lhs, rhs, ends = saved
     d_lhs = _multiply(d_out, rhs, ends, transposed=True).astype(lhs.dtype)
-    return d_lhs, on_gpus(_d_rhs_on_gpus, _d_rhs, lhs, rhs, ends, d_out), None
+    return d_lhs, portable.on_gpus(_d_rhs_on_gpus, _d_rhs, lhs, rhs, ends, d_out), None
 
 
 _grouped_matmul.defvjp(_forward, _backward)
@@ -71,7 +71,7 @@ def _multiply(lhs: jax.Array, rhs: jax.Array, ends: jax.Array, *, transposed: bo
         out = jnp.einsum(form, lhs, matrices, preferred_element_type=jnp.float32).astype(lhs.dtype)
     else:
         gpu, elsewhere = (functools.partial(f, transposed=transposed) for f in (_multiply_on_gpus, _multiply_blocks))
-        out = on_gpus(gpu, elsewhere, lhs, rhs, ends)
+        out = portable.on_gpus(gpu, elsewhere, lhs, rhs, ends)
     return jnp.where(jnp.arange(rows)[:, None] < ends[-1], out, 0)
 
 

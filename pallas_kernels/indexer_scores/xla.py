@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import paging
+from pallas_kernels import paging, portable
 from pallas_kernels.meshes import vary_like
-from pallas_kernels.portable import on_gpus
 
 _WORKSPACE_BYTES = 8 * 2**20
 _GPU_WORKSPACE_BYTES = 256 * 2**20
@@ -42,7 +41,7 @@ def _indexer_scores(
     page_table: jax.Array,
     query_start: jax.Array,
 ) -> jax.Array:
-    return on_gpus(
+    return portable.on_gpus(
         functools.partial(_score_chunks, scale, True),
         functools.partial(_score_chunks, scale, False),
         *(q, weights, keys, key_scales, page_table, query_start),
@@ -80,7 +79,7 @@ def _forward(scale: float, *arrays: Any) -> tuple[jax.Array, Any]:
 
 def _backward(scale: float, saved: Any, d_scores: jax.Array) -> Any:
     gpu, elsewhere = (functools.partial(_add_chunks, scale, on_gpu) for on_gpu in (True, False))
-    return *on_gpus(gpu, elsewhere, d_scores, *saved), None, None
+    return *portable.on_gpus(gpu, elsewhere, d_scores, *saved), None, None
 
 
 def _add_chunks(scale: float, on_gpu: bool, d_scores: jax.Array, *saved: Any) -> Any:

@@ -5,13 +5,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.portable import on_gpus
+from pallas_kernels import portable
 from pallas_kernels.select_topk import counting
 
 
 def select_topk(scores: jax.Array, lengths: jax.Array, k: int) -> jax.Array:
     """See `api.select_topk`."""
-    return on_gpus(functools.partial(counting.select_topk, k=k), functools.partial(_sort, k=k), scores, lengths)
+    return portable.on_gpus(
+        functools.partial(counting.select_topk, k=k), functools.partial(_sort, k=k), scores, lengths
+    )
 
 
 def _sort(scores: jax.Array, lengths: jax.Array, *, k: int) -> jax.Array:

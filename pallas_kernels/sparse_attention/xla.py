@@ -10,14 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import paging
+from pallas_kernels import paging, portable
 from pallas_kernels.meshes import vary_like
-from pallas_kernels.portable import on_gpus
 
 _WORKSPACE_BYTES = 64 * 2**20
 _GPU_WORKSPACE_BYTES = 256 * 2**20
-_LOGIT_BYTES = 16
-"""Bytes that a GPU moves for one query head and key of masked attention: logits twice and once more, and weights."""
+_LOGIT_BYTES = 20
+"""Bytes that a GPU moves for one head and key of masked attention: a logit four times, its probability twice."""
 _GATHERED_TIMES = 3
 """How often a GPU moves a gathered row: it reads, writes, and reads it."""
 
@@ -45,7 +44,7 @@ def _forward(
 ) -> tuple[_Results, tuple[jax.Array, ...]]:
     gpu = _attend_to_all if _all_is_less(q, kv, indices, page_table) else _gather(_GPU_WORKSPACE_BYTES)
     gpu, elsewhere = (functools.partial(run, scale) for run in (gpu, _gather(_WORKSPACE_BYTES)))
-    found = on_gpus(gpu, elsewhere, q, kv, indices, page_table)
+    found = portable.on_gpus(gpu, elsewhere, q, kv, indices, page_table)
     return found, (q, kv, indices, page_table, *found)
 
 
