@@ -30,7 +30,7 @@ _WORKSPACE_BYTES = 512 * 2**20
 
 
 def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """See `api.grouped_matmul`. It has a gradient, for which only matrices of groups that have rows are read, too.
+    """See `api.grouped_matmul`. It has a gradient, which reads the same matrices.
 
     Memory on GPUs: `_WORKSPACE_BYTES`, and the result with up to one block of rows more for each group.
     """

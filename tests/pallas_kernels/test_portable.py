@@ -10,6 +10,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import pallas_kernels
 from pallas_kernels import portable
+from pallas_kernels.flash_attention import xla as flash
 from pallas_kernels.grouped_matmul import xla as grouped
 from pallas_kernels.indexer_scores import xla as indexer
 from pallas_kernels.select_topk.xla import select_topk
@@ -49,7 +50,7 @@ def test_results_and_gradients_are_those_of_other_platforms(operation, monkeypat
 
     expected = run()
     request.getfixturevalue("for_gpus")
-    for module in (sparse, indexer):
+    for module in (sparse, indexer, flash):
         monkeypatch.setattr(module, "_GPU_WORKSPACE_BYTES", 2**18)
     got = run()
     for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
