@@ -93,7 +93,7 @@ def _attend_to_all(scale: float, q: jax.Array, kv: jax.Array, indices: jax.Array
 
     def attend(some: tuple[jax.Array, jax.Array]) -> _Results:
         q, indices = some  # [b, i, n, d], [b, i, top_k]
-        chosen = jnp.zeros((*indices.shape[:2], capacity), bool)
+        chosen = vary_like(jnp.zeros((*indices.shape[:2], capacity), bool), indices)
         sequence, query = (x[..., None] for x in jnp.indices(indices.shape[:2]))
         chosen = chosen.at[sequence, query, jnp.where(indices < 0, capacity, indices)].set(True, mode="drop")
         grouped = q.reshape(*q.shape[:2], kv_heads, heads // kv_heads, dim)
