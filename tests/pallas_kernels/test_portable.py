@@ -1,6 +1,7 @@
 """The portable implementations' ways on GPUs, run on any platform."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,12 +101,12 @@ class TestSelectTopk:
                 scores = np.where(scores > 2, np.inf, np.where(scores < 0, -np.inf, scores))
         scores = scores.astype(np.float32)
         lengths = np.clip([size, size - 1, k + 1, k, k - 1, 1, 0, size // 2], 0, size).astype(np.int32)
-        got = jax.jit(lambda *arrays: select_topk(*arrays, k))(scores, lengths)
+        got = jax.jit(functools.partial(select_topk, k=k))(scores, lengths)
         np.testing.assert_array_equal(got, selection(scores, lengths, k))
 
     def test_numbers_out_of_range(self):
         scores = jnp.array([[1.0, jnp.nan, 3.0, -jnp.nan, jnp.inf]] * 3)
-        got = jax.jit(lambda *arrays: select_topk(*arrays, 3))(scores, jnp.array([9, -1, 3]))
+        got = jax.jit(functools.partial(select_topk, k=3))(scores, jnp.array([9, -1, 3]))
         assert got.tolist() == [[1, 3, 4], [-1, -1, -1], [0, 1, 2]]
 
 
@@ -129,8 +130,9 @@ class TestSparseAttention:
 
     @staticmethod
     def masked(queries, context):
-        arrays = MODEL.queries(1, queries), MODEL.kv_pages(context), int32(1, queries, MODEL.top_k)
-        return sparse._all_is_less(*arrays, MODEL.page_table(1, context))
+        q, kv, indices = MODEL.queries(1, queries), MODEL.kv_pages(context), int32(1, queries, MODEL.top_k)
+        arrays: list[Any] = [q, kv, indices, MODEL.page_table(1, context)]
+        return sparse._all_is_less(*arrays)
 
 
 def primitives(jaxpr):
@@ -173,7 +175,7 @@ def test_the_device_decides_no_loops_end(operation, queries, context):
     run = functools.partial(getattr(pallas_kernels, operation), implementation="xla", **static)
     found = list(primitives(jax.make_jaxpr(run)(*arguments).jaxpr))
     assert not {"while", "sort", "top_k"} & {equation.primitive.name for equation in found}
-    products = [equation for equation in found if equation.primitive.name == "dot_general"]
+    products: list[Any] = [equation for equation in found if equation.primitive.name == "dot_general"]
     if operation != "indexer_scores":  # It multiplies float32 gates by float32 dot products.
         assert all(x.aval.dtype == jnp.bfloat16 for equation in products for x in equation.invars)
     for equation in products:
@@ -182,7 +184,7 @@ def test_the_device_decides_no_loops_end(operation, queries, context):
 
 def test_programs_for_gpus_count_and_others_sort():
     lowered = {
-        platform: jax.jit(lambda *arrays: select_topk(*arrays, 8))
+        platform: jax.jit(functools.partial(select_topk, k=8))
         .trace(float32(2, 64), int32(2))
         .lower(lowering_platforms=(platform,))
         .as_text()
