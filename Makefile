@@ -11,8 +11,12 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0
 ifeq ($(shell uname -sm),Linux x86_64)
 LIBTPU := $(VENV)/libtpu/.installed
 endif
+# JAX's plugin for CUDA and each ptxas that a user may have, for Linux. JAX would load the plugin everywhere, too.
+ifeq ($(shell uname -s),Linux)
+GPU_COMPILERS := $(VENV)/gpu_compilers/.installed
+endif
 
-.PHONY: setup demo train-demo test test-all test-jax-next test-gpu test-tpu test-tpu-compile lint clean
+.PHONY: setup demo train-demo test test-all test-jax-next test-gpu test-tpu test-tpu-compile test-gpu-compile lint clean
 
 setup: $(VENV)/.installed-dev
 
@@ -37,6 +41,14 @@ $(VENV)/libtpu/.installed: $(VENV)/.installed-dev
 	| $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/libtpu --requirement /dev/stdin
 	@touch $@
 
+# The plugin of the installed JAX, the oldest ptxas of its CUDA, and the one that `pip install 'jax[cuda13]'` brings.
+$(VENV)/gpu_compilers/.installed: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D)/plugin \
+	'jax-cuda13-plugin==$(JAX)' 'jax-cuda13-pjrt==$(JAX)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D)/ptxas-13.0 'nvidia-cuda-nvcc==13.0.*'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D)/ptxas-newest 'nvidia-cuda-nvcc==13.*'
+	@touch $@
+
 demo: $(VENV)/.installed
 	@$(BIN)/python -m keye_jax.demo build/demo
 
@@ -48,7 +60,7 @@ train-demo: $(VENV)/.installed-train
 test: $(VENV)/.installed-dev $(LIBTPU)
 	$(PYTEST) -m 'not slow'
 
-test-all: $(VENV)/.installed-dev $(LIBTPU)
+test-all: $(VENV)/.installed-dev $(LIBTPU) $(GPU_COMPILERS)
 	$(PYTEST)
 
 # The tests of `make test` with the newest JAX.
@@ -67,6 +79,12 @@ test-tpu: $(if $(PY),,$(VENV)/.installed-dev)
 test-tpu-compile: $(VENV)/.installed-dev $(LIBTPU)
 	@mkdir -p build
 	$(BIN)/python -m tests.tpu_compile --json build/tpu_compile.json
+
+# Every Hopper kernel through the compiler for NVIDIA GPUs and each ptxas, without a GPU, with both versions of JAX.
+test-gpu-compile: $(VENV)/.installed-dev $(GPU_COMPILERS)
+	@mkdir -p build
+	$(BIN)/python -m tests.gpu_compile --json build/gpu_compile_jax_$(subst *,x,$(JAX)).json
+	@test '$(JAX)' = '$(JAX_NEXT)' || $(MAKE) test-gpu-compile VENV=.venv-next JAX='$(JAX_NEXT)'
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -115,6 +115,7 @@ def commands(folder: Path) -> dict[str, Command]:
             beside=lambda out: _looking(out, "answering"),
             phases={"loading": 30, "answering": 3},
         ),
+        "warmup": Command(("warmup", "batch", *given, "--rows", "2", "--cache-tokens", "16K")),
         "bench": Command(
             (
                 *("bench", "--config", str(folder / "hf" / "config.json"), "--prefill", "128", "--decode", ""),

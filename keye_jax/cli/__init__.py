@@ -30,6 +30,7 @@ from keye_jax.cli import (
     serve,
     train,
     verify,
+    warmup,
 )
 from keye_jax.errors import UserError
 from keye_jax.runtime import distributed
@@ -60,6 +61,7 @@ app.command("frames")(frames.frames)
 app.add_typer(eval.app, name="eval")
 app.command("batch")(batch.batch)
 app.command("serve")(serve.serve)
+app.command("warmup")(warmup.warmup)
 app.command("train")(train.train)
 app.command("generate", cls=generate.InOrder)(generate.generate)
 app.command("doctor")(doctor.doctor)

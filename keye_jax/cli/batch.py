@@ -24,9 +24,12 @@ from keye_jax.errors import UserError
 from keye_jax.runtime import distributed
 
 if TYPE_CHECKING:
+    from keye_jax.engine.options import EngineOptions
     from keye_jax.jobs.batch import Engine
     from keye_jax.jobs.report import Tally
 
+ROWS = 32
+"""Answers that are written at once, if nobody says."""
 # Exit codes.
 SOME_FAILED, STOPPED = 1, 3
 # Told to the other processes of a job before process 0 opens its engine.
@@ -54,8 +57,9 @@ def batch(
     media: MediaGroup,
     subtitles: Annotated[str | None, typer.Option(help="'container': subtitles that are in the videos.")] = None,
     allow_remote: options.AllowRemote = False,
-    rows: Annotated[int, typer.Option(help="Answers that are written at once.")] = 32,
+    rows: Annotated[int, typer.Option(help="Answers that are written at once.")] = ROWS,
     engine: EngineGroup,
+    warmup: options.Warmup = True,
     concurrency: Annotated[
         int | None, typer.Option(help="Requests that the engine has at once, media included; twice --rows if left out.")
     ] = None,
@@ -104,14 +108,12 @@ def batch(
     key_options |= {name: settings[name] for name in ("dense_below", "prefill_chunk", "dtype")}
     key_options |= {"indexer_dtype": model.indexer_dtype}
     outstanding = concurrency or 2 * rows * (ray or 1)
-    # No one waits for a first word, so free rows are filled before others go on.
-    engine_options = engine.engine_options(rows=rows, chunks_between=rows)
     opener = functools.partial(
         open_engine,
         # A worker on another machine looks for a bucket's small files itself.
         str(directory if ray is None else checkpoint),
-        warmup=engine.warmup,
-        options=engine_options,
+        warmup=warmup,
+        options=engine_options(engine, rows=rows),
         sharding=model.sharding,
         allow_remote=allow_remote,
         media=chosen,
@@ -150,6 +152,12 @@ def batch(
         print(f"keye-jax: {tally.failed:,} of {tally.total:,} requests failed; see {output}", file=sys.stderr)
         return SOME_FAILED
     return 0
+
+
+def engine_options(engine: EngineGroup, *, rows: int) -> EngineOptions:
+    """The options of a job's engine. Raises UserError."""
+    # No one waits for a first word, so free rows are filled before others go on.
+    return engine.engine_options(rows=rows, chunks_between=rows)
 
 
 def follow(opener: Callable[[], Any]) -> int:

@@ -114,7 +114,6 @@ class EngineGroup:
     ] = False
     media_workers: Annotated[int, typer.Option(help="Processes that decode videos and images.")] = 2
     frame_cache: Annotated[Path | None, typer.Option(help="Folder that keeps decoded frames between runs.")] = None
-    warmup: Annotated[bool, typer.Option(help="Compile all programs before the first request.")] = True
 
     def engine_options(self, **others: Any) -> EngineOptions:
         """The engine's options; `others` are those that are not in the group. Raises UserError."""

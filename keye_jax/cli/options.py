@@ -45,6 +45,8 @@ IndexerDtype = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="'checkpoint', 'bfloat16' or 'float32': what the parameters are cast to.")]
 
+Warmup = Annotated[bool, typer.Option(help="Compile all programs before the first request.")]
+
 Fps = Annotated[float | None, typer.Option(help="Frames to look at a second of video.")]
 MaxFrames = Annotated[int | None, typer.Option(help="Most frames of a video.")]
 NumFrames = Annotated[int | None, typer.Option(help="Frames of a video, in place of --fps.")]

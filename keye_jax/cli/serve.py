@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +15,12 @@ from keye_jax.cli.groups import EngineGroup, MediaGroup, ModelGroup, at_least, e
 from keye_jax.errors import UserError
 from keye_jax.runtime import distributed
 
+if TYPE_CHECKING:
+    from keye_jax.engine.options import EngineOptions
+
 KEY_VARIABLE = "KEYE_JAX_API_KEY"
+ROWS = 16
+"""Answers that are written at once, if nobody says."""
 
 
 @expanded
@@ -54,13 +59,14 @@ def serve(
     profile: Annotated[Path | None, typer.Option(help="Folder for traces, which POST /debug/profile begins.")] = None,
     *,
     media: MediaGroup,
-    rows: Annotated[int, typer.Option(help="Answers that are written at once.")] = 16,
+    rows: Annotated[int, typer.Option(help="Answers that are written at once.")] = ROWS,
     max_context: Annotated[
         str | None, typer.Option(help="Most tokens of a prompt with its answer, such as 128K; the model's if left out.")
     ] = None,
     chunks_between: Annotated[int, typer.Option(help="Chunks of prompts that are read before answers go on.")] = 1,
     target_gap: Annotated[float | None, typer.Option(help="Most milliseconds between two tokens of an answer.")] = None,
     engine: EngineGroup,
+    warmup: options.Warmup = True,
     model: ModelGroup,
 ) -> int:
     """Answer requests over HTTP, in the shape of OpenAI's interface, with a page for the browser at /."""
@@ -105,13 +111,14 @@ def serve(
     opener = functools.partial(
         open_engine,
         str(directory),
-        warmup=engine.warmup,
-        options=engine.engine_options(
+        warmup=warmup,
+        options=engine_options(
+            engine,
+            model,
             rows=rows,
+            max_context=max_context,
             chunks_between=chunks_between,
             target_gap_ms=target_gap,
-            selection_heat=model.attention == "sparse",  # the page shows it
-            max_context=None if max_context is None else options.tokens("--max-context", max_context),
         ),
         sharding=model.sharding,
         allow_remote=allow_remote,
@@ -127,6 +134,18 @@ def serve(
     listener = listen(host, port)
     distributed.tell("serves")
     return run(limits, directory, name or checkpoint.resolve().name, opener, listener)
+
+
+def engine_options(
+    engine: EngineGroup, model: ModelGroup, *, rows: int, max_context: str | None, **others: Any
+) -> EngineOptions:
+    """The options of a server's engine. Raises UserError."""
+    return engine.engine_options(
+        rows=rows,
+        selection_heat=model.attention == "sparse",  # the page shows it
+        max_context=None if max_context is None else options.tokens("--max-context", max_context),
+        **others,
+    )
 
 
 def _check_extra() -> None:

@@ -11,8 +11,11 @@ import jax
 def enable_compilation_cache() -> None:
     """Keeps compiled programs between runs, in `JAX_COMPILATION_CACHE_DIR` or the user's cache directory.
 
-    A user without a home directory, or who may not write there, does without.
+    Small programs too: a command runs hundreds of them. A user without a home directory, or who may not write there,
+    does without.
     """
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     try:

@@ -176,7 +176,7 @@ def _encode_program(runtime: Runtime, patches: int, normalisation: tuple[jax.Arr
 
 
 def _shape(runtime: Runtime, shape: tuple[int, ...], dtype: Any, *dimensions: Axes) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=runtime.rules.over(*dimensions))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=runtime.placement(*dimensions))
 
 
 def _state_shape(runtime: Runtime, rows: int, width: int, heat: bool) -> Any:
@@ -187,7 +187,7 @@ def _state_shape(runtime: Runtime, rows: int, width: int, heat: bool) -> Any:
 def _pool_shape(runtime: Runtime, pages: int) -> PagePool:
     pool = jax.eval_shape(runtime.pool_maker(pages))
     if runtime.rules.sharding() is None:
-        return pool
+        return jax.tree.map(lambda x: _shape(runtime, x.shape, x.dtype), pool)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         pool,

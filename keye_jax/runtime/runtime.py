@@ -79,6 +79,8 @@ class Runtime:
         graph, state = nnx.split(shard_params(model, self.rules))
         arrays, tree = jax.tree.flatten(state)
         self.model_def, self.params = programs.model_def(graph, tree), tuple(arrays)
+        committed = (x.sharding for x in arrays if isinstance(x, jax.Array) and x.committed)
+        self._device = next(committed, None) if self.rules.sharding() is None else None
         # What many steps take, by its shape, so that it is on the devices once.
         self._idle_rows: dict[tuple[int, int], tuple[DecodeState, DecodeState]] = {}
         self._no_vision: dict[int, jax.Array] = {}
@@ -88,10 +90,18 @@ class Runtime:
 
         Every process of a job gives the same array; of a split one each looks at its own parts only.
         """
-        sharding = self.rules.over(*dimensions)
+        sharding = self.placement(*dimensions)
         if sharding is None:
             return jnp.asarray(array)
         return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
+    def placement(self, *dimensions: Axes) -> jax.sharding.Sharding | None:
+        """Where an array lies whose dimensions are split over these mesh axes; None for the default device.
+
+        Where there is no mesh, that is the device to which the parameters are committed, as those of Orbax are. A
+        program is compiled once more if only some of its arguments are committed.
+        """
+        return self.rules.over(*dimensions) or self._device
 
     # Pages.
 
@@ -108,7 +118,7 @@ class Runtime:
         """A pool of at least this number of pages, equally many on each shard."""
         make = self.pool_maker(pages)
         if self.rules.sharding() is None:
-            return make()
+            return make() if self._device is None else jax.jit(make, out_shardings=self._device)()
         return jax.jit(make, out_shardings=jax.eval_shape(make).shardings(self.rules))()
 
     def pool_maker(self, pages: int) -> Callable[[], PagePool]:

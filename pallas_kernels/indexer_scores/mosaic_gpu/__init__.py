@@ -8,9 +8,9 @@ are `inline_mgpu` bodies.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gpu.wgmma import ROWS
 from pallas_kernels.indexer_scores.mosaic_gpu.decode import decode_scores
 from pallas_kernels.indexer_scores.mosaic_gpu.prefill import prefill_scores
-from pallas_kernels.indexer_scores.mosaic_gpu.products import ROWS
 
 
 def indexer_scores(

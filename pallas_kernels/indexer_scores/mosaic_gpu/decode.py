@@ -16,8 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.hopper import MULTIPROCESSORS
+from pallas_kernels.gpu.wgmma import ROWS, finish_dots
 from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import load_row, load_scales, store_row, sum_heads_in_quad
-from pallas_kernels.indexer_scores.mosaic_gpu.products import ROWS, finish_dots, start_dots, sync_warpgroup
+from pallas_kernels.indexer_scores.mosaic_gpu.products import start_dots, sync_warpgroup
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "fill"))

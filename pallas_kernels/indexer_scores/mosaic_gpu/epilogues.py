@@ -10,7 +10,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.gpu.mlir import const, global_pointer
-from pallas_kernels.indexer_scores.mosaic_gpu.products import FRAGMENT, ROWS, fragment, scalars, thread_position
+from pallas_kernels.gpu.wgmma import FRAGMENT, ROWS, fragment, scalars
+from pallas_kernels.indexer_scores.mosaic_gpu.products import thread_position
 
 SPLAT = plgpu.Layout.WG_SPLAT
 STAGE_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))

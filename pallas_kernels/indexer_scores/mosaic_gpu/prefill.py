@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.hopper import MULTIPROCESSORS, SHARED_BYTES
+from pallas_kernels.gpu.wgmma import ROWS, finish_dots
 from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import (
     STAGE_TRANSFORMS,
     load_gates,
@@ -35,7 +36,7 @@ from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import (
     store,
     sum_heads,
 )
-from pallas_kernels.indexer_scores.mosaic_gpu.products import ROWS, finish_dots, start_dots, sync_warpgroup
+from pallas_kernels.indexer_scores.mosaic_gpu.products import start_dots, sync_warpgroup
 
 _WIDTH = 8  # Queries of one warpgroup.
 _COLUMNS = 128  # Largest N of one product.

@@ -1,47 +1,16 @@
-"""Products of keys and queries as wgmma instructions. `plgpu.wgmma` can neither start from zero nor overlap two."""
+"""Products of keys and queries as wgmma instructions."""
 
 # The types of Pallas' decorators and transforms are not yet complete.
 # pyright: reportAbstractUsage=false, reportCallIssue=false, reportPrivateImportUsage=false, reportArgumentType=false
 
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental.mosaic.gpu import fragmented_array, mma_utils, utils
+from jax.experimental.mosaic.gpu import mma_utils, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.gpu.mlir import const
-
-FRAGMENT = plgpu.Layout._WGMMA_ACC_32BIT
-"""A [64, n] array as wgmma writes it, with one fp32 register per element. Pairs would make ptxas serialise wgmma."""
-ROWS = 64
-"""Keys on the M side of one wgmma."""
-
-
-def scalars(array):
-    """The f32 scalars that a thread holds of an array, in wgmma's order: 8-column group, row half, pair."""
-    return [
-        vector.extract(r, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
-        for r in array.registers.flat
-    ]
-
-
-def fragment(scalars, columns):
-    """The [64, columns] array of a thread's scalars; undoes `scalars`."""
-    layout = FRAGMENT.to_mgpu()
-    one = ir.VectorType.get((1,), ir.F32Type.get())
-    registers = np.empty(len(scalars), dtype=object)
-    registers[:] = [vector.broadcast(one, s) for s in scalars]
-    registers = registers.reshape(layout.registers_shape((ROWS, columns)))
-    return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-
-def asm(results, operands, text, constraints):
-    """Volatile inline PTX with `results` f32 outputs."""
-    f32 = ir.F32Type.get()
-    struct = llvm.StructType.get_literal([f32] * results)
-    out = llvm.inline_asm(struct, operands, text, constraints, asm_dialect=0, has_side_effects=True)
-    return [llvm.extractvalue(f32, out, [i]) for i in range(results)]
+from pallas_kernels.gpu.wgmma import FRAGMENT, ROWS, asm, fragment
 
 
 def thread_position():
@@ -105,20 +74,6 @@ def start_dots(keys, queries, transforms, columns, swizzle):
         return fragment(asm(count, operands, text, constraints), columns)
 
     return start(keys, queries)
-
-
-def finish_dots(dots, in_flight):
-    """Waits until at most `in_flight` later products are running, and returns `dots`."""
-
-    @plgpu.inline_mgpu(arg_types=(FRAGMENT,), return_type=plgpu.ShapeDtypeStruct(dots.shape, jnp.float32, FRAGMENT))
-    def finish(ctx, dots):
-        del ctx
-        values = scalars(dots)
-        constraints = ",".join(["=f"] * len(values) + [str(i) for i in range(len(values))])
-        text = f"wgmma.wait_group.sync.aligned {in_flight};"
-        return fragment(asm(len(values), values, text, constraints), dots.shape[1])
-
-    return finish(dots)
 
 
 def sync_warpgroup():

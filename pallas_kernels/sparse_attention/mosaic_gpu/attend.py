@@ -28,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu.wgmma import ROWS, finish_dots, start_row_dots
 from pallas_kernels.sparse_attention.mosaic_gpu.gather import (
     DIM,
     GROUP,
@@ -41,9 +42,6 @@ from pallas_kernels.sparse_attention.mosaic_gpu.gather import (
     wait_full,
     write_mask,
 )
-
-ROWS = 64
-"""Rows of one compute warpgroup: the M of a warpgroup matmul."""
 
 _LOG2E = math.log2(math.e)
 
@@ -183,13 +181,11 @@ def attend(
                 return [(step * n + i, lax.rem(step * n + i, stages)) for i in range(n)]
 
             def scores_of(step):
-                def matmul(*s_refs):
-                    for s_ref, (_, stage) in zip(s_refs, tiles_and_stages(step), strict=True):
-                        plgpu.wgmma(s_ref, q_registers, k_smem.at[stage].transpose((1, 0)))
-                        plgpu.wgmma(s_ref, selector, mask_smem.at[stage].transpose((1, 0)))
-                    return tuple(s_ref[...] for s_ref in s_refs)
-
-                return pl.run_scoped(matmul, *[plgpu.ACC((ROWS, TILE), jnp.float32)] * n)
+                dots = [
+                    start_row_dots((q_registers, k_smem.at[stage]), (selector, mask_smem.at[stage]), swizzles=(128, 32))
+                    for _, stage in tiles_and_stages(step)
+                ]
+                return [finish_dots(tile, n - 1 - i, plgpu.Layout.WGMMA) for i, tile in enumerate(dots)]
 
             def softmax(scores, highest, total):
                 # In units of log2, the exponent is one multiply-add. `highest` starts finite, so no NaN can arise.

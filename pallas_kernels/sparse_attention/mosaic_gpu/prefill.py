@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.sparse_attention.mosaic_gpu.attend import ROWS, UnionConfig, attend, check
+from pallas_kernels.gpu.wgmma import ROWS
+from pallas_kernels.sparse_attention.mosaic_gpu.attend import UnionConfig, attend, check
 from pallas_kernels.sparse_attention.mosaic_gpu.gather import DIM, GROUP, TILE
 from pallas_kernels.sparse_attention.mosaic_gpu.unions import build_unions
 

@@ -1,0 +1,196 @@
+"""The programs that hold Hopper kernels, at the released model's shapes, as model and engine call them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels.flash_attention.mosaic_gpu import paged_flash_attention
+from pallas_kernels.grouped_matmul.mosaic_gpu import expert_mlp, gate_up_silu, grouped_matmul
+from pallas_kernels.indexer_scores.mosaic_gpu import indexer_scores
+from pallas_kernels.select_topk.mosaic_gpu import select_topk
+from pallas_kernels.shapes import KEYE_VL_2 as MODEL
+from pallas_kernels.shapes import PAGE_SIZE, float32, int32, spec
+from pallas_kernels.sparse_attention.mosaic_gpu import sparse_attention
+from pallas_kernels.sparse_attention.mosaic_gpu.prefill import union_attention
+from pallas_kernels.sparse_attention.mosaic_gpu.unions import build_unions
+from pallas_kernels.topk_attention.mosaic_gpu import topk_attention
+
+_SELECTION_STACK = 64
+"""The selection holds a row in registers, or has 64 of them with two teams of threads, and keeps counts in memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCase:
+    """A program with one Hopper kernel or several.
+
+    Attributes:
+      kernel: name of the operation or of its kernel.
+      shape: words that tell this program from the others of its operation.
+      function: a function of arrays.
+      arguments: what is passed to it, `jax.ShapeDtypeStruct`.
+      quick: whether `make test` compiles it too.
+      stack: most bytes of a thread's registers that ptxas may keep in memory, for kernels that were measured so.
+    """
+
+    kernel: str
+    shape: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    quick: bool = False
+    stack: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kernel}, {self.shape}"
+
+
+def _words(batch: int, queries: int, context: int) -> str:
+    return f"{batch} x {queries} queries, {context // 1024}K"
+
+
+def _scores(batch: int, queries: int, context: int, *, fill: bool = True, quick: bool = False) -> KernelCase:
+    return KernelCase(
+        "indexer_scores",
+        _words(batch, queries, context) + ("" if fill else ", not filled"),
+        functools.partial(indexer_scores, scale=MODEL.index_scale, fill=fill),
+        MODEL.indexer_arguments(batch, queries, context),
+        quick=quick,
+        stack=0 if queries == 1 else 16,  # an address, read again for each 256 keys
+    )
+
+
+def _float8_scores(batch: int, queries: int, context: int) -> KernelCase:
+    def score(*arguments):
+        return indexer_scores(*arguments[:5], scale=MODEL.index_scale, key_scales=arguments[5], fill=False)
+
+    arguments = MODEL.indexer_arguments(batch, queries, context, jnp.float8_e4m3fn)
+    arguments = *arguments, float32(*arguments[2].shape[:2])
+    return KernelCase("indexer_scores", _words(batch, queries, context) + ", fp8", score, arguments)
+
+
+def _other_scores(heads: int, dim: int) -> KernelCase:
+    arguments = spec(2, 100, heads, dim), float32(2, 100, heads), spec(128, PAGE_SIZE, dim), int32(2, 64), int32(2)
+    words = f"{heads} heads of {dim}"
+    return KernelCase("indexer_scores", words, functools.partial(indexer_scores, scale=0.125), arguments)
+
+
+def _selection(rows: int, context: int, *, quick: bool = False) -> KernelCase:
+    arguments = float32(rows, context), int32(rows)
+    words = f"{rows} x {context // 1024}K"
+    function = functools.partial(select_topk, k=MODEL.top_k)
+    return KernelCase("select_topk", words, function, arguments, quick=quick, stack=_SELECTION_STACK)
+
+
+def _unions(context: int) -> KernelCase:
+    function = functools.partial(build_unions, page_size=PAGE_SIZE, limit=16 * MODEL.top_k)
+    arguments = int32(1, 2048, MODEL.top_k), MODEL.page_table(1, context)
+    return KernelCase("build_unions", f"{context // 1024}K", function, arguments)
+
+
+def _union_attention(q_per_kv: int, *, quick: bool = False) -> KernelCase:
+    lists = int32(128, 16 * MODEL.top_k)
+    q = spec(2048, MODEL.kv_heads * q_per_kv, MODEL.head_dim)
+    return KernelCase(
+        "union_attention",
+        f"{q_per_kv} heads on a KV head",
+        functools.partial(union_attention, scale=MODEL.scale),
+        (q, MODEL.kv_pages(2048 * PAGE_SIZE), lists, lists, int32(128)),
+        quick=quick,
+    )
+
+
+def _sparse(batch: int, context: int, *, quick: bool = False) -> KernelCase:
+    return KernelCase(
+        "sparse_attention",
+        _words(batch, 1, context),
+        functools.partial(sparse_attention, scale=MODEL.scale),
+        (
+            MODEL.queries(batch, 1),
+            MODEL.kv_pages(batch * context),
+            int32(batch, 1, MODEL.top_k),
+            MODEL.page_table(batch, context),
+        ),
+        quick=quick,
+    )
+
+
+def _topk(batch: int, queries: int, context: int) -> KernelCase:
+    return KernelCase(
+        "topk_attention",
+        _words(batch, queries, context),
+        functools.partial(topk_attention, top_k=MODEL.top_k, scale=MODEL.scale),
+        (
+            MODEL.queries(batch, queries),
+            float32(batch, queries, context),
+            int32(batch, queries),
+            MODEL.kv_pages(batch * context),
+            MODEL.page_table(batch, context),
+        ),
+        stack=_SELECTION_STACK,
+    )
+
+
+def _experts(tokens: int, *, quick: bool = False) -> list[KernelCase]:
+    """Both kernels, each on its own and one after the other."""
+    rows, gate_up, down, sizes = MODEL.expert_arguments(tokens)
+    hidden = spec(rows.shape[0], MODEL.expert_hidden)
+    words = f"{tokens} tokens"
+    return [
+        KernelCase("gate_up_silu", words, gate_up_silu, (rows, gate_up, sizes)),
+        KernelCase("grouped_matmul", words, grouped_matmul, (hidden, down, sizes)),
+        KernelCase("grouped_matmul", f"{words}, gate and up", grouped_matmul, (rows, gate_up, sizes)),
+        KernelCase("expert_mlp", words, expert_mlp, (rows, gate_up, down, sizes), quick=quick),
+    ]
+
+
+def _dense(batch: int, context: int) -> KernelCase:
+    return KernelCase(
+        "paged_flash_attention",
+        _words(batch, 1, context),
+        functools.partial(paged_flash_attention, scale=MODEL.scale),
+        (
+            MODEL.queries(batch, 1),
+            MODEL.kv_pages(batch * context),
+            MODEL.page_table(batch, context),
+            int32(batch),
+        ),
+    )
+
+
+CASES = [
+    _scores(1, 2048, 131_072, quick=True),
+    _scores(1, 2048, 131_072, fill=False),
+    _scores(1, 1001, 262_144),
+    _scores(1, 1001, 262_144, fill=False),
+    _scores(8, 1, 131_072, quick=True),
+    _scores(8, 1, 131_072, fill=False),
+    _scores(64, 1, 32_768),
+    _scores(64, 1, 32_768, fill=False),
+    _float8_scores(1, 2048, 131_072),
+    _float8_scores(1, 8, 131_072),
+    _float8_scores(1, 1001, 262_144),
+    _float8_scores(8, 1, 131_072),
+    _selection(1024, 131_072, quick=True),
+    _selection(4096, 32_768),
+    _selection(64, 262_144),
+    _selection(1, 131_072),
+    *(_unions(context) for context in [32_768, 131_072, 262_144, 524_288]),
+    *(_union_attention(q_per_kv, quick=q_per_kv == 8) for q_per_kv in [1, 2, 4, 8, 16]),
+    *(_sparse(batch, 32_768, quick=batch == 8) for batch in [1, 8, 64]),
+    _topk(1, 2048, 131_072),
+    _topk(1, 777, 32_768),
+    _topk(8, 1, 131_072),
+    *_experts(1),
+    *_experts(64),
+    *_experts(1024),
+    *_experts(16_384, quick=True),
+    *(_dense(batch, 131_072) for batch in [1, 8, 64]),
+]
+"""What the released model runs, alone and in an engine."""
+
+OTHER_MODELS = [_other_scores(heads, dim) for heads, dim in [(8, 32), (24, 96), (32, 128), (64, 64)]]
+"""What other models would run. More than 16 heads do not fit registers."""
