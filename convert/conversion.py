@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,8 +23,11 @@ from convert.orbax_io import PARAMS, OrbaxSource
 from convert.reader import SafetensorsSource
 from convert.sinks import OrbaxSink, SafetensorsSink, Sink, grouped
 from convert.staging import Staging, is_empty, remove_leftover, staging_directory
+from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
+from keye_jax.parsing import read_json
 from keye_jax.progress import PhaseProgress
+from keye_jax.quantization import layouts
 
 SHARD_BYTES = 5_000_000_000
 
@@ -46,6 +50,7 @@ class Conversion:
       nbytes: bytes of its arrays.
       continued: the part of `nbytes` that an earlier, stopped run wrote.
       seconds: duration of this run.
+      dequantized: names of weights that had fewer bits in SRC and have not in DST.
     """
 
     destination: str
@@ -54,6 +59,7 @@ class Conversion:
     nbytes: int
     continued: int
     seconds: float
+    dequantized: tuple[str, ...] = ()
 
 
 def convert(
@@ -67,6 +73,9 @@ def convert(
     progress: PhaseProgress | None = None,
 ) -> Conversion:
     """Converts the checkpoint in `src` into the other kind, bit by bit, and writes it into the directory `dst`.
+
+    Weights of fewer bits stay as they are, in the layouts of `keye_jax.quantization.layouts.write`. Where a model cannot
+    hold them so, they become numbers of its dtype.
 
     Memory: about twice the largest tensor, besides the interpreter. The new checkpoint is built in `dst.partial`, which
     becomes `dst` at the end. After a run was stopped, the same call continues it. In a bucket nothing is renamed:
@@ -96,12 +105,16 @@ def convert(
     source = detect.open_source(source_directory)
     try:
         config = detect.read_config(source_directory)
+        if merge_lora is not None and config.quantization_config is not None:
+            raise UserError(f"--merge-lora cannot go with {src}, whose weights have fewer bits; merge before that")
         adapter = None if merge_lora is None else read_adapter(merge_lora, config)
         found, problems = checks.check(source, config)
         if check_finite:
             problems += _non_finite(source, found, report)
         checks.raise_problems(source_directory, problems)
-        return _run(source, destination, found, adapter, overwrite, shard_size, report, started)
+        done = _run(source, destination, config, found, adapter, overwrite, shard_size, report, started)
+        dequantized = source.dequantized if isinstance(source, SafetensorsSource) else []
+        return dataclasses.replace(done, dequantized=tuple(dequantized))
     except OSError as error:
         raise UserError(storage.reason(error) or str(error)) from error
     finally:
@@ -111,6 +124,7 @@ def convert(
 def _run(
     source: Source,
     destination: Path | Bucket,
+    config: KeyeConfig,
     found: list[FoundTensor],
     adapter: Adapter | None,
     overwrite: bool,
@@ -120,9 +134,9 @@ def _run(
 ) -> Conversion:
     kind: detect.Kind = "orbax" if isinstance(source, SafetensorsSource) else "safetensors"
     total = sum(item.nbytes for item in found)
-    fingerprint = _fingerprint(source, found, shard_size, adapter)
+    fingerprint = fingerprint_of(source, found, shard_size, adapter)
     if isinstance(destination, Path):
-        _check_space(destination, total)
+        check_space(destination, total)
     staging: Staging | BucketStaging | None = None
     sink: Sink | None = None
     try:
@@ -143,7 +157,8 @@ def _run(
             staging.record(names, sink.saved())
             done += sum(item.nbytes for item in group)
             report("convert", done, total)
-        sink.finish(side_files(source.directory))
+        with tempfile.TemporaryDirectory() as folder:
+            sink.finish(side_files_of(source.directory, config, Path(folder)))
         staging.commit()
     except UserError:
         raise
@@ -256,7 +271,7 @@ def _same(first: Path, second: Path) -> bool:
     return first.exists() and second.exists() and first.samefile(second)
 
 
-def _check_space(destination: Path, total: int) -> None:
+def check_space(destination: Path, total: int) -> None:
     """Refuses a conversion without enough free space. The bytes that an earlier run wrote count as free."""
     partial, reclaimed = staging_directory(destination), 0
     if partial.is_dir():
@@ -266,7 +281,7 @@ def _check_space(destination: Path, total: int) -> None:
     storage.check_space("DST", destination, total, reclaimed=reclaimed)
 
 
-def _fingerprint(source: Source, found: list[FoundTensor], shard_size: int, adapter: Adapter | None) -> str:
+def fingerprint_of(source: Source, found: list[FoundTensor], shard_size: int, adapter: Adapter | None) -> str:
     """A digest of the files and tensors of the source, and of the options that change the output."""
 
     def stamp(file: Path, directory: Path) -> tuple[str, int, int]:
@@ -287,6 +302,26 @@ def _fingerprint(source: Source, found: list[FoundTensor], shard_size: int, adap
     if adapter is not None:
         state["adapter"] = [stamp(file, file.parent) for file in adapter.files]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
+def side_files_of(directory: Path, config: KeyeConfig, folder: Path) -> Iterable[Path]:
+    """`side_files`, with a config.json that says how the weights are written, if they have fewer bits.
+
+    Args:
+      config: of the new checkpoint.
+      folder: an empty directory, where that file is written.
+    """
+    for file in side_files(directory):
+        if file.name == "config.json" and (config.quantization_config is not None or config.quantization):
+            values = read_json(file)
+            for section in (values, values.get("text_config")):
+                for name in ("quantization_config", "compression_config") if isinstance(section, dict) else ():
+                    section.pop(name, None)
+            if config.quantization:
+                values["quantization_config"] = layouts.write(config.quantization)
+            file = folder / file.name
+            file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        yield file
 
 
 def side_files(directory: Path) -> Iterable[Path]:

@@ -14,6 +14,7 @@ from convert.checks import FoundTensor
 from convert.orbax_io import OrbaxWriter
 from convert.orbax_layout import ArrayPath
 from convert.staging import Staging
+from convert.stored import encode
 from convert.writer import PlannedTensor, ShardWriter, plan_shards
 
 # A tensor of LARGE_BYTES or more is a group of its own. Smaller ones form groups of at most GROUP_BYTES.
@@ -93,7 +94,7 @@ class SafetensorsSink:
 
     def write(self, group: list[FoundTensor], arrays: dict[ArrayPath, np.ndarray]) -> None:
         for item in group:
-            self._writer.write(item.tensor.checkpoint_name, arrays[item.tensor.path])
+            self._writer.write(item.tensor.checkpoint_name, encode(item.tensor, arrays[item.tensor.path]))
 
     def saved(self) -> list[str]:
         self._hasher.begin(self._writer.flush())
@@ -110,7 +111,10 @@ class SafetensorsSink:
 
 def planned_tensor(item: FoundTensor) -> PlannedTensor:
     """A tensor as a safetensors file has it."""
-    return PlannedTensor(item.tensor.checkpoint_name, item.tensor.checkpoint_shape, item.dtype)
+    scheme, role = item.tensor.scheme, item.tensor.role
+    packed = scheme is not None and scheme.format == "int4" and role != "scales"
+    dtype = np.dtype(np.int32) if packed else item.dtype
+    return PlannedTensor(item.tensor.checkpoint_name, item.tensor.checkpoint_shape, dtype)
 
 
 def grouped(found: list[FoundTensor]) -> Iterator[list[FoundTensor]]:

@@ -1,6 +1,7 @@
 """Portable grouped matmul: a loop over blocks of rows of one group. A few rows are one product each.
 
-`lax.ragged_dot` multiplies every row by every group's matrix on CPU and GPU, which this avoids.
+`lax.ragged_dot` multiplies every row by every group's matrix on CPU and GPU, which this avoids. Matrices of fewer bits
+become numbers where `take_matrices` takes those of a block.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul.groups import group_ends
 from pallas_kernels.meshes import vary_like
+from pallas_kernels.quantized import QuantizedMatrices, take_matrices
 
 _BLOCK_ROWS = 128
 _FEW_ROWS = 16
@@ -36,12 +38,51 @@ def expert_mlp(lhs: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes:
     return grouped_matmul((jax.nn.silu(gate) * up).astype(lhs.dtype), down, group_sizes)
 
 
+def quantized_grouped_matmul(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None,
+    group_sizes: jax.Array,
+    *,
+    block: tuple[int, int],
+) -> jax.Array:
+    """See `quantized.quantized_grouped_matmul`."""
+    matrices = QuantizedMatrices(rhs, scales, zeros, block)
+    return _multiply(lhs, matrices, group_ends(lhs.shape[0], group_sizes))
+
+
+def quantized_expert_mlp(
+    lhs: jax.Array,
+    gate_up: jax.Array,
+    gate_up_scales: jax.Array,
+    gate_up_zeros: jax.Array | None,
+    down: jax.Array,
+    down_scales: jax.Array,
+    down_zeros: jax.Array | None,
+    group_sizes: jax.Array,
+    *,
+    gate_up_block: tuple[int, int],
+    down_block: tuple[int, int],
+) -> jax.Array:
+    """See `quantized.quantized_expert_mlp`."""
+    ends = group_ends(lhs.shape[0], group_sizes)
+    both = _multiply(lhs, QuantizedMatrices(gate_up, gate_up_scales, gate_up_zeros, gate_up_block), ends)
+    gate, up = jnp.split(both.astype(jnp.float32), 2, axis=-1)
+    inner = (jax.nn.silu(gate) * up).astype(lhs.dtype)
+    return _multiply(inner, QuantizedMatrices(down, down_scales, down_zeros, down_block), ends)
+
+
 @jax.custom_vjp
 def _grouped_matmul(lhs: jax.Array, rhs: jax.Array, ends: jax.Array) -> jax.Array:
+    return _multiply(lhs, rhs, ends)
+
+
+def _multiply(lhs: jax.Array, rhs: jax.Array | QuantizedMatrices, ends: jax.Array) -> jax.Array:
     rows = lhs.shape[0]
     if rows <= _FEW_ROWS:
         # Each row by its own matrix, without a loop: on an accelerator every turn costs a round trip to the host.
-        matrices = jnp.take(rhs, _group_of_row(rows, ends), axis=0, mode="clip")
+        matrices = take_matrices(rhs, _group_of_row(rows, ends), lhs.dtype)
         out = jnp.einsum("mk,mkn->mn", lhs, matrices, preferred_element_type=jnp.float32).astype(lhs.dtype)
     else:
         blocks = _cut(rows, ends)
@@ -50,7 +91,7 @@ def _grouped_matmul(lhs: jax.Array, rhs: jax.Array, ends: jax.Array) -> jax.Arra
         def multiply(index: jax.Array, out: jax.Array) -> jax.Array:
             group, start, _ = blocks.locate(index)
             rows_in = jax.lax.dynamic_slice_in_dim(padded, start, blocks.size)
-            matrix = jax.lax.dynamic_index_in_dim(rhs, group, keepdims=False)
+            matrix = take_matrices(rhs, group, lhs.dtype)
             rows_out = jnp.dot(rows_in, matrix, preferred_element_type=jnp.float32).astype(out.dtype)
             # The last block of a group also writes rows of the next group. That group's blocks overwrite them later.
             return jax.lax.dynamic_update_slice_in_dim(out, rows_out, start, axis=0)
