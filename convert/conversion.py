@@ -74,8 +74,8 @@ def convert(
 ) -> Conversion:
     """Converts the checkpoint in `src` into the other kind, bit by bit, and writes it into the directory `dst`.
 
-    Weights of fewer bits stay as they are, in the layouts of `keye_jax.quantization.layouts.write`. Where a model cannot
-    hold them so, they become numbers of its dtype.
+    Weights of fewer bits stay as they are, in the layouts of `keye_jax.quantization.layouts.write`. Where a model
+    cannot hold them so, they become numbers of its dtype.
 
     Memory: about twice the largest tensor, besides the interpreter. The new checkpoint is built in `dst.partial`, which
     becomes `dst` at the end. After a run was stopped, the same call continues it. In a bucket nothing is renamed:
@@ -315,8 +315,9 @@ def side_files_of(directory: Path, config: KeyeConfig, folder: Path) -> Iterable
         if file.name == "config.json" and (config.quantization_config is not None or config.quantization):
             values = read_json(file)
             for section in (values, values.get("text_config")):
-                for name in ("quantization_config", "compression_config") if isinstance(section, dict) else ():
-                    section.pop(name, None)
+                if isinstance(section, dict):
+                    section.pop("quantization_config", None)
+                    section.pop("compression_config", None)
             if config.quantization:
                 values["quantization_config"] = layouts.write(config.quantization)
             file = folder / file.name

@@ -297,7 +297,7 @@ def _arrays(weight: Tensor, config: KeyeConfig) -> list[Tensor]:
         turned = not fp8
     else:
         outputs, inputs = weight.checkpoint_shape
-        blocks = grid(scheme.block(inputs, outputs)[::-1], outputs, inputs)
+        blocks = grid(scheme.block(inputs, outputs), inputs, outputs)[::-1]
         first, stored = (), (*shape[:-1], shape[-1] // 2) if packed else shape
         turned = False
     scales = (*first, *blocks)

@@ -214,9 +214,7 @@ class _Run:
             return self.source.read_tensor(tensor)
         return self.source.read([tensor.path])[tensor.path]
 
-    def _quantized(
-        self, weight: Tensor, group: list[FoundTensor]
-    ) -> tuple[dict[tuple[str, ...], np.ndarray], float]:
+    def _quantized(self, weight: Tensor, group: list[FoundTensor]) -> tuple[dict[tuple[str, ...], np.ndarray], float]:
         """The arrays of a weight by path, and the relative error of its outputs."""
         scheme = group[0].tensor.scheme
         assert scheme is not None

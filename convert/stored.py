@@ -6,12 +6,13 @@
     int-quantized      weight I8 [N, K], weight_scale [N, groups], weight_zero_point I8 [N, groups]
     pack-quantized     weight_packed I32 [N, K / 8], weight_scale [N, groups], weight_zero_point I32 [N / 8, groups],
                        weight_g_idx [K]; 4 or 8 bits, the lowest first, with 8 or 128 added
-    awq                qweight I32 [K, N / 8], qzeros I32 [groups, N / 8], in the order 0 2 4 6 1 3 5 7, scales [groups, N]
+    awq                qweight I32 [K, N / 8], qzeros I32 [groups, N / 8], scales [groups, N]; in a word the outputs
+                       0 2 4 6 1 3 5 7, the lowest bits first
     gptq               qweight I32 [K / 8, N], qzeros I32 [groups, N / 8], scales [groups, N], g_idx [K]
 
-Experts have these tensors one by one, or all in one with the expert as the first dimension. Then the weight's name takes
-the place of `weight`, as in `gate_up_proj_scale_inv`; and "fp8" has the matrices as the released layout has them,
-[K, N].
+Experts have these tensors one by one, or all in one with the expert as the first dimension. Then the weight's name
+takes the place of `weight`, as in `gate_up_proj_scale_inv`; and "fp8" has the matrices as the released layout has
+them, [K, N].
 """
 
 from __future__ import annotations
@@ -271,7 +272,7 @@ class StoredWeight:
         columns = piece.columns[1] - piece.columns[0]
         if role == "g_idx":
             groups = grid((min(scheme.group or self._inputs, self._inputs), 1), self._inputs, 1)[0]
-            if raw.size and not (0 <= raw.min() and raw.max() < groups):
+            if raw.size and not (raw.min() >= 0 and raw.max() < groups):
                 raise UserError(f"{name} has {raw.min()} to {raw.max()}; it must have groups from 0 to {groups - 1}")
             return raw.reshape(-1, 1)
         if role == "scales":

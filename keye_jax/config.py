@@ -244,7 +244,7 @@ class KeyeConfig(_Section):
     mlp_only_layers: tuple[int, ...] = ()
     dtype: str = "bfloat16"
     dtype_is_assumed: bool = dataclasses.field(default=False, compare=False, repr=False)
-    quantization: Quantization = Quantization()
+    quantization: Quantization = dataclasses.field(default_factory=Quantization)
     quantization_config: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -295,17 +295,15 @@ class KeyeConfig(_Section):
         values = _one_rope(_one_decoder(values))
         dtype = _agreed("dtype", values.get("dtype"), "torch_dtype", values.get("torch_dtype"))
         values = {name: value for name, value in values.items() if name not in ("dtype", "torch_dtype")}
-        stated = _agreed(
-            "quantization_config",
-            values.pop("quantization_config", None) or None,
-            "compression_config",
-            values.pop("compression_config", None) or None,
-        )
+        names = ("quantization_config", "compression_config")
+        given = {name: values.pop(name, None) or None for name in names}
+        stated = _agreed(names[0], given[names[0]], names[1], given[names[1]])
         config = super().from_dict(values if dtype is None else {**values, "dtype": dtype})
         config = dataclasses.replace(config, dtype_is_assumed=dtype is None)
         if stated is None:
             return config
-        quantization, _ = layouts.resolve(layouts.parse(stated), config.num_hidden_layers)
+        field = next(name for name, value in given.items() if value is not None)
+        quantization, _ = layouts.resolve(layouts.parse(stated, field=field), config.num_hidden_layers)
         return dataclasses.replace(config, quantization=quantization, quantization_config=stated)
 
     def to_dict(self) -> dict[str, Any]:

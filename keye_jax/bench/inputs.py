@@ -13,8 +13,8 @@ from jax.sharding import Sharding
 
 from keye_jax.config import KeyeConfig
 from keye_jax.model.keye import Keye
-from keye_jax.quantization.weights import QuantizedWeight, arrays_of, leaf_axes, random_values, with_arrays
 from keye_jax.processor.positions import mrope_positions
+from keye_jax.quantization.weights import QuantizedWeight, arrays_of, leaf_axes, random_values, with_arrays
 from keye_jax.runtime.prefill import Segment
 from keye_jax.sharding import MeshRules
 
@@ -36,7 +36,9 @@ def random_model(config: KeyeConfig, seed: int = 0, rules: MeshRules | None = No
     for index, (path, variable) in enumerate(nnx.to_flat_state(state)):
         value = variable.get_value()
         if isinstance(value, QuantizedWeight):
-            flat.append((path, variable.replace(_random_weight(value, variable.get_metadata("axes"), rules, seed, index))))
+            flat.append(
+                (path, variable.replace(_random_weight(value, variable.get_metadata("axes"), rules, seed, index)))
+            )
             continue
         shape, dtype = variable.shape, variable.dtype
         sharding = rules.sharding(*variable.get_metadata("axes")) if rules else None

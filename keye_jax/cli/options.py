@@ -146,8 +146,21 @@ def quantization(experts: str | None, attention: str | None = None, group: int |
             raise UserError(f"{option} is {shorten(value)}; it must be {' or '.join(map(repr, allowed))}")
     if group is not None and not 2 <= group <= 1 << 14:
         raise UserError(f"--group is {group}; it must be from 2 to {1 << 14:,}")
-    made: Any = [None if value is None else standard(value, group or GROUP) for value in (experts, attention)]
-    return Quantization(*made)
+    formats = {"experts": experts, "attention": attention}
+    return Quantization(
+        **{part: standard(each, group or GROUP) for part, name in formats.items() for each in FORMATS if each == name}
+    )
+
+
+def with_quantization(config: KeyeConfig, quantization: Quantization) -> KeyeConfig:
+    """A model's configuration with schemes that options ask for, if any. UserError if its weights have some."""
+    import dataclasses
+
+    if not quantization:
+        return config
+    if config.quantization_config is not None:
+        raise UserError("--experts and --attention cannot be given for a checkpoint whose weights have fewer bits")
+    return dataclasses.replace(config, quantization=quantization)
 
 
 def prefill_chunk_size(value: int | None) -> int | None:

@@ -159,6 +159,7 @@ def _run_matrices(
     if isinstance(gate_up, QuantizedMatrices) and isinstance(down, QuantizedMatrices):
         implementation = resolve("quantized_expert_mlp", preferred)
         return quantized_expert_mlp(rows, gate_up, down, group_sizes, implementation=implementation)
+    assert isinstance(gate_up, jax.Array) and isinstance(down, jax.Array), "both or none have fewer bits"
     return expert_mlp(rows, gate_up, down, group_sizes, implementation=resolve("expert_mlp", preferred))
 
 

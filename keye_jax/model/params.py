@@ -89,7 +89,9 @@ def shard_params(model: Keye, rules: MeshRules) -> Keye:
     for path, variable in nnx.to_flat_state(state):
         value, axes = variable.get_value(), variable.get_metadata("axes")
         if isinstance(value, QuantizedWeight):
-            flat.append((path, variable.replace(_place(value, axes, rules, parts=2 if "gate_up" in path[-1] else 1))))
+            flat.append(
+                (path, variable.replace(_place(value, axes, rules, parts=2 if path[-1] == "gate_up_proj" else 1)))
+            )
         else:
             flat.append((path, variable.replace(_move(value, rules.sharding(*axes)))))
     model = nnx.merge(graph, nnx.from_flat_state(flat))

@@ -9,15 +9,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from keye_jax.errors import UserError, shorten
 from keye_jax.quantization.schemes import ATTENTION, GROUP, Format, Quantization, Scheme
 
 Layout = Literal["fp8", "float-quantized", "int-quantized", "pack-quantized", "awq", "gptq"]
 
-_FIELD = "quantization_config"
 _CT_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
+_WRITTEN: dict[Format, Layout] = {"fp8": "float-quantized", "int8": "int-quantized", "int4": "pack-quantized"}
 _METHODS = ("fp8", "compressed-tensors", "awq", "gptq")
 # Other names that modules of the decoder have in the lists of a file.
 _PREFIXES = (("model.", "model.language_model."), ("model.", "language_model.model."))
@@ -71,12 +71,26 @@ class StoredQuantization:
         return next((stored for rule, stored in self.rules if any(map(rule, names))), None)
 
 
-def parse(values: Any) -> StoredQuantization:
+class _Refused(ValueError):
+    """A field below the one that says how weights are stored, and what it must be."""
+
+
+def parse(values: Any, *, field: str = "quantization_config") -> StoredQuantization:
     """Reads a `quantization_config`.
+
+    Args:
+      field: its name.
 
     Raises:
       UserError: the scheme is none that is read, or a field of it has another value.
     """
+    try:
+        return _parse(values)
+    except _Refused as error:
+        raise UserError(f"config: {field}{error}") from None
+
+
+def _parse(values: Any) -> StoredQuantization:
     if not isinstance(values, Mapping):
         _fail("", values, "a JSON object")
     method = values.get("quant_method")
@@ -150,7 +164,7 @@ def writes_fp8(quantization: Quantization) -> bool:
 
 def written_layout(scheme: Scheme) -> Layout:
     """The format of compressed-tensors that a scheme is written in."""
-    return {"fp8": "float-quantized", "int8": "int-quantized", "int4": "pack-quantized"}[scheme.format]
+    return _WRITTEN[scheme.format]
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:
@@ -168,9 +182,11 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
         return values | {"strategy": "tensor"}
     if scheme.outputs != 1:
         return values | {"strategy": "block", "block_structure": [scheme.outputs, scheme.group]}
-    return values | ({"strategy": "channel"} if scheme.group is None else {"strategy": "group"}) | {
-        "group_size": scheme.group
-    }
+    return (
+        values
+        | ({"strategy": "channel"} if scheme.group is None else {"strategy": "group"})
+        | {"group_size": scheme.group}
+    )
 
 
 def _parse_fp8(values: Mapping[str, Any]) -> StoredQuantization:
@@ -301,5 +317,5 @@ def _count(where: str, value: Any) -> int:
     return value
 
 
-def _fail(where: str, value: Any, allowed: str) -> Any:
-    raise UserError(f"config: {_FIELD}{where} is {shorten(value)}; it must be {allowed}")
+def _fail(where: str, value: Any, allowed: str) -> NoReturn:
+    raise _Refused(f"{where} is {shorten(value)}; it must be {allowed}")

@@ -17,7 +17,7 @@ VALUES = {"fp8": FP8, "int8": np.dtype(np.int8), "int4": np.dtype(np.uint8)}
 
 _LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.5}
 _SCALES = {"fp8": np.dtype(np.float32), "int8": np.dtype(np.float32), "int4": np.dtype(ml_dtypes.bfloat16)}
-_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+_SHARES = tuple(np.float32(share) for share in (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7))
 """Shares of a group's largest number that a calibrated scale may let it reach."""
 
 
@@ -40,9 +40,7 @@ def scales_dtype(format: Format) -> np.dtype:
     return _SCALES[format]
 
 
-def quantize(
-    matrix: np.ndarray, scheme: Scheme, *, parts: int = 1, importance: np.ndarray | None = None
-) -> Quantized:
+def quantize(matrix: np.ndarray, scheme: Scheme, *, parts: int = 1, importance: np.ndarray | None = None) -> Quantized:
     """A matrix in a scheme without zero points, by rounding to the nearest value.
 
     A block's scale maps its largest number to 448 (fp8), 127 (int8) or 7.5 (int4, whose 8 is cut to 7). Of a block of
@@ -59,18 +57,14 @@ def quantize(
     rows, columns = numbers.shape
     block = scheme.block(rows, columns, parts=parts)
     largest = _block_max(np.abs(numbers), block)
-    best, least = _at_scale(numbers, largest, scheme.format, block), None
     if importance is None:
-        return best
+        return _at_scale(numbers, largest, scheme.format, block)
+    chosen, least = largest, np.full(largest.shape, np.inf, np.float32)
     for share in _SHARES:
-        tried = best if share == 1.0 else _at_scale(numbers, share * largest, scheme.format, block)
-        error = _block_sum(importance[:, None] * np.square(tried.numbers() - numbers), block)
-        if least is None:
-            scales, least = largest, error
-        else:
-            better = error < least
-            scales, least = np.where(better, share * largest, scales), np.where(better, error, least)
-    return _at_scale(numbers, scales, scheme.format, block)
+        tried = _at_scale(numbers, share * largest, scheme.format, block).numbers()
+        error = _block_sum(importance[:, None] * np.square(tried - numbers), block)
+        chosen, least = np.where(error < least, share * largest, chosen), np.minimum(error, least)
+    return _at_scale(numbers, chosen, scheme.format, block)
 
 
 def _at_scale(numbers: np.ndarray, largest: np.ndarray, format: Format, block: tuple[int, int]) -> Quantized:

@@ -107,15 +107,14 @@ def linear_param(
 ) -> nnx.Param:
     """A parameter of a random linear map `[*outputs, *inputs]`."""
     outputs, inputs = math.prod(shape[:-num_inputs]), math.prod(shape[-num_inputs:])
-    block = scheme.block(inputs, outputs)[::-1]
+    group, side = scheme.block(inputs, outputs)
+    block = (side, group)
     stored = (*shape[:-1], shape[-1] // 2) if scheme.format == "int4" else shape
     arrays = random_arrays(rngs.params(), scheme, stored, grid(block, outputs, inputs))
     return nnx.Param(QuantizedLinear(**arrays, block=block, num_inputs=num_inputs), axes=axes)
 
 
-def random_arrays(
-    key: jax.Array, scheme: Scheme, stored: tuple[int, ...], scales: tuple[int, ...]
-) -> dict[str, jax.Array | None]:
+def random_arrays(key: jax.Array, scheme: Scheme, stored: tuple[int, ...], scales: tuple[int, ...]) -> dict[str, Any]:
     """Arrays of a random weight of standard deviation 0.02, by role; of zeros None where the scheme has none.
 
     Args:
@@ -134,9 +133,7 @@ def random_values(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Arr
     return jax.random.bits(key, shape, jnp.uint8).astype(dtype)
 
 
-def leaf_axes(
-    weight: QuantizedWeight, axes: Sequence[str | None], rules: Axes
-) -> dict[str, tuple[str | None, ...]]:
+def leaf_axes(weight: QuantizedWeight, axes: Sequence[str | None], rules: Axes) -> dict[str, tuple[str | None, ...]]:
     """Logical axes of each array as it is read: scales are split only where that parts no block.
 
     Raises:
@@ -169,9 +166,7 @@ def refined(weight: QuantizedMatrices, axes: Sequence[str | None], rules: Axes, 
         new = math.gcd(old, share)
         if new != old:
             count = -(-weight.shape[axis] // new)
-            small = {
-                role: jnp.take(array, jnp.arange(count) * new // old, axis=axis) for role, array in small.items()
-            }
+            small = {role: jnp.take(array, jnp.arange(count) * new // old, axis=axis) for role, array in small.items()}
             block[axis - 1] = new
     return dataclasses.replace(weight, **small, block=tuple(block))
 

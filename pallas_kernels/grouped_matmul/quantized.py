@@ -16,7 +16,7 @@ _VALUES = ("float8_e4m3fn", "int8", "uint8")
 
 def _arrays(values: str, prefix: str, rows: str, columns: str) -> dict[str, Array]:
     """The arrays of `QuantizedMatrices`; how their sizes follow from each other is checked by `_flat`."""
-    grid = f"e {rows}_blocks {columns}_blocks"
+    grid = f"e {values}_row_blocks {values}_column_blocks"
     return {
         values: Array(f"e {rows}_stored {columns}", _VALUES, gradient=False),
         f"{prefix}scales": Array(grid, gradient=False),
