@@ -36,24 +36,6 @@ _THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Activations:
-    """What the experts of a layer read of some prompts.
-
-    Attributes:
-      x: float32 `[tokens, embed]`.
-      experts: int32 `[tokens, k]`, those that each token goes to.
-    """
-
-    x: np.ndarray
-    experts: np.ndarray
-
-    def of(self, expert: int) -> np.ndarray:
-        """What one expert reads; all tokens if none goes to it."""
-        rows = (self.experts == expert).any(axis=1)
-        return self.x[rows] if rows.any() else self.x
-
-
-@dataclasses.dataclass(frozen=True)
 class QuantizedCheckpoint:
     """The result of `quantize_checkpoint`.
 
@@ -61,8 +43,8 @@ class QuantizedCheckpoint:
       destination: directory or URL of the new checkpoint.
       nbytes, before: bytes of its arrays, and of those of the source.
       continued: the part of `nbytes` that an earlier, stopped run wrote.
-      errors: of each weight by dotted path, `|x W' - x W| / |x W|` of its outputs, all experts together: of the
-        calibration, or of 16 rows of normal random numbers a matrix.
+      errors: of each weight by dotted path, `|x W' - x W| / |x W|` of its outputs, all experts together, for 16 rows
+        of normal random numbers a matrix.
       seconds: duration of this run.
     """
 
@@ -80,7 +62,6 @@ def quantize_checkpoint(
     quantization: Quantization,
     *,
     overwrite: bool = False,
-    activations: Mapping[int, Activations] | None = None,
     progress: PhaseProgress | None = None,
 ) -> QuantizedCheckpoint:
     """Writes the checkpoint in `src` with weights of fewer bits into `dst`, one weight at a time.
@@ -92,7 +73,6 @@ def quantize_checkpoint(
       dst: a directory that does not exist or is empty, or a URL in a bucket.
       quantization: the schemes.
       overwrite: as for `convert`.
-      activations: by layer; with them the scales of int4 experts are chosen for what experts read.
       progress: called with the phase, "verify" or "quantize", the bytes done and the bytes of all arrays.
 
     Raises:
@@ -112,8 +92,7 @@ def quantize_checkpoint(
         found, problems = checks.check(source, config)
         checks.raise_problems(directory, problems)
         target = dataclasses.replace(config, quantization=quantization)
-        run = _Run(source, target, found, activations, report)
-        return run.into(destination, overwrite, started)
+        return _Run(source, target, found, report).into(destination, overwrite, started)
     except OSError as error:
         raise UserError(storage.reason(error) or str(error)) from error
     finally:
@@ -128,11 +107,10 @@ class _Run:
         source: Source,
         config: KeyeConfig,
         found: list[FoundTensor],
-        activations: Mapping[int, Activations] | None,
         report: PhaseProgress,
     ) -> None:
         self.source, self.config, self.before = source, config, found
-        self.activations, self.report = activations, report
+        self.report = report
         sources = {item.tensor.checkpoint_name: item for item in found}
         self.found: list[FoundTensor] = []
         self.weights: dict[str, list[FoundTensor]] = {}
@@ -151,8 +129,6 @@ class _Run:
     def fingerprint(self) -> str:
         digest = hashlib.sha256(fingerprint_of(self.source, self.found, 0, None).encode())
         digest.update(str(self.config.quantization).encode())
-        for layer, each in sorted((self.activations or {}).items()):
-            digest.update(f"{layer}".encode() + each.x.tobytes() + each.experts.tobytes())
         return digest.hexdigest()
 
     def into(self, destination: Path | Bucket, overwrite: bool, started: float) -> QuantizedCheckpoint:
@@ -225,17 +201,11 @@ class _Run:
         # Inputs first, as experts have them.
         matrices = values if is_expert else values.reshape(weight.checkpoint_shape).T[None]
         arrays = {item.tensor.role: np.empty(item.tensor.shape, item.dtype) for item in group}
-        activations = None
-        if is_expert and self.activations is not None:
-            activations = _inputs(weight, self.activations[int(weight.path[2])], self._gate_up)
 
         def one(index: int) -> tuple[float, float]:
             matrix = matrices[index]
-            x = activations(index) if activations else _random_rows(weight, index, len(matrix))
-            importance = None
-            if activations is not None and scheme.format == "int4":
-                importance = np.mean(np.square(x), axis=0)
-            made = quantize(matrix, scheme, parts=mapping.parts_of(weight), importance=importance)
+            x = _random_rows(weight, index, len(matrix))
+            made = quantize(matrix, scheme, parts=mapping.parts_of(weight))
             _store(arrays, made, index, scheme.format == "int4", is_expert)
             right = x @ matrix.astype(np.float32)
             return float(np.square(x @ made.numbers() - right).sum()), float(np.square(right).sum())
@@ -244,11 +214,6 @@ class _Run:
             sums = np.array(list(pool.map(one, range(len(matrices)))), np.float64).sum(axis=0)
         error = float(np.sqrt(sums[0] / sums[1])) if sums[1] else 0.0
         return {item.tensor.path: arrays[item.tensor.role] for item in group}, error
-
-    def _gate_up(self, weight: Tensor) -> np.ndarray:
-        """The gates and ups of the layer of `weight`."""
-        name = weight.checkpoint_name.replace("down_proj", "gate_up_proj")
-        return self._read(next(item.tensor for item in self.before if item.tensor.checkpoint_name == name))
 
 
 def _store(arrays: dict[str, np.ndarray], made: Quantized, index: int, packed: bool, is_expert: bool) -> None:
@@ -263,19 +228,6 @@ def _store(arrays: dict[str, np.ndarray], made: Quantized, index: int, packed: b
 def _random_rows(weight: Tensor, index: int, width: int) -> np.ndarray:
     seed = int.from_bytes(hashlib.sha256(f"{weight.checkpoint_name} {index}".encode()).digest()[:8])
     return np.random.default_rng(seed).standard_normal((_ROWS, width), dtype=np.float32)
-
-
-def _inputs(weight: Tensor, activations: Activations, gate_up_of):
-    """What each expert's matrix reads, float32 `[rows, in]`, by the expert's number."""
-    if mapping.parts_of(weight) == 2:
-        return activations.of
-    gate_up = gate_up_of(weight)
-
-    def inner(expert: int) -> np.ndarray:
-        gate, up = np.split(activations.of(expert) @ gate_up[expert].astype(np.float32), 2, axis=1)
-        return gate / (1 + np.exp(-np.clip(gate, -80, None))) * up
-
-    return inner
 
 
 def _whole(config: KeyeConfig) -> KeyeConfig:

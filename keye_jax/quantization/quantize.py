@@ -17,8 +17,6 @@ VALUES = {"fp8": FP8, "int8": np.dtype(np.int8), "int4": np.dtype(np.uint8)}
 
 _LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.5}
 _SCALES = {"fp8": np.dtype(np.float32), "int8": np.dtype(np.float32), "int4": np.dtype(ml_dtypes.bfloat16)}
-_SHARES = tuple(np.float32(share) for share in (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7))
-"""Shares of a group's largest number that a calibrated scale may let it reach."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +38,7 @@ def scales_dtype(format: Format) -> np.dtype:
     return _SCALES[format]
 
 
-def quantize(matrix: np.ndarray, scheme: Scheme, *, parts: int = 1, importance: np.ndarray | None = None) -> Quantized:
+def quantize(matrix: np.ndarray, scheme: Scheme, *, parts: int = 1) -> Quantized:
     """A matrix in a scheme without zero points, by rounding to the nearest value.
 
     A block's scale maps its largest number to 448 (fp8), 127 (int8) or 7.5 (int4, whose 8 is cut to 7). Of a block of
@@ -49,22 +47,12 @@ def quantize(matrix: np.ndarray, scheme: Scheme, *, parts: int = 1, importance: 
     Args:
       matrix: `[in, out]`, bfloat16, float16 or float32, finite. Of int4 the number of inputs is even.
       parts: as for `Scheme.block`.
-      importance: float32 `[in]`, mean squares of the inputs. With it each scale is the one of a few, down to 0.7 of the
-        largest number, with the least squared error of the outputs, as if inputs were independent. That is what AWQ
-        (arXiv 2306.00978) does when it searches for clipping.
     """
     numbers = matrix.astype(np.float32)
     rows, columns = numbers.shape
     block = scheme.block(rows, columns, parts=parts)
     largest = _block_max(np.abs(numbers), block)
-    if importance is None:
-        return _at_scale(numbers, largest, scheme.format, block)
-    chosen, least = largest, np.full(largest.shape, np.inf, np.float32)
-    for share in _SHARES:
-        tried = _at_scale(numbers, share * largest, scheme.format, block).numbers()
-        error = _block_sum(importance[:, None] * np.square(tried - numbers), block)
-        chosen, least = np.where(error < least, share * largest, chosen), np.minimum(error, least)
-    return _at_scale(numbers, chosen, scheme.format, block)
+    return _at_scale(numbers, largest, scheme.format, block)
 
 
 def _at_scale(numbers: np.ndarray, largest: np.ndarray, format: Format, block: tuple[int, int]) -> Quantized:
@@ -93,7 +81,3 @@ def _blocks(numbers: np.ndarray, block: tuple[int, int]) -> np.ndarray:
 
 def _block_max(numbers: np.ndarray, block: tuple[int, int]) -> np.ndarray:
     return _blocks(numbers, block).max(axis=(1, 3))
-
-
-def _block_sum(numbers: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    return _blocks(numbers, block).sum(axis=(1, 3))
