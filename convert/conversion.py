@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,10 @@ from convert.adapter import Adapter, read_adapter
 from convert.bucket_sink import BucketOrbaxSink, BucketSafetensorsSink, BucketStaging, existing
 from convert.buckets import MARKER, Bucket
 from convert.checks import FoundTensor
+from convert.journal import Written
 from convert.manifest import MANIFEST
 from convert.orbax_io import PARAMS, OrbaxSource
+from convert.orbax_layout import ArrayPath
 from convert.reader import SafetensorsSource
 from convert.sinks import OrbaxSink, SafetensorsSink, Sink, grouped
 from convert.staging import Staging, is_empty, remove_leftover, staging_directory
@@ -132,7 +134,8 @@ def _run(
     report: PhaseProgress,
     started: float,
 ) -> Conversion:
-    kind: detect.Kind = "orbax" if isinstance(source, SafetensorsSource) else "safetensors"
+    orbax = isinstance(source, SafetensorsSource)
+    kind: detect.Kind = "orbax" if orbax else "safetensors"
     total = sum(item.nbytes for item in found)
     fingerprint = fingerprint_of(source, found, shard_size, adapter)
     if isinstance(destination, Path):
@@ -142,21 +145,19 @@ def _run(
     try:
         if isinstance(destination, Bucket):
             staging = BucketStaging(destination, fingerprint, overwrite=overwrite)
-            orbax = kind == "orbax"
             sink = BucketOrbaxSink(staging) if orbax else BucketSafetensorsSink(staging, found, shard_size)
         else:
             staging = Staging(destination, fingerprint, overwrite=overwrite)
-            sink = OrbaxSink(staging) if kind == "orbax" else SafetensorsSink(staging, found, shard_size)
-        continued = done = sum(item.nbytes for item in found if item.tensor.checkpoint_name in staging.done)
-        report("convert", done, total)
-        for group in sink.groups(found):
-            names = [item.tensor.checkpoint_name for item in group]
-            if staging.done.issuperset(names):
-                continue
-            sink.write(group, _merged(_read_or_discard(source, group, staging), group, adapter))
-            staging.record(names, sink.saved())
-            done += sum(item.nbytes for item in group)
-            report("convert", done, total)
+            sink = OrbaxSink(staging, report) if orbax else SafetensorsSink(staging, found, shard_size, report)
+        continued = sum(item.nbytes for item in found if item.tensor.checkpoint_name in staging.done)
+        report("convert", continued, total)
+        write_groups(
+            sink.groups(found),
+            lambda group: _merged(_read(source, group), group, adapter),
+            sink,
+            staging,
+            lambda recorded: report("convert", continued + recorded, total),
+        )
         with tempfile.TemporaryDirectory() as folder:
             sink.finish(side_files_of(source.directory, config, Path(folder)))
         staging.commit()
@@ -177,6 +178,48 @@ def _run(
     return Conversion(shown, kind, len(found), total, continued, time.monotonic() - started)
 
 
+def write_groups(
+    groups: Iterable[list[FoundTensor]],
+    make: Callable[[list[FoundTensor]], dict[ArrayPath, np.ndarray]],
+    sink: Sink,
+    staging: Staging | BucketStaging,
+    report: Callable[[int], None],
+) -> None:
+    """Writes the groups that no earlier run wrote, and puts them into the journal.
+
+    Args:
+      make: gives the arrays of a group by path.
+      report: called with the bytes of the groups that this run put into the journal.
+    """
+    unrecorded: list[tuple[list[FoundTensor], list[Written]]] = []
+    done = 0
+
+    def record(most: int) -> None:
+        """Has the journal take the oldest groups until at most `most` are left."""
+        nonlocal done
+        while len(unrecorded) > most:
+            group, written = unrecorded.pop(0)
+            staging.record([item.tensor.checkpoint_name for item in group], written)
+            done += sum(item.nbytes for item in group)
+            report(done)
+
+    for group in groups:
+        if staging.done.issuperset(item.tensor.checkpoint_name for item in group):
+            continue
+        try:
+            arrays = make(group)
+        except UserError as error:
+            # A source that is bad will be bad again; a disk or a network may be better later.
+            if storage.reason(error) is None:
+                staging.discard()
+            raise
+        sink.write(group, arrays)
+        unrecorded.append((group, written := sink.saved()))
+        # The bytes of a group are hashed while the next one is written.
+        record(1 if written else 0)
+    record(0)
+
+
 def _read(source: Source, group: list[FoundTensor]) -> dict[tuple[str, ...], np.ndarray]:
     if isinstance(source, SafetensorsSource):
         arrays = source.read_tensors(item.tensor for item in group)
@@ -191,18 +234,6 @@ def _merged(
     if adapter is None:
         return arrays
     return {item.tensor.path: adapter.merge(item.tensor, arrays[item.tensor.path]) for item in group}
-
-
-def _read_or_discard(
-    source: Source, group: list[FoundTensor], staging: Staging | BucketStaging
-) -> dict[tuple[str, ...], np.ndarray]:
-    try:
-        return _read(source, group)
-    except UserError as error:
-        # A source that is bad will be bad again; a disk or a network may be better later.
-        if storage.reason(error) is None:
-            staging.discard()
-        raise
 
 
 def _non_finite(source: Source, found: list[FoundTensor], report: PhaseProgress) -> list[str]:

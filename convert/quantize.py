@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -18,8 +19,9 @@ from convert import buckets, checks, detect, mapping, storage
 from convert.bucket_sink import BucketOrbaxSink, BucketStaging
 from convert.buckets import Bucket
 from convert.checks import FoundTensor
-from convert.conversion import Source, check_destination, check_space, fingerprint_of, side_files_of
+from convert.conversion import Source, check_destination, check_space, fingerprint_of, side_files_of, write_groups
 from convert.mapping import Tensor
+from convert.orbax_layout import ArrayPath
 from convert.reader import SafetensorsSource
 from convert.sinks import OrbaxSink, grouped
 from convert.staging import Staging
@@ -144,27 +146,19 @@ class _Run:
                 sink = BucketOrbaxSink(staging)
             else:
                 staging = Staging(destination, self.fingerprint(), overwrite=overwrite)
-                sink = OrbaxSink(staging)
-                errors = _read_errors(staging.path / _ERRORS)
-            continued = done = sum(item.nbytes for item in self.found if item.tensor.checkpoint_name in staging.done)
-            self.report("quantize", done, total)
+                sink = OrbaxSink(staging, self.report)
+                errors = self._known_errors(staging)
+            continued = sum(item.nbytes for item in self.found if item.tensor.checkpoint_name in staging.done)
+            self.report("quantize", continued, total)
             # The groups are this module's own: a weight's arrays are made together.
             list(sink.groups(self.found))
-            for group in [*self.weights.values(), *grouped(self.plain)]:
-                names = [item.tensor.checkpoint_name for item in group]
-                if staging.done.issuperset(names):
-                    continue
-                weight = group[0].tensor.weight
-                if weight is None:
-                    sink.write(group, {item.tensor.path: self._read(item.tensor) for item in group})
-                else:
-                    arrays, errors[weight.dotted_path] = self._quantized(weight, group)
-                    sink.write(group, arrays)
-                    if isinstance(staging, Staging):
-                        (staging.path / _ERRORS).write_text(json.dumps(errors), encoding="utf-8")
-                staging.record(names, sink.saved())
-                done += sum(item.nbytes for item in group)
-                self.report("quantize", done, total)
+            write_groups(
+                [*self.weights.values(), *grouped(self.plain)],
+                functools.partial(self._make, errors, staging),
+                sink,
+                staging,
+                lambda recorded: self.report("quantize", continued + recorded, total),
+            )
             with tempfile.TemporaryDirectory() as folder:
                 sink.finish(side_files_of(self.source.directory, self.config, Path(folder)))
             staging.commit()
@@ -184,6 +178,27 @@ class _Run:
         order = {name: place for place, name in enumerate(t.dotted_path for t in mapping.rows(_whole(self.config)))}
         errors = dict(sorted(errors.items(), key=lambda item: order[item[0]]))
         return QuantizedCheckpoint(shown, total, before, continued, errors, time.monotonic() - started)
+
+    def _make(
+        self, errors: dict[str, float], staging: Staging | BucketStaging, group: list[FoundTensor]
+    ) -> dict[ArrayPath, np.ndarray]:
+        """The arrays of a group by path. Puts the error of a weight of fewer bits into `errors`."""
+        weight = group[0].tensor.weight
+        if weight is None:
+            return {item.tensor.path: self._read(item.tensor) for item in group}
+        arrays, errors[weight.dotted_path] = self._quantized(weight, group)
+        if isinstance(staging, Staging):
+            new = staging.path / f"{_ERRORS}.new"
+            new.write_text(json.dumps(errors), encoding="utf-8")
+            new.rename(staging.path / _ERRORS)
+        return arrays
+
+    def _known_errors(self, staging: Staging) -> dict[str, float]:
+        """The errors of the weights that an earlier run wrote."""
+        found = _read_errors(staging.path / _ERRORS)
+        done = [group for group in self.weights.values() if group[0].tensor.checkpoint_name in staging.done]
+        paths = [group[0].tensor.weight.dotted_path for group in done if group[0].tensor.weight is not None]
+        return {path: found[path] for path in paths if path in found}
 
     def _read(self, tensor: Tensor) -> np.ndarray:
         if isinstance(self.source, SafetensorsSource):
