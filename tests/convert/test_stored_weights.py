@@ -220,9 +220,10 @@ def held(directory: Path) -> dict[str, np.ndarray]:
     for tensor in tensors:
         if not tensor.in_model or tensor.role not in ("", "values"):
             continue
-        node = params
-        for key in tensor.path:
-            owner, node = node, node[key]
+        owner = params
+        for key in tensor.path[:-1]:
+            owner = owner[key]
+        node = owner[tensor.path[-1]]
         if not tensor.role:
             flat[tensor.dotted_path] = np.asarray(node).astype(np.float32)
             continue
@@ -235,8 +236,8 @@ def held(directory: Path) -> dict[str, np.ndarray]:
             made = dequantize(values, scale, zeros, block, np.float32)
         else:
             outputs, inputs = weight.checkpoint_shape
-            block = tensor.scheme.block(inputs, outputs)[::-1]
-            made = dequantize(values.reshape(outputs, -1), scale, zeros, block, np.float32, packed_axis=-1)
+            group, side = tensor.scheme.block(inputs, outputs)
+            made = dequantize(values.reshape(outputs, -1), scale, zeros, (side, group), np.float32, packed_axis=-1)
         flat[weight.dotted_path] = made.reshape(weight.shape)
     return flat
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from keye_jax.quantization.quantize import quantize
-from keye_jax.quantization.schemes import FORMATS, standard
+from keye_jax.quantization.schemes import FORMATS, Format, standard
 from pallas_kernels import (
     ArgumentError,
     QuantizedMatrices,
@@ -19,16 +19,16 @@ from pallas_kernels import (
 EXPERTS, HIDDEN, INNER = 5, 160, 48
 
 
-def matrices(format: str, rows: int, columns: int, parts: int = 1) -> tuple[QuantizedMatrices, jax.Array]:
+def matrices(format: Format, rows: int, columns: int, parts: int = 1) -> tuple[QuantizedMatrices, jax.Array]:
     """Random matrices of fewer bits, and their numbers in bfloat16."""
     rng = np.random.default_rng(rows)
     made = [
         quantize(rng.normal(size=(rows, columns)).astype(np.float32), standard(format), parts=parts)
         for _ in range(EXPERTS)
     ]
-    stacked = (jnp.stack([getattr(each, name) for each in made]) for name in ("values", "scales"))
+    values, scales = (jnp.stack([getattr(each, name) for each in made]) for name in ("values", "scales"))
     numbers = jnp.stack([jnp.asarray(each.numbers(jnp.bfloat16)) for each in made])
-    return QuantizedMatrices(*stacked, None, made[0].block), numbers
+    return QuantizedMatrices(values, scales, None, made[0].block), numbers
 
 
 @pytest.mark.parametrize("format", FORMATS)
