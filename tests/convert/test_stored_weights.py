@@ -10,14 +10,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import convert, load_params, mapping
+from convert import convert, mapping
 from convert.detect import read_config
 from convert.synthetic import random_tensor
 from convert.writer import PlannedTensor, ShardWriter
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 from keye_jax.quantization.quantize import FP8
-from pallas_kernels.quantized import dequantize
+from tests.convert.convert_helpers import numbers_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -211,37 +211,6 @@ def write(directory: Path, config: KeyeConfig, stated: dict, writer: Writer, *, 
     return numbers
 
 
-def held(directory: Path) -> dict[str, np.ndarray]:
-    """What the weights of fewer bits of a checkpoint stand for, float32, by dotted path; and bits of the others."""
-    config = read_config(directory)
-    flat: dict[str, np.ndarray] = {}
-    params = load_params(directory, config)
-    tensors = mapping.rows(config)
-    for tensor in tensors:
-        if not tensor.in_model or tensor.role not in ("", "values"):
-            continue
-        owner = params
-        for key in tensor.path[:-1]:
-            owner = owner[key]
-        node = owner[tensor.path[-1]]
-        if not tensor.role:
-            flat[tensor.dotted_path] = np.asarray(node).astype(np.float32)
-            continue
-        assert tensor.weight is not None and tensor.scheme is not None
-        values, scale = np.asarray(node), np.asarray(owner["scales"])
-        zeros = np.asarray(owner["zeros"]) if "zeros" in owner else None
-        weight = tensor.weight
-        if weight.part == "experts":
-            block = tensor.scheme.block(*weight.shape[1:], parts=mapping.parts_of(weight))
-            made = dequantize(values, scale, zeros, block, np.float32)
-        else:
-            outputs, inputs = weight.checkpoint_shape
-            group, side = tensor.scheme.block(inputs, outputs)
-            made = dequantize(values.reshape(outputs, -1), scale, zeros, (side, group), np.float32, packed_axis=-1)
-        flat[weight.dotted_path] = made.reshape(weight.shape)
-    return flat
-
-
 @pytest.mark.parametrize("fused", [False, True], ids=["one by one", "fused"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_is_read_and_kept_exactly(name, fused, config, tmp_path):
@@ -256,7 +225,7 @@ def test_every_layout_is_read_and_kept_exactly(name, fused, config, tmp_path):
         numbers = {path: each.astype(BF16).astype(np.float32) for path, each in numbers.items()}
         assert not read_config(tmp_path / "orbax").quantization
     for place in ("theirs", "orbax", "ours", "again"):
-        found = held(tmp_path / place)
+        found = numbers_of(tmp_path / place)
         for path, expected in numbers.items():
             np.testing.assert_array_equal(found[path], expected, err_msg=f"{place} {path}")
     first, last = ((tmp_path / place / "config.json").read_text() for place in ("orbax", "again"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,10 +71,10 @@ def test_experts_of_fewer_bits(config, format):
         weight.set_value(dataclasses.replace(value, scales=value.scales * random))
     step = step_of(config, "all_gather", {"batch": "x", "experts": "y", "expert_hidden": ["x", "z"]})
     expected, chosen = moe(x, valid, ONE, implementation=None)
-    holder = nnx.Module()
-    holder.decoder = nnx.Module()
-    holder.decoder.layers = nnx.List([nnx.Module()])
-    holder.decoder.layers[0].moe = moe
+    holder: Any = nnx.Module()
+    decoder: Any = nnx.Module()
+    layer: Any = nnx.Module()
+    layer.moe, decoder.layers, holder.decoder = moe, nnx.List([layer]), decoder
     got, experts = jax.jit(lambda moe, x, valid: moe(x, valid, step, implementation=None))(
         shard_params(holder, step.rules).decoder.layers[0].moe, x, valid
     )
