@@ -76,7 +76,10 @@ class QuantizedMatrices:
         return self.values, self.scales, self.zeros
 
 
-def take_matrices(matrices: jax.Array | QuantizedMatrices, groups: jax.Array, dtype: Any) -> jax.Array:
+Matrices = jax.Array | QuantizedMatrices
+
+
+def take_matrices(matrices: Matrices, groups: jax.Array, dtype: Any) -> jax.Array:
     """Some of the matrices `[e, in, out]`, `[*groups.shape, in, out]`; a number that is too large counts as the last.
 
     Args:
@@ -84,7 +87,9 @@ def take_matrices(matrices: jax.Array | QuantizedMatrices, groups: jax.Array, dt
     """
     if isinstance(matrices, QuantizedMatrices):
         return matrices.take(groups, dtype)
-    return jnp.take(matrices, groups, axis=0, mode="clip")
+    if groups.ndim == 0:
+        return jax.lax.dynamic_index_in_dim(matrices, groups, keepdims=False)
+    return matrices.at[groups].get(mode="clip")
 
 
 def dequantize(

@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import paging
+from pallas_kernels import paging, portable
 from pallas_kernels.meshes import vary_like
 
 _QUERY_CHUNK = 512
 _KEY_CHUNK = 512
 _WORKSPACE_BYTES = 64 * 2**20
+_GPU_WORKSPACE_BYTES = 256 * 2**20
 _GRADIENT_BYTES = 2**30
 """Most bytes of the scores of queries whose gradients are computed at once; there are a few such arrays."""
 
@@ -25,6 +26,7 @@ def _attend(
     num_chunks: int,
     *,
     scale: float,
+    on_gpu: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of q `[b, t, n, d]`; query t sees positions up to `last_visible[b, t]`.
 
@@ -61,8 +63,8 @@ def _attend(
     if num_chunks == 1:
         out, total, largest = step(jnp.int32(0), state)
     else:
-        chunks = jnp.minimum((jnp.max(last_visible) + chunk_size) // chunk_size, num_chunks)
-        out, total, largest = jax.lax.fori_loop(0, chunks, step, state)
+        seen = jnp.minimum((jnp.max(last_visible) + chunk_size) // chunk_size, num_chunks)
+        out, total, largest = jax.lax.fori_loop(0, num_chunks if on_gpu else seen, step, state)
     out = out / jnp.where(total > 0, total, 1.0)[..., None]
     lse = largest + jnp.log(total)
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:3])
@@ -102,6 +104,14 @@ def _flash_attention(scale: float, q: jax.Array, k: jax.Array, v: jax.Array, len
 def _flash_attention_forward(
     scale: float, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    gpu, elsewhere = (functools.partial(_attend_in_chunks, scale, on_gpu) for on_gpu in (True, False))
+    out, lse = portable.on_gpus(gpu, elsewhere, q, k, v, lengths)
+    return out, (q, k, v, lengths, out, lse)
+
+
+def _attend_in_chunks(
+    scale: float, on_gpu: bool, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     chunk_size = min(_KEY_CHUNK, k.shape[1])
     padding = ((0, 0), (0, -k.shape[1] % chunk_size), (0, 0), (0, 0))
     padded_k, padded_v = jnp.pad(k, padding), jnp.pad(v, padding)
@@ -112,11 +122,11 @@ def _flash_attention_forward(
         return keys, values
 
     def attend(q: jax.Array, last_visible: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _attend(q, load_chunk, last_visible, chunk_size, padded_k.shape[1] // chunk_size, scale=scale)
+        number = padded_k.shape[1] // chunk_size
+        return _attend(q, load_chunk, last_visible, chunk_size, number, scale=scale, on_gpu=on_gpu)
 
     last_visible = jnp.broadcast_to(lengths[:, None] - 1, q.shape[:2])
-    out, lse = _map_query_chunks(attend, q, last_visible)
-    return out, (q, k, v, lengths, out, lse)
+    return _map_query_chunks(attend, q, last_visible)
 
 
 def _flash_attention_backward(
@@ -181,11 +191,20 @@ def _paged_flash_attention(
 def _paged_flash_attention_forward(
     scale: float, q: jax.Array, kv: jax.Array, page_table: jax.Array, last_visible: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    gpu, elsewhere = (functools.partial(_attend_in_pages, scale, on_gpu) for on_gpu in (True, False))
+    found = portable.on_gpus(gpu, elsewhere, q, kv, page_table, last_visible)
+    return found, (q, kv, page_table, last_visible, *found)
+
+
+def _attend_in_pages(
+    scale: float, on_gpu: bool, q: jax.Array, kv: jax.Array, page_table: jax.Array, last_visible: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     batch, queries, heads, dim = q.shape
     page_size = kv.shape[1]
     # A position costs its logits, and a copy of its keys and values.
     bytes_per_position = batch * (min(queries, _QUERY_CHUNK) * heads * 8 + 2 * kv.shape[2] * dim * kv.dtype.itemsize)
-    pages_per_chunk = paging.pages_per_chunk(page_table, page_size, bytes_per_position, _WORKSPACE_BYTES)
+    workspace = _GPU_WORKSPACE_BYTES if on_gpu else _WORKSPACE_BYTES
+    pages_per_chunk = paging.pages_per_chunk(page_table, page_size, bytes_per_position, workspace)
     chunk_size = pages_per_chunk * page_size
     table = paging.pad_to_chunks(page_table, pages_per_chunk)
 
@@ -193,15 +212,22 @@ def _paged_flash_attention_forward(
         return _keys_and_values(kv, paging.pages_of_chunk(table, chunk, pages_per_chunk))
 
     def attend(q: jax.Array, last_visible: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _attend(q, load_chunk, last_visible, chunk_size, table.shape[1] // pages_per_chunk, scale=scale)
+        number = table.shape[1] // pages_per_chunk
+        return _attend(q, load_chunk, last_visible, chunk_size, number, scale=scale, on_gpu=on_gpu)
 
-    found = _map_query_chunks(attend, q, last_visible)
-    return found, (q, kv, page_table, last_visible, *found)
+    return _map_query_chunks(attend, q, last_visible)
 
 
 def _paged_flash_attention_backward(
     scale: float, saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, None, None]:
+    gpu, elsewhere = (functools.partial(_paged_gradients, scale, on_gpu) for on_gpu in (True, False))
+    return *portable.on_gpus(gpu, elsewhere, saved, cotangents), None, None
+
+
+def _paged_gradients(
+    scale: float, on_gpu: bool, saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     """As `_flash_attention_backward`, for chunks of keys, with the gradient of the log-sum-exps beside."""
     q, kv, page_table, last_visible, out, lse = saved
     batch, queries, heads, dim = q.shape
@@ -215,7 +241,8 @@ def _paged_flash_attention_backward(
     pages_per_chunk = paging.pages_per_chunk(page_table, page_size, 4 * batch * queries * heads, _GRADIENT_BYTES)
     table = paging.pad_to_chunks(page_table, pages_per_chunk)
     chunk_size = pages_per_chunk * page_size
-    chunks = jnp.clip(jnp.max(last_visible) // chunk_size + 1, 0, table.shape[1] // pages_per_chunk)
+    number = table.shape[1] // pages_per_chunk
+    seen = jnp.clip(jnp.max(last_visible) // chunk_size + 1, 0, number)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def add_chunk(chunk: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -230,8 +257,8 @@ def _paged_flash_attention_backward(
         return sums[0] + dot("btkgs,bskd->btkgd", d_s, keys), sums[1].at[pages].add(d_pages)
 
     sums = vary_like((jnp.zeros(q_by_head.shape, jnp.float32), jnp.zeros(kv.shape, jnp.float32)), q)
-    d_q, d_kv = jax.lax.fori_loop(0, chunks, add_chunk, sums)
-    return d_q.reshape(q.shape).astype(q.dtype), d_kv.astype(kv.dtype), None, None
+    d_q, d_kv = jax.lax.fori_loop(0, number if on_gpu else seen, add_chunk, sums)
+    return d_q.reshape(q.shape).astype(q.dtype), d_kv.astype(kv.dtype)
 
 
 _paged_flash_attention.defvjp(_paged_flash_attention_forward, _paged_flash_attention_backward)

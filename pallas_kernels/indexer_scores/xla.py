@@ -1,4 +1,4 @@
-"""Portable indexer scores: processes chunks of keys, and only chunks that some query sees."""
+"""Portable indexer scores: processes chunks of keys, and not on GPUs only chunks that some query sees."""
 
 import dataclasses
 import functools
@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import paging
+from pallas_kernels import paging, portable
 from pallas_kernels.meshes import vary_like
 
 _WORKSPACE_BYTES = 8 * 2**20
+_GPU_WORKSPACE_BYTES = 256 * 2**20
 
 
 def indexer_scores(
@@ -40,8 +41,25 @@ def _indexer_scores(
     page_table: jax.Array,
     query_start: jax.Array,
 ) -> jax.Array:
+    return portable.on_gpus(
+        functools.partial(_score_chunks, scale, True),
+        functools.partial(_score_chunks, scale, False),
+        *(q, weights, keys, key_scales, page_table, query_start),
+    )
+
+
+def _score_chunks(
+    scale: float,
+    on_gpu: bool,
+    q: jax.Array,
+    weights: jax.Array,
+    keys: jax.Array,
+    key_scales: jax.Array | None,
+    page_table: jax.Array,
+    query_start: jax.Array,
+) -> jax.Array:
     capacity = page_table.shape[1] * keys.shape[1]
-    chunks = _Chunks.of(q, keys, page_table, query_start)
+    chunks = _Chunks.of(q, keys, page_table, query_start, on_gpu)
     wide_q = _widen(q)
     if chunks.number == 1:
         return chunks.score(scale, wide_q, weights, *chunks.load(0, keys, key_scales), 0)
@@ -52,7 +70,7 @@ def _indexer_scores(
 
     scores = jnp.full((*q.shape[:2], chunks.number * chunks.size), -jnp.inf, jnp.float32)
     scores = vary_like(scores, q)
-    return jax.lax.fori_loop(0, chunks.seen, write_chunk, scores)[..., :capacity]
+    return jax.lax.fori_loop(0, chunks.turns, write_chunk, scores)[..., :capacity]
 
 
 def _forward(scale: float, *arrays: Any) -> tuple[jax.Array, Any]:
@@ -60,8 +78,14 @@ def _forward(scale: float, *arrays: Any) -> tuple[jax.Array, Any]:
 
 
 def _backward(scale: float, saved: Any, d_scores: jax.Array) -> Any:
+    gpu, elsewhere = (functools.partial(_add_chunks, scale, on_gpu) for on_gpu in (True, False))
+    return *portable.on_gpus(gpu, elsewhere, d_scores, *saved), None, None
+
+
+def _add_chunks(scale: float, on_gpu: bool, d_scores: jax.Array, *saved: Any) -> Any:
+    """The gradients of q, weights, keys and their scales."""
     q, weights, keys, key_scales, page_table, query_start = saved
-    chunks = _Chunks.of(q, keys, page_table, query_start)
+    chunks = _Chunks.of(q, keys, page_table, query_start, on_gpu)
     d_scores = jnp.pad(d_scores, ((0, 0), (0, 0), (0, chunks.number * chunks.size - d_scores.shape[2])))
     wide_q, pools = _widen(q), (keys, key_scales)
 
@@ -79,8 +103,8 @@ def _backward(scale: float, saved: Any, d_scores: jax.Array) -> Any:
         return sums[0] + d_q, sums[1] + d_weights, *d_pools
 
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (q, weights, *pools))
-    sums = jax.lax.fori_loop(0, chunks.seen, add_chunk, vary_like(sums, q))
-    return *jax.tree.map(lambda d, x: d.astype(x.dtype), sums, (q, weights, *pools)), None, None
+    sums = jax.lax.fori_loop(0, chunks.turns, add_chunk, vary_like(sums, q))
+    return jax.tree.map(lambda d, x: d.astype(x.dtype), sums, (q, weights, *pools))
 
 
 _indexer_scores.defvjp(_forward, _backward)
@@ -95,26 +119,28 @@ class _Chunks:
       number: of all chunks.
       table: page table, int32 `[b, m]`, padded to whole chunks.
       query_positions: int32 `[b, t]`.
+      turns: of the loop over chunks.
     """
 
     size: int
     number: int
     table: jax.Array
     query_positions: jax.Array
+    turns: jax.Array | int
 
     @classmethod
-    def of(cls, q: jax.Array, keys: jax.Array, page_table: jax.Array, query_start: jax.Array) -> "_Chunks":
+    def of(
+        cls, q: jax.Array, keys: jax.Array, page_table: jax.Array, query_start: jax.Array, on_gpu: bool
+    ) -> "_Chunks":
         batch, queries, heads, _ = q.shape
         page_size = keys.shape[1]
-        pages = paging.pages_per_chunk(page_table, page_size, batch * queries * heads * 4, _WORKSPACE_BYTES)
+        workspace = _GPU_WORKSPACE_BYTES if on_gpu else _WORKSPACE_BYTES
+        pages = paging.pages_per_chunk(page_table, page_size, batch * queries * heads * 4, workspace)
         table = paging.pad_to_chunks(page_table, pages)
         positions = query_start[:, None] + jnp.arange(queries)
-        return cls(pages * page_size, table.shape[1] // pages, table, positions)
-
-    @property
-    def seen(self) -> jax.Array:
-        """Number of chunks that some query sees."""
-        return jnp.clip(jnp.max(self.query_positions) // self.size + 1, 0, self.number)
+        size, number = pages * page_size, table.shape[1] // pages
+        seen = jnp.clip(jnp.max(positions) // size + 1, 0, number)
+        return cls(size, number, table, positions, number if on_gpu else seen)
 
     def pages(self, chunk: jax.Array | int) -> jax.Array:
         return paging.pages_of_chunk(self.table, chunk, self.table.shape[1] // self.number)

@@ -1,11 +1,23 @@
-"""Portable selection with `lax.top_k`, which prefers lower positions among equal values."""
+"""Portable selection: by counting on GPUs, where sorting is slow, and with `lax.top_k` elsewhere."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import portable
+from pallas_kernels.select_topk import counting
+
 
 def select_topk(scores: jax.Array, lengths: jax.Array, k: int) -> jax.Array:
     """See `api.select_topk`."""
+    return portable.on_gpus(
+        functools.partial(counting.select_topk, k=k), functools.partial(_sort, k=k), scores, lengths
+    )
+
+
+def _sort(scores: jax.Array, lengths: jax.Array, *, k: int) -> jax.Array:
+    """With `lax.top_k`, which prefers lower positions among equal values."""
     size = scores.shape[-1]
     lengths = jnp.minimum(lengths, size)
     # top_k orders -0.0 below 0.0, and NaN by its sign.
@@ -16,4 +28,4 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int) -> jax.Array:
     positions = jnp.sort(jnp.where(positions < lengths[..., None], positions, size), axis=-1)
     positions = jnp.where(positions < size, positions, -1)
     padding = [(0, 0)] * (positions.ndim - 1) + [(0, k - positions.shape[-1])]
-    return jnp.pad(positions, padding, constant_values=-1)
+    return jnp.pad(positions, padding, constant_values=-1).astype(jnp.int32)

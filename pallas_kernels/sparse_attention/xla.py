@@ -1,4 +1,7 @@
-"""Portable sparse attention: gathers the selected rows of a few queries at a time."""
+"""Portable sparse attention: gathers the selected rows of a few queries at a time.
+
+On GPUs, queries of a short context attend to all its rows under a mask, where that moves fewer bytes.
+"""
 
 import functools
 import math
@@ -7,65 +10,123 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import paging
+from pallas_kernels import paging, portable
 from pallas_kernels.meshes import vary_like
 
 _WORKSPACE_BYTES = 64 * 2**20
+_GPU_WORKSPACE_BYTES = 256 * 2**20
+_LOGIT_BYTES = 20
+"""Bytes that a GPU moves for one head and key of masked attention: a logit four times, its probability twice."""
+_GATHERED_TIMES = 3
+"""How often a GPU moves a gathered row: it reads, writes, and reads it."""
+
+_Results = tuple[jax.Array, jax.Array]
 
 
 def sparse_attention(
     q: jax.Array, kv: jax.Array, indices: jax.Array, page_table: jax.Array, *, scale: float
-) -> tuple[jax.Array, jax.Array]:
-    """See `api.sparse_attention`. It has a gradient, which gathers the rows again."""
-    return _sparse_attention(scale, q, kv, *_addresses(kv, indices, page_table))
+) -> _Results:
+    """See `api.sparse_attention`. It has a gradient, which gathers the rows again.
 
-
-def _addresses(kv: jax.Array, indices: jax.Array, page_table: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rows of the pool, int32 `[b, t, top_k]`, and whether they are attended to."""
-    pages, page_size = kv.shape[:2]
-    capacity = page_table.shape[1] * page_size
-    valid = (indices >= 0) & (indices < capacity)
-    table = jnp.clip(page_table, 0, pages - 1)
-    return paging.slots(table, jnp.clip(indices, 0, capacity - 1), page_size), valid
+    Memory: `_WORKSPACE_BYTES`, on GPUs `_GPU_WORKSPACE_BYTES`, or what one query of each sequence takes.
+    """
+    indices = jnp.where(indices < page_table.shape[1] * kv.shape[1], indices, -1)
+    return _sparse_attention(scale, q, kv, indices, jnp.clip(page_table, 0, kv.shape[0] - 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sparse_attention(
-    scale: float, q: jax.Array, kv: jax.Array, addresses: jax.Array, valid: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return _forward(scale, q, kv, addresses, valid)[0]
+def _sparse_attention(scale: float, q: jax.Array, kv: jax.Array, indices: jax.Array, page_table: jax.Array) -> _Results:
+    return _forward(scale, q, kv, indices, page_table)[0]
 
 
 def _forward(
-    scale: float, q: jax.Array, kv: jax.Array, addresses: jax.Array, valid: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    scale: float, q: jax.Array, kv: jax.Array, indices: jax.Array, page_table: jax.Array
+) -> tuple[_Results, tuple[jax.Array, ...]]:
+    gpu = _attend_to_all if _all_is_less(q, kv, indices, page_table) else _gather(_GPU_WORKSPACE_BYTES)
+    gpu, elsewhere = (functools.partial(run, scale) for run in (gpu, _gather(_WORKSPACE_BYTES)))
+    found = portable.on_gpus(gpu, elsewhere, q, kv, indices, page_table)
+    return found, (q, kv, indices, page_table, *found)
+
+
+def _gather(workspace: int) -> Any:
+    return functools.partial(_attend_to_gathered, workspace)
+
+
+def _attend_to_gathered(
+    workspace: int, scale: float, q: jax.Array, kv: jax.Array, indices: jax.Array, page_table: jax.Array
+) -> _Results:
     batch, queries, heads, dim = q.shape
     kv_heads = kv.shape[2] // 2
-    top_k = addresses.shape[-1]
+    top_k = indices.shape[-1]
     rows = kv.reshape(-1, 2 * kv_heads, dim)
 
-    def attend(one: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def attend(one: tuple[jax.Array, jax.Array, jax.Array]) -> _Results:
         query, address, valid = one  # [n, d], [top_k], [top_k]
         keys, values = jnp.split(rows[address], 2, axis=1)
         grouped = query.reshape(kv_heads, heads // kv_heads, dim)
         logits = jnp.einsum("kgd,skd->kgs", grouped, keys, preferred_element_type=jnp.float32) * scale
-        logits = jnp.where(valid, logits, -jnp.inf)
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        probabilities = jnp.exp(logits - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]).astype(values.dtype)
-        out = jnp.einsum("kgs,skd->kgd", probabilities, values, preferred_element_type=jnp.float32)
+        probabilities, lse = _softmax(jnp.where(valid, logits, -jnp.inf))
+        out = jnp.einsum("kgs,skd->kgd", probabilities.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return out.reshape(heads, dim).astype(query.dtype), lse.reshape(heads)
 
     total = batch * queries
-    inputs = (q.reshape(total, heads, dim), addresses.reshape(total, top_k), valid.reshape(total, top_k))
-    at_once = _at_once(total, top_k, kv)
+    addresses = _addresses(kv, indices, page_table).reshape(total, top_k)
+    inputs = (q.reshape(total, heads, dim), addresses, (indices >= 0).reshape(total, top_k))
+    at_once = _at_once(total, top_k, kv, workspace)
     out, lse = jax.lax.map(attend, _pad(inputs, -total % at_once), batch_size=at_once)
-    found = out[:total].reshape(q.shape), lse[:total].reshape(q.shape[:3])
-    return found, (q, kv, addresses, valid, *found)
+    return out[:total].reshape(q.shape), lse[:total].reshape(q.shape[:3])
+
+
+def _all_is_less(q: jax.Array, kv: jax.Array, indices: jax.Array, page_table: jax.Array) -> bool:
+    """Whether attention to all rows under a mask moves fewer bytes on a GPU, and a copy of them fits the workspace."""
+    (batch, queries, heads, _), capacity = q.shape, page_table.shape[1] * kv.shape[1]
+    row = math.prod(kv.shape[2:]) * kv.dtype.itemsize
+    masked = capacity * (queries * heads * _LOGIT_BYTES + row)
+    gathered = queries * indices.shape[-1] * _GATHERED_TIMES * row
+    return masked < gathered and batch * capacity * row <= _GPU_WORKSPACE_BYTES
+
+
+def _attend_to_all(scale: float, q: jax.Array, kv: jax.Array, indices: jax.Array, page_table: jax.Array) -> _Results:
+    batch, queries, heads, dim = q.shape
+    kv_heads, capacity = kv.shape[2] // 2, page_table.shape[1] * kv.shape[1]
+    keys, values = jnp.split(kv[page_table].reshape(batch, capacity, 2 * kv_heads, dim), 2, axis=2)
+
+    def attend(some: tuple[jax.Array, jax.Array]) -> _Results:
+        q, indices = some  # [b, i, n, d], [b, i, top_k]
+        chosen = vary_like(jnp.zeros((*indices.shape[:2], capacity), bool), indices)
+        sequence, query = (x[..., None] for x in jnp.indices(indices.shape[:2]))
+        chosen = chosen.at[sequence, query, jnp.where(indices < 0, capacity, indices)].set(True, mode="drop")
+        grouped = q.reshape(*q.shape[:2], kv_heads, heads // kv_heads, dim)
+        logits = jnp.einsum("bikgd,bskd->bkigs", grouped, keys, preferred_element_type=jnp.float32) * scale
+        probabilities, lse = _softmax(jnp.where(chosen[:, None, :, None], logits, -jnp.inf))
+        out = jnp.einsum(
+            "bkigs,bskd->bikgd", probabilities.astype(values.dtype), values, preferred_element_type=jnp.float32
+        )
+        return out.reshape(q.shape).astype(q.dtype), jnp.moveaxis(lse, 1, 2).reshape(q.shape[:3])
+
+    turns = math.ceil(queries / max(1, _GPU_WORKSPACE_BYTES // (batch * heads * capacity * 4)))
+    padding = -queries % turns
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(batch, turns, -1, *x.shape[2:]), 1, 0)
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :queries]
+
+    return jax.tree.map(join, jax.lax.map(attend, (split(q), split(indices))))
+
+
+def _softmax(logits: jax.Array) -> _Results:
+    """Softmax along the last axis, and its log-sum-exp; zeros and -inf where all are -inf."""
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    return jnp.exp(logits - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]), lse
 
 
 def _backward(scale: float, saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]) -> Any:
     """`dS = P (dO V^T - rowsum(O dO) + dL)`, L the log-sum-exps: FlashAttention, arXiv 2205.14135, algorithm 4."""
-    q, kv, addresses, valid, out, lse = saved
+    q, kv, indices, page_table, out, lse = saved
+    addresses, valid = _addresses(kv, indices, page_table), indices >= 0
     batch, queries, heads, dim = q.shape
     total, top_k, kv_heads = batch * queries, addresses.shape[-1], kv.shape[2] // 2
     rows = kv.reshape(-1, 2 * kv_heads, dim)
@@ -85,7 +146,7 @@ def _backward(scale: float, saved: tuple[jax.Array, ...], cotangents: tuple[jax.
         d_gathered = jnp.where(valid[..., None, None], jnp.concatenate(parts, axis=2), 0.0)
         return d_rows.at[address].add(d_gathered), d_q
 
-    at_once = _at_once(total, top_k, kv)
+    at_once = _at_once(total, top_k, kv, _WORKSPACE_BYTES)
     grouped = (total, kv_heads, heads // kv_heads)
     inputs = (q.reshape(*grouped, dim), addresses.reshape(total, top_k), valid.reshape(total, top_k))
     inputs += (d_out.reshape(*grouped, dim), d_rest.reshape(grouped), lse.reshape(grouped))
@@ -99,10 +160,15 @@ def _backward(scale: float, saved: tuple[jax.Array, ...], cotangents: tuple[jax.
 _sparse_attention.defvjp(_forward, _backward)
 
 
-def _at_once(total: int, top_k: int, kv: jax.Array) -> int:
+def _addresses(kv: jax.Array, indices: jax.Array, page_table: jax.Array) -> jax.Array:
+    """Rows of the pool, int32 `[b, t, top_k]`; any row for an index below 0."""
+    return paging.slots(page_table, jnp.maximum(indices, 0), kv.shape[1])
+
+
+def _at_once(total: int, top_k: int, kv: jax.Array, workspace: int) -> int:
     """Queries whose rows fill a workspace."""
     bytes_per_query = top_k * math.prod(kv.shape[2:]) * kv.dtype.itemsize
-    at_once = max(1, min(total, _WORKSPACE_BYTES // bytes_per_query))
+    at_once = max(1, min(total, workspace // bytes_per_query))
     # Equal blocks leave no remainder, which would be compiled separately.
     return math.ceil(total / math.ceil(total / at_once))
 
