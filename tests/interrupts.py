@@ -86,11 +86,14 @@ def commands(folder: Path) -> dict[str, Command]:
     given = ("--checkpoint", str(folder / "orbax"))
     golden = ROOT / "tests" / "golden" / "a"
 
-    def converts(out: Path) -> str:
-        code, _, err = _ended(_start(("convert", str(folder / "hf"), str(out)))[0])
+    def can_continue(arguments: Sequence[str], out: Path) -> str:
+        code, _, err = _ended(_start([each.format(out=out) for each in arguments])[0])
         if out.is_dir() and code == 2 and "is not empty" in err:
             return ""  # it was whole
-        return "" if code == 0 else f"the next conversion ends with {code}: {err}"
+        return "" if code == 0 else f"the same command, run again, ends with {code}: {err}"
+
+    converts = ("convert", str(folder / "hf"), "{out}")
+    quantizes = ("quantize", str(folder / "hf"), "{out}", "--experts", "int4", "--attention", "int8")
 
     def has_whole_lines(out: Path) -> str:
         text = out.read_text() if out.exists() else ""
@@ -102,7 +105,8 @@ def commands(folder: Path) -> dict[str, Command]:
     port = free_port()
     small = ("--dtype", "float32", "--prefill-chunk", "128", "--rows", "2", "--cache-tokens", "4K", "--no-warmup")
     return {
-        "convert": Command(("convert", str(folder / "hf"), "{out}"), converts),
+        "convert": Command(converts, functools.partial(can_continue, converts)),
+        "quantize": Command(quantizes, functools.partial(can_continue, quantizes)),
         "generate": Command(
             ("generate", *given, "--video", str(folder / "long.mp4"), "--prompt", "?", "--max-new-tokens", "20")
         ),
