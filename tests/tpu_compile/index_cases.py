@@ -4,6 +4,7 @@ import functools
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.indexer_scores import mosaic_tpu as scores_kernel
 from pallas_kernels.select_topk import mosaic_tpu as select_kernel
@@ -18,6 +19,19 @@ UNIT_POSITIONS = 65_536
 """Positions of the unit of thresholds and lists that is simulated."""
 PASSES = 10
 """Passes of a selection's search in the simulation; the real number depends on the scores."""
+
+
+def _float8_scores(batch: int, queries: int, context: int) -> CompileCase:
+    q, gates, keys, table, start = MODEL.indexer_arguments(batch, queries, context, jnp.float8_e4m3fn)
+
+    def function(q, gates, keys, scales, table, start):
+        return scores_kernel.indexer_scores(
+            q, gates, keys, table, start, scale=MODEL.index_scale, key_scales=scales
+        )
+
+    shape = f"{batch} x {queries} queries, {context // 1024}K, float8"
+    arguments = q, gates, keys, float32(*keys.shape[:2]), table, start
+    return CompileCase("indexer_scores", shape, function, arguments, quick=True)
 
 
 def _scores(batch: int, queries: int, context: int, *, quick: bool = False) -> CompileCase:
@@ -104,6 +118,8 @@ CASES = [
     _scores(8, 1, 131_072),
     _scores(64, 1, 131_072),
     _scores(64, 1, 262_144),
+    _float8_scores(1, 2048, 131_072),
+    _float8_scores(8, 1, 131_072),
     _unions(2048, 131_072, quick=True),
     _unions(2048, 262_144),
     _unions(2048, 32_768),

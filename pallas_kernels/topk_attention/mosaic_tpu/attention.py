@@ -22,10 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import paging
-from pallas_kernels.topk_attention.mosaic_tpu.unions import WORDS, Unions
+from pallas_kernels.topk_attention.mosaic_tpu.unions import PADDED_TILES, WORDS, Unions
 from pallas_kernels.tpu import LANES, MASKED, check_attention, precision, result_like, vmem_limit
 
-_CHUNK = 1024
+_CHUNK = PADDED_TILES * LANES
 """Entries of a union that are multiplied at once; lists are padded to a multiple of it."""
 _UNROLL = 2
 
@@ -84,6 +84,9 @@ def _dense(dense: Any, block: jax.Array) -> jax.Array | int:
     return dense[block]
 
 
+_for_each_turn = functools.partial(jax.lax.fori_loop, 0)
+
+
 def _sum_of_lanes(x: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=1, keepdims=True)
 
@@ -104,6 +107,7 @@ def _attend(
     all_blocks, heads, queries, dim = q.shape
     kv_heads = kv.shape[1] // 2
     blocks, group, tiles = all_blocks // table.shape[0], heads // kv_heads, chunk // LANES
+    all_tiles = unions.words.shape[1]
     at_once = chunk // heads  # Copies that are started beside the products of a head.
     dot = functools.partial(jax.lax.dot_general, precision=precision(kv.dtype), preferred_element_type=jnp.float32)
 
@@ -115,7 +119,8 @@ def _attend(
         count, all_positions = _turns(entries, block, chunk), _dense(dense, block)
 
         def lists(turn: jax.Array | int) -> list[Any]:
-            slot, here = jax.lax.rem(turn, 2), pl.ds(turn * tiles, tiles)
+            # One turn's lists are copied that nobody needs, perhaps from behind the end.
+            slot, here = jax.lax.rem(turn, 2), pl.ds(jnp.minimum(turn * tiles, all_tiles - tiles), tiles)
             return [
                 pltpu.make_async_copy(rows.at[block, here], numbers.at[slot], listed.at[0, slot]),
                 pltpu.make_async_copy(words.at[block, here], members.at[slot], listed.at[1, slot]),
@@ -124,6 +129,10 @@ def _attend(
         def load_lists(turn: jax.Array | int) -> None:
             for copy in lists(turn):
                 copy.start()
+
+        def wait_for_lists(turn: jax.Array | int) -> None:
+            for copy in lists(turn):
+                copy.wait()
 
         def copy_rows(turn: jax.Array | int, first: jax.Array | int, number: int) -> None:
             slot = jax.lax.rem(turn, 2)
@@ -157,9 +166,8 @@ def _attend(
                 kv_of[head] = values[:, head * dim : (head + 1) * dim]
             if copies != "none":
                 # The next turn's lists are here before the ones behind it take the place of this turn's.
-                for copy in lists(following):
-                    copy.wait()
-                pl.when(following + 1 < count)(lambda: load_lists(following + 1))
+                wait_for_lists(following)
+                load_lists(following + 1)
             if copies == "rows":
                 copy_rows(following, heads * at_once, chunk - heads * at_once)
 
@@ -188,22 +196,21 @@ def _attend(
         total[...] = jnp.zeros_like(total)
         largest[...] = jnp.full_like(largest, MASKED)
         load_lists(0)
-        for copy in lists(0):
-            copy.wait()
-        if unions.words.shape[1] > tiles:
-            pl.when(count > 1)(lambda: load_lists(1))
+        wait_for_lists(0)
+        load_lists(1)
 
         @pl.when(all_positions == 0)
         def _():
             jax.lax.fori_loop(0, chunk // tiles, lambda i, _: copy_rows(0, i * tiles, tiles), None)
-            jax.lax.fori_loop(0, count - 1, lambda turn, _: attend(turn, copies="rows"), None)
+            _for_each_turn(count - 1, lambda turn, _: attend(turn, copies="rows"), None)
 
         @pl.when(all_positions != 0)
         def _():
             copy_pages(0)
-            jax.lax.fori_loop(0, count - 1, lambda turn, _: attend(turn, copies="pages"), None)
+            _for_each_turn(count - 1, lambda turn, _: attend(turn, copies="pages"), None)
 
         attend(count - 1, copies="none")
+        wait_for_lists(count)
 
         def finish(head: jax.Array, _: None) -> None:
             weight, found = _sum_of_lanes(total[head]), largest[head] > MASKED / 2
@@ -218,7 +225,7 @@ def _attend(
 
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     state = heads, queries, LANES
-    most = all_blocks * unions.words.shape[1] * LANES
+    most = all_blocks * all_tiles * LANES
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(

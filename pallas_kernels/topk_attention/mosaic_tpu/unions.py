@@ -32,10 +32,10 @@ WORDS = 8
 _MOST_QUERIES = 32 * WORDS
 _DENSE_TENTHS = 9
 """A block gets no list if its queries selected more tenths of the positions that they see."""
-_TILES = 8
-"""Registers of 128 positions that are compacted side by side."""
-LISTED = _TILES * LANES
-"""A list is padded to a multiple of this, with words of zeros and rows that exist."""
+_TILES = 32
+"""Registers of 128 positions that are compacted side by side: many, since each step waits for the one before it."""
+PADDED_TILES = 8
+"""A list is padded to a multiple of these registers, with words of zeros and rows that exist."""
 
 
 @jax.tree_util.register_dataclass
@@ -85,7 +85,7 @@ def select_unions(
         raise NotImplementedError(f"takes pages of a divisor or a multiple of {LANES} positions, not of {page_size}")
     limit, block = vmem_limit(), block_of(queries)
     rows = 8 if size > 2**15 else 32
-    padded = pl.cdiv(size, CHUNK // rows) * (CHUNK // rows)
+    padded = pl.cdiv(size, _TILES * LANES) * _TILES * LANES
     # Two blocks of scores and of words, one of integers, and two lists of rows.
     per_position = 4 * (3 * rows + 2 * WORDS + 2)
     if per_position * padded > limit:
@@ -168,11 +168,11 @@ def _kernel(longest, table, lengths, scores, words, rows, counts, keys, *, k, pa
     @pl.when(step + 1 == pl.num_programs(1))
     def _():
         seen = _seen(longest, block)
-        turns = (seen + LISTED - 1) // LISTED
+        turns = (seen + _TILES * LANES - 1) // (_TILES * LANES)
         shape = (_TILES, LANES)
 
         def used_in(turn):
-            """int32 `[8, 128]`: 1 where a position of eight registers has bits."""
+            """int32 `[32, 128]`: 1 where a position of a turn's registers has bits."""
             return jnp.max(jnp.where(words[pl.ds(turn * _TILES, _TILES)] != 0, 1, 0), axis=1)
 
         found = lax.fori_loop(0, turns, lambda turn, sums: sums + used_in(turn), jnp.zeros(shape, jnp.int32))
@@ -185,8 +185,8 @@ def _kernel(longest, table, lengths, scores, words, rows, counts, keys, *, k, pa
 
 def _compact(used_in, turns, table, words, rows, *, page_size):
     """Drops the words without bits, and lists the rows of the others."""
-    shape = (_TILES, LANES)
-    lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+    shape = (WORDS, LANES)
+    lane, all_lanes = (lax.broadcasted_iota(jnp.int32, (rows, LANES), 1) for rows in (WORDS, _TILES))
 
     def rows_of(tile, offset):
         """Rows of the pages that hold positions `128 * tile + offset`."""
@@ -204,9 +204,9 @@ def _compact(used_in, turns, table, words, rows, *, page_size):
         used = used_in(number)
         upto, distance = used, 1
         while distance < LANES:
-            upto += jnp.where(lane >= distance, pltpu.roll(upto, distance, 1), 0)
+            upto += jnp.where(all_lanes >= distance, pltpu.roll(upto, distance, 1), 0)
             distance *= 2
-        gap, distance = jnp.where(used > 0, lane - (upto - used), 0), 1
+        gap, distance = jnp.where(used > 0, all_lanes - (upto - used), 0), 1
         while distance < LANES:
             from_right = pltpu.roll(gap, LANES - distance, 1)
             arrives = jnp.where((from_right & distance) != 0, 1, 0)
@@ -217,7 +217,7 @@ def _compact(used_in, turns, table, words, rows, *, page_size):
             distance *= 2
         for tile in range(_TILES):
             count = jnp.sum(used[tile : tile + 1])
-            offset = jnp.broadcast_to((lane + gap)[tile : tile + 1], shape)
+            offset = jnp.broadcast_to((all_lanes + gap)[tile : tile + 1], shape)
             found = jnp.where(lane < count, rows_of(number * _TILES + tile, offset), 0)
             place, register = lax.rem(filled, LANES), lax.div(filled, LANES)
             new_words = pltpu.roll(jnp.where(lane < count, moved[tile], 0), place, 1)
@@ -244,5 +244,5 @@ def _compact(used_in, turns, table, words, rows, *, page_size):
         rows[pl.ds(register, 1)] = jnp.where(here, last_rows, 0)[:1]
 
     # A list that ends with a register has none behind it at the very end.
-    end = jnp.minimum((lax.div(first, _TILES) + 1) * _TILES, words.shape[0])
+    end = jnp.minimum((lax.div(first, PADDED_TILES) + 1) * PADDED_TILES, words.shape[0])
     lax.fori_loop(first, end, pad, None)
