@@ -1,6 +1,7 @@
 """Every operation's tests run against every implementation that works on this machine."""
 
 import contextlib
+from unittest import mock
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import available
 from pallas_kernels.errors import UnsupportedError
+from pallas_kernels.topk_attention.mosaic_tpu import attention as union_attention
 from tests.pallas_kernels.attention_oracle import FORMS
 
 INTERPRETED = {
@@ -103,7 +105,11 @@ def pytest_pyfunc_call():
 def implementation(request):
     """Each name in turn. On a CPU, kernels for TPUs are interpreted: memories, copies and semaphores are simulated."""
     interpreted = request.param == "mosaic_tpu" and "mosaic_tpu" not in available()
-    with pltpu.force_tpu_interpret_mode() if interpreted else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if interpreted:
+            stack.enter_context(pltpu.force_tpu_interpret_mode())
+            # Each row that is copied takes the interpreter milliseconds, and small unions would be padded to 1,024.
+            stack.enter_context(mock.patch.object(union_attention, "_CHUNK", 128))
         yield request.param
 
 

@@ -74,17 +74,19 @@ def unions(case, pages):
 
 @pytest.mark.slow
 def test_a_block_that_selects_nearly_all_positions_walks_the_pages(monkeypatch):
-    rng = np.random.default_rng(2)
-    scores, lengths = rng.normal(size=(1, 32, 320)).astype(np.float32), np.full((1, 32), 300, np.int32)
+    """In rows of scores that are so long that the kernel takes eight at a time."""
+    rng, top_k, seen, size = np.random.default_rng(2), 100, 300, 33_000
+    scores, lengths = rng.normal(size=(1, 32, size)).astype(np.float32), np.full((1, 32), seen, np.int32)
     q, k, v = random_inputs(rng, (jnp.float32, 128, 1e-5), queries=32, length=320)
-    kv, table = (jnp.asarray(x) for x in to_pages(rng, np.concatenate([k, v], axis=2), PAGE))
+    kv, table = to_pages(rng, np.concatenate([k, v], axis=2), PAGE)
+    table = jnp.asarray(np.pad(table, ((0, 0), (0, size // PAGE + 1 - table.shape[1]))))
     monkeypatch.setattr(attention_kernel, "_CHUNK", 128)
     with interpreted():
-        unions = select_unions(jnp.asarray(scores), jnp.asarray(lengths), table, 100, page_size=PAGE)
-        got = jax.block_until_ready(union_attention(jnp.asarray(q), kv, table, unions, scale=SCALE))
+        unions = select_unions(jnp.asarray(scores), jnp.asarray(lengths), table, top_k, page_size=PAGE)
+        got = jax.block_until_ready(union_attention(jnp.asarray(q), jnp.asarray(kv), table, unions, scale=SCALE))
     assert unions.dense[0]
     visible = np.zeros((1, 32, 321), bool)
-    np.put_along_axis(visible, selection(scores, lengths, 100), True, axis=-1)
+    np.put_along_axis(visible, selection(scores, lengths, top_k), True, axis=-1)
     assert_close(got, attention(q, k, v, visible[..., :-1]), 1e-5)
 
 

@@ -25,9 +25,7 @@ def _float8_scores(batch: int, queries: int, context: int) -> CompileCase:
     q, gates, keys, table, start = MODEL.indexer_arguments(batch, queries, context, jnp.float8_e4m3fn)
 
     def function(q, gates, keys, scales, table, start):
-        return scores_kernel.indexer_scores(
-            q, gates, keys, table, start, scale=MODEL.index_scale, key_scales=scales
-        )
+        return scores_kernel.indexer_scores(q, gates, keys, table, start, scale=MODEL.index_scale, key_scales=scales)
 
     shape = f"{batch} x {queries} queries, {context // 1024}K, float8"
     arguments = q, gates, keys, float32(*keys.shape[:2]), table, start

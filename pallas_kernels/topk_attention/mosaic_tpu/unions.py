@@ -1,9 +1,9 @@
 """What blocks of neighbouring queries select together, listed by the kernel that finds their thresholds.
 
 The kernel searches the thresholds of some rows of scores at a time, as `select_topk` does. While a row's scores are
-still in VMEM, one more pass over them sets its bit at every position that it selected. The bits of a block's 256 queries
-are 8 words at each position: query q has bit q // 8 of word q % 8. So a row of scores meets its bits without moving
-between sublanes, and the words of 128 positions are one vector register.
+still in VMEM, one more pass over them sets its bit at every position that it selected. The bits of a block's 256
+queries are 8 words at each position: query q has bit q // 8 of word q % 8. So a row of scores meets its bits without
+moving between sublanes, and the words of 128 positions are one vector register.
 
 After the last row of a block the words are compacted: positions without bits are dropped. In a register of 128
 positions, a word has to move left by the number of empty positions before it. It moves by the powers of two in that
@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.select_topk.mosaic_tpu import CHUNK, PART, over_rows, search_threshold
+from pallas_kernels.select_topk.mosaic_tpu import PART, over_rows, search_threshold
 from pallas_kernels.tpu import LANES, result_like, vmem_limit
 
 WORDS = 8
@@ -63,9 +63,7 @@ def block_of(queries: int) -> int:
     return min(_MOST_QUERIES, pl.cdiv(queries, 32) * 32)
 
 
-def select_unions(
-    scores: jax.Array, lengths: jax.Array, page_table: jax.Array, k: int, *, page_size: int
-) -> Unions:
+def select_unions(scores: jax.Array, lengths: jax.Array, page_table: jax.Array, k: int, *, page_size: int) -> Unions:
     """The unions of neighbouring queries' `k` highest scores.
 
     Args:
@@ -76,7 +74,8 @@ def select_unions(
       page_size: positions of one page, a divisor or a multiple of 128.
 
     Raises:
-      NotImplementedError: scores that are not float32, another page size, or rows so long that VMEM does not hold eight.
+      NotImplementedError: scores that are not float32, another page size, or rows so long that VMEM does not hold
+        eight.
     """
     batch, queries, size = scores.shape
     if scores.dtype != jnp.float32:
@@ -89,9 +88,7 @@ def select_unions(
     # Two blocks of scores and of words, one of integers, and two lists of rows.
     per_position = 4 * (3 * rows + 2 * WORDS + 2)
     if per_position * padded > limit:
-        raise NotImplementedError(
-            f"VMEM holds rows of up to {limit // per_position:,} positions, not of {size:,}"
-        )
+        raise NotImplementedError(f"VMEM holds rows of up to {limit // per_position:,} positions, not of {size:,}")
     blocks, steps = pl.cdiv(queries, block), block // rows
     lengths = jnp.pad(jnp.clip(lengths, 0, size), ((0, 0), (0, blocks * block - queries))).astype(jnp.int32)
     longest = jnp.max(lengths.reshape(batch * blocks, block), axis=1)
@@ -127,9 +124,7 @@ def select_unions(
             result_like(scores, (batch * blocks, tiles, LANES), jnp.int32),
             result_like(scores, (batch * blocks, 8, LANES), jnp.int32),
         ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=limit
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=limit),
         cost_estimate=pl.CostEstimate(
             flops=36 * scores.size, bytes_accessed=4 * scores.size + 36 * batch * blocks * padded, transcendentals=0
         ),
