@@ -22,10 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import paging
-from pallas_kernels.topk_attention.mosaic_tpu.unions import PADDED_TILES, WORDS, Unions
+from pallas_kernels.topk_attention.mosaic_tpu.unions import TILES, WORDS, Unions
 from pallas_kernels.tpu import LANES, MASKED, check_attention, precision, result_like, vmem_limit
 
-_CHUNK = PADDED_TILES * LANES
+_CHUNK = TILES * LANES
 """Entries of a union that are multiplied at once; lists are padded to a multiple of it."""
 _UNROLL = 2
 

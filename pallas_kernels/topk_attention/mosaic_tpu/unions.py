@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.select_topk.mosaic_tpu import PART, over_rows, search_threshold
+from pallas_kernels.select_topk.mosaic_tpu import CHUNK, PART, over_rows, search_threshold
 from pallas_kernels.tpu import LANES, result_like, vmem_limit
 
 WORDS = 8
@@ -32,10 +32,10 @@ WORDS = 8
 _MOST_QUERIES = 32 * WORDS
 _DENSE_TENTHS = 9
 """A block gets no list if its queries selected more tenths of the positions that they see."""
-_TILES = 32
-"""Registers of 128 positions that are compacted side by side: many, since each step waits for the one before it."""
-PADDED_TILES = 8
-"""A list is padded to a multiple of these registers, with words of zeros and rows that exist."""
+TILES = 8
+"""Registers of 128 positions that are compacted side by side.
+
+A list is padded to a multiple of them, with words of zeros and rows that exist."""
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +84,7 @@ def select_unions(scores: jax.Array, lengths: jax.Array, page_table: jax.Array, 
         raise NotImplementedError(f"takes pages of a divisor or a multiple of {LANES} positions, not of {page_size}")
     limit, block = vmem_limit(), block_of(queries)
     rows = 8 if size > 2**15 else 32
-    padded = pl.cdiv(size, _TILES * LANES) * _TILES * LANES
+    padded = pl.cdiv(size, CHUNK // rows) * (CHUNK // rows)
     # Two blocks of scores and of words, one of integers, and two lists of rows.
     per_position = 4 * (3 * rows + 2 * WORDS + 2)
     if per_position * padded > limit:
@@ -163,12 +163,12 @@ def _kernel(longest, table, lengths, scores, words, rows, counts, keys, *, k, pa
     @pl.when(step + 1 == pl.num_programs(1))
     def _():
         seen = _seen(longest, block)
-        turns = (seen + _TILES * LANES - 1) // (_TILES * LANES)
-        shape = (_TILES, LANES)
+        turns = (seen + TILES * LANES - 1) // (TILES * LANES)
+        shape = (TILES, LANES)
 
         def used_in(turn):
-            """int32 `[32, 128]`: 1 where a position of a turn's registers has bits."""
-            return jnp.max(jnp.where(words[pl.ds(turn * _TILES, _TILES)] != 0, 1, 0), axis=1)
+            """int32 `[8, 128]`: 1 where a position of a turn's registers has bits."""
+            return jnp.max(jnp.where(words[pl.ds(turn * TILES, TILES)] != 0, 1, 0), axis=1)
 
         found = lax.fori_loop(0, turns, lambda turn, sums: sums + used_in(turn), jnp.zeros(shape, jnp.int32))
         entries = jnp.sum(found)
@@ -180,8 +180,10 @@ def _kernel(longest, table, lengths, scores, words, rows, counts, keys, *, k, pa
 
 def _compact(used_in, turns, table, words, rows, *, page_size):
     """Drops the words without bits, and lists the rows of the others."""
+    # A register holds the words of 128 positions, and so do the numbers of a turn's eight registers.
+    assert TILES == WORDS
     shape = (WORDS, LANES)
-    lane, all_lanes = (lax.broadcasted_iota(jnp.int32, (rows, LANES), 1) for rows in (WORDS, _TILES))
+    lane = lax.broadcasted_iota(jnp.int32, shape, 1)
 
     def rows_of(tile, offset):
         """Rows of the pages that hold positions `128 * tile + offset`."""
@@ -195,25 +197,25 @@ def _compact(used_in, turns, table, words, rows, *, page_size):
 
     def turn(number, state):
         filled, last_words, last_rows = state
-        moved = [words[number * _TILES + tile] for tile in range(_TILES)]
+        moved = [words[number * TILES + tile] for tile in range(TILES)]
         used = used_in(number)
         upto, distance = used, 1
         while distance < LANES:
-            upto += jnp.where(all_lanes >= distance, pltpu.roll(upto, distance, 1), 0)
+            upto += jnp.where(lane >= distance, pltpu.roll(upto, distance, 1), 0)
             distance *= 2
-        gap, distance = jnp.where(used > 0, all_lanes - (upto - used), 0), 1
+        gap, distance = jnp.where(used > 0, lane - (upto - used), 0), 1
         while distance < LANES:
             from_right = pltpu.roll(gap, LANES - distance, 1)
             arrives = jnp.where((from_right & distance) != 0, 1, 0)
             gap = jnp.where(arrives > 0, from_right, jnp.where((gap & distance) != 0, 0, gap))
-            for tile in range(_TILES):
+            for tile in range(TILES):
                 here = jnp.broadcast_to(arrives[tile : tile + 1], shape) > 0
                 moved[tile] = jnp.where(here, pltpu.roll(moved[tile], LANES - distance, 1), moved[tile])
             distance *= 2
-        for tile in range(_TILES):
+        for tile in range(TILES):
             count = jnp.sum(used[tile : tile + 1])
-            offset = jnp.broadcast_to((all_lanes + gap)[tile : tile + 1], shape)
-            found = jnp.where(lane < count, rows_of(number * _TILES + tile, offset), 0)
+            offset = jnp.broadcast_to((lane + gap)[tile : tile + 1], shape)
+            found = jnp.where(lane < count, rows_of(number * TILES + tile, offset), 0)
             place, register = lax.rem(filled, LANES), lax.div(filled, LANES)
             new_words = pltpu.roll(jnp.where(lane < count, moved[tile], 0), place, 1)
             new_rows = pltpu.roll(found, place, 1)
@@ -239,5 +241,5 @@ def _compact(used_in, turns, table, words, rows, *, page_size):
         rows[pl.ds(register, 1)] = jnp.where(here, last_rows, 0)[:1]
 
     # A list that ends with a register has none behind it at the very end.
-    end = jnp.minimum((lax.div(first, PADDED_TILES) + 1) * PADDED_TILES, words.shape[0])
+    end = jnp.minimum((lax.div(first, TILES) + 1) * TILES, words.shape[0])
     lax.fori_loop(first, end, pad, None)
