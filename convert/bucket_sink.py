@@ -6,9 +6,7 @@ is only ever written over the content that this process wrote, so two processes 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
@@ -17,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from convert import buckets, manifest
+from convert import buckets, journal, manifest
 from convert.buckets import ABSENT, JOURNAL, Bucket
 from convert.checks import FoundTensor
+from convert.journal import Written
 from convert.manifest import MANIFEST, FileRecord
 from convert.orbax_io import PARAMS, OrbaxWriter
 from convert.orbax_layout import ArrayPath, chunk_shape
@@ -27,7 +26,6 @@ from convert.reader import INDEX_NAME
 from convert.sinks import grouped, planned_tensor
 from convert.writer import encode_header, plan_shards, shard_index, shard_names
 from keye_jax.errors import UserError
-from keye_jax.parsing import parse_json
 
 MOST_SHARD_BYTES = 1_000_000_000
 """Tensor data in one safetensors file in a bucket, which is made in memory; a larger tensor has a file of its own."""
@@ -67,8 +65,10 @@ class BucketStaging:
             text, self._stamp = bucket.read_stamped(JOURNAL)
             state = _read_journal(text, bucket.url)
         if state is not None and state["fingerprint"] == fingerprint:
-            self.done = set(state["done"])
-            self.records = {name: FileRecord(*record) for name, record in state["records"].items()}
+            # If an object is gone, nothing says which tensors were in it, and all is written again.
+            if state["records"].keys() <= set(names):
+                self.done = set(state["done"])
+                self.records = {name: FileRecord(*record) for name, record in state["records"].items()}
         elif state is not None and not overwrite:
             raise UserError(
                 f"{bucket.url} is an unfinished conversion of another source, or with other options; "
@@ -110,17 +110,18 @@ class BucketStaging:
             "writer": uuid.uuid4().hex,
         }
         try:
-            self._stamp = self.bucket.write(JOURNAL, json.dumps(state).encode(), if_stamp=self._stamp)
+            self._stamp = self.bucket.write(JOURNAL, journal.encode(state), if_stamp=self._stamp)
         except FileExistsError as error:
             raise UserError(f"{self.path}: another process is working on this conversion") from error
 
 
 def _read_journal(text: bytes, url: str) -> dict[str, Any]:
-    with contextlib.suppress(UserError):
-        state = parse_json(text, JOURNAL)
-        if isinstance(state, dict) and {"fingerprint", "done", "records"} <= state.keys():
-            return state
-    raise UserError(f"{url}/{JOURNAL} is in the way: this command did not make it; move it or remove it")
+    state = journal.decode(text, JOURNAL)
+    if state is not None and {"fingerprint", "done", "records"} <= state.keys():
+        return state
+    raise UserError(
+        f"{url}/{JOURNAL} is in the way: this command did not make it, or it is damaged; move it or remove it"
+    )
 
 
 def existing(bucket: Bucket, *, overwrite: bool) -> list[str]:
@@ -171,7 +172,7 @@ class BucketSafetensorsSink:
             offset += values.nbytes
         self._staging.put(self._names[self._written], bytes(data))
 
-    def saved(self) -> list[str]:
+    def saved(self) -> list[Written]:
         return []
 
     def finish(self, side_files: Iterable[Path]) -> None:
@@ -229,7 +230,7 @@ class BucketOrbaxSink:
             self._staging.put(f"{folder}/{name.decode()}", memory.read(name).result().value)
             memory.write(name, None).result()
 
-    def saved(self) -> list[str]:
+    def saved(self) -> list[Written]:
         return []
 
     def finish(self, side_files: Iterable[Path]) -> None:
@@ -280,11 +281,14 @@ class BucketOrbaxSink:
 
 def _orbax_metadata(scratch: Path, paths: list[ArrayPath]) -> dict[str, bytes]:
     """Orbax's own files about a checkpoint with arrays at `paths`, from one of single numbers that it saves."""
-    writer = OrbaxWriter(scratch)
+    work, made = scratch / "groups", scratch / "made"
+    work.mkdir()
+    made.mkdir()
+    writer = OrbaxWriter(work)
     writer.save({path: np.zeros((), np.float32) for path in paths})
-    writer.finish()
-    files = (path for path in sorted(scratch.rglob("*")) if path.is_file())
-    named = {path.relative_to(scratch).as_posix(): path for path in files}
+    writer.finish(made / PARAMS)
+    files = (path for path in sorted(made.rglob("*")) if path.is_file())
+    named = {path.relative_to(made).as_posix(): path for path in files}
     return {
         name: path.read_bytes()
         for name, path in named.items()

@@ -17,6 +17,7 @@ from convert.adapter import Adapter, read_adapter
 from convert.bucket_sink import BucketOrbaxSink, BucketSafetensorsSink, BucketStaging, existing
 from convert.buckets import MARKER, Bucket
 from convert.checks import FoundTensor
+from convert.journal import Written
 from convert.manifest import MANIFEST
 from convert.orbax_io import PARAMS, OrbaxSource
 from convert.reader import SafetensorsSource
@@ -118,7 +119,8 @@ def _run(
     report: PhaseProgress,
     started: float,
 ) -> Conversion:
-    kind: detect.Kind = "orbax" if isinstance(source, SafetensorsSource) else "safetensors"
+    orbax = isinstance(source, SafetensorsSource)
+    kind: detect.Kind = "orbax" if orbax else "safetensors"
     total = sum(item.nbytes for item in found)
     fingerprint = _fingerprint(source, found, shard_size, adapter)
     if isinstance(destination, Path):
@@ -128,21 +130,31 @@ def _run(
     try:
         if isinstance(destination, Bucket):
             staging = BucketStaging(destination, fingerprint, overwrite=overwrite)
-            orbax = kind == "orbax"
             sink = BucketOrbaxSink(staging) if orbax else BucketSafetensorsSink(staging, found, shard_size)
         else:
             staging = Staging(destination, fingerprint, overwrite=overwrite)
-            sink = OrbaxSink(staging) if kind == "orbax" else SafetensorsSink(staging, found, shard_size)
+            sink = OrbaxSink(staging, report) if orbax else SafetensorsSink(staging, found, shard_size, report)
         continued = done = sum(item.nbytes for item in found if item.tensor.checkpoint_name in staging.done)
         report("convert", done, total)
+        unrecorded: list[tuple[list[FoundTensor], list[Written]]] = []
+
+        def record(most: int) -> None:
+            """Has the journal take the oldest groups until at most `most` are left."""
+            nonlocal done
+            while len(unrecorded) > most:
+                group, written = unrecorded.pop(0)
+                staging.record([item.tensor.checkpoint_name for item in group], written)
+                done += sum(item.nbytes for item in group)
+                report("convert", done, total)
+
         for group in sink.groups(found):
-            names = [item.tensor.checkpoint_name for item in group]
-            if staging.done.issuperset(names):
+            if staging.done.issuperset(item.tensor.checkpoint_name for item in group):
                 continue
             sink.write(group, _merged(_read_or_discard(source, group, staging), group, adapter))
-            staging.record(names, sink.saved())
-            done += sum(item.nbytes for item in group)
-            report("convert", done, total)
+            unrecorded.append((group, written := sink.saved()))
+            # The bytes of a group are hashed while the next one is written.
+            record(1 if written else 0)
+        record(0)
         sink.finish(side_files(source.directory))
         staging.commit()
     except UserError:

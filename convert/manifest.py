@@ -185,10 +185,25 @@ class Hasher:
         for file in files:
             # A file may go again: then it is not asked for.
             with contextlib.suppress(FileNotFoundError):
-                key = _identity(file)
-                if key not in self._jobs:
-                    # The descriptor is the file that was meant, even if its name goes.
-                    self._jobs[key] = self._pool.submit(_hash, os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+                self._job(file)
+
+    def part(self, file: Path, offset: int, length: int) -> concurrent.futures.Future[str]:
+        """The digest of `length` bytes from `offset` on, which no one changes any more. Its errors are OSErrors."""
+        try:
+            if offset == 0 and file.stat().st_size == length:
+                return self._job(file)
+            return self._pool.submit(_hash, os.open(file, os.O_RDONLY | os.O_CLOEXEC), offset, length)
+        except OSError as error:
+            failed: concurrent.futures.Future[str] = concurrent.futures.Future()
+            failed.set_exception(error)
+            return failed
+
+    def _job(self, file: Path) -> concurrent.futures.Future[str]:
+        key = _identity(file)
+        if key not in self._jobs:
+            # The descriptor is the file that was meant, even if its name goes.
+            self._jobs[key] = self._pool.submit(_hash, os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+        return self._jobs[key]
 
     def digests(self, files: Iterable[Path]) -> list[str]:
         """The digests of files, in order.
@@ -247,6 +262,13 @@ def _identity(file: Path) -> tuple[int, int, int]:
     return state.st_ino, state.st_size, state.st_mtime_ns
 
 
-def _hash(descriptor: int) -> str:
+def _hash(descriptor: int, offset: int = 0, length: int | None = None) -> str:
     with open(descriptor, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        if length is None:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        stream.seek(offset)
+        while length and (block := stream.read(min(length, _BLOCK))):
+            digest.update(block)
+            length -= len(block)
+        return digest.hexdigest()

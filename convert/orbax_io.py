@@ -61,60 +61,51 @@ def _saving_context() -> ocp.Context:
 class OrbaxWriter:
     """Saves groups of arrays into one Orbax checkpoint. It can continue the work of a stopped process.
 
-    Groups are saved in `directory/params.partial_save`. `finish` makes `directory/params` of them.
+    Groups are saved in `work/params.partial_save`. `finish` makes a checkpoint of them.
 
     Args:
-      directory: an existing directory.
-      saved_groups: what `saved` returned when the journal was last written. Groups that a killed process saved after
-        that are removed.
-
-    Attributes:
-      intact: whether all `saved_groups` are on the disk. If not, the conversion must start again.
+      work: an existing directory for the groups.
+      kept: names of the groups that an earlier process saved and that count. Others are removed.
     """
 
-    def __init__(self, directory: Path, saved_groups: Iterable[str] = ()) -> None:
-        self._directory = directory
-        self._final = directory / PARAMS
-        self._pending = directory / f"{PARAMS}.partial_save"
+    def __init__(self, work: Path, kept: Iterable[str] = ()) -> None:
+        self._work = work
+        self._pending = work / f"{PARAMS}.partial_save"
         self._context = _saving_context()
-        wanted = set(saved_groups)
-        for leftover in directory.glob(f"{PARAMS}.*"):
+        for leftover in work.iterdir():
             if leftover != self._pending:
                 _remove(leftover)
-        groups = set(self.saved())
-        for name in groups - wanted:
+        for name in set(self.saved()) - set(kept):
             _remove(self._pending / name)
-        # The rename to `params` is the last step of a merge, so `params` is always complete.
-        self.intact = self._final.exists() or wanted <= groups
 
     def save(self, arrays: Mapping[ArrayPath, np.ndarray]) -> None:
         """Saves one group, which is on the disk when this returns. Extra memory: about the largest array."""
         with self._context, quiet_orbax():
-            ocp.partial.save(str(self._final), nest(arrays))
+            ocp.partial.save(str(self._work / PARAMS), nest(arrays))
 
     def saved(self) -> list[str]:
         """Names of the groups saved so far."""
         return sorted(group.name for group in self._pending.iterdir()) if self._pending.exists() else []
 
-    def finish(self) -> None:
-        """Merges the groups into `directory/params`.
+    def group(self, name: str) -> Path:
+        """The directory of a group."""
+        return self._pending / name
+
+    def finish(self, params: Path) -> None:
+        """Merges the groups into the directory `params`, which does not exist.
 
         Orbax's merge cannot be repeated once it has begun. Therefore it works on hard links to the groups: if the
         process is killed, the next one merges again. On a filesystem without hard links it works on the groups
-        themselves: if the process is killed during the merge, the next one starts the conversion again.
+        themselves: if the process is killed then, the next one starts the conversion again.
         """
-        if not self._final.exists():
-            merged = self._directory / f"{PARAMS}.merge"
-            try:
-                shutil.copytree(self._pending, merged / self._pending.name, copy_function=_link)
-            except (shutil.Error, OSError):
-                _remove(merged)
-                self._merge(self._final)
-            else:
-                self._merge(merged / PARAMS)
-                (merged / PARAMS).rename(self._final)
-        for leftover in self._directory.glob(f"{PARAMS}.*"):
-            _remove(leftover)
+        merged = self._work / "merge"
+        try:
+            shutil.copytree(self._pending, merged / self._pending.name, copy_function=_link)
+        except (shutil.Error, OSError):
+            _remove(merged)
+            merged = self._work
+        self._merge(merged / PARAMS)
+        (merged / PARAMS).rename(params)
 
     def _merge(self, path: Path) -> None:
         with self._context:

@@ -11,10 +11,12 @@ import numpy as np
 
 from convert import manifest
 from convert.checks import FoundTensor
-from convert.orbax_io import OrbaxWriter
+from convert.journal import Written
+from convert.orbax_io import PARAMS, OrbaxWriter
 from convert.orbax_layout import ArrayPath
 from convert.staging import Staging
 from convert.writer import PlannedTensor, ShardWriter, plan_shards
+from keye_jax.progress import PhaseProgress
 
 # A tensor of LARGE_BYTES or more is a group of its own. Smaller ones form groups of at most GROUP_BYTES.
 LARGE_BYTES = 64 << 20
@@ -32,8 +34,8 @@ class Sink(Protocol):
         """Writes a group."""
         ...
 
-    def saved(self) -> list[str]:
-        """Waits until all that was written would outlive this process; returns what the journal keeps of it."""
+    def saved(self) -> list[Written]:
+        """Waits until the group that was written would outlive this process; returns where its bytes are on a disk."""
         ...
 
     def finish(self, side_files: Iterable[Path]) -> None:
@@ -46,15 +48,22 @@ class Sink(Protocol):
 
 
 class OrbaxSink:
-    """Writes groups as Orbax arrays."""
+    """Writes groups as Orbax arrays.
 
-    def __init__(self, staging: Staging) -> None:
-        self._result = staging.result
-        self._writer = OrbaxWriter(staging.result, staging.saved_groups)
-        if not self._writer.intact:
-            staging.restart()
-            self._writer = OrbaxWriter(staging.result)
+    Raises:
+      OSError: the file system fails.
+    """
+
+    def __init__(self, staging: Staging, report: PhaseProgress) -> None:
+        self._staging = staging
         self._hasher = manifest.Hasher()
+        # What is there is only a merge of the groups, which is made again.
+        shutil.rmtree(staging.result)
+        staging.result.mkdir()
+        staging.forget_damaged(self._hasher, report)
+        files = [Path(extent.file) for group in staging.groups for extent in group.extents]
+        self._known = {file.relative_to(staging.work.name).parts[1] for file in files}
+        self._writer = OrbaxWriter(staging.work, self._known)
 
     def groups(self, found: list[FoundTensor]) -> Iterator[list[FoundTensor]]:
         # Each of Orbax's partial saves reads the names of all arrays saved before. Therefore the groups of one tensor,
@@ -64,13 +73,15 @@ class OrbaxSink:
     def write(self, group: list[FoundTensor], arrays: dict[ArrayPath, np.ndarray]) -> None:
         self._writer.save(arrays)
 
-    def saved(self) -> list[str]:
-        self._hasher.begin(path for path in self._result.rglob("d/*") if path.is_file())
-        return self._writer.saved()
+    def saved(self) -> list[Written]:
+        new = set(self._writer.saved()) - self._known
+        self._known |= new
+        files = [path for name in sorted(new) for path in sorted(self._writer.group(name).rglob("*")) if path.is_file()]
+        return [_written(self._staging, self._hasher, file, 0, file.stat().st_size) for file in files]
 
     def finish(self, side_files: Iterable[Path]) -> None:
-        self._writer.finish()
-        finish_local(self._result, side_files, self._hasher)
+        self._writer.finish(self._staging.result / PARAMS)
+        finish_local(self._staging.result, side_files, self._hasher)
 
     def close(self) -> None:
         self._hasher.close()
@@ -79,12 +90,14 @@ class OrbaxSink:
 class SafetensorsSink:
     """Writes groups as tensors of safetensors shards."""
 
-    def __init__(self, staging: Staging, found: list[FoundTensor], shard_size: int) -> None:
-        self._result = staging.result
+    def __init__(self, staging: Staging, found: list[FoundTensor], shard_size: int, report: PhaseProgress) -> None:
+        self._staging = staging
         planned = [planned_tensor(item) for item in found]
         self._writer = ShardWriter(staging.result, planned, shard_size)
         self._shards = [{tensor.name for tensor in shard} for shard in plan_shards(planned, shard_size)]
         self._hasher = manifest.Hasher()
+        staging.forget_damaged(self._hasher, report)
+        self._unsaved: list[str] = []
 
     def groups(self, found: list[FoundTensor]) -> Iterator[list[FoundTensor]]:
         # Shard by shard, so that a shard is hashed while the next one is written.
@@ -94,18 +107,26 @@ class SafetensorsSink:
     def write(self, group: list[FoundTensor], arrays: dict[ArrayPath, np.ndarray]) -> None:
         for item in group:
             self._writer.write(item.tensor.checkpoint_name, arrays[item.tensor.path])
+            self._unsaved.append(item.tensor.checkpoint_name)
 
-    def saved(self) -> list[str]:
+    def saved(self) -> list[Written]:
         self._hasher.begin(self._writer.flush())
-        return []
+        places = [self._writer.place(name) for name in self._unsaved]
+        self._unsaved.clear()
+        return [_written(self._staging, self._hasher, *place) for place in places]
 
     def finish(self, side_files: Iterable[Path]) -> None:
         self._writer.finish()
-        finish_local(self._result, side_files, self._hasher)
+        finish_local(self._staging.result, side_files, self._hasher)
 
     def close(self) -> None:
         self._writer.close()
         self._hasher.close()
+
+
+def _written(staging: Staging, hasher: manifest.Hasher, file: Path, offset: int, length: int) -> Written:
+    name = file.relative_to(staging.path).as_posix()
+    return Written(name, offset, length, hasher.part(file, offset, length))
 
 
 def planned_tensor(item: FoundTensor) -> PlannedTensor:

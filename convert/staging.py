@@ -1,6 +1,7 @@
 """The staging directory of a conversion, `DST.partial`.
 
     DST.partial/conversion.json   the journal: the source, and the tensors that are on the disk
+    DST.partial/groups/           what a sink makes the result of
     DST.partial/result/           becomes DST by one rename when it is complete
 
 A process that is stopped leaves `DST.partial`, and the same command continues from it. `DST` is complete or absent.
@@ -8,16 +9,18 @@ A process that is stopped leaves `DST.partial`, and the same command continues f
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from convert import journal
+from convert.journal import SavedGroup, Written
+from convert.manifest import Hasher
 from keye_jax import file_lock
 from keye_jax.errors import UserError
-from keye_jax.parsing import read_json
+from keye_jax.progress import PhaseProgress
 
 JOURNAL = "conversion.json"
 _LOCK = "lock"
@@ -47,15 +50,16 @@ class Staging:
     Attributes:
       path: the staging directory.
       result: the directory to write the new checkpoint into.
-      done: names of the tensors that are on the disk.
-      saved_groups: names of the writer's groups that hold these tensors.
+      work: the directory for what the result is made of.
+      groups: the groups that are on the disk.
+      done: names of their tensors.
     """
 
     def __init__(self, destination: Path, fingerprint: str, *, overwrite: bool) -> None:
         self.path = staging_directory(destination)
         self.result = self.path / "result"
-        self.done: set[str] = set()
-        self.saved_groups: list[str] = []
+        self.work = self.path / "groups"
+        self.groups: list[SavedGroup] = []
         self._destination = destination
         self._fingerprint = fingerprint
         state = self._read_journal()
@@ -67,23 +71,44 @@ class Staging:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
         if state is not None and state.get("fingerprint") == fingerprint and self.result.is_dir():
-            self.done, self.saved_groups = set(state["done"]), list(state["kept"])
+            self.groups = journal.from_json(state["groups"])
         else:
-            self.restart()
+            self._write_journal()
+            for path in (self.result, self.work, self.path / "replaced"):
+                if path.exists():
+                    shutil.rmtree(path)
+        self.result.mkdir(exist_ok=True)
+        self.work.mkdir(exist_ok=True)
+        self.done = {name for group in self.groups for name in group.tensors}
 
-    def restart(self) -> None:
-        """Removes everything written so far."""
-        self.done, self.saved_groups = set(), []
-        self._write_journal()
-        for name in ("result", "replaced"):
-            if (self.path / name).exists():
-                shutil.rmtree(self.path / name)
-        self.result.mkdir()
+    def forget_damaged(self, hasher: Hasher, report: PhaseProgress) -> None:
+        """Forgets groups whose bytes are not those that were written, so that they are written again.
 
-    def record(self, names: Iterable[str], saved_groups: list[str]) -> None:
-        """Writes to the journal that the tensors `names` are on the disk, and the names of all groups so far."""
-        self.done |= set(names)
-        self.saved_groups = saved_groups
+        Reads what an earlier process wrote, once.
+
+        Args:
+          hasher: computes the digests.
+          report: called with "verify", the bytes read and the bytes to read.
+        """
+        found = [[hasher.part(self.path / e.file, e.offset, e.length) for e in group.extents] for group in self.groups]
+        total, done = sum(extent.length for group in self.groups for extent in group.extents), 0
+        kept: list[SavedGroup] = []
+        for group, digests in zip(self.groups, found, strict=True):
+            same = [digest.exception() is None and digest.result() for digest in digests]
+            if same == [extent.sha256 for extent in group.extents]:
+                kept.append(group)
+            done += sum(extent.length for extent in group.extents)
+            report("verify", done, total)
+        if kept != self.groups:
+            self.groups = kept
+            self.done = {name for group in kept for name in group.tensors}
+            self._write_journal()
+
+    def record(self, names: Iterable[str], written: Iterable[Written]) -> None:
+        """Writes to the journal that the tensors `names` are on the disk, when the digests of their bytes are known."""
+        group = SavedGroup(tuple(names), tuple(each.extent() for each in written))
+        self.groups.append(group)
+        self.done |= set(group.tensors)
         self._write_journal()
 
     def commit(self) -> None:
@@ -130,22 +155,22 @@ class Staging:
                 )
             return None
         try:
-            state = read_json(self.path / JOURNAL)
-            if isinstance(state["done"], list) and isinstance(state["kept"], list):
+            state = journal.decode((self.path / JOURNAL).read_bytes(), JOURNAL)
+            if state is not None and "groups" in state:
                 return state
         except FileNotFoundError:
             # A process that was stopped at the start leaves only these.
             if {entry.name for entry in self.path.iterdir()} <= {_LOCK, f"{_LOCK}.holder", f"{JOURNAL}.new"}:
                 return None
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise UserError(f"{self.path} is in the way: this command did not make it; move it or remove it")
+        raise UserError(
+            f"{self.path} is in the way: this command did not make it, or its {JOURNAL} is damaged; "
+            "move it or remove it"
+        )
 
     def _write_journal(self) -> None:
-        state = {"fingerprint": self._fingerprint, "done": sorted(self.done), "kept": self.saved_groups}
         new = self.path / f"{JOURNAL}.new"
-        with new.open("w", encoding="utf-8") as stream:
-            json.dump(state, stream)
+        with new.open("wb") as stream:
+            stream.write(journal.encode({"fingerprint": self._fingerprint, "groups": journal.to_json(self.groups)}))
             stream.flush()
             os.fsync(stream.fileno())
         new.rename(self.path / JOURNAL)

@@ -100,8 +100,9 @@ class ShardWriter:
                 self._places[tensor.name] = (part, offset, tensor)
                 offset += tensor.nbytes
             self._missing[part] = {tensor.name for tensor in shard}
-            if not (directory / name).exists():
-                self._begin(part, header, offset)
+            if (directory / name).exists():
+                (directory / name).rename(part)
+            self._begin(part, header, offset)
 
     def _begin(self, part: Path, header: bytes, size: int) -> None:
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
@@ -121,6 +122,11 @@ class ShardWriter:
         self._touched.add(part)
         self._missing[part].discard(name)
 
+    def place(self, name: str) -> tuple[Path, int, int]:
+        """File, offset and bytes of the tensor `name`."""
+        part, offset, tensor = self._places[name]
+        return part, offset, tensor.nbytes
+
     def flush(self) -> list[Path]:
         """Waits until everything written so far is on the disk; returns the files that got their last tensor."""
         complete = [part for part in self._touched if not self._missing[part]]
@@ -133,9 +139,7 @@ class ShardWriter:
         self.flush()
         self.close()
         for name in self._names:
-            part = self._directory / f"{name}.part"
-            if part.exists():
-                part.rename(self._directory / name)
+            (self._directory / f"{name}.part").rename(self._directory / name)
         if len(self._names) > 1:
             (self._directory / INDEX_NAME).write_text(shard_index(self._shards), encoding="utf-8")
 

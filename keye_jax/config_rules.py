@@ -107,6 +107,7 @@ FIXED: Mapping[str, Mapping[str, Rule]] = {
         "logit_scale": _ONE,
         "clip_qkv": _left_out("this model clips nothing"),
         "attention_sinks": _OFF,
+        "attn_temperature_tuning": _OFF,
         "attn_output_gate": _OFF,
         "parallel_attn": _OFF,
         "attention_type": _must("full", "full_attention"),

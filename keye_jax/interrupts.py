@@ -9,6 +9,7 @@ the process. What is written is safe from that, as from SIGKILL.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import select
@@ -16,10 +17,14 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import subprocess
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SIGNALLED = 128
@@ -28,10 +33,12 @@ SIGNALLED = 128
 _PATIENCE_S = 2.0
 
 _told: signal.Signals | None = None
+_taken = False
 _raises = False
 _hint = ""
 _announce: Callable[[str, int], bool] | None = None
 _ending = threading.Lock()
+_children: weakref.WeakSet[subprocess.Popen[Any]] = weakref.WeakSet()
 _errors = 2  # where the line goes
 _bell: int | None = None
 
@@ -48,6 +55,8 @@ def handle() -> None:
         os.set_blocking(_bell, False)
         threading.Thread(target=_watch, args=(reading,), name="keye-jax signals", daemon=True).start()
         sys.excepthook = _last_hook
+        # Functions that are registered later are called earlier.
+        atexit.register(_ignore)
     signal.set_wakeup_fd(_bell, warn_on_full_buffer=False)
 
 
@@ -79,6 +88,15 @@ def end_if_told() -> None:
     """Ends the process if there was a signal, whatever has become of its KeyboardInterrupt."""
     if _told is not None:
         _end()
+
+
+def end(number: int) -> NoReturn:
+    """Ends the process as a signal does, which a handler of others has got."""
+    global _told
+    _told = _told or signal.Signals(number)
+    _end()
+    while True:  # another thread is about to end it
+        time.sleep(1)
 
 
 def told() -> bool:
@@ -125,6 +143,14 @@ def kept_from_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def kill_at_end(child: subprocess.Popen[Any]) -> None:
+    """Has a signal that ends this process kill a child too, which may not have come as far as `end_with`.
+
+    The children of `multiprocessing` need not be named.
+    """
+    _children.add(child)
+
+
 def end_with(pipe: int) -> None:
     """Has this process end when the other end of a pipe is closed, as it is when its parent ends, however that does."""
 
@@ -155,14 +181,23 @@ def start_quiet_tracker() -> None:
 
 def _take(number: int, _: FrameType | None) -> None:
     """The handler, in the main thread."""
-    global _told
-    first, _told = _told is None, _told or signal.Signals(number)
+    global _told, _taken
+    # The thread may have read the same signal before, and have set `_told`.
+    first, _taken = not _taken, True
+    _told = _told or signal.Signals(number)
     if first and _raises:
         _mute()
         assert _bell is not None
         os.write(_bell, b"\0")  # to the thread, which did not count the signal if another's handler has passed it on
         raise KeyboardInterrupt
     _end()
+
+
+def _ignore() -> None:
+    """Python gives up its handlers when it has done all else. A signal would then end the process without a line."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is _take:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _watch(bell: int) -> None:
@@ -205,7 +240,16 @@ def _end() -> None:
         before = "\x1b[?25h\n" if os.isatty(_errors) else ""
         with contextlib.suppress(OSError):
             os.write(_errors, f"{before}{line(_told)}".encode())
+    _kill_children()
     os._exit(code)
+
+
+def _kill_children() -> None:
+    with contextlib.suppress(Exception):  # another thread has just started one
+        started = sys.modules.get("multiprocessing")
+        for child in [*_children, *(started.active_children() if started else ())]:
+            with contextlib.suppress(Exception):  # it has ended
+                child.kill()
 
 
 def _last_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> Any:

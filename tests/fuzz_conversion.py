@@ -9,8 +9,9 @@ A fault is one of these, in either direction:
   error  a write to a file fails that has a random length, as over a quota
   flip   a bit of the finished checkpoint changes
 
-Each conversion runs in a process of its own. After a fault it is run once more without one. What it made must be equal
-to the source, bit for bit. A flipped bit must be found, and be said in one sentence that names the file.
+Each conversion runs in a process of its own. After a fault it is run once more without one; before that, a bit of what
+it left may change too. What it made must be equal to the source, bit for bit. A flipped bit of a checkpoint must be
+found, and be said in one sentence that names the file.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Fuzz:
         convert = lambda: conversion.convert(self._sources[kind], made)  # noqa: E731
         if fault == "flip":
             _checked(apart(convert))
-            return f"{fault}: {self._flip(made, chance)}"
+            return f"{fault}: {self._find_flip(made, chance)}"
         ended = self._with_fault(fault, convert, chance)
         whole = made.exists()
         if whole:
@@ -105,6 +106,16 @@ class Fuzz:
             raise Broken(f"{fault}: the process ended well, and {made} is not there")
         if whole and not staging.staging_directory(made).exists():
             return f"{fault}: whole"
+        partial, damaged = staging.staging_directory(made), None
+        left = [path for path in sorted(partial.rglob("*")) if path.is_file() and path.stat().st_size]
+        if left and not whole and chance.random() < 0.5:
+            damaged = self._flip(chance.choice(left), chance)
+            fault += ", flip"
+            if damaged.name == staging.JOURNAL:
+                again = apart(lambda: conversion.convert(self._sources[kind], made))
+                if again.refusal is None or "damaged; move it or remove it" not in again.refusal:
+                    raise Broken(f"{fault}: {damaged} was believed: {again.refusal}")
+                shutil.rmtree(partial)
         again = apart(lambda: conversion.convert(self._sources[kind], made, overwrite=whole))
         if again.refusal is not None or again.killed:
             raise Broken(f"{fault}: it did not continue: {again.refusal}")
@@ -137,21 +148,23 @@ class Fuzz:
         filler.unlink(missing_ok=True)
         return ended
 
-    def _flip(self, made: Path, chance: random.Random) -> str:
-        files = [path for path in sorted(made.rglob("*")) if path.is_file() and path.stat().st_size]
-        # Large and small files alike.
-        file = chance.choice(files)
+    def _flip(self, file: Path, chance: random.Random) -> Path:
         place, bit = chance.randrange(file.stat().st_size), chance.randrange(8)
         with file.open("r+b") as stream:
             stream.seek(place)
             byte = stream.read(1)[0]
             stream.seek(place)
             stream.write(bytes([byte ^ 1 << bit]))
-        name = file.relative_to(made).as_posix()
+        return file
+
+    def _find_flip(self, made: Path, chance: random.Random) -> str:
+        files = [path for path in sorted(made.rglob("*")) if path.is_file() and path.stat().st_size]
+        # Large and small files alike.
+        name = self._flip(chance.choice(files), chance).relative_to(made).as_posix()
         back = self._disk / "back"
         ended = apart(lambda: conversion.convert(made, back))
         if ended.refusal is None or name not in ended.refusal or "\n" in ended.refusal or back.exists():
-            raise Broken(f"flip: bit {bit} of byte {place} of {name}: {ended.refusal!r}")
+            raise Broken(f"flip: a bit of {name}: {ended.refusal!r}")
         return "found"
 
     def _compare(self, made: Path) -> None:

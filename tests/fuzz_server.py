@@ -83,7 +83,15 @@ def bodies(folder: Path) -> list[tuple[str, dict[str, Any]]]:
         (chat, {"messages": [{"role": "user", "content": [video, text]}], **short, "stream": True}),
         ("/v1/completions", {"prompt": ["a", "b"], **short, "logprobs": 1, "stream": True}),
         ("/v1/responses", {"input": "hello", "max_output_tokens": 3, "instructions": "be short", "stream": True}),
-        ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_text", "text": "x"}]}], "tools": []}),
+        (
+            "/v1/responses",
+            {
+                "input": [{"role": "user", "content": [{"type": "input_text", "text": "x"}]}],
+                "tools": [],
+                "include": ["message.output_text.logprobs"],
+                "top_logprobs": 1,
+            },
+        ),
         ("/tokenize", {"messages": user, "return_token_strs": True}),
         ("/detokenize", {"tokens": [5, 6, 7]}),
         ("/v1/frames", {"media": f"data:video/mp4;base64,{clip}", "options": {"fps": 1}}),

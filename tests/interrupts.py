@@ -2,7 +2,8 @@
 
 Each try starts a command, waits for a random part of the time that it takes, and interrupts it: alone or with all its
 processes, once or twice. It has to end within seconds with one line and exit code 130, or to have ended before, and to
-leave no process. What a conversion leaves must be what the next one continues. Ends with exit code 1 if a try fails.
+leave no process. What a conversion leaves must be what the next one continues. A server is interrupted while it loads
+the model, while it answers, and while nobody asks. Ends with exit code 1 if a try fails.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -19,18 +21,21 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+import httpx
+
 from keye_jax.testing import write_clip
-from tests.keye_jax.processes import ROOT, write_inputs
+from tests.keye_jax.processes import ROOT, free_port, write_inputs
 
 LIMIT_S = 10.0
 """From the last signal to the end of the process, on a busy machine."""
 
-# Python itself needs so long before it runs any program.
-_FIRST_S = 0.3
+_PHASE_S = 300.0
 _ENDINGS = ("keye-jax: interrupted", "keye-jax: stopped by SIGINT")
 
 
@@ -41,10 +46,15 @@ class Command:
     Attributes:
       arguments: with "{out}" for a path that is new for each try.
       check: takes that path after the command was interrupted; says what is wrong with what is there, or "".
+      beside: does something while the command runs; gives a function that says what the command is doing.
+      phases: what it can be doing, and the seconds from the beginning of that in which it is interrupted. Without any,
+        the moment is one of the time that the whole command takes.
     """
 
     arguments: Sequence[str]
     check: Callable[[Path], str] = lambda out: ""
+    beside: Callable[[], AbstractContextManager[Callable[[], str]]] = lambda: contextlib.nullcontext(lambda: "")
+    phases: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def commands(folder: Path) -> dict[str, Command]:
@@ -73,6 +83,8 @@ def commands(folder: Path) -> dict[str, Command]:
                 return f"an interrupted request has a result: {line}"
         return ""
 
+    port = free_port()
+    small = ("--dtype", "float32", "--prefill-chunk", "128", "--rows", "2", "--cache-tokens", "4K", "--no-warmup")
     return {
         "convert": Command(("convert", str(folder / "hf"), "{out}"), converts),
         "generate": Command(
@@ -87,15 +99,60 @@ def commands(folder: Path) -> dict[str, Command]:
         ),
         "bench": Command(
             (
-                *("bench", "--config", str(folder / "hf" / "config.json"), "--prefill", "256", "--decode", "1x256"),
-                *("--packed", "", "--unrelated", "", "--repeats", "1"),
+                *("bench", "--config", str(folder / "hf" / "config.json"), "--prefill", "128", "--decode", ""),
+                *("--packed", "", "--unrelated", "", "--repeats", "1", "--no-dense", "--no-fp8", "--no-unions"),
             )
         ),
         "plan": Command(("plan", "--platform", "h200:4", "--sharding", "expert", "--context", "8K", "--no-compile")),
         "verify": Command(("verify", "--checkpoint", str(golden), "--golden", str(golden / "golden.npz"))),
         "frames": Command(("frames", str(folder / "long.mp4"), "--out", "{out}")),
         "train": Command(("train", "--config", "shapes_cpu", "--output", "{out}")),
+        "serve": Command(
+            ("serve", *given, *small, "--port", str(port)),
+            beside=lambda: _client(port),
+            phases={"loading": 8, "idle": 1, "answering": 2},
+        ),
     }
+
+
+@contextlib.contextmanager
+def _client(port: int) -> Iterator[Callable[[], str]]:
+    """Asks a server again and again, with pauses; gives a function that says what the server is doing."""
+    doing, over = ["loading"], threading.Event()
+    body = {"messages": [{"role": "user", "content": "What moves?"}], "max_tokens": 200, "stream": True}
+
+    def ask() -> None:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            while not over.wait(0.5):
+                with contextlib.suppress(httpx.HTTPError):
+                    if client.get("/ready").status_code != 200:
+                        continue
+                    doing[0] = "idle"
+                    if over.wait(1):
+                        return
+                    with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+                        doing[0] = "answering"
+                        answer.read()
+                    doing[0] = "idle"
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield lambda: doing[0]
+    finally:
+        over.set()
+        thread.join()
+
+
+@functools.cache
+def _start_of_python() -> float:
+    """Seconds until Python on this machine, as busy as it is, has begun with the package. No program can act before."""
+    begun = []
+    for _ in range(3):
+        before = time.monotonic()
+        subprocess.run([sys.executable, "-c", "import keye_jax.interrupts"], cwd=ROOT, check=True)
+        begun.append(time.monotonic() - before)
+    return 2 * max(begun)
 
 
 def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
@@ -123,20 +180,24 @@ def _ended(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, s
         raise
 
 
-def interrupt(arguments: Sequence[str], delay: float, *, group: bool, again: float | None) -> tuple[str, str]:
+def interrupt(
+    process: subprocess.Popen[str], delay: float, *, group: bool, again: float | None, doing: Callable[[], str]
+) -> tuple[str, str]:
     """Interrupts a command once.
 
     Args:
-      arguments: of the command.
-      delay: seconds from its start.
+      process: of the command.
+      delay: seconds until then.
       group: whether its children are signalled too, as by a terminal.
       again: seconds from the first signal to a second; None for none.
+      doing: says what the command is doing.
 
     Returns:
-      "interrupted" or "over", which it was before; and what is wrong, or "".
+      "interrupted", with what it was doing, or "over", which it was before; and what is wrong, or "".
     """
-    process = _start(arguments)
-    for pause in [delay] + ([] if again is None else [again]):
+    time.sleep(delay)
+    state = f"interrupted {doing()}".strip()
+    for pause in [0.0] + ([] if again is None else [again]):
         time.sleep(pause)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT) if group else process.send_signal(signal.SIGINT)
@@ -144,22 +205,31 @@ def interrupt(arguments: Sequence[str], delay: float, *, group: bool, again: flo
     try:
         code, _, err = _ended(process, LIMIT_S)
     except subprocess.TimeoutExpired:
-        return "interrupted", f"it has not ended after {LIMIT_S:.0f} s"
+        return state, f"it has not ended after {LIMIT_S:.0f} s"
     if code == 0:
         return "over", "" if "Traceback" not in err else err
     told = [line for line in err.splitlines() if line.startswith(_ENDINGS)]
     if code != 130 or len(told) != 1 or "Traceback" in err or "Error" in err:
-        return "interrupted", f"exit code {code} after {time.monotonic() - began:.1f} s: {err}"
-    return "interrupted", ""
+        return state, f"exit code {code} after {time.monotonic() - began:.1f} s: {err}"
+    return state, ""
 
 
 def attempt(command: Command, seconds: float, out: Path, draw: random.Random) -> tuple[str, str]:
     """`interrupt` at a random moment of the `seconds` that the command takes, and a look at what it has left."""
     arguments = [argument.format(out=out) for argument in command.arguments]
-    delay = draw.uniform(min(_FIRST_S, seconds), seconds)
-    again = draw.choice([None, None, 0.05, 0.5])
-    state, wrong = interrupt(arguments, delay, group=draw.random() < 0.5, again=again)
-    what = f"{state:11} at {delay:6.2f} of {seconds:6.2f} s" + ("" if again is None else f", twice in {again} s")
+    again, group = draw.choice([None, None, 0.05, 0.5]), draw.random() < 0.5
+    first = _start_of_python()
+    with command.beside() as doing:
+        process = _start(arguments)
+        if command.phases:
+            phase, seconds = draw.choice(list(command.phases.items()))
+            first *= phase == next(iter(command.phases))
+            end = time.monotonic() + _PHASE_S
+            while doing() != phase and process.poll() is None and time.monotonic() < end:
+                time.sleep(0.01)
+        delay = draw.uniform(min(first, seconds), seconds)
+        state, wrong = interrupt(process, delay, group=group, again=again, doing=doing)
+    what = f"{state:21} at {delay:6.2f} of {seconds:6.2f} s" + ("" if again is None else f", twice in {again} s")
     return what, wrong or command.check(out)
 
 
@@ -170,6 +240,8 @@ def main() -> int:
     parser.add_argument("--longest", type=float, default=20, help="seconds of a command in which it is interrupted")
     parser.add_argument("--only", help="one command")
     options = parser.parse_args()
+    # A shell has processes that it starts in the background ignore Ctrl-C, and those of the tries would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     failures = 0
     with tempfile.TemporaryDirectory() as name:
         folder, numbers = Path(name), itertools.count()
@@ -178,8 +250,9 @@ def main() -> int:
                 continue
             draw, good = random.Random(f"{options.seed} {command_name}"), 0
             began = time.monotonic()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                _ended(_start([a.format(out=folder / "whole") for a in command.arguments]), options.longest)
+            if not command.phases:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    _ended(_start([a.format(out=folder / "whole") for a in command.arguments]), options.longest)
             seconds = time.monotonic() - began
             for _ in range(options.tries):
                 out = folder / f"{next(numbers)}"

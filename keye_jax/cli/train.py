@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Annotated[str, typer.Option(help="The stage: a preset's name, such as 'lora', or a file.")],
+    config: Annotated[
+        list[str],
+        typer.Option(
+            help="The stage: a preset's name, such as 'lora', or a file. Several are done in turn, each in a folder of "
+            "its name below --output."
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="Folder of the run. The same command resumes it.")],
     checkpoint: Annotated[
         Path | None,
@@ -47,7 +53,7 @@ def train(
     verify_checksums: options.VerifyChecksums = False,
     sharding: options.Sharding = None,
 ) -> int:
-    """Trains a checkpoint by a stage file, and resumes where it was stopped.
+    """Trains a checkpoint by stage files, and resumes where it was stopped.
 
     Ctrl-C and SIGTERM save and end the run. What trains, the loss, the speed and the data are in the stage file.
     """
@@ -57,9 +63,10 @@ def train(
     from keye_jax.runtime.compilation_cache import enable_compilation_cache
     from keye_jax.train.config import StageConfig
 
-    source = presets.train_file(config)
-    stage = StageConfig.from_file(source)
-    _check_files(stage, checkpoint, data, evaluation)
+    sources = [presets.train_file(each) for each in config]
+    stages = [(str(source), StageConfig.from_file(source)) for source in sources]
+    for _, stage in stages:
+        _check_files(stage, checkpoint, data, evaluation)
     if data is not None:
         _check_installed("grain")
     if export_step is not None and export is None:
@@ -68,22 +75,26 @@ def train(
         raise UserError(f"--export is {str(export)!r}; it must be a new folder or an empty one")
     enable_compilation_cache()
 
-    from keye_jax.train.session import train as run
+    from keye_jax.train import session
+    from keye_jax.train.stages import train_in_turn
 
-    ended = run(
-        stage,
-        source=str(source),
-        checkpoint=checkpoint,
-        output=output,
-        data=data,
-        evaluation=evaluation,
-        adapter=adapter,
-        export=export,
-        export_step=export_step,
-        verify_checksums=verify_checksums,
-        stop_after=None if stop_after is None else 60 * stop_after,
-        rules_for=lambda model: options.mesh_rules(sharding, model),
-    )
+    given: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "output": output,
+        "data": data,
+        "evaluation": evaluation,
+        "adapter": adapter,
+        "export": export,
+        "export_step": export_step,
+        "verify_checksums": verify_checksums,
+        "stop_after": None if stop_after is None else 60 * stop_after,
+        "rules_for": lambda model: options.mesh_rules(sharding, model),
+    }
+    if len(stages) > 1:
+        ended = train_in_turn(stages, begin=lambda name: print(f"stage {name}", file=sys.stderr, flush=True), **given)
+    else:
+        [(source, stage)] = stages
+        ended = session.train(stage, source=source, **given)
     if export_step is not None:
         print(f"the checkpoint after step {ended.step:,} is in {export}")
     if ended.finished:

@@ -371,6 +371,8 @@ class Engine:
     def _count_compilation(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration" and threading.current_thread() is self._thread:
             self._compilations += 1
+            if self._warm_done:
+                _log.warning("a program was compiled while requests ran: %s", kwargs.get("fun_name"))
 
     # The engine's thread.
 

@@ -88,11 +88,14 @@ class TokenLogprob:
       token: its id.
       logprob: natural logarithm of its probability.
       top: (id, logprob) of the likeliest tokens, as many as were asked for.
+      in_text: whether the token is one of the answer's text, and not of its reasoning, of the arguments of a call, or a
+        mark between these.
     """
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    in_text: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,10 +159,12 @@ class TextPart:
     Attributes:
       text: not empty.
       reasoning: whether it belongs to the reasoning.
+      logprobs: those of its pieces whose tokens are in the text.
     """
 
     text: str
     reasoning: bool = False
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

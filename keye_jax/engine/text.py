@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -77,7 +78,7 @@ class AnswerWriter:
         self._call: _Call | None = None
         self._calls: list[tuple[ToolCall, list[str]]] = []
         # Texts of one kind, or the number of a call.
-        self._parts: list[tuple[bool, list[str]] | int] = []
+        self._parts: list[tuple[bool, list[Piece]] | int] = []
         self._logprobs: list[TokenLogprob] | None = None if request.top_logprobs is None else []
         self._told = 0
 
@@ -91,9 +92,11 @@ class AnswerWriter:
         """Adds a token, with its log probability if these were asked for."""
         self.token_ids.append(token)
         self.reasoning_tokens += self._thinking
-        if self._logprobs is not None and logprob is not None:
-            self._logprobs.append(logprob)
         mark = self._marks.get(token)
+        if self._logprobs is not None and logprob is not None:
+            in_call = self._call is not None and self._call.name is not None
+            in_text = not (self._thinking or in_call or mark in (THINK, END_THINK))
+            self._logprobs.append(logprob if in_text else dataclasses.replace(logprob, in_text=False))
         if mark is None:
             self._take(self._stream.step(token))
             return
@@ -130,9 +133,7 @@ class AnswerWriter:
             reasoning_tokens=self.reasoning_tokens,
             logprobs=None if self._logprobs is None else tuple(self._logprobs),
             tool_calls=calls,
-            parts=tuple(
-                calls[part] if isinstance(part, int) else TextPart("".join(part[1]), part[0]) for part in self._parts
-            ),
+            parts=tuple(calls[part] if isinstance(part, int) else _text_part(part[0], part[1]) for part in self._parts),
             **known,
         )
 
@@ -179,18 +180,24 @@ class AnswerWriter:
     def _tell(self, text: str, *, reasoning: bool) -> None:
         if not text:
             return
+        piece = Piece(self._choice, text, reasoning, self._new_logprobs())
         last = self._parts[-1] if self._parts else None
         if isinstance(last, tuple) and last[0] == reasoning:
-            last[1].append(text)
+            last[1].append(piece)
         else:
-            self._parts.append((reasoning, [text]))
-        self._emit(Piece(self._choice, text, reasoning, self._new_logprobs()))
+            self._parts.append((reasoning, [piece]))
+        self._emit(piece)
 
     def _new_logprobs(self) -> tuple[TokenLogprob, ...]:
         if self._logprobs is None:
             return ()
         new, self._told = tuple(self._logprobs[self._told :]), len(self._logprobs)
         return new
+
+
+def _text_part(reasoning: bool, pieces: Sequence[Piece]) -> TextPart:
+    text = "".join(piece.text for piece in pieces)
+    return TextPart(text, reasoning, tuple(each for piece in pieces for each in piece.logprobs if each.in_text))
 
 
 def _call_id(request_id: str, choice: int, index: int) -> str:

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from keye_jax.config import KeyeConfig
-from keye_jax.kv_cache import PAGE_SIZE, BatchMetadata, Pages
-from keye_jax.model.context import Context, Keys
+from keye_jax.kv_cache import PAGE_SIZE, Pages
+from keye_jax.model.context import Context, Keys, PackedContext
 from keye_jax.model.indexer import Indexer
 from keye_jax.model.layers import Linear, RMSNorm
 from keye_jax.model.rope import apply_rope
@@ -61,7 +61,7 @@ class Training(Protocol):
     def attend(
         self,
         inputs: AttentionInputs,
-        batch: BatchMetadata,
+        context: PackedContext,
         step: StepSharding,
         *,
         top_k: int,
@@ -249,8 +249,9 @@ class Attention(nnx.Module):
         self, inputs: AttentionInputs, indexer: Indexer, context: Context, training: Training, step: StepSharding
     ) -> tuple[jax.Array, Any]:
         def attend(inputs: AttentionInputs, context: Context) -> tuple[jax.Array, Any]:
-            batch = context.batch
-            return training.attend(inputs, batch, step, top_k=self.top_k, scale=self.scale, index_scale=indexer.scale)
+            assert isinstance(context, PackedContext), "training has no cache"
+            scales = {"scale": self.scale, "index_scale": indexer.scale}
+            return training.attend(inputs, context, step, top_k=self.top_k, **scales)
 
         results = (spec(step.rows, (), step.heads), spec(step.rows))
         return step.shard_map(attend, (inputs.specs(step), context.specs(step)), results)(inputs, context)

@@ -99,9 +99,12 @@ class PackedContext:
       batch: `page_table` counts pages of the step's own tokens: page i holds tokens `i * PAGE_SIZE` and on of all rows
         one after the other, so rows have a multiple of `PAGE_SIZE` tokens. Where rows have their places along axes of
         the batch, each part of them has its own samples, and counts its own pages and samples.
+      branch: int32 `[rows, t]`, or None. In training of rows that are samples, tokens of a branch above 0 see of other
+        branches only those of 0: so one clip has several questions that do not see each other.
     """
 
     batch: BatchMetadata
+    branch: jax.Array | None = None
 
     @classmethod
     def of(
@@ -153,7 +156,8 @@ class PackedContext:
         return self, Keys(pages, own.tables(self.batch.page_table), own.start, count=own.count)
 
     def specs(self, step: StepSharding) -> Any:
-        return PackedContext(jax.tree.map(lambda _: spec(step.batch), self.batch))
+        branch: Any = None if self.branch is None else spec(step.rows)
+        return PackedContext(jax.tree.map(lambda _: spec(step.batch), self.batch), branch)
 
 
 def paged_contexts(pool: PagePool, batch: BatchMetadata) -> tuple[PagedContext, ...]:

@@ -80,6 +80,10 @@ def completed(
 def check_address(name: str, address: str) -> str:
     """A "HOST:PORT". Raises UserError with the option's or variable's name if it is none."""
     host, _, port = address.rpartition(":")
+    try:
+        host.encode("idna")  # as sockets do, which end with this error
+    except UnicodeError:
+        host = ""
     if not re.fullmatch(_HOST, host) or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
         raise UserError(f"{name} is {shorten(address)}; it must be HOST:PORT of process 0")
     return address

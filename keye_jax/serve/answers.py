@@ -11,6 +11,9 @@ from starlette.types import Receive, Scope, Send
 
 from keye_jax.jobs.lines import encode
 
+CLIENT_GONE = "client_gone"
+"""The kind of failure of an answer whose client went away before it was whole."""
+
 _COMMENT = b": still working\n\n"
 
 

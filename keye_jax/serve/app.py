@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from starlette.applications import Starlette
@@ -13,24 +12,24 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from keye_jax.engine.openai import error_body
+from keye_jax.engine.openai import error_body, failure_kind
 from keye_jax.engine.request import RequestError
 from keye_jax.errors import UserError
 from keye_jax.serve import batches_api, files_api, generate, media_api, profiling, tokens
-from keye_jax.serve.answers import ClientGone
+from keye_jax.serve.answers import CLIENT_GONE, ClientGone
 from keye_jax.serve.batches import Batches
 from keye_jax.serve.errors import Refusal, error_response, json_response, refusal_response
 from keye_jax.serve.gate import Gate
 from keye_jax.serve.page import show_page
 from keye_jax.serve.service import QUEUE_RETRY_S, Service
 
-_CLIENT_GONE = 499
+_CLIENT_GONE_STATUS = 499
 
 
 def make_app(service: Service, batches: Batches) -> Starlette:
     """The application: all routes, behind the gate."""
     options = service.options
-    middleware = [Middleware(Gate, options)]
+    middleware = [Middleware(Gate, options, lambda: service.connections(), service.metrics.failed)]
     if options.cors_origins:
         cors = Middleware(
             CORSMiddleware,
@@ -41,7 +40,7 @@ def make_app(service: Service, batches: Batches) -> Starlette:
         )
         middleware.insert(0, cors)
     handlers: dict[Any, Any] = {
-        Refusal: lambda request, error: refusal_response(error),
+        Refusal: _refused,
         UserError: _failed,
         RequestError: _failed,
         HTTPException: _http,
@@ -87,8 +86,8 @@ async def ready(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     service: Service = request.app.state.service
-    text = await asyncio.to_thread(service.metrics.text)
-    return Response(text, media_type="text/plain; version=0.0.4")
+    # In no thread of the pool, all of which may be busy with long files.
+    return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 async def models(request: Request) -> Response:
@@ -116,9 +115,16 @@ async def embeddings(request: Request) -> Response:
     raise Refusal(400, "this model writes text; it has no embeddings of texts", code="unsupported")
 
 
+def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    request.state.failure = error.kind
+    return refusal_response(error)
+
+
 def _failed(request: Request, error: Exception) -> Response:
     assert isinstance(error, UserError | RequestError)
     status, body = error_body(error)
+    request.state.failure = failure_kind(error)
     request.state.log.setdefault("error", {"message": str(error)})
     transient = isinstance(error, RequestError) and (error.transient or error.kind == "closed")
     return error_response(status, body, QUEUE_RETRY_S if transient else None)
@@ -126,13 +132,14 @@ def _failed(request: Request, error: Exception) -> Response:
 
 def _gone(request: Request, error: Exception) -> Response:
     """Nobody reads it, but the log tells it from a fault."""
-    return Response(status_code=_CLIENT_GONE)
+    request.state.failure = CLIENT_GONE
+    return Response(status_code=_CLIENT_GONE_STATUS)
 
 
 def _http(request: Request, error: Exception) -> Response:
     """What starlette refuses itself."""
     assert isinstance(error, HTTPException)
     messages = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not allowed here"}
-    response = refusal_response(Refusal(error.status_code, messages.get(error.status_code, error.detail)))
+    response = _refused(request, Refusal(error.status_code, messages.get(error.status_code, error.detail)))
     response.headers.update(error.headers or {})
     return response

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from keye_jax.engine.request import Request, Result
+from keye_jax.engine.request import Request, RequestError, Result
 from keye_jax.errors import UserError, shorten
 from keye_jax.jobs.batch import Answerer, Batch
 from keye_jax.jobs.journal import JobStoppedError, Journal, write_whole
@@ -47,7 +47,7 @@ class Batches:
         self._service, self._checkpoint = service, checkpoint
         self._batches: dict[str, dict[str, Any]] = {}
         for path in self._folder.glob("batch_*.json"):
-            with contextlib.suppress(ValueError, KeyError):  # a job's own file beside it has another shape
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a job's own file beside it has another shape
                 values = json.loads(path.read_bytes())
                 self._batches[values["id"]] = values
         self._job: tuple[str, Batch] | None = None
@@ -99,8 +99,8 @@ class Batches:
             "request_counts": {"total": 0, "completed": 0, "failed": 0},
             "metadata": metadata,
         }
-        self._batches[values["id"]] = values
         self._save(values)
+        self._batches[values["id"]] = values
         self._changed.set()
         return values
 
@@ -154,7 +154,10 @@ class Batches:
                 self._fail(values, "the server failed")
 
     async def _work(self, values: dict[str, Any]) -> None:
-        source = self._service.files.path(values["input_file_id"])
+        with self._service.files.use(values["input_file_id"]) as source:
+            await self._work_on(source, values)
+
+    async def _work_on(self, source: Path, values: dict[str, Any]) -> None:
         digest, lines = await asyncio.to_thread(count_lines, source)
         if not lines:
             raise UserError("the file has no lines; it must have at least one request")
@@ -199,16 +202,24 @@ class Batches:
         finally:
             self._job = None
 
-    def _set(self, values: dict[str, Any], status: str) -> None:
+    def _set(self, values: dict[str, Any], status: str, **others: Any) -> None:
+        """Changes the status, and other fields, once the change is stored. Raises Refusal if it cannot be."""
+        changed = values | others
         if values["status"] != status:
-            values["status"] = status
-            values.setdefault(f"{status}_at", int(time.time()))
-        self._save(values)
+            changed["status"] = status
+            changed.setdefault(f"{status}_at", int(time.time()))
+        self._save(changed)
+        values |= changed
 
     def _fail(self, values: dict[str, Any], message: str) -> None:
         error = {"code": "invalid", "message": message, "param": None, "line": None}
-        values["errors"] = {"object": "list", "data": [error]}
-        self._set(values, "failed")
+        failed = {"errors": {"object": "list", "data": [error]}, "failed_at": int(time.time())}
+        try:
+            self._set(values, "failed", **failed)
+        except Refusal as refusal:
+            # Clients learn of it all the same; after a restart the batch begins again.
+            log.error("a failed batch is not stored", extra={"fields": {"batch": values["id"], "error": str(refusal)}})
+            values |= {**failed, "status": "failed"}
 
     def _save(self, values: dict[str, Any]) -> None:
         try:
@@ -238,16 +249,23 @@ class _Lines:
 
     def submit(self, request: Request) -> _Line:
         self._service.check_length(request)
-        return _Line(self._service.submit(request), Admission(self._service, request.n))
+        return _Line(self._service, request)
 
 
 class _Line:
-    def __init__(self, handle: Any, admission: Admission):
-        self._handle, self._admission = handle, admission
+    def __init__(self, service: Service, request: Request):
+        self._service = service
+        self._handle, self._admission = service.submit(request), Admission(service, request.n)
 
     def __await__(self) -> Generator[Any, None, Result]:
+        metrics = self._service.metrics
         try:
-            return (yield from self._handle.__await__())
+            result = yield from self._handle.__await__()
+            metrics.answered(result)
+            return result
+        except RequestError as error:
+            metrics.failed(error.kind)
+            raise
         finally:
             self._admission.close()
 
@@ -268,4 +286,6 @@ def _split(results: Path, values: dict[str, Any], files: FileStore) -> None:
                 part.seek(0)
                 file_id = "file-" + hashlib.sha256(f"{values['id']} {name}".encode()).hexdigest()[:24]
                 filename = f"{values['id']}_{name}.jsonl"
-                values[f"{name}_file_id"] = files.add(part, size, filename, OUTPUT_PURPOSE, file_id)["id"]
+                with files.room() as room:
+                    made = files.add(part, size, filename, OUTPUT_PURPOSE, room, file_id)
+                values[f"{name}_file_id"] = made["id"]

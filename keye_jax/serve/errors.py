@@ -10,6 +10,8 @@ from starlette.responses import Response
 from keye_jax.jobs.lines import encode
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+# Kinds of failures in the metrics, for refusals that have no code.
+_KINDS = {400: "invalid", 403: "forbidden", 404: "not_found", 405: "not_allowed"}
 
 
 class Refusal(Exception):
@@ -33,6 +35,11 @@ class Refusal(Exception):
     ):
         super().__init__(message)
         self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+
+    @property
+    def kind(self) -> str:
+        """A word for the metrics, of which there are few."""
+        return self.code or _KINDS.get(self.status, "other")
 
     def body(self) -> dict[str, Any]:
         """The object that tells the client."""

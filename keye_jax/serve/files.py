@@ -12,7 +12,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,7 +39,7 @@ class FileStore:
 
     Args:
       folder: where they stay between runs; None for a folder that goes with the server.
-      max_bytes: of all files together.
+      max_bytes: of all files together, also of those that are still on their way.
     """
 
     def __init__(self, folder: Path | None, max_bytes: int):
@@ -47,26 +48,39 @@ class FileStore:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._files: dict[str, dict[str, Any]] = {}
+        self._users: Counter[str] = Counter()  # how many read a file
         self._reserved = 0
         self._folder.mkdir(parents=True, exist_ok=True)
         for path in self._folder.iterdir():
             try:
                 self._files[path.name] = json.loads((path / "file.json").read_bytes())
-            except (OSError, ValueError):
-                if path.name.startswith("new-"):  # the server ended in the middle of it
+            except FileNotFoundError:  # the server ended while it took or removed a file
+                if _ID.fullmatch(path.name.removeprefix("new-")):
                     shutil.rmtree(path, ignore_errors=True)
+            except (OSError, ValueError):
+                continue  # none of ours, or damaged: it is kept and not shown
 
     def close(self) -> None:
         """Removes the files that do not stay."""
         if self._temporary is not None:
             self._temporary.cleanup()
 
+    @contextlib.contextmanager
+    def room(self) -> Iterator[Room]:
+        """Room that is kept for a file until it is in the store, or the context ends."""
+        room = Room(self)
+        try:
+            yield room
+        finally:
+            room.hold(0)
+
     def add(
-        self, source: BinaryIO, size: int, filename: str, purpose: str, file_id: str | None = None
+        self, source: BinaryIO, size: int, filename: str, purpose: str, room: Room, file_id: str | None = None
     ) -> dict[str, Any]:
         """Copies a file of `size` bytes into the store; returns the object that clients see.
 
         Args:
+          room: what the file takes of the store.
           file_id: of a file that may be there already, from before a restart; it then stays as it is.
 
         Raises:
@@ -85,13 +99,7 @@ class FileStore:
             "purpose": purpose,
             "status": "processed",
         }
-        with self._lock:
-            used = sum(each["bytes"] for each in self._files.values()) + self._reserved
-            if used + size > self._max_bytes:
-                raise Refusal(
-                    413, f"all files together must have at most {self._max_bytes:,} bytes", code="storage_full"
-                )
-            self._reserved += size
+        room.hold(size)
         made = self._folder / f"new-{file_id}"
         try:
             made.mkdir()
@@ -103,12 +111,8 @@ class FileStore:
         except BaseException as error:
             shutil.rmtree(made, ignore_errors=True)
             if isinstance(error, OSError):
-                message = f"the file cannot be stored ({error.strerror or error})"
-                raise Refusal(507, message, code="storage_full") from error
+                raise not_stored(error) from error
             raise
-        finally:
-            with self._lock:
-                self._reserved -= size
         with self._lock:
             self._files[file_id] = values
         return values
@@ -123,20 +127,48 @@ class FileStore:
         with self._lock:
             found = self._files.get(file_id) if isinstance(file_id, str) else None
         if found is None:
-            raise Refusal(404, f"there is no file {shorten(file_id)}", code="file_not_found")
+            raise _not_there(file_id)
         return found
 
     def path(self, file_id: object) -> Path:
         """Where the content of a file is. Raises Refusal if it is not there."""
         return self._folder / self.get(file_id)["id"] / "content"
 
+    @contextlib.contextmanager
+    def use(self, file_id: object) -> Iterator[Path]:
+        """Where the content of a file is, and stays until the context ends, also if the file is deleted meanwhile.
+
+        Raises Refusal if it is not there.
+        """
+        with self._lock:
+            found = self._files.get(file_id) if isinstance(file_id, str) else None
+            if found is not None:
+                self._users[found["id"]] += 1
+        if found is None:
+            raise _not_there(file_id)
+        name = found["id"]
+        try:
+            yield self._folder / name / "content"
+        finally:
+            with self._lock:
+                self._users[name] -= 1
+                ended = not self._users[name]
+                if ended:
+                    del self._users[name]
+                unwanted = ended and name not in self._files
+            if unwanted:
+                shutil.rmtree(self._folder / name, ignore_errors=True)
+
     def delete(self, file_id: str) -> None:
         """Removes a file. Raises Refusal if it is not there."""
-        self.get(file_id)
         with self._lock:
-            self._files.pop(file_id, None)
-        with contextlib.suppress(OSError):
-            shutil.rmtree(self._folder / file_id)
+            if self._files.pop(file_id, None) is None:
+                raise _not_there(file_id)
+            in_use = file_id in self._users
+        if in_use:  # whoever uses it last removes the rest; without this it is not there after a restart
+            (self._folder / file_id / "file.json").unlink(missing_ok=True)
+        else:
+            shutil.rmtree(self._folder / file_id, ignore_errors=True)
 
     def resolve(self, value: Any) -> Any:
         """Messages, or a part of them, with paths in the place of the names of files.
@@ -186,7 +218,34 @@ class FileStore:
     def _named(self, file_id: str) -> Path:
         try:
             if not _ID.fullmatch(file_id):
-                raise Refusal(404, f"there is no file {shorten(file_id)}")
+                raise _not_there(file_id)
             return self.path(file_id)
         except Refusal as error:
             raise UserError(str(error)) from error
+
+
+class Room:
+    """What a file that is on its way takes of a store; see `FileStore.room`."""
+
+    def __init__(self, store: FileStore):
+        self._store, self._size = store, 0
+
+    def hold(self, size: int) -> None:
+        """Holds `size` bytes from now on, in place of those before. Raises Refusal if there is no room for them."""
+        store = self._store
+        with store._lock:
+            used = sum(each["bytes"] for each in store._files.values()) + store._reserved - self._size
+            if size and used + size > store._max_bytes:
+                message = f"all files together must have at most {store._max_bytes:,} bytes"
+                raise Refusal(413, message, code="storage_full")
+            store._reserved += size - self._size
+            self._size = size
+
+
+def not_stored(error: OSError) -> Refusal:
+    """The refusal of a file for which the disk has no room, or that it does not take."""
+    return Refusal(507, f"the file cannot be stored ({error.strerror or error})", code="storage_full")
+
+
+def _not_there(file_id: object) -> Refusal:
+    return Refusal(404, f"there is no file {shorten(file_id)}", code="file_not_found")

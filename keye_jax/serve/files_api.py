@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import urllib.parse
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from starlette.datastructures import UploadFile
@@ -12,10 +15,12 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 from keye_jax.errors import UserError, shorten
 from keye_jax.serve.errors import Refusal, json_response
-from keye_jax.serve.files import PURPOSES
+from keye_jax.serve.files import PURPOSES, Room, not_stored
+from keye_jax.serve.gate import FORM_BYTES
 from keye_jax.serve.service import Service
 
 _MOST_LISTED = 10_000
@@ -25,23 +30,43 @@ async def upload(request: Request) -> Response:
     """Takes a file from a multipart form: `file`, and `purpose`."""
     service: Service = request.app.state.service
     try:
-        async with request.form(max_files=1, max_fields=16) as form:
-            file, purpose = form.get("file"), form.get("purpose")
-            if not isinstance(file, UploadFile):
-                raise Refusal(400, "the form must have a file in its field 'file'", param="file")
-            if purpose not in PURPOSES:
-                names = ", ".join(PURPOSES)
-                raise Refusal(400, f"purpose is {shorten(purpose)}; it must be one of {names}", param="purpose")
-            size = file.size or 0
-            if size > service.options.max_file_bytes:
-                raise Refusal(413, f"a file must have at most {service.options.max_file_bytes:,} bytes", param="file")
-            name = re.sub(r"[\x00-\x1f\x7f/\\]", "_", file.filename or "file")
-            values = await asyncio.to_thread(service.files.add, file.file, size, name, str(purpose))
+        with service.files.room() as room:
+            return json_response(await _take(request, service, room))
     except (MultiPartException, ValueError, KeyError) as error:
         if isinstance(error, UserError):
             raise
         raise Refusal(400, f"the form cannot be read ({error})") from error
-    return json_response(values)
+    except OSError as error:  # the form is on disk before it is in the store
+        raise not_stored(error) from error
+
+
+async def _take(request: Request, service: Service, room: Room) -> dict[str, Any]:
+    """Takes a file from a form into the store. What there is no room for is refused before it is read, or meanwhile."""
+    length = request.headers.get("content-length", "")
+    if length.isdecimal():
+        room.hold(max(0, int(length) - FORM_BYTES))
+    received = 0
+
+    async def receive() -> Message:
+        nonlocal received
+        message = await request.receive()
+        received += len(message.get("body", b""))
+        if not length.isdecimal():
+            room.hold(max(0, received - FORM_BYTES))
+        return message
+
+    async with Request(request.scope, receive).form(max_files=1, max_fields=16) as form:
+        file, purpose = form.get("file"), form.get("purpose")
+        if not isinstance(file, UploadFile):
+            raise Refusal(400, "the form must have a file in its field 'file'", param="file")
+        if purpose not in PURPOSES:
+            names = ", ".join(PURPOSES)
+            raise Refusal(400, f"purpose is {shorten(purpose)}; it must be one of {names}", param="purpose")
+        size = file.size or 0
+        if size > service.options.max_file_bytes:
+            raise Refusal(413, f"a file must have at most {service.options.max_file_bytes:,} bytes", param="file")
+        name = re.sub(r"[\x00-\x1f\x7f/\\]", "_", file.filename or "file")
+        return await asyncio.to_thread(service.files.add, file.file, size, name, str(purpose), room)
 
 
 async def list_files(request: Request) -> Response:
@@ -74,11 +99,29 @@ async def get_file(request: Request) -> Response:
 async def content(request: Request) -> Response:
     service: Service = request.app.state.service
     file_id = request.path_params["file_id"]
-    values, path = service.files.get(file_id), service.files.path(file_id)
+    values = service.files.get(file_id)
     # Never shown by a browser as a page of this server, whatever is in it.
     quoted = urllib.parse.quote(values["filename"])
     headers = {"content-disposition": f"attachment; filename*=UTF-8''{quoted}", "content-security-policy": "sandbox"}
-    return FileResponse(path, media_type="application/octet-stream", headers=headers)
+    using = contextlib.ExitStack()
+    path = using.enter_context(service.files.use(file_id))
+    return _Content(path, using, headers)
+
+
+class _Content(FileResponse):
+    """A file that stays until it is sent, also if it is deleted meanwhile.
+
+    Args:
+      using: what keeps the file.
+    """
+
+    def __init__(self, path: Path, using: contextlib.ExitStack, headers: Mapping[str, str]):
+        super().__init__(path, media_type="application/octet-stream", headers=headers)
+        self._using = using
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._using:
+            await super().__call__(scope, receive, send)
 
 
 async def delete(request: Request) -> Response:

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.parse
 import uuid
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from keye_jax.serve.errors import Refusal, refusal_response
 from keye_jax.serve.options import ServeOptions
+from keye_jax.serve.service import QUEUE_RETRY_S
 
 # Without a key: the page itself, the probes, and the counts, none of which tells what was asked.
 PROBE_PATHS = frozenset({"/health", "/ready", "/metrics"})
@@ -26,7 +27,7 @@ OPEN_PATHS = PROBE_PATHS | {"/"}
 UPLOAD_PATH = "/v1/files"
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # Beside the file in the body of an upload.
-_FORM_BYTES = 64 << 10
+FORM_BYTES = 64 << 10
 # Bytes a second, on average over a body.
 _MIN_RATE = 4096
 # Seconds in which the rest of a refused body is thrown away, so that its client reads why; and that of a small one.
@@ -65,15 +66,19 @@ class Gate:
     """Middleware around all routes.
 
     It answers what may not pass, and turns an error that nothing else took into an answer. A request without an end of
-    its body is given up.
+    its body is given up. Probes always pass: a server with too many clients is busy and not dead.
 
     Args:
-      app: the routes.
+      app: the routes. They say in the state of a request, as `failure`, of which kind its failure is, if it fails.
       options: of the server.
+      connections: how many are open.
+      failed: called with the kind of each request that fails or is refused, but for probes.
     """
 
-    def __init__(self, app: ASGIApp, options: ServeOptions):
-        self._app, self._options = app, options
+    def __init__(
+        self, app: ASGIApp, options: ServeOptions, connections: Callable[[], int], failed: Callable[[str], None]
+    ):
+        self._app, self._options, self._connections, self._failed = app, options, connections, failed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -88,9 +93,9 @@ class Gate:
         fields["request_id"], fields["log"] = request_id, {}
         limit = self._options.max_body_bytes
         if scope["path"] == UPLOAD_PATH:
-            limit = self._options.max_file_bytes + _FORM_BYTES
+            limit = self._options.max_file_bytes + FORM_BYTES
         body = _Body(receive, headers, limit, self._options.stall_s)
-        status = 0
+        status, crowded = 0, False
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -102,7 +107,7 @@ class Gate:
                 answer["x-request-id"] = request_id
                 for name, value in _HEADERS.items():
                     answer.setdefault(name, value)
-                if not body.whole:
+                if crowded or not body.whole:
                     answer["connection"] = "close"
             elif not message.get("more_body", False) and not body.whole:
                 await send({**message, "more_body": True})
@@ -111,13 +116,16 @@ class Gate:
             await send(message)
 
         try:
-            self._check(scope, headers, limit)
+            crowded = self._connections() > self._options.max_connections
+            self._check(scope, headers, limit, crowded)
             await self._app(scope, body.receive, sending)
         except Refusal as refusal:
+            fields["failure"] = refusal.kind
             if not status:
                 await refusal_response(refusal)(scope, receive, sending)
         except Exception:
             log.exception("a request failed", extra={"fields": {"request_id": request_id}})
+            fields["failure"] = "internal"
             if status:
                 raise
             failed = Refusal(500, f"the server failed; its log has more about {request_id}", code="internal")
@@ -126,11 +134,17 @@ class Gate:
         finally:
             seconds = round(time.perf_counter() - began, 4)
             line = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
+            if "failure" in fields and scope["path"] not in PROBE_PATHS:
+                self._failed(fields["failure"])
             level = logging.DEBUG if scope["path"] in PROBE_PATHS else logging.INFO
             log.log(level, "request", extra={"fields": {**line, "seconds": seconds, **fields["log"]}})
 
-    def _check(self, scope: Scope, headers: Headers, limit: int) -> None:
+    def _check(self, scope: Scope, headers: Headers, limit: int, crowded: bool) -> None:
         """Raises Refusal if the request may not pass."""
+        if crowded and scope["path"] not in PROBE_PATHS:
+            most = self._options.max_connections
+            message = f"there are more than {most:,} connections, which is all that may be open at once"
+            raise Refusal(503, message, code="too_many_connections", retry_after=QUEUE_RETRY_S)
         key = self._options.api_key
         if key is not None and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
             scheme, _, given = headers.get("authorization", "").partition(" ")

@@ -9,6 +9,7 @@ import urllib.parse
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+from starlette.datastructures import State
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -25,7 +26,8 @@ from keye_jax.engine.openai import (
     text_completion_body,
 )
 from keye_jax.engine.request import RequestError, Result
-from keye_jax.serve.answers import DONE, EventStream, event, unless_gone
+from keye_jax.errors import UserError
+from keye_jax.serve.answers import CLIENT_GONE, DONE, EventStream, event, unless_gone
 from keye_jax.serve.bodies import for_log, read_object
 from keye_jax.serve.errors import json_response
 from keye_jax.serve.gate import log
@@ -70,7 +72,7 @@ def _completion_stream(asked: Asked, service: Service) -> Any:
 
 
 def _response_stream(asked: Asked, service: Service) -> Any:
-    stream = ResponseStream(asked, created=int(time.time()), model=service.name)
+    stream = ResponseStream(asked, created=int(time.time()), model=service.name, token_text=service.token_text)
     return lambda event, prompt: stream.take(event), stream.start()
 
 
@@ -86,7 +88,9 @@ COMPLETIONS = Interface(
 )
 RESPONSES = Interface(
     read_responses,
-    lambda results, asked, service: response_body(results[0], asked, created=int(time.time()), model=service.name),
+    lambda results, asked, service: response_body(
+        results[0], asked, created=int(time.time()), model=service.name, token_text=service.token_text
+    ),
     _response_stream,
     named=True,
 )
@@ -114,9 +118,12 @@ async def _generate(request: Request, interface: Interface) -> Response:
     sampling = service.engine.defaults.sampling
     # A schema takes a while to compile.
     asked = await asyncio.to_thread(interface.read, body, sampling=sampling, max_tokens=service.options.max_tokens)
-    for each in asked.requests:
-        service.check_length(each)
-    exchange = Exchange(service, asked, request.state.log)
+    try:
+        for each in asked.requests:
+            service.check_length(each)
+        exchange = Exchange(service, asked, request.state)
+    except UserError as error:
+        raise asked.in_its_words(error) from error
     headers = {} if not asked.ignored else {IGNORED_HEADER: _header(asked.ignored)}
     try:
         if not asked.stream:
@@ -139,14 +146,20 @@ def _header(names: Sequence[str]) -> str:
 class Exchange:
     """The requests to the engine that one body makes.
 
+    Args:
+      service: has them answered.
+      asked: what the body asks for.
+      state: of the request; its `log`, and its `failure` if there is one, are kept up to date.
+
     Raises:
       Refusal: there are too many already.
       UserError: a file that is named is not there.
       RequestError: the engine takes no requests.
     """
 
-    def __init__(self, service: Service, asked: Asked, log: dict[str, Any]):
-        self._service, self._asked, self._log = service, asked, log
+    def __init__(self, service: Service, asked: Asked, state: State):
+        self._service, self._asked, self._state = service, asked, state
+        self._log: dict[str, Any] = state.log
         self._admission = service.admit(sum(each.n for each in asked.requests))
         self._handles: list[Any] = []
         self._first: asyncio.Future[Any] | None = None  # the first piece of a stream
@@ -163,6 +176,8 @@ class Exchange:
         for handle in self._handles:
             if not handle.done:
                 handle.cancel()
+                if "error" not in self._log:
+                    self._state.failure = CLIENT_GONE
         self._admission.close()
         if self._first is not None:
             self._first.cancel()
@@ -172,8 +187,7 @@ class Exchange:
         self._first = asyncio.ensure_future(anext(self._pieces, None))
         await asyncio.wait({self._first}, timeout=wait_s)
         if self._first.done() and isinstance(error := self._first.exception(), RequestError):
-            self._note_failure(error)
-            raise error
+            raise self._noted(error)
 
     async def results(self) -> list[Result]:
         """What became of all requests. Raises RequestError if one failed."""
@@ -200,8 +214,7 @@ class Exchange:
                 if not isinstance(error, RequestError):
                     log.exception("an answer failed")
                     error = RequestError("internal", f"the server failed: {type(error).__name__}")
-                self._note_failure(error)
-                last = error
+                last = self._noted(error)
             yield written(take(last, prompt))
             if isinstance(last, RequestError):
                 break
@@ -212,8 +225,7 @@ class Exchange:
         try:
             result = await handle
         except RequestError as error:
-            self._note_failure(error)
-            raise
+            raise self._noted(error) from None
         self._service.metrics.answered(result)
         usage = result.usage
         for name in ("prompt", "cached", "completion", "reasoning"):
@@ -222,7 +234,10 @@ class Exchange:
         self._log["finish_reasons"] = [choice.finish_reason for choice in result.choices]
         return result
 
-    def _note_failure(self, error: RequestError) -> None:
+    def _noted(self, error: RequestError) -> RequestError:
+        """Notes a failure, and gives it in the words of the body."""
+        error = self._asked.in_its_words(error)
         if "error" not in self._log:
-            self._service.metrics.failed(error.kind)
+            self._state.failure = error.kind
             self._log["error"] = {"kind": error.kind, "message": str(error)}
+        return error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import os
+import resource
 import signal
 import socket
 import threading
@@ -18,6 +18,7 @@ from typing import Any
 
 import uvicorn
 
+from keye_jax import interrupts
 from keye_jax.errors import UserError
 from keye_jax.jobs.journal import checkpoint_hash
 from keye_jax.runtime import distributed
@@ -31,6 +32,7 @@ from keye_jax.serve.service import Service
 
 _BACKLOG = 2048
 _HEAD_BYTES = 64 << 10
+_OTHER_FILES = 512
 _LOOK_S, _SOON_S = 0.5, 0.02
 
 
@@ -54,6 +56,19 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def allow_connections(count: int) -> None:
+    """Raises this process's own limit on open files to what so many connections need, as far as the system lets it.
+
+    At the limit no connection is accepted, and so no probe is answered.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * count + _OTHER_FILES  # an answer may need a file of its own
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def serve(
     options: ServeOptions,
     checkpoint: Path,
@@ -61,7 +76,7 @@ def serve(
     opener: Callable[[], AbstractContextManager[Any]],
     listener: socket.socket,
 ) -> int:
-    """Serves until a signal, or until the engine cannot be opened.
+    """Serves until SIGTERM, or until the engine cannot be opened. Ctrl-C raises KeyboardInterrupt.
 
     Args:
       checkpoint: the folder, whose hash results of batches are kept with.
@@ -70,12 +85,13 @@ def serve(
       listener: what `listen` returned; it is closed.
 
     Returns:
-      The exit code: 0 after a signal and all answers, 1 if answers were cut off or the engine failed.
+      The exit code: 0 after SIGTERM and all answers, 1 if answers were cut off or the engine failed.
 
     Raises:
       UserError: the folder of files cannot be made, or the engine cannot be opened because of a user's mistake.
     """
     start_log()
+    allow_connections(options.max_connections)
     state = options.state_dir
     try:
         files = FileStore(state and state / "files", options.max_stored_bytes)
@@ -94,6 +110,8 @@ def serve(
         service.close()
         batches.close()
         opening.close()
+    if not opening.done:
+        interrupts.end(signal.SIGTERM)
     if isinstance(opening.error, UserError):
         raise opening.error
     return 1 if opening.error is not None or server.failed else 0
@@ -120,11 +138,10 @@ class _Opening:
         return self.engine is not None or self.error is not None
 
     def close(self) -> None:
-        """Closes the engine; ends this process if it is still being opened, which nothing else can."""
-        if not self.done:
-            os._exit(128 + signal.SIGTERM)
+        """Closes the engine. One that is still being opened is left to the end of this process."""
         self._end.set()
-        self._thread.join()
+        if self.done:
+            self._thread.join()
 
     def _run(self, opener: Callable[[], AbstractContextManager[Any]]) -> None:
         try:
@@ -154,12 +171,12 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            limit_concurrency=options.max_connections,
             h11_max_incomplete_event_size=_HEAD_BYTES,
             timeout_graceful_shutdown=5,
             loop="asyncio",
         )
         super().__init__(config)
+        service.connections = lambda: len(self.server_state.connections)
         self.failed = False
         self._service, self._batches = service, batches
         self._signals = 0
@@ -179,16 +196,15 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals end the server, and not, as with uvicorn, the process a second time afterwards."""
+        """SIGTERM drains, and does not, as with uvicorn, end the process afterwards. Ctrl-C ends all at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = signal.signal(signal.SIGTERM, self.handle_exit)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            signal.signal(signal.SIGTERM, before)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains; the second ends at once."""

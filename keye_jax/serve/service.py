@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 from keye_jax.engine.request import Request
@@ -28,6 +29,7 @@ class Service:
     Attributes:
       engine: answers requests; None until it is ready.
       frames: shows what the model sees; None until the engine is ready.
+      connections: how many connections are open.
       draining: whether no more work is taken.
       stalled: whether the engine has work and does not go on.
       outstanding: answers that are written or wait.
@@ -39,6 +41,7 @@ class Service:
         self.engine: Any = None
         self.frames: FrameReader | None = None
         self.metrics = Metrics(self)
+        self.connections: Callable[[], int] = lambda: 0
         self.draining = self.stalled = False
         self.outstanding = 0
         self.created = int(time.time())

@@ -185,7 +185,7 @@ class _Reader:
         raise UserError(f"{self._source}: {field} is {shorten(value)}; it must be {allowed}")
 
     def mapping(self, field: str, value: Any, known: tuple[str, ...] | None = None) -> dict[str, Any]:
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value):
             self.fail(field, value, "a mapping of names")
         for key in value:
             if known is not None and key not in known:

@@ -37,6 +37,7 @@ class AttentionPlan:
     Attributes:
       sparse: whether queries attend to their selection alone, or to all keys that they see.
       kl: whether the KL divergence is computed.
+      recall: whether `IndexerMeasures.recall` is computed, which in dense attention takes a selection for nothing else.
       top_k: keys that a query selects.
       scale, index_scale: factors on the dot products of attention and of the indexer.
       width: how many keys are looked at for a row; None where a row is a sample.
@@ -45,6 +46,7 @@ class AttentionPlan:
 
     sparse: bool
     kl: bool
+    recall: bool
     top_k: int
     scale: float
     index_scale: float
@@ -60,7 +62,7 @@ class IndexerMeasures:
     Attributes:
       kl: KL divergence of its distribution from the teacher, in nats.
       entropy: of the teacher, in nats.
-      recall: share of the probabilities of dense attention that lies on selected keys.
+      recall: share of the probabilities of dense attention that lies on selected keys; 0 unless `plan.recall`.
     """
 
     kl: jax.Array
@@ -104,7 +106,12 @@ class _Found(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(
-    plan: AttentionPlan, queries: Queries, keys: KeysAndValues, start: jax.Array, first: jax.Array
+    plan: AttentionPlan,
+    queries: Queries,
+    keys: KeysAndValues,
+    start: jax.Array,
+    first: jax.Array,
+    branch: jax.Array | None = None,
 ) -> tuple[jax.Array, IndexerMeasures]:
     """Attends from queries to their own and earlier positions of their samples.
 
@@ -114,70 +121,73 @@ def attend(
       start: int32 `[b]`, the position of each row's first query in its sample; 0 where a row is a sample.
       first: int32 `[b]`, where the keys of each row's sample begin among those of all; not looked at where a row is a
         sample.
+      branch: int32 `[b, t]`, where a row is a sample, or None: queries of a branch above 0 see of other branches only
+        those of 0.
 
     Returns:
       `[b, t, n, d]` in the dtype of q, and measures, summed over the groups of heads; zeros unless `plan.kl`.
     """
-    return _attend_forward(plan, queries, keys, start, first)[0]
+    return _attend_forward(plan, queries, keys, start, first, branch)[0]
 
 
 def _attend_forward(
-    plan: AttentionPlan, queries: Queries, keys: KeysAndValues, start: jax.Array, first: jax.Array
+    plan: AttentionPlan,
+    queries: Queries,
+    keys: KeysAndValues,
+    start: jax.Array,
+    first: jax.Array,
+    branch: jax.Array | None = None,
 ) -> tuple[tuple[jax.Array, IndexerMeasures], Any]:
+    assert branch is None or plan.width is None, "branches are of rows that are samples"
     parts = []
     for segment in _segments(plan, queries):
 
-        def run(_: None, item: tuple[Queries, jax.Array, jax.Array], segment: _Segment = segment) -> tuple[None, Any]:
-            part, start, first = item
-            window, at = segment.window(keys, first)
-            return None, _forward_block(plan, part, window, start, at)
+        def run(_: None, item: Any, segment: _Segment = segment) -> tuple[None, Any]:
+            (part, own), start, first = item
+            (window, seen), at = segment.window((keys, branch), first)
+            return None, _forward_block(plan, part, window, _visible(start, part.q.shape[1], at, own, seen))
 
-        parts.append(segment.join(scan(run, None, segment.items(queries, start, first))[1]))
+        parts.append(segment.join(scan(run, None, segment.items((queries, branch), start, first))[1]))
     found, measures = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
     found = jax.tree.map(lambda x: checkpoint_name(x, SAVED), found)
-    return (found.out, measures), (queries, keys, start, first, found)
+    return (found.out, measures), (queries, keys, start, first, branch, found)
 
 
 def _attend_backward(
     plan: AttentionPlan, saved: Any, cotangents: tuple[jax.Array, IndexerMeasures]
-) -> tuple[Queries, KeysAndValues, None, None]:
-    queries, keys, start, first, found = saved
+) -> tuple[Queries, KeysAndValues, None, None, None]:
+    queries, keys, start, first, branch, found = saved
     d_out, d_kl = cotangents[0], cotangents[1].kl
     d_keys = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x)), keys)
     parts = []
     for segment in _segments(plan, queries):
 
         def run(d_keys: KeysAndValues, item: Any, segment: _Segment = segment) -> tuple[KeysAndValues, Queries]:
-            (part, found, d_out, d_kl), start, first = item
-            window, at = segment.window(keys, first)
-            d_queries, d_window = _backward_block(plan, part, window, start, at, found, d_out, d_kl)
+            (part, own, found, d_out, d_kl), start, first = item
+            (window, seen), at = segment.window((keys, branch), first)
+            visible = _visible(start, part.q.shape[1], at, own, seen)
+            d_queries, d_window = _backward_block(plan, part, window, visible, found, d_out, d_kl)
             return segment.add_to_window(d_keys, d_window, first), d_queries
 
-        items = segment.items((queries, found, d_out, d_kl), start, first)
+        items = segment.items((queries, branch, found, d_out, d_kl), start, first)
         d_keys, d_queries = scan(run, d_keys, items)
         parts.append(segment.join(d_queries))
     d_queries = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
-    return d_queries, jax.tree.map(lambda d, x: d.astype(x.dtype), d_keys, keys), None, None
+    return d_queries, jax.tree.map(lambda d, x: d.astype(x.dtype), d_keys, keys), None, None, None
 
 
 attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _forward_block(
-    plan: AttentionPlan, queries: Queries, keys: KeysAndValues, start: jax.Array, at: jax.Array
+    plan: AttentionPlan, queries: Queries, keys: KeysAndValues, visible: jax.Array
 ) -> tuple[_Found, IndexerMeasures]:
-    """`attend` for a block of queries.
-
-    Args:
-      start: int32 `[b]` or `[1]`, the position of the first query.
-      at: int32 `[b, s]` or `[1, s]`, positions of the keys; negative before the sample's first.
-    """
+    """`attend` for a block of queries, and which keys each of them sees, bool `[b or 1, q, s]`."""
     rows = queries.q.shape[:2]
-    visible = _visible(start, rows[1], at)
     chosen = jnp.broadcast_to(visible, (*rows, visible.shape[-1]))
     with jax.named_scope("indexer"):
         scores = jnp.where(visible, _index_scores(plan, queries, _index_dots(queries, keys)), -jnp.inf)
-    if keys.k.shape[1] > plan.top_k:
+    if keys.k.shape[1] > plan.top_k and (plan.sparse or plan.recall):
         with jax.named_scope("selection"):
             chosen = visible & topk_mask(scores, plan.top_k)
     with jax.named_scope("attention"):
@@ -202,6 +212,8 @@ def _forward_block(
         index_lse = jax.nn.logsumexp(jnp.where(mask, scores, -jnp.inf), axis=-1)
         log_q = jnp.where(mask, scores - index_lse[..., None], 0.0)
         kl = negentropy - jnp.sum(jnp.sum(teacher, axis=1) * log_q, axis=-1)
+        if not plan.recall:
+            return found, IndexerMeasures(kl, -negentropy, jnp.zeros_like(kl))
         if plan.sparse:
             over, under = lse, jax.nn.logsumexp(jnp.where(_of_heads(visible), dots, -jnp.inf), axis=-1)
         else:
@@ -214,8 +226,7 @@ def _backward_block(
     plan: AttentionPlan,
     queries: Queries,
     keys: KeysAndValues,
-    start: jax.Array,
-    at: jax.Array,
+    visible: jax.Array,
     found: _Found,
     d_out: jax.Array,
     d_kl: jax.Array,
@@ -227,10 +238,11 @@ def _backward_block(
     `dw_j = c q_j . (E_j K)` and `dK = sum_j E_j^T (c w_j q_j)`.
 
     Args:
+      visible: bool `[b or 1, q, s]`.
       d_out: `[b, q, n, d]`.
       d_kl: float32 `[b, q]`.
     """
-    mask = _visible(start, queries.q.shape[1], at)
+    mask = visible
     with jax.named_scope("indexer"):
         index_dots = _index_dots(queries, keys)
         scores = jnp.where(mask, _index_scores(plan, queries, index_dots), -jnp.inf)
@@ -270,10 +282,23 @@ def _backward_block(
     return Queries(d_q, d_index_q, d_gates.astype(queries.gates.dtype)), KeysAndValues(d_k, d_v, d_index_keys)
 
 
-def _visible(start: jax.Array, count: int, at: jax.Array) -> jax.Array:
-    """Which keys at positions `at [b, s]` the queries of positions `start` and on see, bool `[b, count, s]`."""
+def _visible(start: jax.Array, count: int, at: jax.Array, own: jax.Array | None, others: jax.Array | None) -> jax.Array:
+    """Which keys the queries of positions `start` and on see, bool `[b or 1, count, s]`.
+
+    Args:
+      start: int32 `[b]` or `[1]`.
+      count: how many queries a row has.
+      at: int32 `[b, s]` or `[1, s]`, positions of the keys; negative before the sample's first.
+      own, others: int32 `[b, count]` and `[b, s]`, branches of queries and keys, or None.
+    """
     positions = start[:, None, None] + jnp.arange(count)[:, None]
-    return (at[:, None] >= 0) & (at[:, None] <= positions)
+    visible = (at[:, None] >= 0) & (at[:, None] <= positions)
+    return visible if own is None or others is None else visible & same_branch(own, others)
+
+
+def same_branch(own: jax.Array, others: jax.Array) -> jax.Array:
+    """Whether queries of branches `own [b, q]` see keys of branches `others [b, s]`, bool `[b, q, s]`."""
+    return (others[:, None] == 0) | (others[:, None] == own[:, :, None])
 
 
 def _index_dots(queries: Queries, keys: KeysAndValues) -> jax.Array:
@@ -341,17 +366,17 @@ class _Segment:
 
         return jax.tree.map(join, results)
 
-    def window(self, keys: KeysAndValues, first: jax.Array) -> tuple[KeysAndValues, jax.Array]:
-        """The keys that are looked at, and their positions in the sample, int32 `[1, width]`."""
+    def window(self, keys: Any, first: jax.Array) -> tuple[Any, jax.Array]:
+        """What is looked at of the keys' arrays, `[b or 1, s, ...]`, and their positions in the samples, `[1, s]`."""
         at = jnp.arange(self.width)[None]
         if self.own:
             return jax.tree.map(lambda x: x[:, : self.width], keys), at
-        begin = self._begin(keys, first)
+        begin = self._begin(jax.tree.leaves(keys)[0], first)
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, self.width, 1), keys), at + begin - first
 
     def add_to_window(self, total: KeysAndValues, part: KeysAndValues, first: jax.Array) -> KeysAndValues:
         """`total` with `part` added to the keys that are looked at."""
-        begin = 0 if self.own else self._begin(total, first)
+        begin = 0 if self.own else self._begin(total.k, first)
 
         def add(total: jax.Array, part: jax.Array) -> jax.Array:
             old = jax.lax.dynamic_slice_in_dim(total, begin, self.width, 1)
@@ -359,8 +384,8 @@ class _Segment:
 
         return jax.tree.map(add, total, part)
 
-    def _begin(self, keys: KeysAndValues, first: jax.Array) -> jax.Array:
-        return jnp.minimum(first, keys.k.shape[1] - self.width)
+    def _begin(self, keys: jax.Array, first: jax.Array) -> jax.Array:
+        return jnp.minimum(first, keys.shape[1] - self.width)
 
 
 def _segments(plan: AttentionPlan, queries: Queries) -> list[_Segment]:

@@ -187,7 +187,7 @@ class DataConfig:
     Attributes:
       source: "jsonl", the file that `--data` names, or "shapes", a generated world.
       broken: whether a sample that cannot be read, or is too long, is skipped or ends the run.
-      workers: processes that decode videos and images; 0 for none.
+      workers: processes that decode videos and images, or make generated clips; 0 for none.
       byte_budget: bytes of decoded pixels that wait at most.
       lookahead: samples that are considered for a batch.
       shuffle: whether the order of samples changes with every epoch.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from keye_jax.kv_cache import PAGE_SIZE, BatchMetadata
+from keye_jax.kv_cache import PAGE_SIZE
 from keye_jax.model.attention import AttentionInputs, AttentionOptions
 from keye_jax.model.context import PackedContext, own_rows
 from keye_jax.model.keye import Keye
@@ -19,7 +19,15 @@ from keye_jax.model.projector import Projector
 from keye_jax.model.vision import VisionEncoder
 from keye_jax.sharding.collectives import all_gather, sum_over
 from keye_jax.sharding.step import StepSharding, spec
-from keye_jax.train.attention import SAVED, AttentionPlan, IndexerMeasures, KeysAndValues, Queries, attend
+from keye_jax.train.attention import (
+    SAVED,
+    AttentionPlan,
+    IndexerMeasures,
+    KeysAndValues,
+    Queries,
+    attend,
+    same_branch,
+)
 from keye_jax.train.experts import mix_experts
 from keye_jax.train.loss import cross_entropy
 
@@ -31,6 +39,8 @@ class TrainOptions:
     Attributes:
       attention: "sparse", the model as released, or "dense", as in the indexer's warm-up.
       kl: whether the indexer learns: its KL divergence from attention is computed, over the keys attended to.
+      recall: whether the share of attention on the selected keys is measured too, which dense attention takes a
+        selection for.
       detach: whether the indexer's input is detached, as released: else the KL divergence reaches the whole model.
       router: whether the routers' load-balancing loss is computed.
       remat: what is computed again in the backward pass instead of being kept: "none", each "layer" but what attention
@@ -44,6 +54,7 @@ class TrainOptions:
 
     attention: Literal["sparse", "dense"] = "sparse"
     kl: bool = True
+    recall: bool = True
     detach: bool = True
     router: bool = False
     remat: Literal["none", "attention", "layer"] = "attention"
@@ -55,7 +66,7 @@ class TrainOptions:
     def attend(
         self,
         inputs: AttentionInputs,
-        batch: BatchMetadata,
+        context: PackedContext,
         step: StepSharding,
         *,
         top_k: int,
@@ -67,12 +78,18 @@ class TrainOptions:
         Returns:
           `[b, t, n, d]`, and measures, means over the groups of heads.
         """
+        batch = context.batch
         width, tokens = batch.page_table.shape[1] * PAGE_SIZE, inputs.q.shape[1]
         # Where rows are as long as the longest sample, each is one, and needs no other device's rows.
         own = width == tokens
+        if own and self.attention == "dense" and not self.kl and _has_fused_attention(inputs.q):
+            out = fused_attention(inputs.q, inputs.k, inputs.v, context.branch, scale)
+            zeros = jnp.zeros(out.shape[:2], jnp.float32)
+            return out, IndexerMeasures(zeros, zeros, zeros)
         plan = AttentionPlan(
             sparse=self.attention == "sparse",
             kl=self.kl,
+            recall=self.recall,
             top_k=top_k,
             scale=scale,
             index_scale=index_scale,
@@ -87,7 +104,7 @@ class TrainOptions:
             keys = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), keys)
             rows = own_rows(batch, step)
             start, first = rows.start, rows.tables(rows.page_table)[:, 0] * PAGE_SIZE
-        attended: Any = attend(plan, queries, keys, start, first)
+        attended: Any = attend(plan, queries, keys, start, first, context.branch)
         out, measures = attended
         groups = inputs.k.shape[2] * step.size(step.heads)
         return out, jax.tree.map(lambda x: sum_over(x, step.heads) / groups, measures)
@@ -137,6 +154,31 @@ class TrainOptions:
             return layer
         saved = jax.checkpoint_policies.save_only_these_names(SAVED) if self.remat == "attention" else None
         return jax.checkpoint(layer, policy=saved)
+
+
+def fused_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, branch: jax.Array | None, scale: float, implementation: Any = "cudnn"
+) -> jax.Array:
+    """Dense causal attention of rows that are samples, without an array of scores; no indexer learns from it.
+
+    Args:
+      q: `[b, t, n, d]`.
+      k, v: `[b, t, kv_heads, d]`.
+      branch: as of `PackedContext`.
+      implementation: of `jax.nn.dot_product_attention`.
+
+    Returns:
+      `[b, t, n, d]`.
+    """
+    mask = None if branch is None else same_branch(branch, branch)[:, None]
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, scale=scale, is_causal=True, implementation=implementation
+    ).astype(q.dtype)
+
+
+def _has_fused_attention(q: jax.Array) -> bool:
+    """Whether cuDNN attends from such queries."""
+    return jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
 
 
 @jax.tree_util.register_dataclass

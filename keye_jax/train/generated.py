@@ -1,25 +1,35 @@
-"""Batches of the generated world, without end: scenes are made on the host, and their frames drawn on the device."""
+"""Batches of the generated world, without end: scenes are made on the host, and their frames drawn on the device.
+
+Questions take a core's time, so processes make batches ahead.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+import multiprocessing
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from keye_jax import interrupts
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError, shorten
 from keye_jax.page_allocator import PAGE_SIZE
 from keye_jax.train.config import StageConfig
 from keye_jax.train.packing import PackedArrays
+from keye_jax.train.shapes.batches import Batch, BatchOptions, frame_patches
 from keye_jax.train.shapes.batches import Batches as Conversations
-from keye_jax.train.shapes.batches import BatchOptions, frame_patches
 from keye_jax.train.shapes.scene import SIDE, SceneOptions
 
-_SETTINGS = ("turns", "kinds", *(field.name for field in dataclasses.fields(SceneOptions)))
+_log = logging.getLogger(__name__)
+_SETTINGS = ("turns", "apart", "kinds", *(field.name for field in dataclasses.fields(SceneOptions)))
 
 
 class GeneratedBatches:
@@ -28,10 +38,10 @@ class GeneratedBatches:
     Args:
       checkpoint: has the tokenizer and the processor's configuration.
       model: its configuration.
-      stage: `data.shapes` and `data.long.shapes` may hold the fields of `SceneOptions`, and `turns` and `kinds` of
-        `BatchOptions`.
+      stage: `data.shapes` and `data.long.shapes` may hold the fields of `SceneOptions`, and `turns`, `apart`
+        and `kinds` of `BatchOptions`.
       held_out: whether the scenes are others than those of training.
-      count: how many batches there are; None for no end.
+      count: how many batches there are; None for no end. Without end, `data.workers` processes make them ahead.
 
     Raises:
       UserError: a setting is not known or not allowed.
@@ -48,9 +58,12 @@ class GeneratedBatches:
         held_out: bool = False,
         count: int | None = None,
     ):
-        usual, long = read_options(stage)
-        self._usual = Conversations(checkpoint, model, usual)
-        self._long = None if long is None else Conversations(checkpoint, model, long)
+        options = [each for each in read_options(stage) if each is not None]
+        self._arguments = checkpoint, model, options
+        self._makers = [Conversations(checkpoint, model, each) for each in options]
+        self._workers = 0 if count else stage.data.workers
+        self._pool: ProcessPoolExecutor | None = None
+        self._ahead: deque[Future[Batch]] = deque()
         self._share = stage.data.long.share if stage.data.long else 0.0
         self._accumulation = stage.batch.accumulation
         self._patch, self._count = model.vision_config.patch_size, count
@@ -63,21 +76,21 @@ class GeneratedBatches:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._number = state["next"]
+        self._forget()
 
     def epoch(self) -> None:
         return None
 
     def close(self) -> None:
-        """Does nothing: no process and no file is open."""
+        self._forget()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
     def __next__(self) -> PackedArrays:
         if self._number == self._count:
             raise StopIteration
-        # All batches of a step have one shape. Long ones come evenly.
-        step, maker = self._number // self._accumulation, self._usual
-        if self._long is not None and int((step + 1) * self._share) > int(step * self._share):
-            maker = self._long
-        made = maker.batch(self._seed, self._number)
+        made = self._make()
         key = jax.random.fold_in(jax.random.key(self._seed), self._number)
         self._number += 1
         rows, tokens = made.ids.shape
@@ -92,8 +105,57 @@ class GeneratedBatches:
             start=np.zeros(rows, np.int32),
             count=made.lengths,
             sequence=np.arange(rows, dtype=np.int32),
+            branch=made.branch,
             images=((frame_patches(made.scenes, key, patch=self._patch), np.full((1, 2), side, np.int32)),),
         )
+
+    def _make(self) -> Batch:
+        """The next batch, and has processes make those behind it."""
+        which = self._which(self._number)
+        if not self._workers:
+            return self._makers[which].batch(self._seed, self._number)
+        try:
+            if self._pool is None:
+                interrupts.start_quiet_tracker()
+                context = multiprocessing.get_context("spawn")  # not forked: JAX has threads
+                self._pool = ProcessPoolExecutor(self._workers, context, _start, self._arguments)
+            while len(self._ahead) < 2 * self._workers:
+                number = self._number + len(self._ahead)
+                with interrupts.kept_from_children():
+                    self._ahead.append(self._pool.submit(_batch, self._which(number), self._seed, number))
+            return self._ahead.popleft().result()
+        except BrokenProcessPool:
+            # A process was ended from outside. This one makes the same batches.
+            _log.warning("a process that makes clips was ended from outside; all are made in one process from now on")
+            self.close()
+            self._workers = 0
+            return self._makers[which].batch(self._seed, self._number)
+
+    def _which(self, number: int) -> int:
+        """Which options a batch has: 1 for long clips, which come evenly. All batches of a step have one shape."""
+        step = number // self._accumulation
+        return int(len(self._makers) > 1 and int((step + 1) * self._share) > int(step * self._share))
+
+    def _forget(self) -> None:
+        for each in self._ahead:
+            each.cancel()
+        self._ahead.clear()
+
+
+_makers: list[Conversations] = []
+"""Of a process that makes batches."""
+
+
+def _start(checkpoint: str | Path, model: KeyeConfig, options: list[BatchOptions]) -> None:
+    """Begins the work of a process."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    interrupts.end_with(parent.sentinel)
+    _makers[:] = [Conversations(checkpoint, model, each) for each in options]
+
+
+def _batch(which: int, seed: int, number: int) -> Batch:
+    return _makers[which].batch(seed, number)
 
 
 def read_options(stage: StageConfig) -> tuple[BatchOptions, BatchOptions | None]:
@@ -114,7 +176,9 @@ def _read_options(field: str, values: Mapping[str, Any], rows: int, tokens: int)
         if name not in _SETTINGS:
             raise UserError(f"{field}.{name} is not known; known are {', '.join(_SETTINGS)}")
     given = dict(values)
-    own = {name: given.pop(name) for name in ("turns", "kinds") if name in given}
+    own = {name: given.pop(name) for name in ("turns", "apart", "kinds") if name in given}
+    if not isinstance(own.get("apart", False), bool):
+        raise UserError(f"{field}.apart is {shorten(own['apart'])}; it must be true or false")
     if "objects" in given:
         given["objects"] = tuple(given["objects"]) if isinstance(given["objects"], list) else given["objects"]
     try:

@@ -165,6 +165,8 @@ def train_options(stage: StageConfig, processor: Processor) -> TrainOptions:
     return TrainOptions(
         attention=stage.attention,
         kl=stage.loss.kl > 0,
+        # Dense attention has a selection for this alone; evaluations measure it.
+        recall=stage.attention == "sparse",
         detach=stage.detach,
         router=stage.loss.router > 0,
         remat=stage.remat,

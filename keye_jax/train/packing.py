@@ -100,6 +100,7 @@ class PackedArrays:
       start, count, sequence: int32 `[rows]`; samples count from the first of their group.
       images: of each size, patches uint8 `[n, p, features]`, which may be on the device, and sizes int32 `[n, 2]`, or
         `[1, 2]` where all are alike.
+      branch: int32 `[rows, t]`, as of `PackedContext`, or None.
     """
 
     ids: np.ndarray
@@ -111,6 +112,7 @@ class PackedArrays:
     count: np.ndarray
     sequence: np.ndarray
     images: tuple[tuple[Any, np.ndarray], ...]
+    branch: np.ndarray | None = None
 
 
 def pack(

@@ -69,7 +69,8 @@ class Report:
             parts = [f"step {step:,}/{self._steps:,}", *([] if epoch is None else [f"epoch {epoch:.1f}"])]
             parts += [f"loss {measures['language']:.4f}", f"accuracy {measures['accuracy']:.3f}"]
             if "indexer_norm" in measures:
-                parts += [f"KL {measures['kl']:.4f}", f"recall {measures['recall']:.3f}"]
+                parts.append(f"KL {measures['kl']:.4f}")
+                parts += [f"recall {measures['recall']:.3f}"] if "recall" in measures else []
             if done:
                 parts += [f"{rate:,.0f} tokens/s", f"{_duration((self._steps - step) * elapsed / done)} left"]
             end = "\r" if self._on_terminal and step < self._steps else "\n"

@@ -88,6 +88,8 @@ class TrainStep:
             (gradients, losses), _ = jax.lax.scan(add, (gradients, losses), stacked)
         gradients = self._in_place(gradients)
         found = measures(losses) | gradient_norms(gradients)
+        if not self.options.recall:
+            del found["recall"]
         weights, moments = apply_gradients(self.optimizer, weights, gradients, moments)
         return self._in_place(weights), moments, found
 
@@ -101,7 +103,8 @@ class TrainStep:
     @functools.partial(jax.jit, static_argnums=0)
     def evaluate(self, weights: Weights, frozen: Weights, batch: PackedBatch) -> Losses:
         """The losses of a batch, without gradients."""
-        return self.losses(weights, frozen, batch)
+        options = dataclasses.replace(self.options, recall=True)
+        return dataclasses.replace(self, options=options).losses(weights, frozen, batch)
 
     def place(self, batch: PackedArrays) -> PackedBatch:
         """A batch on the devices."""
@@ -126,7 +129,7 @@ class TrainStep:
             ids=put(batch.ids, rows),
             positions=put(batch.positions, (), rows),
             targets=put(batch.targets, rows),
-            context=PackedContext(metadata),
+            context=PackedContext(metadata, None if batch.branch is None else put(batch.branch, rows)),
             images=tuple(
                 Images(put(patches, vision), put(sizes, sizes_over(patches, sizes))) for patches, sizes in batch.images
             ),

@@ -92,3 +92,31 @@ def equal_bits(first: np.ndarray, second: np.ndarray) -> bool:
     """Whether two arrays have the same shape, dtype and bits."""
     first, second = np.asarray(first), np.asarray(second)
     return first.dtype == second.dtype and first.shape == second.shape and first.tobytes() == second.tobytes()
+
+
+def greedy_tokens(config: KeyeConfig, params: Any, rules: Any = None) -> tuple[list[int], list[float]]:
+    """Eight tokens that a model writes behind a made-up prompt, and how far each was ahead of the second best."""
+    from keye_jax.model.keye import Keye
+    from keye_jax.runtime.prefill import Segment
+    from keye_jax.runtime.runtime import Runtime
+    from keye_jax.runtime.sampling import SamplingParams
+    from keye_jax.sharding import MeshRules
+
+    rules = rules or MeshRules.single_device()
+    runtime = Runtime(Keye.from_params(config, params), config, rules=rules)
+    ids = np.random.default_rng(0).integers(0, 500, 90).astype(np.int32)
+    pool, tables = runtime.new_cache(1, 256)
+    positions = np.broadcast_to(np.arange(len(ids), dtype=np.int32), (3, len(ids)))
+    logits, pool = runtime.prefill([Segment(ids, positions, tables[0])], pool)
+    state = runtime.new_state(rules.size("batch"), len(tables[0]))
+    where = {"position_delta": 0, "pages": tables[0], "sampling": SamplingParams(temperature=0)}
+    state = runtime.set_row(state, 0, token=int(ids[-1]), length=len(ids) - 1, **where)
+    tokens, leads = [], []
+    while True:
+        state = runtime.draw(logits, state)
+        tokens.append(int(state.tokens[0]))
+        best = np.sort(np.asarray(logits)[0])
+        leads.append(float(best[-1] - best[-2]))
+        if len(tokens) == 8:
+            return tokens, leads
+        logits, state, pool = runtime.decode(state, pool)

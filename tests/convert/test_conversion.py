@@ -133,11 +133,12 @@ def test_orbax_restores_it_without_us(tmp_path):
 
 
 def test_experts_are_stored_one_a_chunk(tmp_path):
-    writer = orbax_io.OrbaxWriter(tmp_path)
+    (tmp_path / "groups").mkdir()
+    writer = orbax_io.OrbaxWriter(tmp_path / "groups")
     writer.save(
         {("experts",): np.ones((4, 1024, 512), ml_dtypes.bfloat16), ("other",): np.ones((4, 64, 64), np.float32)}
     )
-    writer.finish()
+    writer.finish(tmp_path / "params")
     metadata = ocp.metadata(tmp_path / "params").metadata
     assert metadata["experts"].storage_metadata.chunk_shape == (1, 1024, 512)
     assert metadata["other"].storage_metadata.chunk_shape == (4, 64, 64)

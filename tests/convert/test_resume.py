@@ -6,7 +6,7 @@ import os
 import pytest
 
 import convert
-from convert import sinks, staging
+from convert import journal, sinks, staging
 from convert.inspection import inspect
 from convert.reader import SafetensorsSource
 from keye_jax.errors import UserError
@@ -25,7 +25,7 @@ die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 def run(source, destination, moment, overwrite):
     progress, calls = None, []
-    if moment == "after_groups":
+    if moment in ("after_groups", "then_damaged"):
         progress = lambda *call: die() if len(calls) == 4 else call[0] == "convert" and calls.append(call)
     elif moment == "before_record":
         record = staging.Staging.record
@@ -43,7 +43,7 @@ def run(source, destination, moment, overwrite):
             die()
         orbax_io.OrbaxWriter._merge = stop
     elif moment == "after_the_merge":
-        orbax_io.OrbaxWriter.finish = lambda self, finish=orbax_io.OrbaxWriter.finish: [finish(self), die()]
+        orbax_io.OrbaxWriter.finish = lambda self, to, finish=orbax_io.OrbaxWriter.finish: [finish(self, to), die()]
     elif moment == "in_the_index":
         writer.ShardWriter.close = die
     elif moment == "before_commit":
@@ -78,7 +78,7 @@ def source(tmp_path_factory):
 def killed(source, tmp_path_factory):
     """Destinations of killed conversions, by the kind of the source and the moment of the kill."""
     cases = [("safetensors", moment) for moment in TO_ORBAX] + [("orbax", moment) for moment in TO_SAFETENSORS]
-    cases.append(("other", "after_groups"))
+    cases += [("other", "after_groups"), ("safetensors", "then_damaged"), ("orbax", "then_damaged")]
     destinations = {case: tmp_path_factory.mktemp("killed") / "made" for case in cases}
     write(destinations["orbax", "between_renames"], seed=9)
     commands = [
@@ -130,6 +130,41 @@ def test_to_safetensors(source, killed, moment):
     done = convert.convert(source / "orbax", destination)
     assert done.continued > 0 and not partial.exists()
     assert contents(destination) == contents(source / "safetensors")
+
+
+def flip(file, place):
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1 << 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "orbax"])
+def test_what_is_damaged_between_two_runs_is_written_again(source, killed, tmp_path, kind):
+    destination = killed[kind, "then_damaged"]
+    partial = staging.staging_directory(destination)
+    text = (partial / staging.JOURNAL).read_bytes()
+    groups = journal.from_json((journal.decode(text, "") or {})["groups"])
+    assert len(groups) >= 4
+    whole = sum(extent.length for group in groups for extent in group.extents)
+    largest = max(groups[0].extents, key=lambda extent: extent.length)
+    flip(partial / largest.file, largest.offset + largest.length // 2)
+    lost = partial / groups[2].extents[0].file
+    if kind == "safetensors":  # in the other direction all groups may be in one file
+        lost.unlink()
+    # A name that is another tensor's, say.
+    flip(partial / staging.JOURNAL, text.index(b"layers.0") + len("layers."))
+    with pytest.raises(UserError, match=r"is in the way: .* or its conversion.json is damaged"):
+        convert.convert(source / kind, destination)
+    (partial / staging.JOURNAL).write_bytes(text)
+    phases = []
+    done = convert.convert(source / kind, destination, progress=lambda *call: phases.append(call))
+    assert 0 < done.continued <= whole - largest.length
+    assert [call[2] for call in phases if call[0] == "verify"][-1] == whole
+    assert inspect(destination, check=True).problems == []
+    made = destination
+    if kind == "safetensors":
+        convert.convert(destination, made := tmp_path / "back")
+    assert contents(made) == contents(source / "safetensors")
 
 
 def test_another_source_is_not_mixed_in(source, killed, tmp_path):

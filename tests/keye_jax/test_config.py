@@ -180,6 +180,7 @@ def changed(name, value):
         ("attention_bias", True),
         ("partial_rotary_factor", 0.5),
         ("attn_logit_softcapping", 50.0),
+        ("attn_temperature_tuning", True),
         ("architectures", ["LlamaForCausalLM"]),
         ("model_type", "qwen3_vl_moe"),
         ("eos_token_id", -1),

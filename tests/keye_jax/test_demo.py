@@ -5,16 +5,18 @@ import sys
 
 import pytest
 
-from keye_jax import demo
+from keye_jax import demo, presets
+from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 
 MADE = {"hf", "clip.mp4", "picture.png", demo.MARKER}
 
 
 @pytest.fixture
-def commands(monkeypatch):
-    """The commands that the demo would run."""
+def commands(monkeypatch, tmp_path):
+    """The commands that the demo would run where the package has no model."""
     found = []
+    monkeypatch.setattr(presets, "EMBEDDED_CHECKPOINT", tmp_path / "nothing")
     monkeypatch.setattr(demo, "run", lambda *arguments: found.append(arguments[0]))
     return found
 
@@ -78,8 +80,39 @@ def test_a_command_that_fails_ends_it(tmp_path, monkeypatch):
     def fail(*arguments):
         raise subprocess.CalledProcessError(3, arguments)
 
+    monkeypatch.setattr(presets, "EMBEDDED_CHECKPOINT", tmp_path / "nothing")
     monkeypatch.setattr(demo, "run", fail)
     assert main(monkeypatch, tmp_path / "new") == 3
+
+
+def test_the_clip_and_its_questions_follow_from_the_seed():
+    scene, questions = demo.draw_clip(3)
+    assert demo.draw_clip(3) == (scene, questions) != demo.draw_clip(4)
+    assert tuple(question.kind for question in questions) == demo.ASKED
+    assert len({question.text for question in questions}) == len(questions)
+
+
+@pytest.mark.slow
+def test_the_model_of_the_package_answers(tmp_path, monkeypatch, capsys):
+    """A model with random weights in its place: its answers are wrong, and all else is as with the trained one."""
+    from convert.synthetic import write_checkpoint
+    from keye_jax.train.shapes.files import write_model_files
+
+    write_checkpoint(tmp_path / "model", KeyeConfig.from_file(presets.EMBEDDED), seed=0)
+    write_model_files(tmp_path / "model")
+    monkeypatch.setattr(presets, "EMBEDDED_CHECKPOINT", tmp_path / "model")
+    assert main(monkeypatch, tmp_path / "demo", "--seed", 3) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "$ keye-jax convert" in printed and "$ keye-jax plan" in printed
+    for question in demo.draw_clip(3)[1]:
+        assert question.text.split()[0] in printed and question.answer in printed
+    assert "of 5 are right" in printed and "at most 128 earlier tokens" in printed
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"orbax", "clip.mp4", demo.MARKER}
+
+
+def test_a_seed_that_is_not_allowed(tmp_path, monkeypatch, capsys):
+    assert main(monkeypatch, tmp_path / "new", "--seed", -1) == 2
+    assert "--seed is -1; it must be 0 or more" in capsys.readouterr().err
 
 
 def test_no_folder_named(monkeypatch, capsys):

@@ -107,6 +107,22 @@ def test_one_line_says_it_and_the_process_ends(moment, number):
     assert (code, err) == (128 + number, f"keye-jax: {reason}\n")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_done_is_done_while_python_ends(number):
+    program = """
+import os, time
+class Held:
+    def __del__(self, write=os.write, sleep=time.sleep):
+        write(1, b"ready\\n")
+        sleep(1)
+held = Held()
+"""
+    process = begun(program)
+    process.send_signal(number)
+    _, err, code = ended(process)
+    assert (code, err) == (0, "")
+
+
 def test_the_second_ctrl_c_does_not_wait_for_what_is_being_closed():
     program = """
 import time
@@ -127,19 +143,21 @@ with interrupts.raised():
     assert (code, err) == (130, "keye-jax: interrupted\n")
 
 
-def test_a_child_does_not_get_the_signal_and_ends_with_its_parent():
-    program = """
+@pytest.mark.parametrize("ends_itself", [True, False])
+def test_a_child_does_not_get_the_signal_and_ends_with_its_parent(ends_itself):
+    program = f"""
 import os, signal, subprocess, time
 reading, writing = os.pipe()
 child = f'''
 import sys, time
 from keye_jax import interrupts
-interrupts.end_with({reading})
+{"interrupts.end_with({reading})" if ends_itself else ""}
 print("ready", flush=True)
 time.sleep(60)
 '''
 with interrupts.kept_from_children(), interrupts.raised():
     process = subprocess.Popen([sys.executable, "-c", child], pass_fds=[reading])
+    {"" if ends_itself else "interrupts.kill_at_end(process)"}
 os.close(reading)
 with interrupts.raised():
     time.sleep(60)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import stat
 import tempfile
 from pathlib import Path
+
+from keye_jax import file_lock
 
 _PREFIX, _LOCK = "keye-jax-", "lock"
 
@@ -16,7 +17,7 @@ _PREFIX, _LOCK = "keye-jax-", "lock"
 class DownloadFolder:
     """A new folder among the temporary ones of the system. Folders of processes that have ended are removed first.
 
-    A folder belongs to whoever holds the lock of its file `lock`, which the kernel releases when a process ends.
+    A folder belongs to whoever holds the lock of its file `lock`, which ends with a process.
 
     Attributes:
       path: of the folder that holds nothing but downloads.
@@ -29,8 +30,8 @@ class DownloadFolder:
         self.path.mkdir()
         unlocked = self._folder / "unlocked"
         self._lock = os.open(unlocked, os.O_RDWR | os.O_CREAT, 0o600)
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system that fails
+            file_lock.lock(self._lock, self._folder / _LOCK)
             unlocked.rename(self._folder / _LOCK)  # others look only at this name, so they never find it unlocked
 
     def close(self) -> None:
@@ -48,7 +49,7 @@ def _remove_abandoned() -> None:
                 continue
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file_lock.lock(lock, folder / _LOCK)
                 shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(lock)

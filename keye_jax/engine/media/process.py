@@ -50,6 +50,7 @@ class WorkerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # standard output belongs to the user's results
             )
+            interrupts.kill_at_end(self._process)
         try:
             self._pipe.send_bytes(setup)
             self.receive(_START_S)

@@ -11,7 +11,7 @@ of an engine. Put together they are the whole body. `error_body` gives the statu
 """
 
 from keye_jax.engine.openai.asked import Asked
-from keye_jax.engine.openai.errors import error_body
+from keye_jax.engine.openai.errors import error_body, failure_kind
 from keye_jax.engine.openai.read_chat import read_chat
 from keye_jax.engine.openai.read_completion import read_completion
 from keye_jax.engine.openai.read_responses import read_responses
@@ -26,6 +26,7 @@ __all__ = [
     "ResponseStream",
     "completion_body",
     "error_body",
+    "failure_kind",
     "read_chat",
     "read_completion",
     "read_responses",

@@ -35,7 +35,9 @@ _KINDS = {
     "internal": (500, _SERVER, "internal_error"),
 }
 # What is checked when a prompt is planned. Messages of its errors begin with the field.
-_PLANNED = re.compile(r"(?:messages|tools|chat_template_kwargs|media_io_kwargs|mm_processor_kwargs)\b[\w.\[\]]*")
+_PLANNED = re.compile(
+    r"(?:messages|input|instructions|tools|chat_template_kwargs|media_io_kwargs|mm_processor_kwargs)\b[\w.\[\]]*"
+)
 
 
 def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
@@ -44,7 +46,7 @@ def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
     Args:
       error: a UserError, a RequestError, or any other exception, whose text is not shown.
     """
-    kind, message, field = _kind(error), str(error), getattr(error, "field", None)
+    kind, message, field = failure_kind(error), str(error), getattr(error, "field", None)
     if not isinstance(error, UserError | RequestError):
         message = "the server failed to answer this request"
     status, type_, code = _KINDS.get(kind, _KINDS["internal"])
@@ -53,7 +55,8 @@ def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
     return status, {"error": {"message": message, "type": type_, "param": field, "code": code}}
 
 
-def _kind(error: Exception) -> str:
+def failure_kind(error: Exception) -> str:
+    """The kind of a failure, as in the table above."""
     if isinstance(error, RequestError):
         return error.kind
     if isinstance(error, UnreachableError):

@@ -76,6 +76,11 @@ def read_max_tokens(fields: Mapping[str, Any], names: Collection[str], default: 
     return next(iter(values.values()), default)
 
 
+def limit_names(fields: Mapping[str, Any], names: Collection[str]) -> dict[str, str]:
+    """What the body calls `Request.max_tokens`, as `Asked.names` has it; the first of `names` if it says nothing."""
+    return {"max_tokens": next((name for name in names if name in fields), next(iter(names)))}
+
+
 def read_stop(value: Any) -> tuple[str, ...]:
     """Texts that end an answer: one, or a list."""
     texts = [] if value is None else [value] if isinstance(value, str) else value

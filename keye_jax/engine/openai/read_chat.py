@@ -7,28 +7,20 @@ from typing import Any
 from keye_jax.engine.openai.asked import Asked
 from keye_jax.engine.openai.fields import (
     SAMPLING_FIELDS,
+    limit_names,
     read_fields,
-    read_flag,
-    read_integer,
-    read_logit_bias,
-    read_max_tokens,
-    read_sampling,
-    read_stop,
     read_stream,
     read_text,
-    read_thinking,
     read_top_logprobs,
     wrong,
 )
 from keye_jax.engine.openai.grammars import read_grammar
-from keye_jax.engine.openai.tools import read_tool_use
-from keye_jax.engine.request import MAX_CHOICES, Request
+from keye_jax.engine.openai.read_request import MEDIA_FIELDS, read_request
 from keye_jax.runtime.sampling import SamplingParams
 
-_MEDIA_FIELDS = ("media_io_kwargs", "mm_processor_kwargs")
 _LIMITS = ("max_tokens", "max_completion_tokens")
 _KNOWN = (
-    *("messages", "model", "tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", *_MEDIA_FIELDS),
+    *("messages", "model", "tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", *MEDIA_FIELDS),
     *(*SAMPLING_FIELDS, *_LIMITS, "n", "stop", "logit_bias", "logprobs", "top_logprobs", "response_format", "grammar"),
     *("thinking_budget", "reasoning_effort", "selection_heat", "modalities", "stream", "stream_options"),
 )
@@ -69,28 +61,17 @@ def read_chat(body: Any, *, sampling: SamplingParams, max_tokens: int | None = N
     if fields.get("modalities", ["text"]) != ["text"]:
         raise wrong("modalities", fields["modalities"], "['text']")
     effort = read_text(fields, "reasoning_effort")
-    variables, budget = read_thinking(fields, effort)
-    use = read_tool_use(fields, read_grammar(fields))
-    options = {name: fields[name] for name in _MEDIA_FIELDS if name in fields}
-    if variables:
-        options["chat_template_kwargs"] = variables
-    if use.tools:
-        options["tools"] = list(use.tools)
-    request = Request(
-        messages=messages,
-        options=options,
-        sampling=read_sampling(fields, sampling),
-        max_tokens=read_max_tokens(fields, _LIMITS, max_tokens),
-        n=read_integer(fields, "n", 1, MAX_CHOICES, 1),
-        stop=read_stop(fields.get("stop")),
-        logit_bias=read_logit_bias(fields.get("logit_bias")),
+    request = read_request(
+        fields,
+        messages,
+        limits=_LIMITS,
+        effort=effort,
+        grammar=read_grammar(fields),
         top_logprobs=read_top_logprobs(fields),
-        grammar=use.grammar,
-        thinking_budget=budget,
-        selection_heat=read_flag(fields, "selection_heat"),
-        tool_names=use.names,
-        max_tool_calls=use.most,
+        sampling=sampling,
+        max_tokens=max_tokens,
     )
     if effort not in ("", "none"):
         ignored = tuple(sorted((*ignored, "reasoning_effort")))
-    return Asked((request,), read_text(fields, "model"), stream, include_usage, ignored)
+    names = limit_names(fields, _LIMITS)
+    return Asked((request,), read_text(fields, "model"), stream, include_usage, ignored, names=names)

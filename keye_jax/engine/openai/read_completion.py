@@ -7,6 +7,7 @@ from typing import Any
 from keye_jax.engine.openai.asked import Asked
 from keye_jax.engine.openai.fields import (
     SAMPLING_FIELDS,
+    limit_names,
     read_fields,
     read_flag,
     read_integer,
@@ -69,7 +70,8 @@ def read_completion(body: Any, *, sampling: SamplingParams, max_tokens: int | No
         "grammar": read_grammar(fields),
     }
     requests = tuple(Request(prompt=prompt, **common) for prompt in prompts)
-    return Asked(requests, read_text(fields, "model"), stream, include_usage, ignored)
+    names = limit_names(fields, _LIMITS)
+    return Asked(requests, read_text(fields, "model"), stream, include_usage, ignored, names=names)
 
 
 def _prompts(value: Any) -> list[str | tuple[int, ...]]:

@@ -8,38 +8,37 @@ from typing import Any
 from keye_jax.engine.openai.asked import Asked
 from keye_jax.engine.openai.fields import (
     SAMPLING_FIELDS,
+    limit_names,
     read_fields,
     read_flag,
-    read_max_tokens,
+    read_integer,
     read_object,
-    read_sampling,
-    read_stop,
     read_stream,
     read_text,
-    read_thinking,
     wrong,
 )
 from keye_jax.engine.openai.grammars import read_format
-from keye_jax.engine.openai.tools import read_tool_use
-from keye_jax.engine.request import Request
+from keye_jax.engine.openai.read_request import MEDIA_FIELDS, read_request
+from keye_jax.engine.request import MAX_TOP_LOGPROBS, Request
 from keye_jax.errors import UserError, shorten
 from keye_jax.runtime.sampling import SamplingParams
 
-_MEDIA_FIELDS = ("media_io_kwargs", "mm_processor_kwargs")
 _LIMITS = ("max_output_tokens",)
 # Fields of what a server would have to keep or to do besides answering.
 _REFUSED = ("previous_response_id", "conversation", "prompt")
 _KNOWN = (
     *("input", "instructions", "model", "tools", "tool_choice", "parallel_tool_calls", "text", "reasoning"),
     *(*SAMPLING_FIELDS, *_LIMITS, "stop", "stream", "stream_options", "background", "metadata", "truncation"),
-    *("chat_template_kwargs", *_MEDIA_FIELDS, "thinking_budget", "selection_heat", *_REFUSED),
+    *("include", "top_logprobs"),
+    *("chat_template_kwargs", *MEDIA_FIELDS, "thinking_budget", "selection_heat", *_REFUSED),
 )
 _UNUSED = frozenset(
     (
         *("user", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-        *("include", "max_tool_calls"),
+        "max_tool_calls",  # of tools that the server itself would run
     )
 )
+_LOGPROBS = "message.output_text.logprobs"
 _MESSAGE_ROLES = ("user", "assistant", "system", "developer")
 _ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
 
@@ -50,7 +49,8 @@ def read_responses(body: Any, *, sampling: SamplingParams, max_tokens: int | Non
     `input` is a text, or a list of messages, function calls, their outputs, and reasoning, which is left out. Nothing
     is kept from one request to the next, so `previous_response_id` is refused, and `store` changes nothing.
 
-    Besides OpenAI's fields a body may have those of `read_chat` that this interface lacks, but for `grammar`.
+    Besides OpenAI's fields a body may have those of `read_chat` that this interface lacks, but for `grammar`. Of what
+    `include` may ask for there are the log probabilities of tokens.
 
     Args:
       body: the fields of the body, those of `extra_body` among them or in it.
@@ -68,31 +68,49 @@ def read_responses(body: Any, *, sampling: SamplingParams, max_tokens: int | Non
     stream, _ = read_stream(fields)
     text, reasoning = read_object(fields, "text"), read_object(fields, "reasoning")
     effort = read_text(reasoning, "effort", path="reasoning.effort")
-    variables, budget = read_thinking(fields, effort)
     form = text.get("format") or {}
     if not isinstance(form, Mapping):
         raise wrong("text.format", form, "an object with type")
-    use = read_tool_use(fields, read_format(form, "text.format"))
-    options = {name: fields[name] for name in _MEDIA_FIELDS if name in fields}
-    if variables:
-        options["chat_template_kwargs"] = variables
-    if use.tools:
-        options["tools"] = list(use.tools)
-    request = Request(
-        messages=_messages(fields.get("input"), read_text(fields, "instructions")),
-        options=options,
-        sampling=read_sampling(fields, sampling),
-        max_tokens=read_max_tokens(fields, _LIMITS, max_tokens),
-        stop=read_stop(fields.get("stop")),
-        grammar=use.grammar,
-        thinking_budget=budget,
-        selection_heat=read_flag(fields, "selection_heat"),
-        tool_names=use.names,
-        max_tool_calls=use.most,
+    top_logprobs, not_included = _read_include(fields)
+    messages, names = _messages(fields.get("input"), read_text(fields, "instructions"))
+    request = read_request(
+        fields,
+        messages,
+        limits=_LIMITS,
+        effort=effort,
+        grammar=read_format(form, "text.format"),
+        top_logprobs=top_logprobs,
+        sampling=sampling,
+        max_tokens=max_tokens,
     )
-    if effort not in ("", "none"):
-        ignored = tuple(sorted((*ignored, "reasoning.effort")))
-    return Asked((request,), read_text(fields, "model"), stream, ignored=ignored, echo=_echo(fields, request, form))
+    unused = {
+        "include": not_included,
+        "reasoning.effort": effort not in ("", "none"),
+        "reasoning.summary": reasoning.get("summary") is not None,
+        "text.verbosity": text.get("verbosity") is not None,
+        "truncation": read_text(fields, "truncation", "disabled") != "disabled",
+    }
+    ignored = tuple(sorted((*ignored, *(name for name, is_unused in unused.items() if is_unused))))
+    return Asked(
+        (request,),
+        read_text(fields, "model"),
+        stream,
+        ignored=ignored,
+        echo=_echo(fields, request, form),
+        names=names | limit_names(fields, _LIMITS),
+    )
+
+
+def _read_include(fields: Mapping[str, Any]) -> tuple[int | None, bool]:
+    """`Request.top_logprobs`, and whether `include` asks for something else, which is not there."""
+    wanted = fields.get("include", [])
+    if not isinstance(wanted, list) or not all(isinstance(each, str) for each in wanted):
+        raise wrong("include", wanted, "a list of strings")
+    count = read_integer(fields, "top_logprobs", 0, MAX_TOP_LOGPROBS, 0)
+    included = _LOGPROBS in wanted
+    if count and not included:
+        raise UserError(f"top_logprobs is {count}; include must hold {_LOGPROBS!r} beside it", field="top_logprobs")
+    return count if included else None, any(each != _LOGPROBS for each in wanted)
 
 
 def _echo(fields: Mapping[str, Any], request: Request, form: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,16 +130,22 @@ def _echo(fields: Mapping[str, Any], request: Request, form: Mapping[str, Any]) 
         "text": {"format": {"type": "text"}, **read_object(fields, "text"), **({"format": form} if form else {})},
         "tool_choice": choice,
         "tools": [{name: item for name, item in tool.items() if name != "function"} for tool in tools],
+        "top_logprobs": request.top_logprobs or 0,
         "top_p": request.sampling.top_p,
         "truncation": read_text(fields, "truncation", "disabled"),
     }
 
 
-def _messages(value: Any, instructions: str) -> list[dict[str, Any]]:
-    """The conversation in the shape of chat completions."""
-    messages: list[dict[str, Any]] = [{"role": "system", "content": instructions}] if instructions else []
+def _messages(value: Any, instructions: str) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The conversation in the shape of chat completions, and `Asked.names` of its messages."""
+    messages: list[dict[str, Any]] = []
+    names = {"messages": "input"}
+    if instructions:
+        messages.append({"role": "system", "content": instructions})
+        names["messages[0]"] = names["messages[0].content"] = "instructions"
     if isinstance(value, str) and value:
-        return [*messages, {"role": "user", "content": value}]
+        place = f"messages[{len(messages)}]"
+        return [*messages, {"role": "user", "content": value}], names | {place: "input", f"{place}.content": "input"}
     if not isinstance(value, list) or not value:
         raise wrong("input", value, "a text or a list of items, not empty")
     for index, item in enumerate(value):
@@ -129,22 +153,33 @@ def _messages(value: Any, instructions: str) -> list[dict[str, Any]]:
         if not isinstance(item, Mapping):
             raise wrong(field, item, "an object")
         kind = item.get("type", "message")
+        place = f"messages[{len(messages)}]"
         if kind == "message":
             messages.append(_message(item, field))
         elif kind == "function_call":
-            call = {"id": _string(item, "call_id", field), "type": "function"}
             function = {name: _string(item, name, field) for name in ("name", "arguments")}
-            _assistant(messages).setdefault("tool_calls", []).append({**call, "function": function})
+            call = {"id": _string(item, "call_id", field), "type": "function", "function": function}
+            if not messages or messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant", "content": ""})
+                names[place] = field
+            calls = messages[-1].setdefault("tool_calls", [])
+            place = f"messages[{len(messages) - 1}].tool_calls[{len(calls)}]"
+            names |= {f"{place}.function": field, f"{place}.id": f"{field}.call_id"}
+            calls.append(call)
         elif kind == "function_call_output":
             output = item.get("output")
             if not isinstance(output, str | list):
                 raise wrong(f"{field}.output", output, "a text or a list of parts")
             messages.append({"role": "tool", "tool_call_id": _string(item, "call_id", field), "content": output})
-        elif kind != "reasoning":
+            names |= {f"{place}.content": f"{field}.output", f"{place}.tool_call_id": f"{field}.call_id"}
+        elif kind == "reasoning":
+            continue
+        else:
             raise wrong(f"{field}.type", kind, f"one of {', '.join(_ITEM_TYPES)}")
+        names.setdefault(place, field)
     if not messages:
         raise UserError(f"input is {shorten(value)}; it must hold a message", field="input")
-    return messages
+    return messages, names
 
 
 def _message(item: Mapping[str, Any], field: str) -> dict[str, Any]:
@@ -154,13 +189,6 @@ def _message(item: Mapping[str, Any], field: str) -> dict[str, Any]:
     if not isinstance(content, str | list):
         raise wrong(f"{field}.content", content, "a text or a list of parts")
     return {"role": role, "content": content}
-
-
-def _assistant(messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The assistant's message at the end, to which calls belong; it is added if there is none."""
-    if not messages or messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": ""})
-    return messages[-1]
 
 
 def _string(item: Mapping[str, Any], name: str, field: str) -> str:

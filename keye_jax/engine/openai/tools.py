@@ -48,7 +48,7 @@ def read_tool_use(fields: Mapping[str, Any], grammar: str | None) -> ToolUse:
     if isinstance(choice, Mapping):
         name = _named(choice)
         if name not in names:
-            field = "tool_choice.function.name"
+            field = "tool_choice.function.name" if "function" in choice else "tool_choice.name"
             raise UserError(f"{field} is {shorten(name)}; it must be the name of a function in tools", field=field)
         return ToolUse(tools, (name,), 1, tool_grammar(tools, several=False, only=name))
     if choice == "none":

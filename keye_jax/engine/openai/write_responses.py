@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 from keye_jax.engine.openai.asked import Asked
 from keye_jax.engine.openai.errors import error_body
-from keye_jax.engine.openai.shared import heat_body
-from keye_jax.engine.request import Choice, Event, Piece, RequestError, Result, TextPart, ToolCall, Usage
+from keye_jax.engine.openai.shared import TokenText, chat_logprobs, heat_body
+from keye_jax.engine.request import (
+    Choice,
+    Event,
+    Piece,
+    RequestError,
+    Result,
+    TextPart,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+)
 
 
-def response_body(result: Result, asked: Asked, *, created: int, model: str) -> dict[str, Any]:
+def response_body(result: Result, asked: Asked, *, created: int, model: str, token_text: TokenText) -> dict[str, Any]:
     """The body of a response. Its `id` follows from the request's.
 
     Reasoning, messages and function calls are items of `output`, in the order in which the model wrote them.
@@ -21,6 +32,7 @@ def response_body(result: Result, asked: Asked, *, created: int, model: str) -> 
       asked: what was asked for.
       created: seconds since 1970.
       model: the name of the model.
+      token_text: the text of one token, for log probabilities.
 
     Returns:
       An object for JSON. Besides OpenAI's fields it has `selection_heat` if that was asked for, and `warnings` about
@@ -31,7 +43,7 @@ def response_body(result: Result, asked: Asked, *, created: int, model: str) -> 
     if parts is None:
         texts = (TextPart(choice.reasoning, True), TextPart(choice.text))
         parts = (*(text for text in texts if text.text), *choice.tool_calls)
-    output = [_item(asked, place, part) for place, part in enumerate(parts)]
+    output = [_item(asked, place, part, token_text) for place, part in enumerate(parts)]
     if output and _is_cut(choice):
         output[-1]["status"] = "incomplete"
     return _body(asked, created, model, "in_progress") | _end(choice, result) | {"output": output}
@@ -90,38 +102,53 @@ def _usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _item(asked: Asked, place: int, part: TextPart | ToolCall) -> dict[str, Any]:
+def _item(asked: Asked, place: int, part: TextPart | ToolCall, token_text: TokenText) -> dict[str, Any]:
     """The item of a part, whole. Its id follows from the request and its place in `output`."""
     name = f"{asked.request.id}_{place}"
     if isinstance(part, ToolCall):
         call = {"id": f"fc_{name}", "type": "function_call", "call_id": part.id, "name": part.name}
         return {**call, "arguments": part.arguments, "status": "completed"}
-    content = [_content(part)]
+    content = [_content(part, token_text)]
     if part.reasoning:
         return {"id": f"rs_{name}", "type": "reasoning", "summary": [], "content": content, "status": "completed"}
     return {"id": f"msg_{name}", "type": "message", "role": "assistant", "content": content, "status": "completed"}
 
 
-def _content(part: TextPart) -> dict[str, Any]:
+def _content(part: TextPart, token_text: TokenText) -> dict[str, Any]:
     if part.reasoning:
         return {"type": "reasoning_text", "text": part.text}
-    return {"type": "output_text", "text": part.text, "annotations": [], "logprobs": []}
+    logprobs = _logprobs(part.logprobs, token_text)
+    return {"type": "output_text", "text": part.text, "annotations": [], "logprobs": logprobs}
+
+
+def _logprobs(values: Iterable[TokenLogprob], token_text: TokenText) -> list[dict[str, Any]]:
+    """Those of tokens that are in the text. Bytes that are not known are none: this interface has no null for them."""
+    entries = chat_logprobs([value for value in values if value.in_text], token_text)["content"]
+    return [
+        {
+            **entry,
+            "bytes": entry["bytes"] or [],
+            "top_logprobs": [{**other, "bytes": other["bytes"] or []} for other in entry["top_logprobs"]],
+        }
+        for entry in entries
+    ]
 
 
 class ResponseStream:
     """The events of a response as it comes. The last one has the whole body, that of `response_body`.
 
     Args:
-      asked, created, model: as for `response_body`.
+      asked, created, model, token_text: as for `response_body`.
     """
 
-    def __init__(self, asked: Asked, *, created: int, model: str):
-        self._asked, self._created, self._model = asked, created, model
+    def __init__(self, asked: Asked, *, created: int, model: str, token_text: TokenText):
+        self._asked, self._created, self._model, self._token_text = asked, created, model, token_text
         self._sent = 0
         # The items so far. The last one is open as long as pieces of it may come.
         self._parts: list[TextPart | ToolCall] = []
         self._output: list[dict[str, Any]] = []
         self._written: list[str] = []
+        self._logprobs: list[TokenLogprob] = []  # of the text that is open
         self._open = False
 
     def start(self) -> list[dict[str, Any]]:
@@ -145,37 +172,40 @@ class ResponseStream:
         if isinstance(event, Piece):
             part: TextPart | ToolCall = TextPart("", event.reasoning)
             begins = not self._open or self._parts[-1] != part
-            text = event.text
+            text, logprobs = event.text, [each for each in event.logprobs if each.in_text]
         else:
             part = ToolCall(event.id, event.name or "", "")
-            begins, text = event.name is not None, event.arguments
+            begins, text, logprobs = event.name is not None, event.arguments, []
         events = self._begin(part) if begins else []
-        return [*events, *self._delta(text)]
+        return [*events, *self._delta(text, logprobs)]
 
     def _begin(self, part: TextPart | ToolCall) -> list[dict[str, Any]]:
         """Closes the item that is open, and opens one."""
         events = self._close("completed")
         self._parts.append(part)
-        self._open, self._written = True, []
-        item = {**_item(self._asked, self._place, part), "status": "in_progress"}
+        self._open, self._written, self._logprobs = True, [], []
+        item = {**_item(self._asked, self._place, part, self._token_text), "status": "in_progress"}
         if isinstance(part, TextPart):
             item["content"] = []
         self._output.append(item)
         events.append(self._event("response.output_item.added", output_index=self._place, item=dict(item)))
         if isinstance(part, TextPart):
-            events.append(self._within("response.content_part.added", content_index=0, part=_content(part)))
+            shown = _content(part, self._token_text)
+            events.append(self._within("response.content_part.added", content_index=0, part=shown))
         return events
 
-    def _delta(self, text: str) -> list[dict[str, Any]]:
+    def _delta(self, text: str, logprobs: list[TokenLogprob]) -> list[dict[str, Any]]:
         if not text:
             return []
         self._written.append(text)
+        self._logprobs += logprobs
         part = self._parts[-1]
         if isinstance(part, ToolCall):
             return [self._within("response.function_call_arguments.delta", delta=text)]
         if part.reasoning:
             return [self._within("response.reasoning_text.delta", content_index=0, delta=text)]
-        return [self._within("response.output_text.delta", content_index=0, delta=text, logprobs=[])]
+        shown = _logprobs(logprobs, self._token_text)
+        return [self._within("response.output_text.delta", content_index=0, delta=text, logprobs=shown)]
 
     def _close(self, status: str) -> list[dict[str, Any]]:
         """Closes the item that is open, if there is one."""
@@ -188,13 +218,16 @@ class ResponseStream:
             done = {"name": part.name, "arguments": text}
             events = [self._within("response.function_call_arguments.done", **done)]
         else:
-            whole = TextPart(text, part.reasoning)
-            kind, more = ("reasoning_text", {}) if part.reasoning else ("output_text", {"logprobs": []})
+            whole = TextPart(text, part.reasoning, tuple(self._logprobs))
+            shown = _content(whole, self._token_text)
+            kind, more = "reasoning_text", {}
+            if not part.reasoning:
+                kind, more = "output_text", {"logprobs": shown["logprobs"]}
             events = [
                 self._within(f"response.{kind}.done", content_index=0, text=text, **more),
-                self._within("response.content_part.done", content_index=0, part=_content(whole)),
+                self._within("response.content_part.done", content_index=0, part=shown),
             ]
-        self._output[-1] = {**_item(self._asked, self._place, whole), "status": status}
+        self._output[-1] = {**_item(self._asked, self._place, whole, self._token_text), "status": status}
         done = self._event("response.output_item.done", output_index=self._place, item=self._output[-1])
         return [*events, done]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class BatchOptions:
       rows: scenes of a batch, one a row.
       tokens: length of a row. Questions are asked as long as they fit.
       turns: most questions about a scene, each a turn of one conversation.
+      apart: whether each is asked in a conversation of its own instead, about the one video; see `Batch.branch`.
       kinds: weights of the kinds of questions, as for `ask`.
     """
 
@@ -43,6 +45,7 @@ class BatchOptions:
     rows: int = 64
     tokens: int = 1152
     turns: int = 6
+    apart: bool = False
     kinds: Mapping[str, float] | None = None
 
 
@@ -56,6 +59,8 @@ class Batch:
       targets: int32 [B, T], the token that follows where an answer is written, and -1 elsewhere.
       vision_index: int32 [B, T], the row of the vision embeddings [B * V] that stands there, or -1 for a token.
       lengths: int32 [B], tokens of the conversations.
+      branch: int32 [B, T], 0 up to the first question and then the number of the conversation, or None where there is
+        one; tokens of one do not see those of another.
       scenes: arrays of B scenes, for `frame_patches`.
     """
 
@@ -64,6 +69,7 @@ class Batch:
     targets: np.ndarray
     vision_index: np.ndarray
     lengths: np.ndarray
+    branch: np.ndarray | None
     scenes: SceneArrays
 
 
@@ -137,19 +143,24 @@ class Batches:
         targets = np.full((rows, tokens), -1, np.int32)
         vision_index = np.full((rows, tokens), -1, np.int32)
         lengths = np.empty(rows, np.int32)
+        branch = np.zeros((rows, tokens), np.int32) if self.options.apart else None
         for row, (scene, asked) in enumerate(zip(scenes, questions, strict=True)):
             layout = self._layout(scene.times)
             start = len(layout.ids)
-            text, follows = self._turns(asked, tokens - start)
+            text, follows, ends = self._turns(asked, tokens - start)
             end = start + len(text)
             ids[row, :start], ids[row, start:end] = layout.ids, text
             targets[row, start:end] = follows
             positions[:, row, :start] = layout.positions
             positions[:, row, start:] = np.arange(start, tokens) + layout.delta
+            if branch is not None:
+                for number, (first, last) in enumerate(itertools.pairwise([0, *ends]), 1):
+                    positions[:, row, start + first : start + last] -= first
+                    branch[row, start + first : start + last] = number
             first = row * len(scene.times) * self.frame_tokens
             vision_index[row, :start] = np.where(layout.vision_index >= 0, layout.vision_index + first, -1)
             lengths[row] = end
-        return Batch(ids, positions, targets, vision_index, lengths, scene_arrays(scenes))
+        return Batch(ids, positions, targets, vision_index, lengths, branch, scene_arrays(scenes))
 
     def _layout(self, times: tuple[float, ...]) -> _Layout:
         """That of videos whose frames have these times."""
@@ -173,15 +184,17 @@ class Batches:
             self._layouts[times] = _Layout(np.array(ids, np.int32), positions, index, delta)
         return self._layouts[times]
 
-    def _turns(self, questions: Sequence[Question], room: int) -> tuple[list[int], list[int]]:
-        """Tokens from the first question to the end of the last answer, and the targets at them."""
+    def _turns(self, questions: Sequence[Question], room: int) -> tuple[list[int], list[int], list[int]]:
+        """Tokens from the first question to the end of the last answer, the targets at them, and each answer's end."""
         start, end = self._control["<|im_start|>"], self._control["<|im_end|>"]
         newline, assistant = self._encode("\n"), self._encode("assistant\n")
         ids: list[int] = []
         targets: list[int] = []
+        ends: list[int] = []
         for number, question in enumerate(questions):
-            asked = self._encode(question.text if number == 0 else f"user\n{question.text}")
-            before = [] if number == 0 else [*newline, start]
+            begins = number == 0 or self.options.apart
+            asked = self._encode(question.text if begins else f"user\n{question.text}")
+            before = [] if begins else [*newline, start]
             prompt = [*before, *asked, end, *newline, start, *assistant]
             answer = [*self._encode(question.answer), end]
             if len(ids) + len(prompt) + len(answer) > room:
@@ -189,7 +202,8 @@ class Batches:
             ids += [*prompt, *answer]
             # The last token of the prompt is followed by the first one of the answer.
             targets += [*[-1] * (len(prompt) - 1), *answer, -1]
-        return ids, targets
+            ends.append(len(ids))
+        return ids, targets, ends
 
 
 @functools.partial(jax.jit, static_argnames=("patch", "at_once"))

@@ -145,8 +145,13 @@ def draw(xp: ModuleType, scene: SceneArrays, scale: int = 1) -> Array:
     frames = scene.background[0] * (1 - height) + scene.background[1] * height  # [side, 1, 3]
     frames = xp.broadcast_to(frames, (len(scene.times), side, side, 3))
     times = scene.times[:, None, None]
-    for number in range(MOST_OBJECTS):
-        frames = _draw_object(xp, frames, scene, number, times, middles, scale)
+    if xp is np:
+        frames = frames.copy()
+        for number in range(MOST_OBJECTS):
+            _draw_where_seen(frames, scene, number, middles, scale)
+    else:
+        for number in range(MOST_OBJECTS):
+            frames = _draw_object(xp, frames, scene, number, scene.times, middles, middles, scale)
 
     word = xp.broadcast_to(scene.word, (len(scene.times), 4))
     visible = (scene.word_shown[0] - _SLACK <= times) & (times <= scene.word_shown[1] + _SLACK)
@@ -166,22 +171,55 @@ def to_uint8(xp: ModuleType, frames: Array) -> Array:
     return xp.clip(xp.floor(frames + np.float32(0.5)), 0, 255).astype(np.uint8)
 
 
-def _draw_object(
-    xp: ModuleType, frames: Array, scene: SceneArrays, number: int, times: Array, middles: np.ndarray, scale: int
-) -> Array:
-    """Frames [F, side, side, 3] with one object on top; times [F, 1, 1]."""
-    place = scene.centre[number] + scene.swing[number] * xp.sin(
-        scene.speed[number] * scene.times[:, None] + scene.phase[number]
+_REACH = 1.4
+"""No shape reaches farther than this from its centre, in its radius."""
+
+
+def _draw_where_seen(frames: np.ndarray, scene: SceneArrays, number: int, middles: np.ndarray, scale: int) -> None:
+    """Draws one object on frames [F, side, side, 3], and looks only at the part of them in which it is."""
+    first, last = scene.shown[number]
+    seen = np.flatnonzero((first - _SLACK <= scene.times) & (scene.times <= last + _SLACK))
+    if not len(seen):
+        return
+    when = slice(seen[0], seen[-1] + 1)
+    place = _place(np, scene, number, scene.times[when])
+    reach = _REACH * scene.radius[number] + 2 * _OUTLINE
+    columns, rows = (
+        slice(*np.clip([scale * (each.min() - reach), scale * (each.max() + reach) + 1], 0, len(middles)).astype(int))
+        for each in place.T
     )
-    right = middles - place[:, 0, None, None]  # [F, 1, side]
-    down = (middles - place[:, 1, None])[:, :, None]  # [F, side, 1]
+    part = frames[when, rows, columns]
+    part[...] = _draw_object(np, part, scene, number, scene.times[when], middles[columns], middles[rows], scale)
+
+
+def _place(xp: ModuleType, scene: SceneArrays, number: int, times: Array) -> Array:
+    """Where an object is at times [F], pixels [F, 2]."""
+    return scene.centre[number] + scene.swing[number] * xp.sin(
+        scene.speed[number] * times[:, None] + scene.phase[number]
+    )
+
+
+def _draw_object(
+    xp: ModuleType,
+    frames: Array,
+    scene: SceneArrays,
+    number: int,
+    stamps: Array,
+    columns: np.ndarray,
+    rows: np.ndarray,
+    scale: int,
+) -> Array:
+    """Frames [F, h, w, 3] at times [F] with one object on top; the middles of their pixels are at columns and rows."""
+    place, times = _place(xp, scene, number, stamps), stamps[:, None, None]
+    right = columns - place[:, 0, None, None]  # [F, 1, w]
+    down = (rows - place[:, 1, None])[:, :, None]  # [F, h, 1]
     cos, sin = xp.cos(scene.tilt[number]), xp.sin(scene.tilt[number])
     radius = scene.radius[number]
     unit = _distance(xp, scene.shape[number], (right * cos + down * sin) / radius, (down * cos - right * sin) / radius)
     distance = unit * radius
     visible = (scene.shown[number, 0] - _SLACK <= times) & (times <= scene.shown[number, 1] + _SLACK)
     # The colour of the last span that has begun.
-    begun = (scene.since[number] <= scene.times[:, None] + _SLACK).sum(1) - 1
+    begun = (scene.since[number] <= stamps[:, None] + _SLACK).sum(1) - 1
     colour = scene.colour[number][xp.maximum(begun, 0)][:, None, None]  # [F, 1, 1, 3]
     rim = xp.where(visible, xp.clip(0.5 - scale * (distance - _OUTLINE / 2), 0, 1), 0.0)[..., None]
     inner = xp.where(visible, xp.clip(0.5 - scale * (distance + _OUTLINE / 2), 0, 1), 0.0)[..., None]

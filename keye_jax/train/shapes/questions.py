@@ -171,10 +171,10 @@ def _when(scene: Scene, choice: _Choice) -> Question | None:
     candidates.append(("word", "When is the word visible?", *scene.word_frames))
     form = choice.of(sorted({each[0] for each in candidates}))
     _, text, first, last = choice.of([each for each in candidates if each[0] == form])
-    start, end, latest = (stamp(scene.times[frame]) for frame in (first, last, -1))
-    if float(end) - float(start) > _LONGEST_INTERVAL * float(latest):
+    start, end, earliest, latest = (stamp(scene.times[frame]) for frame in (first, last, 0, -1))
+    if float(end) - float(start) > _LONGEST_INTERVAL * (float(latest) - float(earliest)):
         return None
-    return Question("when", form, text, f"{start}-{end}", f"0.0-{latest}", (float(start), float(end)))
+    return Question("when", form, text, f"{start}-{end}", f"{earliest}-{latest}", (float(start), float(end)))
 
 
 def _clock(scene: Scene, choice: _Choice) -> Question:

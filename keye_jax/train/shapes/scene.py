@@ -57,7 +57,10 @@ CLOCK_LENGTH = 3600
 
 _NEEDLE_FRAMES = 2
 _FEWEST_FRAMES = 3
-"""Frames that an object, a colour or the word is seen at least."""
+"""Frames that an object, a colour or the word is seen at least, where there are `_WHOLE_FRAMES`."""
+
+_WHOLE_FRAMES = 8
+"""Frames of the shortest clip. A part of one may have fewer, and what it shows may be seen in one of them."""
 
 _LANE, _TOP, _BOTTOM = 30, 56, 112
 """Objects move around lanes this many pixels apart, between heights that leave room for the word and the clock."""
@@ -68,11 +71,13 @@ class SceneOptions:
     """What scenes are like.
 
     Attributes:
-      frames: frames that the model sees, at 2 a second.
+      frames: frames that the model sees, at 2 a second; at least 8, or 1 of a part.
+      part_of: frames of the clip of which the model sees a part, at its times, from a random frame on; None for a whole
+        clip. Parts are for training: short ones cost less, and teach more of what is seen in a frame.
       rate: frames a second of the clip, one of `RATES`; None for any of them.
       objects: fewest and most objects, from 1 to 4.
       spans: most colours that an object has one after the other, from 1 to 3.
-      needle: probability of a needle, from 0 to 1.
+      needle: probability of a needle, from 0 to 1; 0 for fewer than 8 frames.
 
     Raises:
       UserError: a value is not allowed.
@@ -83,10 +88,15 @@ class SceneOptions:
     objects: tuple[int, int] = (2, 4)
     spans: int = MOST_SPANS
     needle: float = 0.3
+    part_of: int | None = None
 
     def __post_init__(self) -> None:
-        if self.frames < 8:
-            raise UserError(f"frames is {self.frames}; it must be at least 8")
+        fewest = _WHOLE_FRAMES if self.part_of is None else 1
+        if self.frames < fewest:
+            raise UserError(f"frames is {self.frames}; it must be at least {fewest}")
+        least = max(_WHOLE_FRAMES, self.frames)
+        if self.part_of is not None and self.part_of < least:
+            raise UserError(f"part_of is {self.part_of}; it must be at least {least}, or left out")
         if self.rate is not None and self.rate not in RATES:
             raise UserError(f"rate is {self.rate}; it must be one of {', '.join(f'{rate:g}' for rate in RATES)}")
         fewest, most = self.objects
@@ -96,6 +106,8 @@ class SceneOptions:
             raise UserError(f"spans is {self.spans}; it must be from 1 to {MOST_SPANS}")
         if not 0 <= self.needle <= 1:
             raise UserError(f"needle is {self.needle}; it must be from 0 to 1")
+        if self.needle and self.frames < _WHOLE_FRAMES:
+            raise UserError(f"needle is {self.needle}; it must be 0 for fewer than {_WHOLE_FRAMES} frames")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,13 +213,14 @@ def make_scene(seed: int, options: SceneOptions = SceneOptions(), *, number: int
     first, last = _stretch(draws, options.frames)
     shade = [draws.between(25, 95) for _ in range(2)]
     background = tuple(tuple(tone + draws.between(-15, 15) for _ in range(3)) for tone in shade)
-    times = sampled_times(options.frames, rate)
+    times = sampled_times(options.part_of or options.frames, rate)
     # A sixteenth of a second away from the times of all frames.
     latest = CLOCK_LENGTH - 1 - int(times[-1])
     clock = draws.integer(0, latest - 1) + (2 * draws.integer(0, 7) + 1) / 16
+    begin = draws.integer(0, options.part_of - options.frames) if options.part_of else 0
     return Scene(
         rate=rate,
-        times=times,
+        times=times[begin : begin + options.frames],
         objects=objects,
         word=draws.one_of(WORDS),
         word_frames=(first, last),
@@ -251,7 +264,8 @@ def _objects(draws: _Draws, options: SceneOptions) -> tuple[Object, ...] | None:
     made = []
     for shape, lane in zip(shapes[:count], lanes, strict=False):
         first, last = _stretch(draws, options.frames)
-        spans = _spans(draws, first, last, options.spans, taken)
+        fewest = _FEWEST_FRAMES if options.frames >= _WHOLE_FRAMES else 1
+        spans = _spans(draws, first, last, options.spans, taken, fewest)
         if spans is None:
             return None
         made.append(_moving(draws, shape, spans, lane))
@@ -266,23 +280,29 @@ def _objects(draws: _Draws, options: SceneOptions) -> tuple[Object, ...] | None:
 
 def _stretch(draws: _Draws, frames: int) -> tuple[int, int]:
     """First and last frame of something that is seen for a third of the clip to nearly all of it."""
-    length = draws.integer(max(2 * _FEWEST_FRAMES, frames // 3), frames - 2)
+    if frames >= _WHOLE_FRAMES:
+        length = draws.integer(max(2 * _FEWEST_FRAMES, frames // 3), frames - 2)
+    else:
+        length = draws.integer(-(-frames // 2), frames)
     first = draws.integer(0, frames - length)
     return first, first + length - 1
 
 
-def _spans(draws: _Draws, first: int, last: int, most: int, taken: list[Span]) -> tuple[Span, ...] | None:
+def _spans(
+    draws: _Draws, first: int, last: int, most: int, taken: list[Span], fewest: int = _FEWEST_FRAMES
+) -> tuple[Span, ...] | None:
     """Colours of a stretch of frames, none of which another object has at the same time; None if there are too few.
 
     Args:
       most: colours at most.
       taken: those of other objects; takes the new ones.
+      fewest: frames of a colour at least.
     """
-    count = draws.integer(1, min(most, (last - first + 1) // _FEWEST_FRAMES)) if most > 1 else 1
+    count = draws.integer(1, min(most, (last - first + 1) // fewest)) if most > 1 else 1
     # Of the frames that are not needed, as many before each change as the sorted draws say.
-    spare = last - first + 1 - count * _FEWEST_FRAMES if count > 1 else 0
+    spare = last - first + 1 - count * fewest if count > 1 else 0
     cuts = sorted(draws.integer(0, spare) for _ in range(count - 1))
-    starts = [first] + [first + (index + 1) * _FEWEST_FRAMES + cut for index, cut in enumerate(cuts)]
+    starts = [first] + [first + (index + 1) * fewest + cut for index, cut in enumerate(cuts)]
     spans: list[Span] = []
     for start, end in zip(starts, [*(start - 1 for start in starts[1:]), last], strict=True):
         used = {span.colour for span in taken if span.first <= end and start <= span.last}

@@ -1,4 +1,4 @@
-"""The benchmarks of the engine and of jobs, with a tiny model."""
+"""The benchmarks of the engine, of the server and of jobs, with a tiny model."""
 
 import json
 import re
@@ -41,3 +41,15 @@ def test_jobs():
     out = run("jobs", "--lines", "6", "--words", "20", "60", "--tokens", "4", "--rows", "2", "--traced-lines", "2")
     assert json.loads(next(line for line in out.splitlines() if line.startswith("{")))["job"]["succeeded"] == 6
     assert "\n6 lines in " in out and "\ncompilations after warm-up: 0\n" in out
+
+
+def test_serve(tmp_path):
+    options = ["--streams", "1,2", "--rows", "2", "--prompt", "100", "--tokens", "8", "--rounds", "2"]
+    out = run("serve", *options, "--json", str(tmp_path / "found.json"))
+    assert "compilations after warm-up: 0" in out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [(each["streams"], each["over"]) for each in found["latencies_ms"]] == [
+        *((1, "engine"), (1, "http"), (2, "engine"), (2, "http")),
+    ]
+    assert all(0 < each["first"][0] <= each["first"][1] and each["bare_step"] > 0 for each in found["latencies_ms"])
+    assert found["heat"]["with_ms"] > 0 and found["masks"]["with_ms"] > 0

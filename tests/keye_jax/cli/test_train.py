@@ -68,7 +68,7 @@ def test_a_strangers_clips(tmp_path, capsys):
     write_processor_files(tmp_path / "hf", config)
     samples = []
     for number in range(10):
-        write_clip(tmp_path / f"{number}.mp4", seconds=2 + number / 5, size=(160, 96))
+        write_clip(tmp_path / f"{number}.mp4", seconds=1 + number / 10, size=(160, 96))
         question = {"role": "user", "content": "<video>What rolls over the table?"}
         answer = {"role": "assistant", "content": f"A red ball, in clip {number}."}
         samples.append({"messages": [question, answer], "videos": [f"{number}.mp4"]})
@@ -77,7 +77,7 @@ def test_a_strangers_clips(tmp_path, capsys):
     (tmp_path / "stage.yaml").write_text(
         "lora: {targets: [decoder.layers.*.attention, decoder.layers.*.moe, '!*.router'], rank: 8}\n"
         "optimizer: {lr: 1.0e-2, warmup: 0.1}\n"
-        "batch: {tokens: 2560, length: 512, images: {96: 70}}\n"
+        "batch: {tokens: 1280, length: 256, images: {96: 24}}\n"
         "data: {media: {min_pixels: 784, max_pixels: 18816}}\n"
         "steps: 20\nevaluate_every: 10\n"
     )

@@ -4,29 +4,14 @@ import dataclasses
 
 import pytest
 
-from convert.synthetic import write_checkpoint
-from keye_jax.config import KeyeConfig
 from keye_jax.engine.checkpoint import load
 from keye_jax.engine.engine import Engine
 from keye_jax.engine.options import EngineOptions
 from keye_jax.engine.request import Request
 from keye_jax.runtime.sampling import SamplingParams
-from keye_jax.testing import write_clip, write_picture, write_processor_files
 
 OPTIONS = EngineOptions(rows=4, cache_tokens=8192, max_context=2048, small_chunk=64, media_workers=2)
 GREEDY = SamplingParams(temperature=0.0)
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory, golden):
-    """A directory with a checkpoint, `clip.mp4` and `picture.png`."""
-    directory = tmp_path_factory.mktemp("engine")
-    config = KeyeConfig.from_file(golden / "a")
-    write_checkpoint(directory / "checkpoint", config, seed=0)
-    write_processor_files(directory / "checkpoint", config)
-    write_clip(directory / "clip.mp4", seconds=2, size=(160, 120))
-    write_picture(directory / "picture.png", size=(84, 56))
-    return directory
 
 
 @pytest.fixture(scope="session")

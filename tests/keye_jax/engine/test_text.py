@@ -58,10 +58,13 @@ def check(events, choice):
                 parts.append(event.index)
             assert event.index == len(calls) - 1 and event.id == calls[-1][0]
             calls[-1][2] += event.arguments
-        elif parts and isinstance(parts[-1], TextPart) and parts[-1].reasoning == event.reasoning:
-            parts[-1] = TextPart(parts[-1].text + event.text, event.reasoning)
+            continue
+        in_text = tuple(each for each in event.logprobs if each.in_text)
+        before = parts[-1] if parts else None
+        if isinstance(before, TextPart) and before.reasoning == event.reasoning:
+            parts[-1] = TextPart(before.text + event.text, event.reasoning, before.logprobs + in_text)
         else:
-            parts.append(TextPart(event.text, event.reasoning))
+            parts.append(TextPart(event.text, event.reasoning, in_text))
     assert choice.tool_calls == tuple(ToolCall(*call) for call in calls)
     assert choice.parts == tuple(choice.tool_calls[part] if isinstance(part, int) else part for part in parts)
     told = tuple(itertools.chain.from_iterable(event.logprobs for event in events))

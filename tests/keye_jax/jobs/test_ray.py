@@ -21,7 +21,6 @@ from keye_jax.jobs.ray import RayEngines, Worker
 from keye_jax.jobs.report import Progress, Tally
 from keye_jax.runtime.sampling import SamplingParams
 from keye_jax.testing import write_processor_files
-from tests.keye_jax.engine.conftest import files  # noqa: F401
 from tests.keye_jax.jobs.fake import FakeEngine, answerer, line
 from tests.keye_jax.jobs.test_batch import outcomes
 from tests.keye_jax.jobs.test_real_jobs import answers, real_lines
@@ -111,7 +110,7 @@ class MortalModel:
         return self._engine.submit(request)
 
 
-def test_a_job_with_a_model_that_loses_a_worker(cluster, tmp_path, files):  # noqa: F811
+def test_a_job_with_a_model_that_loses_a_worker(cluster, tmp_path, files):
     """The answers are those of one engine in this process: greedy ones, and sampled ones by their seeds."""
     source = tmp_path / "in.jsonl"
     source.write_bytes(real_lines(files, 60))

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.keye_jax.engine.conftest import files  # noqa: F401
 from tests.keye_jax.jobs.fake import line
 
 ROOT = Path(__file__).parents[3]
@@ -34,7 +33,7 @@ def real_lines(directory: Path, count: int) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def start(files, tmp_path_factory):  # noqa: F811
+def start(files, tmp_path_factory):
     """Starts the command."""
     source = tmp_path_factory.mktemp("input") / "in.jsonl"
     source.write_bytes(real_lines(files, 120))

@@ -135,7 +135,10 @@ def test_half_a_group_is_refused_by_name(name, missing, empty):
                 JAX | {"JAX_COORDINATOR_ADDRESS": address},
                 f"JAX_COORDINATOR_ADDRESS is {address!r}; it must be HOST:PORT",
             )
-            for address in ("::1:8476", "http://node0:8476", "node 0:8476", ":8476", "node0:0", "node0:65536", "[]:1")
+            for address in (
+                *("::1:8476", "http://node0:8476", "node 0:8476", ":8476", "node0:0", "node0:65536", "[]:1"),
+                *("node0..svc:8476", f"{'n' * 64}:8476"),
+            )
         ),
         (SLURM | {"SLURM_STEP_NODELIST": "[1-2"}, "SLURM_STEP_NODELIST is '[1-2'; it must be a list of nodes"),
         (TPU | {"TPU_WORKER_ID": "4"}, "TPU_WORKER_ID is 4; TPU_WORKER_HOSTNAMES has 4 workers"),

@@ -9,8 +9,6 @@ import httpx
 import openai
 import pytest
 
-from convert.synthetic import write_checkpoint
-from keye_jax.config import KeyeConfig
 from keye_jax.engine.checkpoint import load
 from keye_jax.engine.engine import Engine
 from keye_jax.engine.options import EngineOptions
@@ -20,19 +18,6 @@ from keye_jax.serve.files import FileStore
 from keye_jax.serve.options import ServeOptions
 from keye_jax.serve.server import Server, listen
 from keye_jax.serve.service import Service
-from keye_jax.testing import write_clip, write_picture, write_processor_files
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory, golden):
-    """A directory with a checkpoint, `clip.mp4` and `picture.png`."""
-    directory = tmp_path_factory.mktemp("serve")
-    config = KeyeConfig.from_file(golden / "a")
-    write_checkpoint(directory / "checkpoint", config, seed=0)
-    write_processor_files(directory / "checkpoint", config)
-    write_clip(directory / "clip.mp4", seconds=2, size=(160, 120))
-    write_picture(directory / "picture.png", size=(84, 56))
-    return directory
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,14 @@
 """Files and batches, also over a restart."""
 
+import errno
 import json
 
+import httpx
 import openai
 import pytest
 
 from keye_jax.jobs.lines import ENDPOINT
+from keye_jax.serve import batches
 from tests.keye_jax.serve.conftest import Running, wait_for
 
 
@@ -57,6 +60,16 @@ class TestFiles:
             client.files.create(file=("a", b"x"), purpose="evil")
         assert caught.value.param == "purpose"
 
+    def test_one_that_is_deleted_while_it_is_sent(self, server, client):
+        file, size = client.files.create(file=("large", bytes(64 << 20)), purpose="user_data"), 0
+        with httpx.stream("GET", f"{server.url}/v1/files/{file.id}/content", timeout=60) as answer:
+            pieces = answer.iter_bytes()
+            size = len(next(pieces))  # sockets do not hold the rest
+            client.files.delete(file.id)
+            size += sum(map(len, pieces))
+        assert (answer.status_code, size) == (200, 64 << 20)
+        wait_for(lambda: not (server.service.files._folder / file.id).exists())
+
 
 class TestBatches:
     def test_one(self, client, files):
@@ -102,6 +115,32 @@ class TestBatches:
         client.batches.cancel(batch.id)
         assert ended(client, batch).status == "cancelled"
         assert batch.id in [each.id for each in client.batches.list()]
+
+    def test_a_failure_that_cannot_be_stored(self, server, client, monkeypatch):
+        """It is told all the same, and others go on."""
+        store, refused = batches.write_whole, []
+
+        def full(path, pieces):
+            if b'"status": "failed"' in (content := b"".join(pieces)):
+                refused.append(path)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            store(path, [content])
+
+        monkeypatch.setattr(batches, "write_whole", full)
+        failed = ended(client, create(client, b"\n"))
+        assert failed.status == "failed" and "no lines" in failed.errors.data[0].message and len(refused) == 1
+        assert ended(client, create(client, lines(1))).status == "completed"
+
+    def test_one_that_cannot_be_stored(self, client, monkeypatch):
+        def full(path, pieces):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        before = [each.id for each in client.batches.list()]
+        with monkeypatch.context() as patch, pytest.raises(openai.APIStatusError) as caught:
+            patch.setattr(batches, "write_whole", full)
+            create(client, lines(1))
+        assert caught.value.status_code == 507
+        assert [each.id for each in client.batches.list()] == before
 
     def test_what_is_refused(self, client):
         empty = ended(client, create(client, b"\n"))

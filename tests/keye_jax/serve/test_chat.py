@@ -150,6 +150,25 @@ class TestOtherInterfaces:
                 streamed[choice.index] += choice.text
         assert streamed == [choice.text for choice in whole.choices]
 
+    def test_log_probabilities_of_responses(self, client):
+        form = {"type": "json_schema", "name": "n", "schema": {"enum": ["a ball"]}}
+        fields = {"model": "x", "input": "hello", "max_output_tokens": 99, "text": {"format": form}, "top_logprobs": 2}
+        fields |= {"include": ["message.output_text.logprobs"], "extra_body": {"thinking_budget": 0}}
+        whole = client.responses.create(**fields)
+        *_, last = client.responses.create(**fields, stream=True)
+        [shown], [streamed] = whole.output[-1].content, last.response.output[-1].content
+        assert shown.text == streamed.text == '"a ball"' and whole.top_logprobs == 2
+        for part in (shown, streamed):
+            assert "".join(each.token for each in part.logprobs) == shown.text
+            assert all(len(each.top_logprobs) == 2 for each in part.logprobs)
+
+    def test_errors_of_responses_have_their_names(self, client):
+        part = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
+        text = {"type": "input_text", "text": "What?"}
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.responses.create(model="x", input=[{"role": "user", "content": [text, part]}], instructions="Look.")
+        assert (caught.value.param or "").startswith("input[0].content[1]") and "messages" not in str(caught.value)
+
     def test_responses(self, client):
         fields = {"model": "tiny", "input": "What is a ball?", "max_output_tokens": 16}
         whole = client.responses.create(**fields)

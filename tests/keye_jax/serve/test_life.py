@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -205,6 +206,28 @@ class TestMetrics:
             name = f"keye_jax_{name}_count"
             assert float(after[name]) == float(before[name]) + 1
         assert float(after["keye_jax_ready"]) == 1
+
+    def test_failures_by_kind(self, serving, long_ask):
+        """Also of requests that never come to the engine."""
+        server = serving()
+        assert ask(server, {"messages": 7}).status_code == 400
+        assert ask(server, {**ASK, "n": 128, "max_tokens": 5000}).status_code == 400
+        assert httpx.get(f"{server.url}/nowhere").status_code == 404
+        missing = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+        for stream in (True, False):
+            body = {**ASK, "messages": [{"role": "user", "content": [missing]}], "stream": stream}
+            assert ask(server, body).status_code == 400
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**long_ask, "stream": True}) as answer:
+            next(answer.iter_bytes())
+        wait_for(lambda: not server.service.outstanding)
+
+        def counts():
+            lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+            found = (re.fullmatch(r'keye_jax_request_failure_total\{kind="(\w+)"\} (.*)', line) for line in lines)
+            return {each[1]: float(each[2]) for each in found if each}
+
+        wait_for(lambda: "client_gone" in counts())
+        assert counts() == {"invalid": 1, "too_large": 1, "not_found": 1, "media": 2, "client_gone": 1}
 
 
 def test_a_trace(serving, tmp_path, long_ask):

@@ -2,16 +2,20 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import http.client
+import resource
 import socket
 import time
 
 import httpx
 import openai
 import pytest
+from starlette.datastructures import UploadFile
 
 from keye_jax.errors import UserError
 from keye_jax.serve.options import ServeOptions
+from keye_jax.serve.server import allow_connections
 from keye_jax.testing import write_clip, write_picture
 from tests.keye_jax.serve.conftest import wait_for
 
@@ -85,6 +89,44 @@ class TestLimits:
             client.files.create(file=("c.mp4", b"x" * 21_000), purpose="vision")
         assert ask(server).status_code == 200
 
+    def test_uploads_for_which_there_is_no_room(self, serving):
+        """They are refused before they come, or while they do, and count from their beginning."""
+        server = serving(max_stored_bytes=100_000, max_file_bytes=1 << 30)
+        client, boundary = server.client(), "--x\r\n"
+        head = "POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+
+        def begin(length):
+            connection = socket.create_connection(("127.0.0.1", server.port), 30)
+            connection.sendall(f"{head}Content-Length: {length}\r\n\r\n{boundary}".encode())
+            return connection
+
+        with begin(300_000) as refused:
+            assert b" 413 " in refused.recv(4096)
+
+        def pieces():
+            yield f'{boundary}Content-Disposition: form-data; name="file"; filename="a"\r\n\r\n'.encode()
+            for _ in range(100):
+                yield bytes(10_000)
+
+        kind = {"content-type": "multipart/form-data; boundary=x"}
+        answer = httpx.post(f"{server.url}/v1/files", content=pieces(), headers=kind)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "storage_full")
+        with begin(150_000):
+            wait_for(lambda: server.service.outstanding == 0 and server.service.files._reserved)
+            with pytest.raises(openai.APIStatusError, match="all files together"):
+                client.files.create(file=("a", bytes(50_000)), purpose="user_data")
+        wait_for(lambda: not server.service.files._reserved)
+        client.files.create(file=("a", bytes(100_000)), purpose="user_data")
+
+    def test_a_full_disk(self, client, monkeypatch):
+        async def full(file, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(UploadFile, "write", full)
+        with pytest.raises(openai.APIStatusError, match=r"cannot be stored \(No space left") as caught:
+            client.files.create(file=("a", b"x"), purpose="user_data")
+        assert caught.value.status_code == 507
+
     def test_media_that_are_too_large(self, client, tmp_path):
         write_clip(tmp_path / "long.mp4", seconds=12, fps=2, size=(112, 112))
         write_picture(tmp_path / "large.png", size=(700, 700))
@@ -120,6 +162,7 @@ class TestLimits:
             refused = ask(server)
             assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
             assert int(refused.headers["retry-after"]) >= 1
+            assert 'request_failure_total{kind="queue_full"} 1.0' in httpx.get(f"{server.url}/metrics").text
             assert httpx.get(f"{server.url}/health").status_code == 200
             assert ask(server, {**ASK, "n": 6}).status_code == 400  # never possible here
         wait_for(lambda: not server.service.outstanding)
@@ -190,6 +233,34 @@ class TestConnections:
                 dripping.sendall(b" ")
                 answer = dripping.recv(4096)
         assert b" 408 " in answer
+
+    def test_there_may_be_as_many_as_are_allowed(self):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            low = min(512, hard - 1)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (low, hard))
+            allow_connections(low)
+            assert low < resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            allow_connections(0)
+            assert low < resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    def test_probes_are_answered_beside_too_many_connections(self, serving):
+        """Or else an orchestrator would end a server that is only busy."""
+        server = serving(max_connections=3)
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 30))
+            wait_for(lambda: server.service.connections() > 3)
+            assert [httpx.get(f"{server.url}{path}").status_code for path in ("/health", "/ready", "/metrics")] == [
+                *(200, 200, 200),
+            ]
+            refused = ask(server)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_connections")
+            assert int(refused.headers["retry-after"]) >= 1 and refused.headers["connection"] == "close"
+        wait_for(lambda: server.service.connections() < 3)
+        assert ask(server).status_code == 200
 
     def test_a_client_that_does_not_read(self, impatient, connect):
         server = impatient  # sockets hold some MiB for it

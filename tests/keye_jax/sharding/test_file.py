@@ -32,6 +32,7 @@ def read(tmp_path, text):
         ("mesh: [", "is not YAML"),
         ("mesh: {data: 2020-13-45}", "is not YAML"),
         ("mesh: {data: 2}\nrules: []", "rules is []; it must be a mapping of names"),
+        ("mesh: {'': 2}", "mesh is {'': 2}; it must be a mapping of names"),
         ("mesh: {data: 2, data: 4}", "'data' stands twice"),
         ("- mesh", "the file is ['mesh']; it must be a mapping of names"),
         ("rules: {}", "mesh is missing"),

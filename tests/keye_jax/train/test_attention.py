@@ -13,6 +13,7 @@ import pytest
 
 from keye_jax.train import attention
 from keye_jax.train.attention import AttentionPlan, IndexerMeasures, KeysAndValues, Queries
+from keye_jax.train.forward import fused_attention
 from keye_jax.train.selection import mask_by_counting, mask_by_sorting
 
 HEADS, KV_HEADS, DIM, INDEX_HEADS, INDEX_DIM = 4, 2, 8, 3, 4
@@ -20,12 +21,20 @@ TOP_K = 24
 LENGTHS = (200, 40, 128)
 ROW = 64
 PLAN = AttentionPlan(
-    sparse=True, kl=True, top_k=TOP_K, scale=DIM**-0.5, index_scale=INDEX_DIM**-0.5, width=None, block_bytes=2**30
+    sparse=True,
+    kl=True,
+    recall=True,
+    top_k=TOP_K,
+    scale=DIM**-0.5,
+    index_scale=INDEX_DIM**-0.5,
+    width=None,
+    block_bytes=2**30,
 )
 CASES = {
     "sparse": PLAN,
     "sparse, no KL": dataclasses.replace(PLAN, kl=False),
     "dense": dataclasses.replace(PLAN, sparse=False),
+    "dense, no recall": dataclasses.replace(PLAN, sparse=False, recall=False),
     "dense, no KL": dataclasses.replace(PLAN, sparse=False, kl=False),
 }
 attend: Any = attention.attend  # no type checker sees through custom_vjp
@@ -78,7 +87,7 @@ def reference(plan: AttentionPlan, queries: Queries, keys: KeysAndValues) -> tup
     log_q = jnp.where(mask, jax.nn.log_softmax(jnp.where(mask, scores, -jnp.inf), axis=-1), 0.0)
     log_p = jnp.where(mask, jnp.log(jnp.maximum(teacher, 1e-300)), 0.0)
     dense = jax.nn.softmax(jnp.where(visible, dots, -jnp.inf), axis=-1)
-    recall = jnp.where(chosen, dense, 0).sum(-1).reshape(KV_HEADS, -1, length).mean(1).sum(0)
+    recall = jnp.where(chosen, dense, 0).sum(-1).reshape(KV_HEADS, -1, length).mean(1).sum(0) * plan.recall
     measures = IndexerMeasures((teacher * (log_p - log_q)).sum((0, 2)), -(teacher * log_p).sum((0, 2)), recall)
     return out, measures
 
@@ -133,6 +142,49 @@ def test_rows_that_are_samples(case: str, block_bytes: int):
     gradients, results = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))(queries, keys)
     for number, own in enumerate(LENGTHS):
         check(case, number, *jax.tree.map(lambda x, i=number, n=own: x[i, :n], (results, gradients)))
+
+
+@pytest.mark.parametrize("case", ["sparse", "dense", "dense, no KL", "fused"])
+def test_branches_of_a_row_are_samples_that_share_their_beginning(case: str):
+    """A beginning of 96 tokens and two branches of 64, against both samples whole; the beginning counts once."""
+    begin, length = 96, 64
+    whole = [sample(begin + length, number, tied=False) for number in range(2)]
+    shared = jax.tree.map(lambda x: x[:begin], whole[0])
+    samples: Any = [
+        jax.tree.map(lambda one, x: jnp.asarray(np.concatenate([one, x[begin:]]))[None], shared, each) for each in whole
+    ]
+    joined: Any = jax.tree.map(lambda *x: jnp.concatenate([x[0], x[1][:, begin:]], axis=1), *samples)
+    counts = [np.ones(begin + length) for _ in whole]
+    counts[1][:begin] = 0
+    nowhere, branch = jnp.zeros(1, jnp.int32), jnp.asarray(np.repeat([0, 1, 2], [begin, length, length]))[None]
+
+    def run(queries: Queries, keys: KeysAndValues, branch: jax.Array | None) -> Any:
+        if case == "fused":
+            return fused_attention(queries.q, keys.k, keys.v, branch, DIM**-0.5, "xla"), jnp.zeros(queries.q.shape[:2])
+        out, measures = attend(CASES[case], queries, keys, nowhere, nowhere, branch)
+        return out, measures.kl
+
+    def loss(arguments: Any, branch: jax.Array | None, count: Any) -> jax.Array:
+        queries, keys = arguments
+        out, kl = run(queries, keys, branch)
+        return jnp.sum(jnp.sin(out) * count[:, None, None]) + jnp.sum(kl * count)
+
+    def plain(arguments: Any, count: Any) -> jax.Array:
+        if case != "fused":
+            return loss(arguments, None, count)
+        queries, keys = arguments
+        out, _ = attend(CASES["dense, no KL"], queries, keys, nowhere, nowhere)
+        return jnp.sum(jnp.sin(out) * count[:, None, None])
+
+    gradients = jax.jit(jax.grad(loss))(joined, branch, np.ones(begin + 2 * length))
+    of_samples = [jax.jit(jax.grad(plain))(each, count) for each, count in zip(samples, counts, strict=True)]
+    expected = jax.tree.map(
+        lambda one, two: jnp.concatenate([one[:, :begin] + two[:, :begin], one[:, begin:], two[:, begin:]], axis=1),
+        *of_samples,
+    )
+    for found, wanted in zip(*map(jax.tree.leaves, (gradients, expected)), strict=True):
+        # The library's attention sums in float32.
+        np.testing.assert_allclose(found, wanted, atol=1e-4 if case == "fused" else 1e-10)
 
 
 @pytest.mark.parametrize("case", CASES)

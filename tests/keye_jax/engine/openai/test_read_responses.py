@@ -2,7 +2,8 @@ from typing import Any, cast
 
 import pytest
 
-from keye_jax.engine.openai import read_responses
+from keye_jax.engine.openai import error_body, read_responses
+from keye_jax.engine.request import RequestError
 from keye_jax.errors import UserError
 from keye_jax.processor.messages import check_messages
 from keye_jax.runtime.sampling import SamplingParams
@@ -50,14 +51,58 @@ def test_items():
 
 
 def test_tools_and_the_rest():
-    got = ask(tools=[TOOL], parallel_tool_calls=False, reasoning={"effort": "none"}, store=True, include=["x"], odd=1)
+    got = ask(tools=[TOOL], parallel_tool_calls=False, reasoning={"effort": "none"}, store=True, odd=1)
     request = got.request
     assert request.tool_names == ("look",) and request.max_tool_calls == 1
     assert request.options["tools"][0]["function"] == {name: TOOL[name] for name in TOOL if name != "type"}
     assert request.options["chat_template_kwargs"] == {"enable_thinking": False}
     assert got.ignored == ("odd",) and got.echo["tools"] == [TOOL] and got.echo["reasoning"]["effort"] == "none"
-    assert ask(reasoning={"effort": "high", "summary": "auto"}).ignored == ("reasoning.effort",)
-    assert ask(text={"format": {"type": "text"}, "verbosity": "low"}).request.grammar is None
+    assert ask(text={"format": {"type": "text"}}).request.grammar is None
+
+
+def test_what_changes_nothing_is_named():
+    asked = ask(
+        reasoning={"effort": "high", "summary": "auto"},
+        text={"verbosity": "low"},
+        truncation="auto",
+        include=["reasoning.encrypted_content"],
+    )
+    assert asked.ignored == ("include", "reasoning.effort", "reasoning.summary", "text.verbosity", "truncation")
+
+
+def test_log_probabilities():
+    assert ask().request.top_logprobs is None
+    included = ask(include=["message.output_text.logprobs"])
+    assert included.request.top_logprobs == 0 and included.ignored == ()
+    assert ask(include=["message.output_text.logprobs"], top_logprobs=3).request.top_logprobs == 3
+
+
+@pytest.mark.parametrize(
+    ("planned", "field"),
+    [
+        ("messages[0].content", "instructions"),
+        ("messages[1].content", "input[0].content"),
+        ("messages[2].content[1].image_url", "input[1].content[1].image_url"),
+        ("messages[3].tool_calls[0].function.arguments", "input[4].arguments"),
+        ("messages[3].tool_calls[1].function.arguments", "input[5].arguments"),
+        ("messages[5].content[0].text", "input[7].output[0].text"),
+        ("messages[6].tool_calls[0].function.arguments", "input[8].arguments"),
+        ("messages[6]", "input[8]"),
+        ("max_tokens", "max_output_tokens"),
+        ("tools[0]", "tools[0]"),
+    ],
+)
+def test_errors_have_the_names_of_the_body(planned, field):
+    asked = ask(instructions="be short", input=ITEMS)
+    error = asked.in_its_words(RequestError("invalid", f"{planned} is 7; it must be another"))
+    assert (error.kind, str(error)) == ("invalid", f"{field} is 7; it must be another")
+    mistake = asked.in_its_words(UserError(f"{planned} is 7", field=planned))
+    assert (str(mistake), mistake.field) == (f"{field} is 7", field)
+
+
+def test_an_error_about_a_text():
+    error = ask().in_its_words(UserError("messages[0].content is 'hi'; the chat template leaves it out"))
+    assert str(error).startswith("input is 'hi'") and error_body(error)[1]["error"]["param"] == "input"
 
 
 @pytest.mark.parametrize(
@@ -82,6 +127,13 @@ def test_tools_and_the_rest():
         ("temperature", "x", "temperature is 'x'; it must be a number"),
         ("reasoning", {"effort": 7}, "reasoning.effort is 7; it must be a string"),
         ("metadata", 7, "metadata is 7; it must be an object"),
+        ("include", ["x", 1], "include is ['x', 1]; it must be a list of strings"),
+        ("top_logprobs", 2, "top_logprobs is 2; include must hold 'message.output_text.logprobs' beside it"),
+        (
+            "tool_choice",
+            {"type": "function", "name": "f"},
+            "tool_choice.name is 'f'; it must be the name of a function",
+        ),
         ("tool_choice", {"type": "allowed_tools", "mode": "auto", "tools": []}, "tool_choice is {"),
     ],
 )

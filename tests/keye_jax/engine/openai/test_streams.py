@@ -173,11 +173,15 @@ def replay(events):
         elif kind == "response.content_part.added":
             output[place]["content"].append(dict(event["part"]))
         elif kind in ("response.output_text.delta", "response.reasoning_text.delta"):
-            output[place]["content"][event["content_index"]]["text"] += event["delta"]
+            part = output[place]["content"][event["content_index"]]
+            part["text"] += event["delta"]
+            if "logprobs" in part:
+                part["logprobs"] += event["logprobs"]
         elif kind == "response.function_call_arguments.delta":
             output[place]["arguments"] += event["delta"]
         elif kind in ("response.output_text.done", "response.reasoning_text.done"):
-            assert output[place]["content"][event["content_index"]]["text"] == event["text"]
+            part = output[place]["content"][event["content_index"]]
+            assert part["text"] == event["text"] and part.get("logprobs") == event.get("logprobs")
         elif kind == "response.function_call_arguments.done":
             assert output[place]["arguments"] == event["arguments"]
         elif kind == "response.output_item.done":
@@ -190,17 +194,20 @@ def replay(events):
     return output
 
 
-def test_responses(processor):
-    chosen, kinds = random.Random(3), set()
+def test_responses(processor, head):
+    chosen, kinds, logprobs = random.Random(3), set(), 0
+    named = {name: head[name] for name in ("created", "model", "token_text")}
     parse = TypeAdapter(ResponseStreamEvent).validate_python
     for _ in range(ROUNDS):
         tools = [{"type": "function", **tool["function"]} for tool in TOOLS]
         fields = {"instructions": "be short", "tools": tools, "metadata": {"a": "b"}} if chosen.random() < 0.7 else {}
+        if wanted := chosen.random() < 0.5:
+            fields |= {"include": ["message.output_text.logprobs"], "top_logprobs": 1}
         asked = read_responses({"input": "hi", "reasoning": {"effort": "low"}, **fields}, sampling=SAMPLING)
         events, result = answer(processor, asked.request, chosen, heat=chosen.random() < 0.5)
-        stream = ResponseStream(asked, created=17, model="keye")
+        stream = ResponseStream(asked, **named)
         got = sent([*stream.start(), *(each for event in (*events, result) for each in stream.take(event))])
-        whole = sent(response_body(result, asked, created=17, model="keye"))
+        whole = sent(response_body(result, asked, **named))
         for event in got:
             parse(event)
         Response.model_validate(whole)
@@ -209,8 +216,14 @@ def test_responses(processor):
         assert replay(got) == whole["output"]
         texts = [item["content"][0]["text"] for item in whole["output"] if item["type"] == "message"]
         assert Response.model_validate(whole).output_text == "".join(texts) == result.choices[0].text
+        shown = [item["content"][0] for item in whole["output"] if item["type"] == "message"]
+        assert all(bool(part["logprobs"]) <= wanted for part in shown)
+        for entry in (entry for part in shown for entry in part["logprobs"]):
+            assert entry["token"] not in ("<think>", "</think>") and len(entry["top_logprobs"]) == 2
+            logprobs += 1
         kinds |= {event["type"] for event in got}
     assert len(kinds) == 14, kinds
+    assert logprobs > ROUNDS
 
 
 def test_a_failure_ends_a_stream(head):
@@ -219,7 +232,8 @@ def test_a_failure_ends_a_stream(head):
     assert chunk == CompletionStream(prompts=1, n=1, **head).take(error)[0]
     assert chunk["error"]["code"] == "unavailable"
     asked = read_responses({"input": "hi"}, sampling=SAMPLING)
-    stream = ResponseStream(asked, created=17, model="keye")
+    named = {name: head[name] for name in ("created", "model", "token_text")}
+    stream = ResponseStream(asked, **named)
     [*_, failed] = [*stream.start(), *stream.take(error)]
     TypeAdapter(ResponseStreamEvent).validate_python(failed)
     assert failed["type"] == "response.failed"

@@ -89,7 +89,7 @@ def test_a_text_completion_of_two_prompts():
 def test_a_response():
     body = {"input": "hi", "instructions": "be short", "temperature": 0, "metadata": {"a": "b"}, "max_output_tokens": 9}
     asked = read_responses(body, sampling=SamplingParams())
-    got = response_body(result(CHOICE, warnings=("one",)), asked, created=17, model="keye")
+    got = response_body(result(CHOICE, warnings=("one",)), asked, created=17, model="keye", token_text=str)
     assert (got["id"], got["status"], got["created_at"]) == (f"resp_{asked.request.id}", "incomplete", 17)
     assert got["incomplete_details"] == {"reason": "max_output_tokens"} and got["warnings"] == ["one"]
     assert got["usage"] == {
@@ -107,7 +107,7 @@ def test_a_response():
     reasoning, message = got["output"]
     assert reasoning["content"] == [{"type": "reasoning_text", "text": "thoughts"}] and reasoning["type"] == "reasoning"
     assert message["content"][0]["text"] == "an answer" and message["status"] == "incomplete"
-    [call] = response_body(result(CALLING), asked, created=17, model="keye")["output"]
+    [call] = response_body(result(CALLING), asked, created=17, model="keye", token_text=str)["output"]
     assert call | {"id": None} == {
         **{"id": None, "type": "function_call", "call_id": "call_1", "name": "f", "arguments": '{"x": 1}'},
         "status": "completed",

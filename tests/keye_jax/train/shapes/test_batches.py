@@ -7,7 +7,7 @@ from keye_jax.errors import UserError
 from keye_jax.processor import Processor
 from keye_jax.train.shapes.batches import Batches, BatchOptions
 from keye_jax.train.shapes.questions import ask
-from keye_jax.train.shapes.scene import HELD_OUT, RATES, SceneOptions, make_scene
+from keye_jax.train.shapes.scene import HELD_OUT, RATES, SceneOptions, make_scene, sampled_times
 from keye_jax.train.shapes.video import clip_pixels, write_video
 
 SCENES = SceneOptions(frames=12)
@@ -67,6 +67,34 @@ def test_batches_follow_from_the_seed_and_do_not_share_scenes(batches):
     assert batch.positions.shape == (3, 3, 704)
     with pytest.raises(UserError, match="others are for evaluation"):
         batches.batch(HELD_OUT, 0)
+
+
+def test_questions_apart_are_each_as_if_alone(files, config):
+    """What the tokens of a branch are, and where they stand, is what a conversation of its own has behind the video."""
+    apart = Batches(files, config, dataclasses.replace(OPTIONS, apart=True))
+    scene = make_scene(5, SCENES)
+    asked = ask(scene, 3, 0)
+    batch = apart.of([scene], [asked])
+    assert batch.branch is not None and batch.branch[0].max() == 3
+    begin = int(np.argmax(batch.branch[0] > 0))
+    for number, question in enumerate(asked, 1):
+        alone = apart.of([scene], [[question]])
+        assert alone.branch is not None
+        of_branch, own = batch.branch[0] == number, alone.branch[0] == 1
+        for name in ("ids", "targets"):
+            np.testing.assert_array_equal(getattr(batch, name)[0, of_branch], getattr(alone, name)[0, own])
+        np.testing.assert_array_equal(batch.positions[:, 0, of_branch], alone.positions[:, 0, own])
+        np.testing.assert_array_equal(batch.ids[0, :begin], alone.ids[0, :begin])
+
+
+def test_parts_of_clips_have_their_times(files, config):
+    options = SceneOptions(frames=1, part_of=24, needle=0.0)
+    scenes = [make_scene(0, options, number=number) for number in range(40)]
+    times = {scene.times[0] for scene in scenes}
+    assert len(times) > 10 and times <= {time for rate in RATES for time in sampled_times(24, rate)}
+    assert {len(each.spans) for scene in scenes for each in scene.objects} == {1}
+    batch = Batches(files, config, BatchOptions(options, rows=2, tokens=256, apart=True)).batch(0, 0)
+    assert (batch.vision_index.max(1) == [35, 71]).all() and (batch.targets >= 0).any()
 
 
 def test_a_question_that_does_not_fit_is_left_out(files, config):

@@ -66,6 +66,8 @@ def test_options_set_what_scenes_are_like():
         ({"objects": (3, 2)}, r"objects is \(3, 2\)"),
         ({"spans": 4}, "spans is 4"),
         ({"needle": 1.5}, "needle is 1.5"),
+        ({"part_of": 20}, "part_of is 20; it must be at least 24"),
+        ({"frames": 4, "part_of": 24}, "needle is 0.3; it must be 0"),
     ],
 )
 def test_options_that_are_not_allowed(wrong, words):
