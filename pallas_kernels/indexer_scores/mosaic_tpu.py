@@ -199,8 +199,7 @@ def _kernel(
 
 
 def _one_key_a_row(pairs: jax.Array) -> jax.Array:
-    """`[r, 128]` with two keys of 64 per row, to bf16
-    `[2 * r, 128]` with one key and zeros per row."""
+    """`[r, 128]` with two keys of 64 per row, to bf16 `[2 * r, 128]` with one key and zeros per row."""
     bits = lax.bitcast_convert_type(pairs.astype(jnp.float32), jnp.uint32)
     # A 32-bit word of a register holds the elements of two rows.
     words = (bits >> 16) | pltpu.roll(bits, LANES // 2, 1)

@@ -207,10 +207,12 @@ def _experts(tokens: int, *, quick: bool = False) -> CompileCase:
 
 
 CASES = [
+    _prefill(2048, 32_768, 16_384),
     _prefill(2048, 131_072, 16_384, quick=True),
     _prefill(2048, 131_072, 32_768),
     _prefill(2048, 131_072, 131_072),
     _prefill(2048, 262_144, 32_768),
+    _splash(2048, 32_768),
     _splash(2048, 131_072),
     _dense(1, 2048, 131_072, quick=True),
     _dense(1, 2048, 262_144),

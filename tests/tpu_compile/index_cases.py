@@ -82,8 +82,8 @@ def _select(name: str, rows: int, context: int, *, quick: bool = False) -> Compi
 def _unions(queries: int, context: int, *, quick: bool = False) -> CompileCase:
     """Thresholds and lists of blocks of 256 queries."""
 
-    def function(*arguments):
-        found = unions_kernel.select_unions(*arguments, MODEL.top_k, page_size=PAGE_SIZE)
+    def function(scores, lengths, table):
+        found = unions_kernel.select_unions(scores, lengths, table, MODEL.top_k, page_size=PAGE_SIZE)
         return found.words, found.rows, found.entries, found.dense
 
     def simulated(*arguments):
@@ -103,13 +103,14 @@ def _unions(queries: int, context: int, *, quick: bool = False) -> CompileCase:
         arguments(queries, context),
         nbytes=4 * queries * context,
         simulation=Simulation(
-            simulated, arguments(UNIT_QUERIES, UNIT_POSITIONS), queries // UNIT_QUERIES * context / UNIT_POSITIONS
+            simulated, arguments(UNIT_QUERIES, UNIT_POSITIONS), queries // UNIT_QUERIES * context // UNIT_POSITIONS
         ),
         quick=quick,
     )
 
 
 CASES = [
+    _scores(1, 2048, 32_768),
     _scores(1, 2048, 131_072, quick=True),
     _scores(1, 2048, 262_144),
     _scores(1, 1, 131_072),
