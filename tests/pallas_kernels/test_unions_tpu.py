@@ -73,7 +73,7 @@ def unions(case, pages):
 
 
 @pytest.mark.slow
-def test_a_block_that_selects_nearly_all_positions_walks_the_pages(monkeypatch):
+def test_a_block_that_selects_most_positions_walks_the_pages(monkeypatch):
     """In rows of scores that are so long that the kernel takes eight at a time."""
     rng, top_k, seen, size = np.random.default_rng(2), 100, 300, 33_000
     scores, lengths = rng.normal(size=(1, 32, size)).astype(np.float32), np.full((1, 32), seen, np.int32)

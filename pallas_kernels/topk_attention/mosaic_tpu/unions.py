@@ -10,7 +10,7 @@ positions, a word has to move left by the number of empty positions before it. I
 number, the lowest first, which never lets two words meet. Then the register is rotated behind those already listed. The
 list never outruns the reading of the words, so it takes their place.
 
-A block that selected nearly all positions gets no list. Its words stay where they are, and attention reads whole pages.
+A block that selected most positions gets no list. Its words stay where they are, and attention reads whole pages.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from pallas_kernels.tpu import LANES, result_like, vmem_limit
 WORDS = 8
 """Words of 32 bits for a block's queries at each position: the rows of a vector register."""
 _MOST_QUERIES = 32 * WORDS
-_DENSE_TENTHS = 9
-"""A block gets no list if its queries selected more tenths of the positions that they see."""
+_DENSE_QUARTERS = 3
+"""A block gets no list if its queries selected more quarters of the positions that they see.
+
+By the compiler's estimates, reading whole pages is then cheaper than copying rows."""
 TILES = 8
 """Registers of 128 positions that are compacted side by side.
 
@@ -172,7 +174,7 @@ def _kernel(longest, table, lengths, scores, words, rows, counts, keys, *, k, pa
 
         found = lax.fori_loop(0, turns, lambda turn, sums: sums + used_in(turn), jnp.zeros(shape, jnp.int32))
         entries = jnp.sum(found)
-        dense = entries * 10 > seen * _DENSE_TENTHS
+        dense = entries * 4 > seen * _DENSE_QUARTERS
         numbers = jnp.where(dense, seen, entries), jnp.where(dense, 1, 0)
         counts[...] = jnp.where(lax.broadcasted_iota(jnp.int32, counts.shape, 0) == 0, *numbers)
         pl.when(jnp.logical_not(dense))(lambda: _compact(used_in, turns, table, words, rows, page_size=page_size))
