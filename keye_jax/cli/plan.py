@@ -186,11 +186,15 @@ def _print(found: Plan) -> None:
     print(f"weights and cache are computed; there are {_gib(found.memory)} GiB")
     _print_notes(found.notes)
     print()
-    lines = [("on each device", "TFLOP", "GB moved", "at least", "collectives")]
+    lines = [("on each device", "TFLOP", "GB moved", "at least", "estimate", "collectives")]
     for name, step in steps.items():
         if step:
-            least = f"{step.at_least_seconds * 1e3:.2f} ms" if step.at_least_seconds is not None else "?"
-            lines.append((name, f"{step.flops / 1e12:.3f}", f"{step.bytes_moved / 1e9:.2f}", least, _collectives(step)))
+            times = (
+                "?" if seconds is None else f"{seconds * 1e3:.2f} ms"
+                for seconds in (step.at_least_seconds, step.estimated_seconds)
+            )
+            work = f"{step.flops / 1e12:.3f}", f"{step.bytes_moved / 1e9:.2f}"
+            lines.append((name, *work, *times, _collectives(step)))
     _print_table(lines)
     print("operations and bytes moved are estimated, the last chunk's of a prompt; 'at least' is at peak rates")
     print()

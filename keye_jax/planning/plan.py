@@ -23,6 +23,7 @@ from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.keye import Keye
 from keye_jax.planning.collectives import Collective, of_program, of_trace
 from keye_jax.planning.hardware import Platform
+from keye_jax.planning.tpu_times import KERNELS, kernel_seconds, kernels_were_estimated
 from keye_jax.planning.work import Work
 from keye_jax.runtime import lowering
 from keye_jax.runtime.memory import decode_workspace_bytes, pool_bytes, prefill_workspace_bytes, weight_bytes
@@ -58,6 +59,8 @@ class Step:
       bytes_moved: bytes that one device reads from and writes to its memory.
       collectives: what travels between devices.
       at_least_seconds: what operations, bytes and collectives take at the devices' peak rates; the largest of these.
+      estimated_seconds: what a chunk of prefill takes on TPUs: its kernels by the compiler's estimates, the rest at
+        peak rates; None for other steps, split heads, float8 index keys, and sizes that are not the released model's.
     """
 
     tokens: int
@@ -70,6 +73,7 @@ class Step:
     bytes_moved: float
     collectives: tuple[Collective, ...]
     at_least_seconds: float | None
+    estimated_seconds: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +236,7 @@ def plan(
             bytes_moved=moved,
             collectives=collectives,
             at_least_seconds=_at_least(platform, flops, moved, collectives),
+            estimated_seconds=_estimated(platform, work, context, tokens, collectives) if reading else None,
         )
     found = [steps.get("prefill"), steps.get("decode")]
     peak = max((step.peak for step in found if step), default=0)
@@ -335,6 +340,20 @@ def _at_least(platform: Platform, flops: float, moved: float, collectives: tuple
         return None
     received = sum(each.bytes_received for each in collectives)
     return max(flops / chip.flops, moved / chip.bandwidth, received / chip.interconnect)
+
+
+def _estimated(
+    platform: Platform, work: Work, context: int, tokens: int, collectives: tuple[Collective, ...]
+) -> float | None:
+    """Seconds of a chunk: attention by the compiler's estimates, then the rest, then collectives, at peak rates."""
+    generation, ranks = (platform.topology or "").partition(":")[0], work.ranks_of_one_head
+    if generation not in KERNELS or ranks is None or not kernels_were_estimated(work.config):
+        return None
+    layers = work.config.num_hidden_layers
+    rest = _at_least(platform, *work.prefill_but_attention(tokens), ())
+    sent = _at_least(platform, 0, 0, collectives)
+    assert rest is not None and sent is not None, "the makers publish these of TPUs"
+    return layers * kernel_seconds(generation, tokens / ranks, context) + rest + sent
 
 
 def memory_bytes(platform: Platform) -> float:

@@ -15,7 +15,7 @@ class Work:
 
     def __init__(self, config: KeyeConfig, rules: MeshRules, chunk: int, indexer_dtype: str | None):
         self.config, self.rules, self.chunk = config, rules, chunk
-        self.item = config.jax_dtype.itemsize
+        self.item, self.float8 = config.jax_dtype.itemsize, indexer_dtype is not None
         sa = config.sa_config
         self.index_row = sa.indexer_head_dim + 4 if indexer_dtype else sa.indexer_head_dim * self.item
         self.kv_row = 2 * config.num_key_value_heads * config.head_dim * self.item // rules.size("kv_heads")
@@ -51,6 +51,18 @@ class Work:
         keys = groups * (min(context, _UNION) * self.kv_row + context * self.index_row / 8)
         weights = self._read_weights("embed_tokens")
         return flops * c.num_hidden_layers, weights + (gathered + keys) * c.num_hidden_layers
+
+    @property
+    def ranks_of_one_head(self) -> int | None:
+        """Devices that share the queries of a prompt; None if they share its heads, or index keys are float8."""
+        ranks, _, heads = self._shares(StepSharding.prefill(self.rules))
+        return ranks if heads == 1 and not self.float8 else None
+
+    def prefill_but_attention(self, tokens: int) -> tuple[float, float]:
+        """Operations and bytes of a chunk, without index scores, selection and attention."""
+        ranks, owners, heads = self._shares(StepSharding.prefill(self.rules))
+        flops = tokens * self._token_flops(owners, ranks, heads) * self.config.num_hidden_layers
+        return flops, self._read_weights("embed_tokens")
 
     def decode(self, batch: int, context: int) -> tuple[float, float]:
         """Operations and bytes of one step."""

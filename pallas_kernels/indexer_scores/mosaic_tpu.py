@@ -49,17 +49,19 @@ def indexer_scores(
     del fill
     batch, queries, heads, dim = q.shape
     page_size, pages = keys.shape[1], page_table.shape[1]
-    if key_scales is not None:
-        raise NotImplementedError("takes keys without scales")
-    if q.dtype != jnp.bfloat16 or keys.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"takes bf16 queries and keys, not {q.dtype} and {keys.dtype}")
+    if q.dtype != keys.dtype or q.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
+        raise NotImplementedError(
+            f"queries {q.dtype} and keys {keys.dtype}: both must be bfloat16 or both float8_e4m3fn"
+        )
     if dim not in (LANES // 2, LANES):
         raise NotImplementedError(f"takes keys of 64 or 128 elements, not of {dim}")
     rows = page_size * dim // LANES
-    if rows % 16 or _PREFILL_KEYS % page_size:
+    least = 32 // keys.dtype.itemsize  # Rows of a tile of memory.
+    if rows % least or _PREFILL_KEYS % page_size:
         raise NotImplementedError(
-            f"takes pages of {16 * LANES // dim} to {_PREFILL_KEYS} positions, not of {page_size}"
+            f"takes pages of {least * LANES // dim} to {_PREFILL_KEYS} positions, not of {page_size}"
         )
+    q = q.astype(jnp.bfloat16)  # Holds float8 exactly.
     block = 1 if queries == 1 else min(_QUERIES, pl.cdiv(queries, 16) * 16)
     blocks = pl.cdiv(queries, block)
     padding = (0, block * blocks - queries)
@@ -71,6 +73,8 @@ def indexer_scores(
     step = min(_DECODE_KEYS if block == 1 else _PREFILL_KEYS, pl.cdiv(length, _TILE) * _TILE)
     unroll = _DECODE_UNROLL if block == 1 else _PREFILL_UNROLL
     table = jnp.pad(jnp.clip(page_table, 0, keys.shape[0] - 1), ((0, 0), (0, -pages % (step // page_size))))
+    # A position's scale is its score's. They are few bytes, so XLA puts them into the order of positions.
+    scales = [] if key_scales is None else [key_scales.astype(jnp.float32)[table].reshape(batch, 1, -1)]
     call = pl.pallas_call(
         functools.partial(_kernel, page_size=page_size, step=step, block=block, dim=dim, unroll=unroll),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -81,6 +85,7 @@ def indexer_scores(
                 pl.BlockSpec((None, *_block_of(q, block)), lambda b, i, j, start: (b, 0, i, 0)),
                 pl.BlockSpec((None, *_block_of(gates, block)), lambda b, i, j, start: (b, i, 0)),
                 pl.BlockSpec(memory_space=pltpu.HBM),
+                *[pl.BlockSpec((None, 1, step), lambda b, i, j, start: (b, 0, j)) for _ in scales],
             ],
             out_specs=pl.BlockSpec((None, block, step), lambda b, i, j, start: (b, i, j)),
             scratch_shapes=[
@@ -105,7 +110,7 @@ def indexer_scores(
     )
     # The same bytes as rows of 128, the unit of copies and registers.
     keys = keys.reshape(-1, rows, LANES)
-    return call(query_start.astype(jnp.int32), table[:, None], q, gates, keys)
+    return call(query_start.astype(jnp.int32), table[:, None], q, gates, keys, *scales)
 
 
 def _block_of(array: jax.Array, block: int) -> tuple[int, ...]:
@@ -125,17 +130,14 @@ def _kernel(
     q_ref,
     gates_ref,
     keys_ref,
-    out_ref,
-    buffer,
-    spread,
-    arrived,
-    *,
+    *refs,
     page_size,
     step,
     block,
     dim,
     unroll,
 ):
+    *scales, out_ref, buffer, spread, arrived = refs
     b, i, j = (pl.program_id(axis) for axis in range(3))
     first_query = _query_start(start_ref, b) + i * block
     # Queries that see nothing also get one step, with all keys masked.
@@ -177,7 +179,7 @@ def _kernel(
         def _(tile):
             first = pl.multiple_of(tile * _TILE, _TILE)
             keys = buffer[slot, pl.ds(pl.multiple_of(first * dim // LANES, _TILE // 2), _TILE * dim // LANES)]
-            keys = keys if dim == LANES else _one_key_a_row(keys)
+            keys = keys.astype(jnp.bfloat16) if dim == LANES else _one_key_a_row(keys)
             q = q_ref[...].reshape(-1, LANES)
             dots = lax.dot_general(
                 q,
@@ -189,13 +191,15 @@ def _kernel(
             dots = jnp.maximum(dots.reshape(*spread.shape[:2], _TILE), 0.0)
             parts = [dots[..., lanes : lanes + LANES] * spread[...] for lanes in range(0, _TILE, LANES)]
             scores = jnp.concatenate([jnp.sum(part, axis=0 if block > 1 else 1) for part in parts], axis=1)
+            for scale in scales:
+                scores *= scale[:, pl.ds(first, _TILE)]
             positions = j * step + first + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
             visible = positions <= first_query + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
             out_ref[:, pl.ds(first, _TILE)] = jnp.where(visible, scores, -jnp.inf)
 
 
 def _one_key_a_row(pairs: jax.Array) -> jax.Array:
-    """bf16 `[r, 128]` with two keys of 64 per row, to `[2 * r, 128]` with one key and zeros per row."""
+    """`[r, 128]` with two keys of 64 per row, to bf16 `[2 * r, 128]` with one key and zeros per row."""
     bits = lax.bitcast_convert_type(pairs.astype(jnp.float32), jnp.uint32)
     # A 32-bit word of a register holds the elements of two rows.
     words = (bits >> 16) | pltpu.roll(bits, LANES // 2, 1)

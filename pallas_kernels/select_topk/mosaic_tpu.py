@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +27,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import LANES, result_like, vmem_limit
 
-_CHUNK = 8 * 4096  # Scores of one turn of a pass's loop, over all rows side by side.
-_PART = 8 * 512  # Scores of one vector of counts: few enough for registers, enough to be independent.
+CHUNK = 8 * 4096  # Scores of one turn of a pass's loop, over all rows side by side.
+PART = 8 * 512  # Scores of one vector of counts: few enough for registers, enough to be independent.
 _LOWEST = -(2**31)
 _HIGHEST = 2**31 - 1
 _INFINITY, _MINUS_INFINITY = 0x7F800000, -0x7F800001  # Keys.
@@ -68,7 +70,7 @@ def select_threshold(scores: jax.Array, lengths: jax.Array, k: int) -> tuple[jax
         raise NotImplementedError("takes at least one row and one position")
     limit = vmem_limit()
     block = 8 if size > 2**15 or rows <= 8 else 32
-    padded = pl.cdiv(size, _CHUNK // block) * (_CHUNK // block)
+    padded = pl.cdiv(size, CHUNK // block) * (CHUNK // block)
     if 3 * 4 * block * padded > limit:  # A block that is read, one that is searched, and its integers.
         raise NotImplementedError(f"VMEM holds rows of up to {limit // (8 * 12):,} positions, not of {size:,}")
     padding = -rows % block
@@ -106,22 +108,44 @@ _search = lax.while_loop
 
 
 def _threshold_kernel(lengths_ref, scores_ref, threshold_ref, last_ref, keys_ref, *, k):
-    block = keys_ref.shape[0]
-    lengths = lengths_ref[...]
-    chunk, part = _CHUNK // block, _PART // block
-    shape = (block, part)
-    chunks = (_longest(lengths) + chunk - 1) // chunk
+    threshold_ref[...], last_ref[...] = search_threshold(lengths_ref[...], scores_ref, keys_ref, k)
+
+
+def over_rows(lengths: jax.Array, visit: Callable, start: Any) -> Any:
+    """In a kernel: applies `carry = visit(first, carry)` to all parts of rows, up to the longest row's end.
+
+    Args:
+      lengths: int32 `[rows, 1]`.
+      visit: takes the first position of a part, which has `PART // rows` positions.
+      start: the first carry.
+    """
+    chunk, part = CHUNK // lengths.shape[0], PART // lengths.shape[0]
+
+    def turn(i, carry):
+        for offset in range(0, chunk, part):
+            carry = visit(pl.multiple_of(i * chunk + offset, part), carry)
+        return carry
+
+    return lax.fori_loop(0, (_longest(lengths) + chunk - 1) // chunk, turn, start)
+
+
+def search_threshold(lengths: jax.Array, scores_ref: Any, keys_ref: Any, k: int) -> tuple[jax.Array, jax.Array]:
+    """In a kernel: the thresholds of some rows, as keys, and their last ties, as `select_threshold` has them.
+
+    Args:
+      lengths: int32 `[rows, 1]`.
+      scores_ref: float32 `[rows, s]`, s a multiple of `CHUNK // rows`.
+      keys_ref: int32 `[rows, s]`. It gets the scores as integers in their order, up to the end of the longest row's
+        last chunk. Positions from a row's length on get one that is below every threshold.
+      k: number of scores to select.
+
+    Returns:
+      int32 `[rows, 1]` twice.
+    """
+    part = PART // lengths.shape[0]
+    shape = (lengths.shape[0], part)
     lane = lax.broadcasted_iota(jnp.int32, shape, 1)
-
-    def over_row(visit, start):
-        """Applies `carry = visit(first position, carry)` to all parts of the longest row."""
-
-        def turn(i, carry):
-            for offset in range(0, chunk, part):
-                carry = visit(pl.multiple_of(i * chunk + offset, part), carry)
-            return carry
-
-        return lax.fori_loop(0, chunks, turn, start)
+    over_row = functools.partial(over_rows, lengths)
 
     def count(condition):
         """int32 `[block, 1]`: the number of positions at which `condition(keys, first position)` holds."""
@@ -187,8 +211,7 @@ def _threshold_kernel(lengths_ref, scores_ref, threshold_ref, last_ref, keys_ref
     before, last = jnp.full_like(lengths, -1), lengths - 1
     start = before, last, jnp.max(jnp.where(tied, last - before, 0))
     _, tie, _ = _search(lambda state: state[-1] > 1, narrow_positions, start)
-    threshold_ref[...] = jnp.where(few, _MINUS_INFINITY, threshold)
-    last_ref[...] = jnp.where(tied, tie, lengths - 1)
+    return jnp.where(few, _MINUS_INFINITY, threshold), jnp.where(tied, tie, lengths - 1)
 
 
 def _lists(rows: jax.Array, lengths: jax.Array, threshold: jax.Array, last_tie: jax.Array, k: int) -> jax.Array:

@@ -11,15 +11,18 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 from pallas_kernels.flash_attention import mosaic_tpu as dense
 from pallas_kernels.grouped_matmul import mosaic_tpu as experts
 from pallas_kernels.shapes import KEYE_VL_2 as MODEL
-from pallas_kernels.shapes import float32, int32, spec
+from pallas_kernels.shapes import int32, spec
 from pallas_kernels.sparse_attention import mosaic_tpu as listed
-from pallas_kernels.topk_attention import mosaic_tpu as unions
+from pallas_kernels.topk_attention.mosaic_tpu import attention as unions
+from pallas_kernels.topk_attention.mosaic_tpu import unions as lists
 from tests.tpu_compile.cases import CompileCase, Simulation
 
 PAIR_FLOPS = 4 * MODEL.heads * MODEL.head_dim
 """FLOPs of one query and one key: two products."""
 UNIT_KEYS = 2048
-"""Keys of the unit of prefill that is simulated."""
+"""Keys of the unit of dense prefill that is simulated."""
+BLOCK, UNIT_ENTRIES = 256, 4096
+"""Queries of a block, and entries of its union, in the unit of sparse prefill that is simulated."""
 ROW_BYTES = 2 * MODEL.kv_heads * MODEL.head_dim * 2
 """Bytes of one position's keys and values."""
 
@@ -29,36 +32,50 @@ def _pages(batch: int, context: int) -> jax.ShapeDtypeStruct:
     return MODEL.kv_pages(min(batch * context, 2**22))
 
 
-def _prefill(batch: int, queries: int, context: int, *, quick: bool = False) -> CompileCase:
-    """Attention after the selection: each query's threshold is known."""
+def _prefill(queries: int, context: int, union: int, *, quick: bool = False) -> CompileCase:
+    """Attention after the selection, of blocks of 256 queries whose unions have `union` entries."""
 
-    def arguments(batch: int, queries: int, context: int):
-        rows = batch, queries
+    def function(q, kv, table, words, rows, entries, dense):
+        found = lists.Unions(words, rows, entries, dense, BLOCK)
+        return unions.union_attention(q, kv, table, found, scale=MODEL.scale)
+
+    def arguments(queries: int, context: int):
+        blocks = queries // BLOCK
         return (
-            MODEL.queries(*rows),
-            float32(*rows, context),
-            float32(*rows),
-            int32(*rows),
-            int32(*rows),
-            _pages(batch, context),
-            MODEL.page_table(batch, context),
+            MODEL.queries(1, queries),
+            _pages(1, context),
+            MODEL.page_table(1, context),
+            int32(blocks, context // 128, lists.WORDS, 128),
+            int32(blocks, context // 128, 128),
+            int32(blocks),
+            int32(blocks),
         )
 
-    unit, keys = unions.QUERIES, UNIT_KEYS
+    def simulated(entries, *arguments, dense):
+        fixed = {
+            "_turns": lambda *_: entries // 1024,
+            "_dense": lambda *_: dense,
+            # The simulation loses semaphores in a loop.
+            "_for_each_turn": lambda count, body, _: [body(turn, None) for turn in range(count)],
+            # These sums at the end of a block are too many for tpu7x's model of the unit that adds lanes.
+            "_sum_of_lanes": lambda x: x[:, :1],
+        }
+        with mock.patch.multiple(unions, **fixed):
+            return function(*arguments)
 
-    def simulated(*arguments):
-        # These sums at the end of a block are too many for tpu7x's model of the unit that adds lanes.
-        with mock.patch.object(unions, "_sum_of_lanes", lambda x: x[:, :1]):
-            return unions.threshold_attention(*arguments, scale=MODEL.scale, one_pass=True)
-
+    dense = int(union == context)
     return CompileCase(
         "union_attention",
-        f"{batch} x {queries} queries, {context // 1024}K",
-        functools.partial(unions.threshold_attention, scale=MODEL.scale),
-        arguments(batch, queries, context),
-        flops=batch * queries * MODEL.top_k * PAIR_FLOPS,
-        nbytes=4 * batch * queries * context + batch * context * ROW_BYTES,
-        simulation=Simulation(simulated, arguments(1, unit, keys), batch * queries // unit * (context // keys)),
+        f"{queries} queries, {context // 1024}K, unions of {union // 1024}K",
+        function,
+        arguments(queries, context),
+        flops=queries * MODEL.top_k * PAIR_FLOPS,
+        nbytes=queries // BLOCK * union * ROW_BYTES,
+        simulation=Simulation(
+            functools.partial(simulated, UNIT_ENTRIES, dense=dense),
+            arguments(BLOCK, context),
+            queries // BLOCK * (union // UNIT_ENTRIES),
+        ),
         quick=quick,
     )
 
@@ -190,8 +207,12 @@ def _experts(tokens: int, *, quick: bool = False) -> CompileCase:
 
 
 CASES = [
-    _prefill(1, 2048, 131_072, quick=True),
-    _prefill(1, 2048, 262_144),
+    _prefill(2048, 32_768, 16_384),
+    _prefill(2048, 131_072, 16_384, quick=True),
+    _prefill(2048, 131_072, 32_768),
+    _prefill(2048, 131_072, 131_072),
+    _prefill(2048, 262_144, 32_768),
+    _splash(2048, 32_768),
     _splash(2048, 131_072),
     _dense(1, 2048, 131_072, quick=True),
     _dense(1, 2048, 262_144),

@@ -1,0 +1,67 @@
+"""Time of a chunk of prefill on a TPU, from the TPU compiler's estimates of its kernels.
+
+The figures are those of the tables in docs/tpu.md, which say how they were made. No TPU has confirmed them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from keye_jax.config import KeyeConfig
+from pallas_kernels.shapes import KEYE_VL_2
+
+UNION = 2**15
+"""Positions that 256 neighbouring queries are assumed to select together at most; nobody has measured it."""
+
+_QUERIES, _POSITIONS, _ENTRIES = 2048, 2**17, 2**14
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelTimes:
+    """Milliseconds of one device, for 2,048 queries of one layer.
+
+    Attributes:
+      scores: `indexer_scores` of 128K positions, bfloat16.
+      unions: `select_unions` of 128K positions.
+      attention: `union_attention` to unions of 16K.
+      pages: `union_attention` to whole pages of 128K positions.
+    """
+
+    scores: float
+    unions: float
+    attention: float
+    pages: float
+
+
+KERNELS = {
+    "v5e": KernelTimes(7.26, 6.63, 5.45, 33.6),
+    "v5p": KernelTimes(2.88, 2.83, 2.11, 13.7),
+    "v6e": KernelTimes(3.58, 5.79, 3.23, 19.1),
+    "tpu7x": KernelTimes(2.71, 4.67, 2.51, 15.1),
+}
+
+
+def kernels_were_estimated(config: KeyeConfig) -> bool:
+    """Whether attention and its indexer have the sizes that were estimated, those of the released model."""
+    sa, model = config.sa_config, KEYE_VL_2
+    attention = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    indexer = sa.indexer_num_heads, sa.indexer_head_dim, sa.topk
+    return (*attention, *indexer) == (
+        *(model.heads, model.kv_heads, model.head_dim),
+        *(model.index_heads, model.index_dim, model.top_k),
+    )
+
+
+def kernel_seconds(generation: str, queries: float, context: int) -> float:
+    """Seconds of one layer's scores, selection and attention on one device.
+
+    Args:
+      generation: a key of `KERNELS`.
+      queries: of the device, the last ones of the context.
+      context: positions.
+    """
+    times = KERNELS[generation]
+    # A block of queries reads whole pages where its union is more than three quarters of them.
+    few = min(context, UNION) * 4 <= context * 3
+    attention = times.attention * UNION / _ENTRIES if few else times.pages * context / _POSITIONS
+    return ((times.scores + times.unions) * context / _POSITIONS + attention) * queries / _QUERIES * 1e-3
