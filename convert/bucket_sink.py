@@ -24,6 +24,7 @@ from convert.orbax_io import PARAMS, OrbaxWriter
 from convert.orbax_layout import ArrayPath, chunk_shape
 from convert.reader import INDEX_NAME
 from convert.sinks import grouped, planned_tensor
+from convert.stored import encode
 from convert.writer import encode_header, plan_shards, shard_index, shard_names
 from keye_jax.errors import UserError
 
@@ -167,7 +168,8 @@ class BucketSafetensorsSink:
         offset = len(header)
         # The items of a group are in the order of their shard.
         for item in group:
-            values = np.ascontiguousarray(arrays.pop(item.tensor.path)).reshape(-1).view(np.uint8)
+            values = encode(item.tensor, arrays.pop(item.tensor.path))
+            values = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
             data[offset : offset + values.nbytes] = memoryview(values)
             offset += values.nbytes
         self._staging.put(self._names[self._written], bytes(data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +13,12 @@ import numpy as np
 from convert import buckets, mapping
 from convert.manifest import Manifest
 from convert.reader import DTYPES, SafetensorsSource
+from convert.stored import StoredWeight
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 from keye_jax.progress import PhaseProgress
+from keye_jax.quantization import layouts
+from keye_jax.quantization.quantize import VALUES
 
 if TYPE_CHECKING:
     from convert.orbax_io import OrbaxSource
@@ -106,8 +110,11 @@ def _check_safetensors(source: SafetensorsSource, config: KeyeConfig) -> tuple[l
     found: list[FoundTensor] = []
     problems = list(source.problems)
     known: set[str] = set()
+    stored = _StoredWeights(source, config, known, problems)
     for tensor in mapping.rows(config):
         name = tensor.checkpoint_name
+        if stored.take(tensor, found):
+            continue
         known.add(name)
         pieces = mapping.expert_pieces(tensor)
         present = [piece for piece in pieces if piece.checkpoint_name in source.entries]
@@ -140,6 +147,58 @@ def _check_safetensors(source: SafetensorsSource, config: KeyeConfig) -> tuple[l
         # What is missing has another name, or is in a file that cannot be read, which is a problem already.
         problems = [problem for problem in problems if ": it is missing; " not in problem]
     return found, problems
+
+
+class _StoredWeights:
+    """Finds the weights that files hold in fewer bits, and what reads them.
+
+    Args:
+      known: gets the names of their tensors.
+      problems: gets what is wrong with them.
+    """
+
+    def __init__(self, source: SafetensorsSource, config: KeyeConfig, known: set[str], problems: list[str]) -> None:
+        self._source, self._known, self._problems, self._dtype = source, known, problems, config.jax_dtype
+        stated = config.quantization_config
+        if stated is None and config.quantization:
+            stated = layouts.write(config.quantization)
+        self._stated = None if stated is None else layouts.parse(stated)
+        self._weights: dict[str, StoredWeight] = {}
+        source.readers, source.dequantized = {}, []
+
+    def take(self, tensor: mapping.Tensor, found: list[FoundTensor]) -> bool:
+        """Whether `tensor` is of such a weight. If it is whole, adds it to `found`."""
+        if self._stated is None:
+            return False
+        weight = tensor.weight or tensor
+        name = weight.checkpoint_name
+        if not tensor.role and (entry := self._source.entries.get(name)) is not None and entry.dtype in DTYPES:
+            return False
+        pieces = mapping.expert_pieces(weight)
+        module = pieces[0].checkpoint_name if pieces else name
+        scheme = self._stated.of(module.removesuffix(".weight")) if module.endswith(".weight") else None
+        if scheme is None:
+            return False
+        if name not in self._weights:
+            stored = StoredWeight(self._source, weight, scheme)
+            if not tensor.role and not stored.is_there:
+                return False
+            self._weights[name] = stored
+            self._known |= stored.names
+            self._problems += [
+                problem for problem in stored.problems if problem.split(":")[0] not in self._source.in_bad_files
+            ]
+        stored, table_name = self._weights[name], tensor.checkpoint_name
+        if stored.problems:
+            return True
+        if tensor.role:
+            self._source.readers[table_name] = functools.partial(stored.read, tensor, tensor.role)
+            found.append(FoundTensor(tensor, stored.dtype(tensor.role)))
+        else:
+            self._source.readers[table_name] = functools.partial(stored.numbers, self._dtype)
+            self._source.dequantized.append(table_name)
+            found.append(FoundTensor(tensor, self._dtype))
+        return True
 
 
 def _common_prefix(unexpected: list[str], known: set[str]) -> str | None:
@@ -191,7 +250,6 @@ def _check_orbax(source: OrbaxSource, config: KeyeConfig) -> tuple[list[FoundTen
     problems = list(source.problems)
     if problems:
         return found, problems
-    allowed = set(DTYPES.values())
     tensors = {tensor.path: tensor for tensor in mapping.rows(config)}
     for path, tensor in tensors.items():
         entry = source.entries.get(path)
@@ -203,13 +261,21 @@ def _check_orbax(source: OrbaxSource, config: KeyeConfig) -> tuple[list[FoundTen
         actual = tensor.with_rows(entry.shape[0]) if tensor.free_rows and entry.shape else tensor
         if entry.shape != actual.shape:
             problems.append(_wrong_shape(name, entry.shape, tensor.shape))
-        elif entry.dtype not in allowed:
-            problems.append(f"{name}: its dtype is {entry.dtype}; it must be {_ALLOWED}")
+        elif entry.dtype not in (allowed := _dtypes(tensor)):
+            names = _ALLOWED if len(allowed) > 1 else " or ".join(map(str, allowed))
+            problems.append(f"{name}: its dtype is {entry.dtype}; it must be {names}")
         else:
             found.append(FoundTensor(actual, entry.dtype))
     for path in sorted(source.entries.keys() - tensors.keys()):
         problems.append(f"{'.'.join(path)}: it is not an array of this model")
     return found, problems
+
+
+def _dtypes(tensor: mapping.Tensor) -> list[np.dtype]:
+    """The dtypes that an array may have in Orbax."""
+    if tensor.scheme is None or tensor.role == "scales":
+        return list(DTYPES.values())
+    return [VALUES[tensor.scheme.format] if tensor.role == "values" else np.dtype(np.int8)]
 
 
 # Exponent bits, by item size and dtype. An infinity or NaN has all of them set.
@@ -218,8 +284,11 @@ _BLOCK_ELEMENTS = 16 << 20
 
 
 def count_non_finite(values: np.ndarray) -> int:
-    """Counts the infinities and NaNs of a bfloat16, float16 or float32 array without copying it."""
-    name = next(name for name, dtype in DTYPES.items() if dtype == values.dtype)
+    """Counts the infinities and NaNs of an array; one of bfloat16, float16 or float32 is not copied."""
+    name = next((name for name, dtype in DTYPES.items() if dtype == values.dtype), None)
+    if name is None:
+        # Whole numbers are finite, and of float8_e4m3fn only NaNs are not.
+        return int(np.isnan(values.astype(np.float32)).sum()) if values.dtype == VALUES["fp8"] else 0
     mask = _EXPONENT[values.dtype.itemsize][name]
     bits = np.ascontiguousarray(values).reshape(-1).view(f"u{values.dtype.itemsize}")
     blocks = (bits[start : start + _BLOCK_ELEMENTS] for start in range(0, bits.size, _BLOCK_ELEMENTS))

@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,15 @@ from convert.checks import FoundTensor
 from convert.journal import Written
 from convert.manifest import MANIFEST
 from convert.orbax_io import PARAMS, OrbaxSource
+from convert.orbax_layout import ArrayPath
 from convert.reader import SafetensorsSource
 from convert.sinks import OrbaxSink, SafetensorsSink, Sink, grouped
 from convert.staging import Staging, is_empty, remove_leftover, staging_directory
+from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
+from keye_jax.parsing import read_json
 from keye_jax.progress import PhaseProgress
+from keye_jax.quantization import layouts
 
 SHARD_BYTES = 5_000_000_000
 
@@ -47,6 +52,7 @@ class Conversion:
       nbytes: bytes of its arrays.
       continued: the part of `nbytes` that an earlier, stopped run wrote.
       seconds: duration of this run.
+      dequantized: names of weights that had fewer bits in SRC and have not in DST.
     """
 
     destination: str
@@ -55,6 +61,7 @@ class Conversion:
     nbytes: int
     continued: int
     seconds: float
+    dequantized: tuple[str, ...] = ()
 
 
 def convert(
@@ -68,6 +75,9 @@ def convert(
     progress: PhaseProgress | None = None,
 ) -> Conversion:
     """Converts the checkpoint in `src` into the other kind, bit by bit, and writes it into the directory `dst`.
+
+    Weights of fewer bits stay as they are, in the layouts of `keye_jax.quantization.layouts.write`. Where a model
+    cannot hold them so, they become numbers of its dtype.
 
     Memory: about twice the largest tensor, besides the interpreter. The new checkpoint is built in `dst.partial`, which
     becomes `dst` at the end. After a run was stopped, the same call continues it. In a bucket nothing is renamed:
@@ -97,12 +107,16 @@ def convert(
     source = detect.open_source(source_directory)
     try:
         config = detect.read_config(source_directory)
+        if merge_lora is not None and config.quantization_config is not None:
+            raise UserError(f"--merge-lora cannot go with {src}, whose weights have fewer bits; merge before that")
         adapter = None if merge_lora is None else read_adapter(merge_lora, config)
         found, problems = checks.check(source, config)
         if check_finite:
             problems += _non_finite(source, found, report)
         checks.raise_problems(source_directory, problems)
-        return _run(source, destination, found, adapter, overwrite, shard_size, report, started)
+        done = _run(source, destination, config, found, adapter, overwrite, shard_size, report, started)
+        dequantized = source.dequantized if isinstance(source, SafetensorsSource) else []
+        return dataclasses.replace(done, dequantized=tuple(dequantized))
     except OSError as error:
         raise UserError(storage.reason(error) or str(error)) from error
     finally:
@@ -112,6 +126,7 @@ def convert(
 def _run(
     source: Source,
     destination: Path | Bucket,
+    config: KeyeConfig,
     found: list[FoundTensor],
     adapter: Adapter | None,
     overwrite: bool,
@@ -122,9 +137,9 @@ def _run(
     orbax = isinstance(source, SafetensorsSource)
     kind: detect.Kind = "orbax" if orbax else "safetensors"
     total = sum(item.nbytes for item in found)
-    fingerprint = _fingerprint(source, found, shard_size, adapter)
+    fingerprint = fingerprint_of(source, found, shard_size, adapter)
     if isinstance(destination, Path):
-        _check_space(destination, total)
+        check_space(destination, total)
     staging: Staging | BucketStaging | None = None
     sink: Sink | None = None
     try:
@@ -134,28 +149,17 @@ def _run(
         else:
             staging = Staging(destination, fingerprint, overwrite=overwrite)
             sink = OrbaxSink(staging, report) if orbax else SafetensorsSink(staging, found, shard_size, report)
-        continued = done = sum(item.nbytes for item in found if item.tensor.checkpoint_name in staging.done)
-        report("convert", done, total)
-        unrecorded: list[tuple[list[FoundTensor], list[Written]]] = []
-
-        def record(most: int) -> None:
-            """Has the journal take the oldest groups until at most `most` are left."""
-            nonlocal done
-            while len(unrecorded) > most:
-                group, written = unrecorded.pop(0)
-                staging.record([item.tensor.checkpoint_name for item in group], written)
-                done += sum(item.nbytes for item in group)
-                report("convert", done, total)
-
-        for group in sink.groups(found):
-            if staging.done.issuperset(item.tensor.checkpoint_name for item in group):
-                continue
-            sink.write(group, _merged(_read_or_discard(source, group, staging), group, adapter))
-            unrecorded.append((group, written := sink.saved()))
-            # The bytes of a group are hashed while the next one is written.
-            record(1 if written else 0)
-        record(0)
-        sink.finish(side_files(source.directory))
+        continued = sum(item.nbytes for item in found if item.tensor.checkpoint_name in staging.done)
+        report("convert", continued, total)
+        write_groups(
+            sink.groups(found),
+            lambda group: _merged(_read(source, group), group, adapter),
+            sink,
+            staging,
+            lambda recorded: report("convert", continued + recorded, total),
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            sink.finish(side_files_of(source.directory, config, Path(folder)))
         staging.commit()
     except UserError:
         raise
@@ -174,6 +178,48 @@ def _run(
     return Conversion(shown, kind, len(found), total, continued, time.monotonic() - started)
 
 
+def write_groups(
+    groups: Iterable[list[FoundTensor]],
+    make: Callable[[list[FoundTensor]], dict[ArrayPath, np.ndarray]],
+    sink: Sink,
+    staging: Staging | BucketStaging,
+    report: Callable[[int], None],
+) -> None:
+    """Writes the groups that no earlier run wrote, and puts them into the journal.
+
+    Args:
+      make: gives the arrays of a group by path.
+      report: called with the bytes of the groups that this run put into the journal.
+    """
+    unrecorded: list[tuple[list[FoundTensor], list[Written]]] = []
+    done = 0
+
+    def record(most: int) -> None:
+        """Has the journal take the oldest groups until at most `most` are left."""
+        nonlocal done
+        while len(unrecorded) > most:
+            group, written = unrecorded.pop(0)
+            staging.record([item.tensor.checkpoint_name for item in group], written)
+            done += sum(item.nbytes for item in group)
+            report(done)
+
+    for group in groups:
+        if staging.done.issuperset(item.tensor.checkpoint_name for item in group):
+            continue
+        try:
+            arrays = make(group)
+        except UserError as error:
+            # A source that is bad will be bad again; a disk or a network may be better later.
+            if storage.reason(error) is None:
+                staging.discard()
+            raise
+        sink.write(group, arrays)
+        unrecorded.append((group, written := sink.saved()))
+        # The bytes of a group are hashed while the next one is written.
+        record(1 if written else 0)
+    record(0)
+
+
 def _read(source: Source, group: list[FoundTensor]) -> dict[tuple[str, ...], np.ndarray]:
     if isinstance(source, SafetensorsSource):
         arrays = source.read_tensors(item.tensor for item in group)
@@ -188,18 +234,6 @@ def _merged(
     if adapter is None:
         return arrays
     return {item.tensor.path: adapter.merge(item.tensor, arrays[item.tensor.path]) for item in group}
-
-
-def _read_or_discard(
-    source: Source, group: list[FoundTensor], staging: Staging | BucketStaging
-) -> dict[tuple[str, ...], np.ndarray]:
-    try:
-        return _read(source, group)
-    except UserError as error:
-        # A source that is bad will be bad again; a disk or a network may be better later.
-        if storage.reason(error) is None:
-            staging.discard()
-        raise
 
 
 def _non_finite(source: Source, found: list[FoundTensor], report: PhaseProgress) -> list[str]:
@@ -268,7 +302,7 @@ def _same(first: Path, second: Path) -> bool:
     return first.exists() and second.exists() and first.samefile(second)
 
 
-def _check_space(destination: Path, total: int) -> None:
+def check_space(destination: Path, total: int) -> None:
     """Refuses a conversion without enough free space. The bytes that an earlier run wrote count as free."""
     partial, reclaimed = staging_directory(destination), 0
     if partial.is_dir():
@@ -278,7 +312,7 @@ def _check_space(destination: Path, total: int) -> None:
     storage.check_space("DST", destination, total, reclaimed=reclaimed)
 
 
-def _fingerprint(source: Source, found: list[FoundTensor], shard_size: int, adapter: Adapter | None) -> str:
+def fingerprint_of(source: Source, found: list[FoundTensor], shard_size: int, adapter: Adapter | None) -> str:
     """A digest of the files and tensors of the source, and of the options that change the output."""
 
     def stamp(file: Path, directory: Path) -> tuple[str, int, int]:
@@ -299,6 +333,27 @@ def _fingerprint(source: Source, found: list[FoundTensor], shard_size: int, adap
     if adapter is not None:
         state["adapter"] = [stamp(file, file.parent) for file in adapter.files]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
+def side_files_of(directory: Path, config: KeyeConfig, folder: Path) -> Iterable[Path]:
+    """`side_files`, with a config.json that says how the weights are written, if they have fewer bits.
+
+    Args:
+      config: of the new checkpoint.
+      folder: an empty directory, where that file is written.
+    """
+    for file in side_files(directory):
+        if file.name == "config.json" and (config.quantization_config is not None or config.quantization):
+            values = read_json(file)
+            for section in (values, values.get("text_config")):
+                if isinstance(section, dict):
+                    section.pop("quantization_config", None)
+                    section.pop("compression_config", None)
+            if config.quantization:
+                values["quantization_config"] = layouts.write(config.quantization)
+            file = folder / file.name
+            file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        yield file
 
 
 def side_files(directory: Path) -> Iterable[Path]:

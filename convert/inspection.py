@@ -125,7 +125,7 @@ def _summary(
     parts: dict[str, Part] = {}
     dtypes: dict[str, int] = {}
     for item in found:
-        line = Part(1, item.tensor.size, item.nbytes)
+        line = Part(1, item.tensor.parameters, item.nbytes)
         parts[item.tensor.part] = parts.get(item.tensor.part, Part()) + line
         dtypes[item.dtype.name] = dtypes.get(item.dtype.name, 0) + item.nbytes
     ordered = {name: parts[name] for name in mapping.PARTS if name in parts}

@@ -42,7 +42,8 @@ def load_params(
     Args:
       path: directory of a checkpoint of either kind, or its URL in a bucket.
       config: its configuration.
-      dtype: the dtype to cast every array to while it is loaded; None to keep the stored dtypes.
+      dtype: the dtype to cast every array to while it is loaded; None to keep the stored dtypes. Arrays of weights of
+        fewer bits keep theirs.
       shardings: one sharding for all arrays, or nested dicts like the result with shardings as leaves. Arrays without
         a sharding go to the default device.
       verify_checksums: read every file first, and compare it with the manifest. Of a checkpoint in a bucket, each of
@@ -104,7 +105,7 @@ def _load_tensor(source: SafetensorsSource, item: FoundTensor, dtype: Any, shard
         array = jax.device_put(values)
     else:
         array = jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
-    if dtype is not None and array.dtype != np.dtype(dtype):
+    if dtype is not None and not item.tensor.role and array.dtype != np.dtype(dtype):
         array = array.astype(dtype)
     # Without waiting, several tensors would be in host memory at a time.
     return jax.block_until_ready(array)
@@ -114,12 +115,13 @@ def _restore(
     source: OrbaxSource, wanted: list[FoundTensor], dtype: Any, targets: dict[tuple[str, ...], Sharding | None]
 ) -> dict[tuple[str, ...], Any]:
     requests, moves = {}, {}
-    for path in (item.tensor.path for item in wanted):
+    for item in wanted:
+        path = item.tensor.path
         entry, target = source.entries[path], targets[path]
         split = _split_replicas(entry, target) if isinstance(target, NamedSharding) else None
         if split is not None:
             moves[path] = target
-        requests[path] = on_device(entry, dtype, split or target)
+        requests[path] = on_device(entry, None if item.tensor.role else dtype, split or target)
     arrays = source.restore(requests)
     for path, target in moves.items():
         # One at a time: only one array is in device memory twice.

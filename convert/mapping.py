@@ -17,6 +17,9 @@ import math
 import re
 
 from keye_jax.config import KeyeConfig
+from keye_jax.quantization import layouts
+from keye_jax.quantization.layouts import Layout
+from keye_jax.quantization.schemes import Scheme, grid
 
 # Rows of the packing position table in the released checkpoint. No field of its config holds this number.
 PACKING_ROWS = 32768
@@ -59,7 +62,14 @@ class Row:
 class Tensor:
     """One tensor of a configuration: a row with the values of its counters and sizes.
 
-    The attributes are those of `Row`. `free_rows`: whether any leading dimension is accepted.
+    The attributes are those of `Row`, and of an array of a weight of fewer bits some more.
+
+    Attributes:
+      free_rows: whether any leading dimension is accepted.
+      weight: the weight that the array is of, as it is with all bits.
+      role: "values", "scales" or "zeros".
+      scheme: of the weight.
+      layout: in which files are written.
     """
 
     checkpoint_name: str
@@ -69,6 +79,17 @@ class Tensor:
     part: str
     in_model: bool
     free_rows: bool = False
+    weight: Tensor | None = None
+    role: str = ""
+    scheme: Scheme | None = None
+    layout: Layout | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the model that the array holds; scales and zeros are none."""
+        if self.weight is None:
+            return self.size
+        return self.weight.size if self.role == "values" else 0
 
     @property
     def size(self) -> int:
@@ -252,14 +273,66 @@ def rows(config: KeyeConfig) -> list[Tensor]:
             block.append(pending.pop(0))
         for index in range(counts.get(counter, 1)):
             tensors += [concrete(row, counter, index) for row in block]
-    return tensors
+    return [part for tensor in tensors for part in _arrays(tensor, config)]
+
+
+def parts_of(weight: Tensor) -> int:
+    """Matrices of an expert that lie side by side in a fused weight: gate and up, or one."""
+    return 2 if weight.path[-1] == "gate_up_proj" else 1
+
+
+def _arrays(weight: Tensor, config: KeyeConfig) -> list[Tensor]:
+    """The arrays of a weight of fewer bits; any other tensor alone."""
+    scheme = config.quantization.of(weight.path)
+    if scheme is None:
+        return [weight]
+    fp8 = layouts.writes_fp8(config.quantization)
+    layout: Layout = "fp8" if fp8 else layouts.written_layout(scheme)
+    packed = scheme.format == "int4"
+    shape = weight.shape
+    if weight.part == "experts":
+        experts, inputs, outputs = shape
+        blocks = grid(scheme.block(inputs, outputs, parts=parts_of(weight)), inputs, outputs)
+        first, stored = (experts,), (experts, inputs // 2, outputs) if packed else shape
+        turned = not fp8
+    else:
+        outputs, inputs = weight.checkpoint_shape
+        blocks = grid(scheme.block(inputs, outputs), inputs, outputs)[::-1]
+        first, stored = (), (*shape[:-1], shape[-1] // 2) if packed else shape
+        turned = False
+    scales = (*first, *blocks)
+    in_files = (*first, *blocks[::-1]) if turned else scales
+    groups = in_files[-1]
+    values = (*first, outputs, -(-inputs // 8)) if packed else (*first, outputs, inputs) if turned else None
+    zeros = (*first, -(-outputs // 8), groups) if packed else in_files
+    name = weight.checkpoint_name
+    found = [
+        ("values", name + ("_packed" if packed else ""), values or weight.checkpoint_shape, stored),
+        ("scales", name + ("_scale_inv" if fp8 else "_scale"), in_files, scales),
+    ]
+    if scheme.zero_points:
+        found.append(("zeros", f"{name}_zero_point", zeros, scales))
+    return [
+        dataclasses.replace(
+            weight,
+            checkpoint_name=stored_name,
+            checkpoint_shape=stored_shape,
+            path=(*weight.path, role),
+            shape=our_shape,
+            weight=weight,
+            role=role,
+            scheme=scheme,
+            layout=layout,
+        )
+        for role, stored_name, stored_shape, our_shape in found
+    ]
 
 
 def expert_pieces(tensor: Tensor) -> list[ExpertPiece]:
     """The linears that a fused expert tensor consists of, expert by expert; empty for any other tensor."""
     prefix, _, fused = tensor.checkpoint_name.rpartition(".")
     linears = [(name, half) for name, (owner, half) in _EXPERT_LINEARS.items() if owner == fused]
-    if tensor.part != "experts" or not linears:
+    if tensor.part != "experts" or not linears or tensor.role:
         return []
     experts, inputs, outputs = tensor.shape
     width = outputs // len(linears)

@@ -10,7 +10,7 @@ import concurrent.futures
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,14 @@ DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Those of weights of fewer bits, with what lies beside them.
+STORED: dict[str, np.dtype] = DTYPES | {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in STORED.items()}
 
 # Bits an element of the format's other dtypes, for checking headers that hold them.
 _OTHER_ITEM_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64, "F64": 64, "I64": 64, "U64": 64}
@@ -126,6 +133,8 @@ class SafetensorsSource:
       entries: the places of the tensors in the complete files, by name.
       problems: the problems of the files, one sentence each.
       in_bad_files: names of the tensors that the index puts into incomplete or missing files.
+      readers: what reads tensors of weights of fewer bits, by name in the table; `convert.checks` finds them.
+      dequantized: names of weights that have fewer bits in the files and not in the model.
       is_partly_unknown: whether there is no index, and a file cannot be read: nobody knows which tensors are in it.
 
     Raises:
@@ -137,6 +146,8 @@ class SafetensorsSource:
         self.entries: dict[str, TensorEntry] = {}
         self.problems: list[str] = []
         self.in_bad_files: set[str] = set()
+        self.readers: dict[str, Callable[[], np.ndarray]] = {}
+        self.dequantized: list[str] = []
         self.is_partly_unknown = False
         index = directory / INDEX_NAME
         if index.is_file():
@@ -158,7 +169,7 @@ class SafetensorsSource:
         source = cls.__new__(cls)
         source.directory, source.files, source.is_partly_unknown = directory, [], False
         source.entries, source.problems, source.in_bad_files, source._descriptors = {}, [], set(), {}
-        source._bucket = None
+        source._bucket, source.readers, source.dequantized = None, {}, []
         for file in files:
             source._open_file(file)
         return source
@@ -219,7 +230,7 @@ class SafetensorsSource:
         """
         entry = self.entries[name]
         if out is None:
-            out = np.empty(entry.shape, DTYPES[entry.dtype])
+            out = np.empty(entry.shape, STORED[entry.dtype])
         assert out.nbytes == entry.nbytes and out.flags.c_contiguous
         target = memoryview(out.reshape(-1).view(np.uint8))
         if self._bucket is not None:
@@ -240,8 +251,12 @@ class SafetensorsSource:
     def read_tensor(self, tensor: mapping.Tensor) -> np.ndarray:
         """Reads `tensor` in our shape. If the checkpoint stores the experts one by one, their linears are fused.
 
+        A tensor of `readers` is what its function returns.
+
         Memory: the tensor and one linear of an expert.
         """
+        if (read := self.readers.get(tensor.checkpoint_name)) is not None:
+            return read()
         if tensor.checkpoint_name in self.entries:
             return self.read(tensor.checkpoint_name).reshape(tensor.shape)
         pieces = mapping.expert_pieces(tensor)

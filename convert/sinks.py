@@ -15,6 +15,7 @@ from convert.journal import Written
 from convert.orbax_io import PARAMS, OrbaxWriter
 from convert.orbax_layout import ArrayPath
 from convert.staging import Staging
+from convert.stored import encode
 from convert.writer import PlannedTensor, ShardWriter, plan_shards
 from keye_jax.progress import PhaseProgress
 
@@ -106,7 +107,7 @@ class SafetensorsSink:
 
     def write(self, group: list[FoundTensor], arrays: dict[ArrayPath, np.ndarray]) -> None:
         for item in group:
-            self._writer.write(item.tensor.checkpoint_name, arrays[item.tensor.path])
+            self._writer.write(item.tensor.checkpoint_name, encode(item.tensor, arrays[item.tensor.path]))
             self._unsaved.append(item.tensor.checkpoint_name)
 
     def saved(self) -> list[Written]:
@@ -131,7 +132,10 @@ def _written(staging: Staging, hasher: manifest.Hasher, file: Path, offset: int,
 
 def planned_tensor(item: FoundTensor) -> PlannedTensor:
     """A tensor as a safetensors file has it."""
-    return PlannedTensor(item.tensor.checkpoint_name, item.tensor.checkpoint_shape, item.dtype)
+    scheme, role = item.tensor.scheme, item.tensor.role
+    packed = scheme is not None and scheme.format == "int4" and role != "scales"
+    dtype = np.dtype(np.int32) if packed else item.dtype
+    return PlannedTensor(item.tensor.checkpoint_name, item.tensor.checkpoint_shape, dtype)
 
 
 def grouped(found: list[FoundTensor]) -> Iterator[list[FoundTensor]]:

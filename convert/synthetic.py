@@ -39,6 +39,7 @@ def write_checkpoint(
     dtype: str | None = None,
     shard_size: int = 5_000_000_000,
     expert_layout: Literal["fused", "per_expert"] = "fused",
+    unused: bool = True,
 ) -> None:
     """Writes `config.json` and random weights into `directory`.
 
@@ -51,6 +52,7 @@ def write_checkpoint(
       dtype: bfloat16, float32 or float16; None for that of `config`.
       shard_size: maximum bytes of tensor data in one file.
       expert_layout: "fused" for two tensors a layer, "per_expert" for three linears an expert, of the same values.
+      unused: whether to write what a released checkpoint stores and the model does not use: a table of 32,768 rows.
 
     Raises:
       UserError: `directory` is not empty, or `dtype` is not one of the three.
@@ -61,7 +63,7 @@ def write_checkpoint(
         raise UserError(f"dtype is {dtype!r}; it must be {' or '.join(DTYPES)}")
     if not is_empty(directory):
         raise UserError(f"DST {directory} exists and is not empty; choose another")
-    tensors = mapping.rows(config)
+    tensors = [tensor for tensor in mapping.rows(config) if unused or tensor.in_model]
     planned: list[PlannedTensor] = []
     for tensor in tensors:
         pieces = mapping.expert_pieces(tensor) if expert_layout == "per_expert" else []

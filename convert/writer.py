@@ -18,7 +18,7 @@ _WRITE_BYTES = 64 << 20
 
 @dataclasses.dataclass(frozen=True)
 class PlannedTensor:
-    """The name, stored shape and dtype of a tensor to write; the dtype is bfloat16, float32 or float16."""
+    """The name, stored shape and dtype of a tensor to write; the dtype is one of `convert.reader.STORED`."""
 
     name: str
     shape: tuple[int, ...]

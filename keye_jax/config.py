@@ -21,6 +21,8 @@ from keye_jax import config_rules
 from keye_jax.config_rules import fail
 from keye_jax.errors import UserError, shorten, shorten_name
 from keye_jax.parsing import read_json
+from keye_jax.quantization import layouts
+from keye_jax.quantization.schemes import Quantization
 
 # The dtypes of weights, by their names in config.json.
 DTYPES: dict[str, np.dtype] = {
@@ -30,6 +32,9 @@ DTYPES: dict[str, np.dtype] = {
 }
 
 _MOST_SHOWN = 10
+
+# Fields of the classes that no field of a section is read into by its name.
+_NOT_IN_FILES = ("extra", "dtype_is_assumed", "quantization", "quantization_config")
 
 
 def _read_value(field: str, value: Any, kind: Any) -> Any:
@@ -94,7 +99,7 @@ class _Section:
 
     @classmethod
     def _fields(cls) -> list[dataclasses.Field]:
-        return [field for field in dataclasses.fields(cls) if field.name not in ("extra", "dtype_is_assumed")]
+        return [field for field in dataclasses.fields(cls) if field.name not in _NOT_IN_FILES]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -208,6 +213,8 @@ class KeyeConfig(_Section):
 
     Attributes:
       dtype_is_assumed: whether no field of the file says the dtype of the weights; bfloat16 is a guess then.
+      quantization: which of the model's weights have fewer bits.
+      quantization_config: how the file says that files store them; None if it does not.
     """
 
     hidden_size: int = _size()
@@ -237,6 +244,8 @@ class KeyeConfig(_Section):
     mlp_only_layers: tuple[int, ...] = ()
     dtype: str = "bfloat16"
     dtype_is_assumed: bool = dataclasses.field(default=False, compare=False, repr=False)
+    quantization: Quantization = dataclasses.field(default_factory=Quantization)
+    quantization_config: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -251,6 +260,14 @@ class KeyeConfig(_Section):
                 fail(name, getattr(self, name), f"from 0 to vocab_size - 1 = {self.vocab_size - 1}")
         if self.dtype not in DTYPES:
             fail("dtype", self.dtype, " or ".join(DTYPES))
+        schemes = {
+            "moe_intermediate_size": self.quantization.experts,
+            "hidden_size": self.quantization.experts or self.quantization.attention,
+            "head_dim": self.quantization.attention,
+        }
+        for name, scheme in schemes.items():
+            if scheme is not None and scheme.format == "int4" and getattr(self, name) % 2:
+                fail(name, getattr(self, name), "even for int4 weights")
 
     def _check_rope(self) -> None:
         section, head_dim = self.rope_scaling.mrope_section, self.head_dim
@@ -278,8 +295,23 @@ class KeyeConfig(_Section):
         values = _one_rope(_one_decoder(values))
         dtype = _agreed("dtype", values.get("dtype"), "torch_dtype", values.get("torch_dtype"))
         values = {name: value for name, value in values.items() if name not in ("dtype", "torch_dtype")}
+        names = ("quantization_config", "compression_config")
+        given = {name: values.pop(name, None) or None for name in names}
+        stated = _agreed(names[0], given[names[0]], names[1], given[names[1]])
         config = super().from_dict(values if dtype is None else {**values, "dtype": dtype})
-        return dataclasses.replace(config, dtype_is_assumed=dtype is None)
+        config = dataclasses.replace(config, dtype_is_assumed=dtype is None)
+        if stated is None:
+            return config
+        field = next(name for name, value in given.items() if value is not None)
+        quantization, _ = layouts.resolve(layouts.parse(stated, field=field), config.num_hidden_layers)
+        return dataclasses.replace(config, quantization=quantization, quantization_config=stated)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object of a `config.json`, with unknown fields."""
+        stated = self.quantization_config
+        if stated is None and self.quantization:
+            stated = layouts.write(self.quantization)
+        return super().to_dict() | ({} if stated is None else {"quantization_config": dict(stated)})
 
     @classmethod
     def from_file(cls, path: str | Path) -> KeyeConfig:
@@ -302,9 +334,14 @@ class KeyeConfig(_Section):
     def notes(self) -> list[str]:
         """What the file leaves to a guess, or says without effect, one sentence each."""
         found = [f"config.json does not say the dtype of the weights; {self.dtype} is assumed"]
+        if self.quantization_config is not None:
+            notes = layouts.resolve(layouts.parse(self.quantization_config), self.num_hidden_layers)[1]
+        else:
+            notes = []
         unknown = self.unknown_fields
         shown = ", ".join(map(shorten_name, unknown[:_MOST_SHOWN])) + (", ..." if len(unknown) > _MOST_SHOWN else "")
-        return found[: self.dtype_is_assumed] + ([f"fields of config.json without effect: {shown}"] if unknown else [])
+        without_effect = [f"fields of config.json without effect: {shown}"] if unknown else []
+        return found[: self.dtype_is_assumed] + notes + without_effect
 
     @property
     def mrope_section(self) -> tuple[int, ...]:

@@ -77,7 +77,7 @@ def _names_this_model(value: Any, _: Mapping[str, Any]) -> bool:
 _ARCHITECTURES = ("KeyeVL2MoeForConditionalGeneration", "KeyeVL2ForConditionalGeneration")
 _OFF = _must(False)
 _ONE, _NONE = _must(1), _must(0)
-_NO_QUANTISATION = _left_out("quantised checkpoints are not read")
+_NO_QUANTISATION = _left_out("these weights have no fewer bits")
 _NO_CAP = _must(0, why="or left out: this model caps no logits")
 _NO_SCALING = _left_out("this model scales no positions")
 _WEIGHTS = "weights keep the dtypes of their files"
@@ -179,8 +179,6 @@ FIXED: Mapping[str, Mapping[str, Rule]] = {
         "moe_topk": _same_as("num_experts_per_tok"),
         "moe_top_k": _same_as("num_experts_per_tok"),
         # Weights.
-        "quantization_config": _NO_QUANTISATION,
-        "compression_config": _NO_QUANTISATION,
         "pruned_heads": _left_out("no heads are pruned"),
         "eos_token_id": Rule(_are_tokens, "a token id or a list of them"),
         "projector_hidden_act": _must("gelu"),

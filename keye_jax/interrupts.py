@@ -5,6 +5,10 @@ other processes can be one such instruction that takes minutes. So a thread of t
 pipe that Python's C handler writes to. The first signal raises KeyboardInterrupt where files have to be closed; nothing
 else is printed from then on. If that has not led to the end after a moment, or at the second signal, the thread ends
 the process. What is written is safe from that, as from SIGKILL.
+
+A command that ends in its own order at a signal takes signals with `given_to`, and tells the user with `say_stopped`.
+
+A signal that comes before `handle` gets Python's own answer, a traceback. So this module imports little.
 """
 
 from __future__ import annotations
@@ -18,13 +22,13 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
 
-if TYPE_CHECKING:
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # to import typing takes as long as all of the above
     import subprocess
+    from collections.abc import Callable, Iterator, Sequence
+    from types import FrameType, TracebackType
+    from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SIGNALLED = 128
@@ -37,7 +41,15 @@ _taken = False
 _raises = False
 _hint = ""
 _announce: Callable[[str, int], bool] | None = None
-_ending = threading.Lock()
+_said = False
+_receivers: dict[int, Callable[[signal.Signals], object]] = {}
+_ending = threading.RLock()  # of the thread that ends the process, for good
+_ends = False
+_whole = threading.RLock()  # of what is not cut in two
+_main_is_in_whole = False
+_late: int | None = None  # came to the main thread meanwhile
+_handles = False
+_others: int | None = None  # signals to handlers of others, where they are counted
 _children: weakref.WeakSet[subprocess.Popen[Any]] = weakref.WeakSet()
 _errors = 2  # where the line goes
 _bell: int | None = None
@@ -45,31 +57,63 @@ _bell: int | None = None
 
 def handle() -> None:
     """Takes over Ctrl-C and SIGTERM. For the main thread."""
-    global _bell
+    global _handles
     for number in SIGNALS:
         # A signal that the parent has the command ignore, as nohup does, stays ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _take)
-    if _bell is None:
-        reading, _bell = os.pipe()
-        os.set_blocking(_bell, False)
-        threading.Thread(target=_watch, args=(reading,), name="keye-jax signals", daemon=True).start()
+    if not _handles:
+        _handles = True
         sys.excepthook = _last_hook
         # Functions that are registered later are called earlier.
         atexit.register(_ignore)
-    signal.set_wakeup_fd(_bell, warn_on_full_buffer=False)
-
-
-def handle_again() -> None:
-    """`handle`, if it was called before others, such as asyncio, took over."""
-    if _bell is not None:
-        handle()
+    signal.set_wakeup_fd(_watched_bell(), warn_on_full_buffer=False)
 
 
 def handle_if_command(program: str, module: str) -> None:
     """`handle`, if this process is a console script's or that of `python -m module`, whose imports have just begun."""
-    if Path(sys.argv[0]).name == program or (sys.argv[0] == "-m" and module in sys.orig_argv):
+    if sys.argv[0].rpartition("/")[2] == program or (sys.argv[0] == "-m" and module in sys.orig_argv):
         handle()
+
+
+@contextlib.contextmanager
+def given_to(
+    function: Callable[[signal.Signals], object], numbers: Sequence[signal.Signals] = SIGNALS
+) -> Iterator[None]:
+    """In it signals go to a function, and do not end the process. It needs no `handle`.
+
+    For the main thread; without `numbers`, for any.
+
+    Args:
+      function: is called in a thread, also while the main thread is in native code.
+      numbers: which signals.
+    """
+    if not numbers:
+        yield
+        return
+    bell, handlers = signal.set_wakeup_fd(_watched_bell(), warn_on_full_buffer=False), {}
+    try:
+        for number in numbers:
+            _receivers[number] = function
+            handlers[number] = signal.signal(number, _leave)
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        with _whole:  # the function is not being called
+            _receivers.clear()
+        signal.set_wakeup_fd(bell)
+
+
+@contextlib.contextmanager
+def ended_by_second() -> Iterator[None]:
+    """In it the second signal to a handler of others ends the process, also where native code keeps it from that."""
+    global _others
+    _others = 0
+    try:
+        yield
+    finally:
+        _others = None
 
 
 @contextlib.contextmanager
@@ -95,13 +139,31 @@ def end(number: int) -> NoReturn:
     global _told
     _told = _told or signal.Signals(number)
     _end()
-    while True:  # another thread is about to end it
-        time.sleep(1)
+    raise AssertionError("it has ended")
 
 
 def told() -> bool:
     """Whether a signal is about to end this process."""
     return _told is not None
+
+
+def say_stopped(number: int, rest: str) -> int:
+    """Tells the user that a signal has stopped the command, which has ended in its own order.
+
+    Signals that come later add no line.
+
+    Args:
+      rest: of the sentence, which begins with the signal's name.
+
+    Returns:
+      The exit code.
+    """
+    global _said
+    with _undisturbed():
+        if _told is None:  # or the command is about to say that it was interrupted
+            print(f"keye-jax: stopped by {signal.Signals(number).name}{rest}", file=sys.stderr, flush=True)
+            _said = True
+    return SIGNALLED + number
 
 
 def set_hint(text: str = "") -> None:
@@ -134,11 +196,13 @@ def reason(number: int) -> str:
 def kept_from_children() -> Iterator[None]:
     """Processes that this thread starts in it do not get Ctrl-C and SIGTERM: this process ends them.
 
-    A terminal and a cluster send both to all processes of a command, at any moment of their start too.
+    A terminal and a cluster send both to all processes of a command, at any moment of their start too. This process
+    acts on a signal when the start is over, or it would leave a child that it does not know.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        yield
+        with _undisturbed():  # other threads of this process get signals still
+            yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -179,9 +243,40 @@ def start_quiet_tracker() -> None:
             os.environ["PYTHONWARNINGS"] = before
 
 
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """The main thread takes no signal in it, and the process does not end, unless it takes long."""
+    global _main_is_in_whole, _late
+    main = threading.current_thread() is threading.main_thread()
+    try:
+        with _whole:
+            _main_is_in_whole |= main
+            try:
+                yield
+            finally:
+                _main_is_in_whole &= not main
+    finally:
+        if main and _late is not None:
+            number, _late = _late, None
+            _take(number, None)
+
+
+def _watched_bell() -> int:
+    """The end of the pipe to write to; the thread is there."""
+    global _bell
+    if _bell is None:
+        reading, _bell = os.pipe()
+        os.set_blocking(_bell, False)
+        threading.Thread(target=_watch, args=(reading,), name="keye-jax signals", daemon=True).start()
+    return _bell
+
+
 def _take(number: int, _: FrameType | None) -> None:
     """The handler, in the main thread."""
-    global _told, _taken
+    global _told, _taken, _late
+    if _main_is_in_whole:
+        _late = number
+        return
     # The thread may have read the same signal before, and have set `_told`.
     first, _taken = not _taken, True
     _told = _told or signal.Signals(number)
@@ -191,6 +286,10 @@ def _take(number: int, _: FrameType | None) -> None:
         os.write(_bell, b"\0")  # to the thread, which did not count the signal if another's handler has passed it on
         raise KeyboardInterrupt
     _end()
+
+
+def _leave(number: int, _: FrameType | None) -> None:
+    """The handler of `given_to`, in the main thread. The thread gives the signal to the function."""
 
 
 def _ignore() -> None:
@@ -205,13 +304,27 @@ def _watch(bell: int) -> None:
     global _told
     got: list[int] = []
     while not got and _told is None:
-        got = [number for number in os.read(bell, 64) if number in SIGNALS and signal.getsignal(number) is _take]
+        got = [number for number in os.read(bell, 64) if number in SIGNALS and _ends_process(number)]
     if got:
         _told = _told or signal.Signals(got[0])
     end = time.monotonic() + _PATIENCE_S
     while len(got) < 2 and select.select([bell], [], [], max(0.0, end - time.monotonic()))[0]:
         got += [number for number in os.read(bell, 64) if number in SIGNALS]
     _end()
+
+
+def _ends_process(number: int) -> bool:
+    """Whether a signal is to end this process; it is given to whom it belongs."""
+    global _others
+    handler = signal.getsignal(number)
+    if handler is _leave:
+        with _whole:
+            if (function := _receivers.get(number)) is not None:
+                function(signal.Signals(number))
+    elif handler is not _take and _others is not None:
+        _others += 1
+        return _others > 1
+    return handler is _take
 
 
 def _mute() -> None:
@@ -226,15 +339,19 @@ def _mute() -> None:
 
 
 def _end() -> None:
-    """Says why and ends the process; returns if that is under way already."""
-    if not _ending.acquire(blocking=False):
+    """Says why and ends the process. Returns only if this thread is doing that already, and got another signal."""
+    global _ends
+    _ending.acquire()
+    if _ends:
         return
+    _ends = True
     assert _told is not None
+    _whole.acquire(timeout=_PATIENCE_S)
     _mute()
-    code, said = SIGNALLED + _told, False
+    code, said = SIGNALLED + _told, _said
     if _announce is not None:
         with contextlib.suppress(Exception):
-            said = _announce(reason(_told), code)
+            said |= _announce(reason(_told), code)
     if not said:
         # On a terminal a progress bar has hidden the cursor, and "^C" stands in its line.
         before = "\x1b[?25h\n" if os.isatty(_errors) else ""

@@ -24,14 +24,21 @@ if TYPE_CHECKING:
     from pallas_kernels.dispatch import available, resolve
     from pallas_kernels.errors import ArgumentError, UnsupportedError
     from pallas_kernels.flash_attention import flash_attention, paged_flash_attention
-    from pallas_kernels.grouped_matmul import expert_mlp, grouped_matmul
+    from pallas_kernels.grouped_matmul import (
+        expert_mlp,
+        grouped_matmul,
+        quantized_expert_mlp,
+        quantized_grouped_matmul,
+    )
     from pallas_kernels.indexer_scores import hadamard, indexer_scores, quantize
+    from pallas_kernels.quantized import QuantizedMatrices
     from pallas_kernels.select_topk import select_topk
     from pallas_kernels.sparse_attention import sparse_attention
     from pallas_kernels.topk_attention import topk_attention
 
 __all__ = [
     "ArgumentError",
+    "QuantizedMatrices",
     "UnsupportedError",
     "available",
     "expert_mlp",
@@ -41,6 +48,8 @@ __all__ = [
     "indexer_scores",
     "paged_flash_attention",
     "quantize",
+    "quantized_expert_mlp",
+    "quantized_grouped_matmul",
     "resolve",
     "select_topk",
     "sparse_attention",
@@ -63,6 +72,8 @@ _MODULES = {
     "errors": ("ArgumentError", "UnsupportedError"),
     "flash_attention.api": ("flash_attention", "paged_flash_attention"),
     "grouped_matmul.api": ("expert_mlp", "grouped_matmul"),
+    "grouped_matmul.quantized": ("quantized_expert_mlp", "quantized_grouped_matmul"),
+    "quantized": ("QuantizedMatrices",),
     "indexer_scores.api": ("indexer_scores",),
     "indexer_scores.quantize": ("hadamard", "quantize"),
     "select_topk.api": ("select_topk",),

@@ -41,6 +41,9 @@ OPERATIONS: Mapping[str, Operation] = {
     "paged_flash_attention": Operation("flash_attention", IMPLEMENTATIONS),
     "grouped_matmul": Operation("grouped_matmul"),
     "expert_mlp": Operation("grouped_matmul"),
+    # What these two run where matrices have fewer bits.
+    "quantized_grouped_matmul": Operation("grouped_matmul", ("xla",)),
+    "quantized_expert_mlp": Operation("grouped_matmul", ("xla",)),
 }
 """Every operation, by the name of its function."""
 

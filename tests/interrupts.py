@@ -3,7 +3,12 @@
 Each try starts a command, waits for a random part of the time that it takes, and interrupts it: alone or with all its
 processes, once or twice. It has to end within seconds with one line and exit code 130, or to have ended before, and to
 leave no process. What a conversion leaves must be what the next one continues. A server is interrupted while it loads
-the model, while it answers, and while nobody asks. Ends with exit code 1 if a try fails.
+the model, while it answers, and while nobody asks; a batch and a training also when they have results. Ends with exit
+code 1 if a try fails.
+
+The time of a try begins when the command has taken over SIGTERM, which it does together with Ctrl-C and /proc shows.
+Before that, Python starts and imports one module of the package, and answers Ctrl-C with a traceback. How long that
+took is printed and not tried. So the tool needs Linux.
 """
 
 from __future__ import annotations
@@ -11,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -29,7 +33,12 @@ from pathlib import Path
 
 import httpx
 
+from convert.synthetic import write_checkpoint
+from keye_jax import presets
+from keye_jax.config import KeyeConfig
 from keye_jax.testing import write_clip
+from keye_jax.train.report import MEASURES
+from keye_jax.train.shapes.files import write_model_files
 from tests.keye_jax.processes import ROOT, free_port, write_inputs
 
 LIMIT_S = 10.0
@@ -46,35 +55,45 @@ class Command:
     Attributes:
       arguments: with "{out}" for a path that is new for each try.
       check: takes that path after the command was interrupted; says what is wrong with what is there, or "".
-      beside: does something while the command runs; gives a function that says what the command is doing.
+      beside: takes that path, and does something while the command runs; gives a function that says what the command is
+        doing.
+      order_s: seconds that it may take to end in its own order, after one signal.
+      code: its exit code where nobody interrupts it.
       phases: what it can be doing, and the seconds from the beginning of that in which it is interrupted. Without any,
         the moment is one of the time that the whole command takes.
     """
 
     arguments: Sequence[str]
     check: Callable[[Path], str] = lambda out: ""
-    beside: Callable[[], AbstractContextManager[Callable[[], str]]] = lambda: contextlib.nullcontext(lambda: "")
+    beside: Callable[[Path], AbstractContextManager[Callable[[], str]]] = lambda out: contextlib.nullcontext(lambda: "")
+    order_s: float = LIMIT_S
+    code: int = 0
     phases: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def commands(folder: Path) -> dict[str, Command]:
     """The commands, with inputs that are written into a folder."""
     write_inputs(folder)
+    write_checkpoint(folder / "small", KeyeConfig.from_file(presets.EMBEDDED), seed=0)
+    write_model_files(folder / "small")
     write_clip(folder / "long.mp4", seconds=20, size=(112, 56))
     body = {"messages": [{"role": "user", "content": [{"type": "text", "text": "What moves?"}]}]}
     media = {"type": "video_url", "video_url": {"url": str(folder / "long.mp4")}}
     body["messages"][0]["content"].insert(0, media)
     asked = {"method": "POST", "url": "/v1/chat/completions", "body": body}
-    lines = [json.dumps({"custom_id": str(number), **asked}) for number in range(20)]
+    lines = [json.dumps({"custom_id": str(number), **asked}) for number in range(100)]
     (folder / "in.jsonl").write_text("\n".join(lines) + "\n")
     given = ("--checkpoint", str(folder / "orbax"))
     golden = ROOT / "tests" / "golden" / "a"
 
-    def converts(out: Path) -> str:
-        code, _, err = _ended(_start(("convert", str(folder / "hf"), str(out))))
+    def can_continue(arguments: Sequence[str], out: Path) -> str:
+        code, _, err = _ended(_start([each.format(out=out) for each in arguments])[0])
         if out.is_dir() and code == 2 and "is not empty" in err:
             return ""  # it was whole
-        return "" if code == 0 else f"the next conversion ends with {code}: {err}"
+        return "" if code == 0 else f"the same command, run again, ends with {code}: {err}"
+
+    converts = ("convert", str(folder / "hf"), "{out}")
+    quantizes = ("quantize", str(folder / "hf"), "{out}", "--experts", "int4", "--attention", "int8")
 
     def has_whole_lines(out: Path) -> str:
         text = out.read_text() if out.exists() else ""
@@ -86,7 +105,8 @@ def commands(folder: Path) -> dict[str, Command]:
     port = free_port()
     small = ("--dtype", "float32", "--prefill-chunk", "128", "--rows", "2", "--cache-tokens", "4K", "--no-warmup")
     return {
-        "convert": Command(("convert", str(folder / "hf"), "{out}"), converts),
+        "convert": Command(converts, functools.partial(can_continue, converts)),
+        "quantize": Command(quantizes, functools.partial(can_continue, quantizes)),
         "generate": Command(
             ("generate", *given, "--video", str(folder / "long.mp4"), "--prompt", "?", "--max-new-tokens", "20")
         ),
@@ -96,6 +116,8 @@ def commands(folder: Path) -> dict[str, Command]:
                 *("--rows", "2", "--cache-tokens", "16K", "--grace", "2"),
             ),
             has_whole_lines,
+            beside=lambda out: _looking(out, "answering"),
+            phases={"loading": 30, "answering": 3},
         ),
         "warmup": Command(("warmup", "batch", *given, "--rows", "2", "--cache-tokens", "16K")),
         "bench": Command(
@@ -106,14 +128,28 @@ def commands(folder: Path) -> dict[str, Command]:
         ),
         "plan": Command(("plan", "--platform", "h200:4", "--sharding", "expert", "--context", "8K", "--no-compile")),
         "verify": Command(("verify", "--checkpoint", str(golden), "--golden", str(golden / "golden.npz"))),
+        "inspect": Command(("inspect", str(folder / "orbax"), "--check")),
+        "doctor": Command(("doctor",)),
+        "eval": Command(("eval", "shapes", "--checkpoint", str(folder / "small"), "--videos", "4"), code=1),
         "frames": Command(("frames", str(folder / "long.mp4"), "--out", "{out}")),
-        "train": Command(("train", "--config", "shapes_cpu", "--output", "{out}")),
+        "train": Command(
+            ("train", "--config", "shapes_cpu", "--output", "{out}"),
+            beside=lambda out: _looking(out / MEASURES, "training"),
+            phases={"loading": 20, "training": 5},
+            order_s=60,  # it ends a step and saves
+        ),
         "serve": Command(
             ("serve", *given, *small, "--port", str(port)),
-            beside=lambda: _client(port),
+            beside=lambda out: _client(port),
             phases={"loading": 8, "idle": 1, "answering": 2},
         ),
     }
+
+
+@contextlib.contextmanager
+def _looking(results: Path, doing: str) -> Iterator[Callable[[], str]]:
+    """Gives a function that says "loading", and another word when there are results."""
+    yield lambda: doing if results.exists() and results.stat().st_size else "loading"
 
 
 @contextlib.contextmanager
@@ -145,22 +181,16 @@ def _client(port: int) -> Iterator[Callable[[], str]]:
         thread.join()
 
 
-@functools.cache
-def _start_of_python() -> float:
-    """Seconds until Python on this machine, as busy as it is, has begun with the package. No program can act before."""
-    begun = []
-    for _ in range(3):
-        before = time.monotonic()
-        subprocess.run([sys.executable, "-c", "import keye_jax.interrupts"], cwd=ROOT, check=True)
-        begun.append(time.monotonic() - before)
-    return 2 * max(begun)
+def _start(arguments: Sequence[str]) -> tuple[subprocess.Popen[str], float]:
+    """Starts the command at the head of a process group, as a shell does.
 
-
-def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
-    """Starts the command at the head of a process group, as a shell does."""
+    Returns:
+      The process, and the seconds that it took to take over signals.
+    """
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / "build" / "compiled"))
-    return subprocess.Popen(
+    began = time.monotonic()
+    process = subprocess.Popen(
         [sys.executable, "-m", "keye_jax.cli", *arguments],
         env=environment,
         stdout=subprocess.PIPE,
@@ -168,6 +198,13 @@ def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
         text=True,
         process_group=0,
     )
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        caught = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt:"))
+        if int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1:
+            break
+        time.sleep(0.001)
+    return process, time.monotonic() - began
 
 
 def _ended(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str, str]:
@@ -182,7 +219,14 @@ def _ended(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, s
 
 
 def interrupt(
-    process: subprocess.Popen[str], delay: float, *, group: bool, again: float | None, doing: Callable[[], str]
+    process: subprocess.Popen[str],
+    delay: float,
+    *,
+    group: bool,
+    again: float | None,
+    doing: Callable[[], str],
+    whole: int = 0,
+    order_s: float = LIMIT_S,
 ) -> tuple[str, str]:
     """Interrupts a command once.
 
@@ -192,6 +236,8 @@ def interrupt(
       group: whether its children are signalled too, as by a terminal.
       again: seconds from the first signal to a second; None for none.
       doing: says what the command is doing.
+      whole: its exit code where nobody interrupts it.
+      order_s: how long it may take after one signal; after two it has `LIMIT_S`.
 
     Returns:
       "interrupted", with what it was doing, or "over", which it was before; and what is wrong, or "".
@@ -202,12 +248,12 @@ def interrupt(
         time.sleep(pause)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT) if group else process.send_signal(signal.SIGINT)
-    began = time.monotonic()
+    began, limit = time.monotonic(), order_s if again is None else LIMIT_S
     try:
-        code, _, err = _ended(process, LIMIT_S)
+        code, _, err = _ended(process, limit)
     except subprocess.TimeoutExpired:
-        return state, f"it has not ended after {LIMIT_S:.0f} s"
-    if code == 0:
+        return state, f"it has not ended after {limit:.0f} s"
+    if code == whole:
         return "over", "" if "Traceback" not in err else err
     told = [line for line in err.splitlines() if line.startswith(_ENDINGS)]
     if code != 130 or len(told) != 1 or "Traceback" in err or "Error" in err:
@@ -219,18 +265,20 @@ def attempt(command: Command, seconds: float, out: Path, draw: random.Random) ->
     """`interrupt` at a random moment of the `seconds` that the command takes, and a look at what it has left."""
     arguments = [argument.format(out=out) for argument in command.arguments]
     again, group = draw.choice([None, None, 0.05, 0.5]), draw.random() < 0.5
-    first = _start_of_python()
-    with command.beside() as doing:
-        process = _start(arguments)
+    with command.beside(out) as doing:
+        process, start = _start(arguments)
         if command.phases:
             phase, seconds = draw.choice(list(command.phases.items()))
-            first *= phase == next(iter(command.phases))
             end = time.monotonic() + _PHASE_S
             while doing() != phase and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.01)
-        delay = draw.uniform(min(first, seconds), seconds)
-        state, wrong = interrupt(process, delay, group=group, again=again, doing=doing)
-    what = f"{state:21} at {delay:6.2f} of {seconds:6.2f} s" + ("" if again is None else f", twice in {again} s")
+        delay = draw.uniform(0, seconds)
+        state, wrong = interrupt(
+            process, delay, group=group, again=again, doing=doing, whole=command.code, order_s=command.order_s
+        )
+    what = f"{state:21} at {delay:6.2f} of {seconds:6.2f} s after {start:.2f} s" + (
+        "" if again is None else f", twice in {again} s"
+    )
     return what, wrong or command.check(out)
 
 
@@ -250,11 +298,13 @@ def main() -> int:
             if options.only not in (None, command_name):
                 continue
             draw, good = random.Random(f"{options.seed} {command_name}"), 0
-            began = time.monotonic()
+            seconds = 0.0
             if not command.phases:
+                process, _ = _start([a.format(out=folder / "whole") for a in command.arguments])
+                began = time.monotonic()
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    _ended(_start([a.format(out=folder / "whole") for a in command.arguments]), options.longest)
-            seconds = time.monotonic() - began
+                    _ended(process, options.longest)
+                seconds = time.monotonic() - began
             for _ in range(options.tries):
                 out = folder / f"{next(numbers)}"
                 what, wrong = attempt(command, seconds, out, draw)

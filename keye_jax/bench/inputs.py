@@ -14,6 +14,7 @@ from jax.sharding import Sharding
 from keye_jax.config import KeyeConfig
 from keye_jax.model.keye import Keye
 from keye_jax.processor.positions import mrope_positions
+from keye_jax.quantization.weights import QuantizedWeight, arrays_of, leaf_axes, random_values, with_arrays
 from keye_jax.runtime.prefill import Segment
 from keye_jax.sharding import MeshRules
 
@@ -33,6 +34,12 @@ def random_model(config: KeyeConfig, seed: int = 0, rules: MeshRules | None = No
     graph, state = nnx.split(Keye.abstract(config))
     flat = []
     for index, (path, variable) in enumerate(nnx.to_flat_state(state)):
+        value = variable.get_value()
+        if isinstance(value, QuantizedWeight):
+            flat.append(
+                (path, variable.replace(_random_weight(value, variable.get_metadata("axes"), rules, seed, index)))
+            )
+            continue
         shape, dtype = variable.shape, variable.dtype
         sharding = rules.sharding(*variable.get_metadata("axes")) if rules else None
         if len(shape) == 1:
@@ -41,6 +48,30 @@ def random_model(config: KeyeConfig, seed: int = 0, rules: MeshRules | None = No
             array = _normal(np.uint32(seed), np.uint32(index), shape, dtype, sharding)
         flat.append((path, variable.replace(array)))
     return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _random_weight(
+    weight: QuantizedWeight, axes: tuple[str, ...], rules: MeshRules | None, seed: int, index: int
+) -> QuantizedWeight:
+    """A weight of fewer bits with random values; scales are such that it is as large as other weights."""
+    wanted = leaf_axes(weight, axes, rules) if rules else {}
+    largest = {jnp.dtype(jnp.int8): 74.0, jnp.dtype(jnp.uint8): 4.6}.get(jnp.dtype(weight.dtype), 1.0)
+    arrays = {}
+    for role, array in arrays_of(weight).items():
+        sharding = rules.sharding(*wanted[role]) if rules else None
+        if role == "values":
+            arrays[role] = _values(np.uint32(seed), np.uint32(index), array.shape, array.dtype, sharding)
+        else:
+            scale = WEIGHT_SCALE / largest if role == "scales" else 8 * (weight.dtype == jnp.uint8)
+            arrays[role] = _full(array.shape, scale, array.dtype, sharding)
+    return with_arrays(weight, arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _values(
+    seed: jax.Array, index: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding | None
+) -> jax.Array:
+    return on_devices(random_values(jax.random.fold_in(jax.random.key(seed), index), shape, dtype), sharding)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

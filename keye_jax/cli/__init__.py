@@ -27,6 +27,7 @@ from keye_jax.cli import (
     inspect,
     paths,
     plan,
+    quantize,
     serve,
     train,
     verify,
@@ -53,6 +54,7 @@ app = paths.App(
     pretty_exceptions_enable=False,
 )
 app.command("convert")(convert.convert)
+app.command("quantize")(quantize.quantize)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)

@@ -141,15 +141,13 @@ def batch(
                     )
                     distributed.take_passed_on(job.pass_signal)
                     ended = asyncio.run(job.run())
-                    interrupts.handle_again()
-                _write_report(tally, output)
+                _write_report(tally, output, plot=ended is None)
     except JobStoppedError as error:
         print(f"keye-jax: {error}", file=sys.stderr)
         return STOPPED
     if ended is not None:
         rest = f"{tally.total - tally.done:,} of {tally.total:,} requests have no result yet"
-        print(f"keye-jax: stopped by {ended.name}; {rest}, and the same command goes on", file=sys.stderr)
-        return interrupts.SIGNALLED + ended
+        return interrupts.say_stopped(ended, f"; {rest}, and the same command goes on")
     if tally.failed:
         print(f"keye-jax: {tally.failed:,} of {tally.total:,} requests failed; see {output}", file=sys.stderr)
         return SOME_FAILED
@@ -222,13 +220,18 @@ def _engine(opener: Any, workers: int | None, gpus: float, concurrency: int) -> 
         ray.stop()
 
 
-def _write_report(tally: Tally, output: Path) -> None:
-    """Writes the report and its plot beside the output. What cannot be written is said, and does no harm."""
+def _write_report(tally: Tally, output: Path, *, plot: bool) -> None:
+    """Writes the report and its plot beside the output. What cannot be written is said, and does no harm.
+
+    Args:
+      plot: no, where a signal has told the command to end soon: Matplotlib takes seconds to import.
+    """
     from keye_jax.jobs.journal import write_whole
 
     try:
         write_whole(output.with_name(f"{output.name}.report.json"), [json.dumps(tally.report(), indent=2).encode()])
-        tally.plot(output.with_name(f"{output.name}.report.svg"))
+        if plot:
+            tally.plot(output.with_name(f"{output.name}.report.svg"))
     except ModuleNotFoundError:
         print("keye-jax: no plot, which needs Matplotlib: pip install 'keye-jax[bench]'", file=sys.stderr)
     except OSError as error:

@@ -52,6 +52,7 @@ def bench(
         bool,
         typer.Option("--breakdown", help="Instead, show where the GPU's time goes, at the first length of each list."),
     ] = False,
+    experts: options.Experts = None,
     dense_below: options.DenseBelow = 0,
     implementation: options.Implementation = None,
     prefill_chunk: options.PrefillChunk = None,
@@ -74,6 +75,7 @@ def bench(
     no_video = [options.tokens("--unrelated", text) for text in _items(unrelated)]
     batches = [_pair("--decode", text) for text in _items(decode)]
     together = [_pair("--packed", text) for text in _items(packed)]
+    quantization = options.quantization(experts)
     chunk, below = options.prefill_chunk_size(prefill_chunk), options.dense_limit(dense_below)
     for prompts, tokens in together:
         if prompts < 2:
@@ -109,7 +111,7 @@ def bench(
         if context < SHORTEST_CONTEXT:
             raise UserError(f"--decode has {batch}x{context}; a context must have at least {SHORTEST_CONTEXT} tokens")
     enable_compilation_cache()
-    sizes = KeyeConfig.from_file(buckets.local(config))
+    sizes = options.with_quantization(KeyeConfig.from_file(buckets.local(config)), quantization)
     if layers is not None:
         if not 1 <= layers <= sizes.num_hidden_layers:
             raise UserError(f"--layers is {layers}; it must be from 1 to {sizes.num_hidden_layers}")
@@ -322,7 +324,7 @@ def _print_setting(config: KeyeConfig, rules: MeshRules) -> None:
         detail = f" on each ({' x '.join(f'{axis} {size}' for axis, size in rules.mesh.shape.items())})"
     print(
         f"{count}{jax.devices()[0].device_kind}, {config.num_hidden_layers} layers, {each / 1e9:.1f} GB of "
-        f"random {config.dtype} weights{detail}",
+        f"random {config.dtype} weights{detail}" + (f"; {config.quantization}" if config.quantization else ""),
         flush=True,
     )
 

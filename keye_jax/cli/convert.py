@@ -15,6 +15,7 @@ from keye_jax.cli import options
 from keye_jax.errors import UserError
 
 _PLAIN_INTERVAL_S = 30.0
+_NAMED = 3
 
 
 def convert(
@@ -85,6 +86,9 @@ def convert(
         f"{done.destination}: {done.kind}, {done.tensors:,} tensors, {done.nbytes:,} bytes, in {done.seconds:.0f} s"
         + (f" ({done.continued:,} bytes were there from an earlier run)" if done.continued else "")
     )
+    if done.dequantized:
+        shown = ", ".join(done.dequantized[:_NAMED]) + (", ..." if len(done.dequantized) > _NAMED else "")
+        print(f"{len(done.dequantized):,} weights of fewer bits became numbers of 16 bits: {shown}")
 
 
 def _paths(paths: list[Path], hf: str | None, modelscope: str | None) -> tuple[Path | None, Path]:

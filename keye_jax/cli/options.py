@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from keye_jax.config import KeyeConfig
     from keye_jax.model.attention import AttentionOptions
+    from keye_jax.quantization.schemes import Quantization
     from keye_jax.sharding import MeshRules
 
 Checkpoint = Annotated[
@@ -42,6 +43,9 @@ DenseBelow = Annotated[
 IndexerDtype = Annotated[
     str | None,
     typer.Option(help="'float8_e4m3fn': an indexer as the publisher serves it; the weights' dtype if left out."),
+]
+Experts = Annotated[
+    str | None, typer.Option(help="Bits of the experts: 'fp8', 'int8' or 'int4'; as they are if left out.")
 ]
 Dtype = Annotated[str, typer.Option(help="'checkpoint', 'bfloat16' or 'float32': what the parameters are cast to.")]
 
@@ -133,6 +137,32 @@ def tokens(option: str, text: str) -> int:
     if found is None or int(found[1]) < 1:
         raise UserError(f"{option} has {shorten(text)}; it must be a number of tokens such as 8192, 8K or 1M")
     return int(found[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[found[2].casefold()]
+
+
+def quantization(experts: str | None, attention: str | None = None, group: int | None = None) -> Quantization:
+    """Checked schemes of weights. Raises UserError for an unknown format or a group that cannot be."""
+    from keye_jax.quantization.schemes import ATTENTION_FORMATS, FORMATS, GROUP, Quantization, standard
+
+    for option, value, allowed in (("--experts", experts, FORMATS), ("--attention", attention, ATTENTION_FORMATS)):
+        if value is not None and value not in allowed:
+            raise UserError(f"{option} is {shorten(value)}; it must be {' or '.join(map(repr, allowed))}")
+    if group is not None and not 2 <= group <= 1 << 14:
+        raise UserError(f"--group is {group}; it must be from 2 to {1 << 14:,}")
+    formats = {"experts": experts, "attention": attention}
+    return Quantization(
+        **{part: standard(each, group or GROUP) for part, name in formats.items() for each in FORMATS if each == name}
+    )
+
+
+def with_quantization(config: KeyeConfig, quantization: Quantization) -> KeyeConfig:
+    """A model's configuration with schemes that options ask for, if any. UserError if its weights have some."""
+    import dataclasses
+
+    if not quantization:
+        return config
+    if config.quantization_config is not None:
+        raise UserError("--experts and --attention cannot be given for a checkpoint whose weights have fewer bits")
+    return dataclasses.replace(config, quantization=quantization)
 
 
 def prefill_chunk_size(value: int | None) -> int | None:

@@ -48,6 +48,11 @@ def plan(
     implementation: Annotated[
         str | None, typer.Option(help="Kernels in the programs that are compiled; by default the platform's.")
     ] = None,
+    experts: options.Experts = None,
+    attention: Annotated[
+        str | None, typer.Option(help="Bits of attention's matrices: 'fp8' or 'int8'; as they are if left out.")
+    ] = None,
+    group: Annotated[int | None, typer.Option(help="Of int4: inputs that share a scale; 128 if left out.")] = None,
     indexer_dtype: options.IndexerDtype = None,
     compile_: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile where there is a compiler for it, in minutes.")
@@ -73,10 +78,12 @@ def plan(
     if train is not None:
         others = {"--batch": None if batch == 1 else batch, "--prefill-chunk": prefill_chunk}
         others |= {"--implementation": implementation, "--indexer-dtype": indexer_dtype}
+        others |= {"--experts": experts, "--attention": attention, "--group": group}
         if given := [name for name, value in others.items() if value is not None]:
             raise UserError(f"{' and '.join(given)} cannot go with --train; the stage says what a step of training is")
         return _plan_train(train, config, sharding, devices, as_json=as_json)
     assert context is not None
+    quantization = options.quantization(experts, attention, group)
     tokens = options.tokens("--context", context)
     _without_devices()
 
@@ -88,7 +95,7 @@ def plan(
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise UserError(f"--implementation is {implementation!r}; it must be one of: {', '.join(IMPLEMENTATIONS)}")
     found = compute(
-        read_config(config),
+        options.with_quantization(read_config(config), quantization),
         ShardingConfig.from_file(presets.sharding_file(sharding or "one_device")),
         devices,
         context=tokens,

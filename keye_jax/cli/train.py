@@ -99,9 +99,11 @@ def train(
         print(f"the checkpoint after step {ended.step:,} is in {export}")
     if ended.finished:
         return 0
-    why = f"stopped by {ended.signal.name}" if ended.signal else "stopped by --stop-after"
-    print(f"keye-jax: {why} after step {ended.step:,}, which is saved; the same command goes on", file=sys.stderr)
-    return interrupts.SIGNALLED + ended.signal if ended.signal else 0
+    done = f"after step {ended.step:,}, which is saved; the same command goes on"
+    if ended.signal:
+        return interrupts.say_stopped(ended.signal, f" {done}")
+    print(f"keye-jax: stopped by --stop-after {done}", file=sys.stderr)
+    return 0
 
 
 def _check_installed(package: str) -> None:

@@ -31,6 +31,7 @@ def verify(
 ) -> int:
     """Run a checkpoint on recorded prompts and compare everything it computes.
 
+    Of a checkpoint with weights of fewer bits, it compares how far the model agrees with them, format by format.
     Prints the largest absolute error of each array and whether the selected sets and experts are identical. Exits
     with 1 if anything is beyond the tolerance.
     """
@@ -48,7 +49,7 @@ def verify(
 
     from convert import buckets, kind_of, load_params
     from convert.detect import read_config
-    from keye_jax.eval.parity import EXACT, OVERLAP, skipped
+    from keye_jax.eval.parity import AGREEMENT, EXACT, OVERLAP, skipped
     from keye_jax.eval.parity import verify as compare_all
     from keye_jax.model.keye import Keye
     from keye_jax.model.params import parameter_shardings
@@ -66,6 +67,7 @@ def verify(
     runtime = Runtime(model, config, options=chosen, prefill_chunk=chunk, rules=rules)
 
     how = f"{attention} attention" + (f" and a {indexer_dtype} indexer" if indexer_dtype else "")
+    how += " and weights of fewer bits" if config.quantization else ""
     where = f" on {rules.devices} devices" if rules.devices > 1 else ""
     table = Table(
         "array", "compared", "result", "", title=f"{buckets.shown(directory)} ({kind}, {runtime.dtype}, {how}{where})"
@@ -79,11 +81,14 @@ def verify(
                 result = "identical" if comparison.passed else f"{int(comparison.error):,} entries differ"
             elif comparison.kind == OVERLAP:
                 result = f"{1 - comparison.error:.1%} of the positions in common"
+            elif comparison.kind == AGREEMENT:
+                error = comparison.name == "logits"
+                result = f"relative error {comparison.error:.4f}" if error else f"{comparison.error:.1%} the same"
             else:
                 result = f"largest error {comparison.error:.2e}"
             table.add_row(comparison.name, comparison.kind, result, "ok" if comparison.passed else "FAILED")
     rich.print(table)
-    absent, other = skipped(arrays, chosen)
+    absent, other = skipped(arrays, chosen, config.quantization)
     if absent:
         print(f"not in the file, skipped: {', '.join(absent)}")
     if other:

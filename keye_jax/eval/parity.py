@@ -16,6 +16,7 @@ from keye_jax.kv_cache import PagePool
 from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.decoder import LayerIntermediates
 from keye_jax.processor.positions import mrope_positions
+from keye_jax.quantization.schemes import Quantization
 from keye_jax.runtime.prefill import Segment
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.runtime.sampling import SamplingParams
@@ -30,15 +31,45 @@ MAX_SELECTION_CHANGE = 0.1
 """Share of the selected positions, over all layers, that may be others with a float8 indexer."""
 
 
+AGREEMENT = "agreement"
+"""`Comparison.kind` of a figure of a model of fewer bits: `Comparison.name` says which."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How far a model that is less exact agrees with the reference, over all prompts together.
+
+    Attributes:
+      logits: `|difference| / |reference|`, root mean squares of all logits.
+      greedy: share of positions whose most likely token is the reference's.
+      experts: share of the experts of all tokens and layers that are the reference's.
+      selected: share of the selected positions that are the reference's, of queries that see more than they select.
+    """
+
+    logits: float
+    greedy: float
+    experts: float
+    selected: float
+
+
+AGREES: Mapping[str, Agreement] = {
+    "fp8": Agreement(logits=0.40, greedy=0.55, experts=0.90, selected=0.92),
+    "int8": Agreement(logits=0.20, greedy=0.75, experts=0.94, selected=0.96),
+    "int4": Agreement(logits=0.50, greedy=0.40, experts=0.87, selected=0.90),
+}
+"""What `verify` asks of models by the format of fewest bits in them; docs/quantize.md has the figures behind it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """One reference array against what the model computed.
 
     Attributes:
       name: of the array.
-      kind: "exact", "close", within a tolerance, or "overlap", of selected sets.
+      kind: "exact", "close", within a tolerance, "overlap", of selected sets, or "agreement".
       error: largest absolute difference ("close"), how many entries differ ("exact"), or which share of the selected
-        positions are others, of the queries that see more than they may select ("overlap").
+        positions are others, of the queries that see more than they may select ("overlap"). Of an "agreement" the
+        figure itself.
       passed: whether that is allowed.
     """
 
@@ -67,7 +98,7 @@ def verify(runtime: Runtime, golden: Mapping[str, np.ndarray], *, atol: float) -
 
     A sparse runtime is held to the sparse arrays, a dense one to the dense ones; both to the vision encoder's. Where a
     float8 indexer selects other positions, all that follows differs: of the sparse arrays only the selected sets are
-    compared then.
+    compared then. A model of weights of fewer bits is held to `AGREES`, and its vision encoder to the arrays.
 
     Raises:
       UserError: an array has not the shape that this model gives.
@@ -77,8 +108,11 @@ def verify(runtime: Runtime, golden: Mapping[str, np.ndarray], *, atol: float) -
     sparse = runtime.options.attention == "sparse"
     float8 = sparse and runtime.options.indexer_dtype is not None
     no_vision = jnp.zeros((0, config.hidden_size), runtime.dtype)
+    quantization = config.quantization
+    if quantization and sparse and not float8:
+        yield from _agreements(agreement(runtime, golden), quantization)
 
-    if "text_ids" in golden:
+    if "text_ids" in golden and not quantization:
         ids = golden["text_ids"]
         positions = np.broadcast_to(np.arange(len(ids), dtype=np.int32), (3, len(ids)))
         trace = _trace(runtime, ids, positions, no_vision)
@@ -97,9 +131,20 @@ def verify(runtime: Runtime, golden: Mapping[str, np.ndarray], *, atol: float) -
     yield from compare.close("vit_hidden", np.asarray(hidden, np.float32))
     embeds = runtime.encode(golden["pixels"], grids)
     yield from compare.close("vision_embeds", np.asarray(embeds, np.float32))
-    if "mm_ids" not in golden:
+    if "mm_ids" not in golden or quantization:
         return
-    ids = golden["mm_ids"]
+    ids, positions, delta = _mm_prompt(golden, config)
+    yield from compare.exact("mm_positions", positions)
+    if sparse:
+        yield from compare.sparse("mm", _trace(runtime, ids, positions, embeds), top_k if float8 else None)
+        if "mm_greedy" in golden and not float8:
+            greedy = _greedy(runtime, ids, positions, delta, embeds, len(golden["mm_greedy"]))
+            yield from compare.exact("mm_greedy", greedy)
+
+
+def _mm_prompt(golden: Mapping[str, np.ndarray], config: KeyeConfig) -> tuple[np.ndarray, np.ndarray, int]:
+    """Ids, positions and the position delta of the prompt with pictures and a video."""
+    ids, grids = golden["mm_ids"], golden["grids"]
     images = _image_count(ids, grids, config)
     positions, delta = mrope_positions(
         ids,
@@ -109,25 +154,74 @@ def verify(runtime: Runtime, golden: Mapping[str, np.ndarray], *, atol: float) -
         video_token_id=config.video_token_id,
         merge_size=config.vision_config.spatial_merge_size,
     )
-    yield from compare.exact("mm_positions", positions)
-    if sparse:
-        yield from compare.sparse("mm", _trace(runtime, ids, positions, embeds), top_k if float8 else None)
-        if "mm_greedy" in golden and not float8:
-            greedy = _greedy(runtime, ids, positions, delta, embeds, len(golden["mm_greedy"]))
-            yield from compare.exact("mm_greedy", greedy)
+    return ids, positions, delta
 
 
-def skipped(golden: Mapping[str, np.ndarray], options: AttentionOptions) -> tuple[list[str], list[str]]:
+def agreement(runtime: Runtime, golden: Mapping[str, np.ndarray]) -> Agreement:
+    """How far a sparse runtime agrees with the arrays of its prompts; a figure is NaN where these have none of it."""
+    config, top_k = runtime.config, runtime.config.sa_config.topk
+    traces = {}
+    if "text_ids" in golden:
+        ids = golden["text_ids"]
+        positions = np.broadcast_to(np.arange(len(ids), dtype=np.int32), (3, len(ids)))
+        traces["text"] = _trace(runtime, ids, positions, jnp.zeros((0, config.hidden_size), runtime.dtype))
+    if "mm_ids" in golden and "pixels" in golden:
+        ids, positions, _ = _mm_prompt(golden, config)
+        traces["mm"] = _trace(runtime, ids, positions, runtime.encode(golden["pixels"], golden["grids"]))
+    errors, norms, greedy, experts, selected = [], [], [], [], []
+    for prompt, trace in traces.items():
+        if (logits := golden.get(f"{prompt}_logits")) is not None:
+            errors.append(np.square(trace.logits - logits, dtype=np.float64).sum())
+            norms.append(np.square(logits, dtype=np.float64).sum())
+            greedy.append(trace.logits.argmax(-1) == logits.argmax(-1))
+        if (wanted := golden.get(f"{prompt}_experts")) is not None:
+            experts.append((wanted[..., :, None] == trace.experts[..., None, :]).any(-1))
+        if (wanted := golden.get(f"{prompt}_selected")) is not None and trace.selected is not None:
+            selected.append(trace.selected[:, top_k:][wanted[:, top_k:]])
+    return Agreement(
+        logits=float(np.sqrt(sum(errors) / sum(norms))) if norms else np.nan,
+        greedy=_share(greedy),
+        experts=_share(experts),
+        selected=_share(selected),
+    )
+
+
+def _share(found: list[np.ndarray]) -> float:
+    """Which part of bools is true; NaN of none."""
+    flat = np.concatenate([each.reshape(-1) for each in found]) if found else np.zeros(0, bool)
+    return float(flat.mean()) if flat.size else np.nan
+
+
+def _agreements(found: Agreement, quantization: Quantization) -> Iterator[Comparison]:
+    formats = [scheme.format for scheme in (quantization.experts, quantization.attention) if scheme is not None]
+    # "int4" has the fewest bits, and float8 fewer of a number's own than int8.
+    wanted = AGREES[next(each for each in ("int4", "fp8", "int8") if each in formats)]
+    for field in dataclasses.fields(Agreement):
+        value, limit = getattr(found, field.name), getattr(wanted, field.name)
+        if not np.isnan(value):
+            passed = value <= limit if field.name == "logits" else value >= limit
+            yield Comparison(field.name, AGREEMENT, value, bool(passed))
+
+
+def skipped(
+    golden: Mapping[str, np.ndarray],
+    options: AttentionOptions,
+    quantization: Quantization = Quantization(),  # noqa: B008 (frozen)
+) -> tuple[list[str], list[str]]:
     """Arrays that `golden` lacks, and those it has that are not compared with these options."""
     other = _DENSE_ARRAYS if options.attention == "sparse" else _SPARSE_ARRAYS
     if options.attention == "sparse" and options.indexer_dtype is not None:
         other = other | (_SPARSE_ARRAYS - {"text_selected", "mm_selected"})
+    if quantization:
+        used = _AGREEMENT_ARRAYS if options.attention == "sparse" and options.indexer_dtype is None else set()
+        other = (_SPARSE_ARRAYS | _DENSE_ARRAYS) - used
     return sorted((_COMMON_ARRAYS | _SPARSE_ARRAYS | _DENSE_ARRAYS) - golden.keys()), sorted(other & golden.keys())
 
 
 _COMMON_ARRAYS = {"text_ids", "mm_ids", "mm_positions", "grids", "pixels", "vit_hidden", "vision_embeds"}
 _SPARSE_ARRAYS = {f"{prompt}_{what}" for prompt in ("text", "mm") for what in ("logits", "hidden", "index_scores")}
 _SPARSE_ARRAYS |= {"text_selected", "text_experts", "mm_selected", "mm_greedy", "head_mean_attention_sparse"}
+_AGREEMENT_ARRAYS = {"text_logits", "text_experts", "text_selected", "mm_logits", "mm_selected"}
 _DENSE_ARRAYS = {"text_dense_logits", "head_mean_attention_dense"}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from convert.detect import read_config
+from keye_jax import interrupts
 from keye_jax.engine.openai import completion_body, read_chat
 from keye_jax.engine.request import Request, RequestError, Result
 from keye_jax.errors import UserError
@@ -199,8 +200,13 @@ class Batch:
           JobStoppedError: the output cannot be written, the input cannot be read, or the engine ended.
         """
         self._loop = loop = asyncio.get_running_loop()
-        for number in signals:
-            loop.add_signal_handler(number, self._on_signal, number)
+        with interrupts.given_to(lambda number: loop.call_soon_threadsafe(self._on_signal, number), signals):
+            await self._run()
+        if self._failure is not None:
+            raise self._failure
+        return self._signal
+
+    async def _run(self) -> None:
         feeding, writing = asyncio.create_task(self._feed()), asyncio.create_task(self._write())
         showing = asyncio.create_task(self._show())
         watches = [asyncio.create_task(event.wait()) for event in (self._ending, self._now)]
@@ -219,12 +225,7 @@ class Batch:
         finally:
             for task in (feeding, writing, showing, *watches):
                 await _cancelled(task)
-            for number in signals:
-                loop.remove_signal_handler(number)
             self._progress.close(self._tally)
-        if self._failure is not None:
-            raise self._failure
-        return self._signal
 
     def pass_signal(self, number: int) -> None:
         """Ends the run as a signal does that another process of the job has got. Any thread may call it."""
@@ -241,7 +242,7 @@ class Batch:
         # The same signal to all processes of a job arrives twice here.
         again = self._ending.is_set() and not self._stopped
         self._stopped = False
-        self._signal = self._signal or signal.Signals(number)
+        self._signal = self._signal or number
         self.stop(now=again)
 
     def _fail(self, error: JobStoppedError) -> None:

@@ -191,10 +191,11 @@ class Attention(nnx.Module):
         kv_heads = {"kv_heads": config.num_key_value_heads} | head
         self.top_k = config.sa_config.topk
         self.scale = config.head_dim**-0.5
-        self.q_proj = Linear(hidden, heads, dtype=dtype, rngs=rngs)
-        self.k_proj = Linear(hidden, kv_heads, dtype=dtype, rngs=rngs)
-        self.v_proj = Linear(hidden, kv_heads, dtype=dtype, rngs=rngs)
-        self.o_proj = Linear(heads, hidden, dtype=dtype, rngs=rngs)
+        how = {"dtype": dtype, "rngs": rngs, "scheme": config.quantization.attention}
+        self.q_proj = Linear(hidden, heads, **how)
+        self.k_proj = Linear(hidden, kv_heads, **how)
+        self.v_proj = Linear(hidden, kv_heads, **how)
+        self.o_proj = Linear(heads, hidden, **how)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, axis="head_dim", dtype=dtype)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, axis="head_dim", dtype=dtype)
 

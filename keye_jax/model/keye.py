@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from keye_jax.config import KeyeConfig
 from keye_jax.model.decoder import Decoder
 from keye_jax.model.projector import Projector
 from keye_jax.model.vision import VisionEncoder
+from keye_jax.quantization.weights import QuantizedWeight, arrays_of, with_arrays
 from keye_jax.sharding.step import StepSharding
 
 
@@ -48,7 +49,7 @@ class Keye(nnx.Module):
           ValueError: an array is missing, unexpected or of another shape than the configuration gives.
         """
         graph, state = nnx.split(cls.abstract(config))
-        wanted = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+        wanted = dict(arrays_by_name(state))
         given = flatten_params(params)
         problems = [f"{name} is missing" for name in wanted.keys() - given.keys()]
         problems += [f"{name} is unexpected" for name in given.keys() - wanted.keys()]
@@ -57,9 +58,14 @@ class Keye(nnx.Module):
                 problems.append(f"{name} has shape {given[name].shape}, not {wanted[name].shape}")
         if problems:
             raise ValueError(f"parameters do not fit the configuration: {'; '.join(sorted(problems))}")
-        flat = [
-            (path, variable.replace(given[".".join(map(str, path))])) for path, variable in nnx.to_flat_state(state)
-        ]
+        flat = []
+        for path, variable in nnx.to_flat_state(state):
+            name, value = ".".join(map(str, path)), variable.get_value()
+            if isinstance(value, QuantizedWeight):
+                new = with_arrays(value, {role: given[f"{name}.{role}"] for role in arrays_of(value)})
+            else:
+                new = given[name]
+            flat.append((path, variable.replace(new)))
         return nnx.merge(graph, nnx.from_flat_state(flat))
 
     def embed(self, ids: jax.Array, vision_embeds: jax.Array, vision_index: jax.Array, step: StepSharding) -> jax.Array:
@@ -76,6 +82,16 @@ class Keye(nnx.Module):
         """
         seen = vision_embeds[jnp.maximum(vision_index, 0)]
         return jnp.where((vision_index >= 0)[..., None], seen, self.decoder.embed_tokens(ids, step))
+
+
+def arrays_by_name(state: nnx.State) -> Iterator[tuple[str, Any]]:
+    """The arrays of a model's state by dotted path; of a weight of fewer bits each by its role, such as `.scales`."""
+    for path, variable in nnx.to_flat_state(state):
+        name, value = ".".join(map(str, path)), variable.get_value()
+        if isinstance(value, QuantizedWeight):
+            yield from ((f"{name}.{role}", array) for role, array in arrays_of(value).items())
+        else:
+            yield name, value
 
 
 def flatten_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

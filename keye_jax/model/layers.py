@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from keye_jax.quantization.schemes import Scheme
+from keye_jax.quantization.weights import QuantizedLinear, linear_param
+
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param:
     """A parameter of random values of scale 1 / sqrt(last dimension), with a logical name for each axis."""
@@ -22,7 +25,7 @@ class Linear(nnx.Module):
     """`x @ weight^T + bias` over named output axes.
 
     Attributes:
-      weight: `[*outputs, *inputs]`, in the checkpoint's order.
+      weight: `[*outputs, *inputs]`, in the checkpoint's order; a `QuantizedLinear` where it has a scheme.
       bias: `[*outputs]`, or None.
     """
 
@@ -34,16 +37,24 @@ class Linear(nnx.Module):
         bias: bool = False,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
+        scheme: Scheme | None = None,
     ):
         self.num_inputs = len(inputs)
         axes = (*outputs, *inputs)
-        self.weight = param(rngs, (*outputs.values(), *inputs.values()), axes, dtype)
+        shape = (*outputs.values(), *inputs.values())
+        self.weight = (
+            param(rngs, shape, axes, dtype)
+            if scheme is None
+            else linear_param(rngs, shape, axes, scheme, num_inputs=len(inputs))
+        )
         self.bias = nnx.Param(jnp.zeros(tuple(outputs.values()), dtype), axes=tuple(outputs)) if bias else None
 
     def __call__(self, x: jax.Array, *, dtype: jnp.dtype | None = None) -> jax.Array:
         """`[..., *inputs]` to `[..., *outputs]`, accumulated in float32, in `dtype` (that of x)."""
         narrow = dtype is None or dtype == x.dtype
-        out: Any = _contract(self.num_inputs, narrow, x, self.weight[...])
+        weight = self.weight.get_value()
+        weight = weight.numbers(x.dtype) if isinstance(weight, QuantizedLinear) else self.weight[...]
+        out: Any = _contract(self.num_inputs, narrow, x, weight)
         if self.bias is not None:
             out += self.bias[...].astype(jnp.float32)
         return out.astype(dtype or x.dtype)

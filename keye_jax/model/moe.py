@@ -12,9 +12,11 @@ from keye_jax.config import KeyeConfig
 from keye_jax.model.attention import Training
 from keye_jax.model.expert_parallel import run_experts
 from keye_jax.model.layers import Linear, param
+from keye_jax.quantization.weights import expert_param
 from keye_jax.sharding.step import StepSharding
 from pallas_kernels.dispatch import resolve
-from pallas_kernels.grouped_matmul import expert_mlp
+from pallas_kernels.grouped_matmul import expert_mlp, quantized_expert_mlp
+from pallas_kernels.quantized import QuantizedMatrices
 
 _FEW_TOKENS, _FEW_ROWS = 64, 512
 """At most this number is ordered by comparing all with all in one pass; sorting takes a GPU several small kernels."""
@@ -27,7 +29,7 @@ class MoE(nnx.Module):
       router: scores of the experts.
       gate_up_proj: `[e, embed, 2 * f]`; gate is the first f columns, up the last; of each part of the columns where
         they were placed in `hidden_parts` parts.
-      down_proj: `[e, f, embed]`.
+      down_proj: `[e, f, embed]`. Both are `QuantizedMatrices` where experts have a scheme.
       hidden_parts: how many parts the experts' hidden dimension was placed in.
     """
 
@@ -38,8 +40,14 @@ class MoE(nnx.Module):
         self.num_experts, self.hidden_parts = experts, 1
         # Every device routes its own tokens: the router is not split as the experts are.
         self.router = Linear({"embed": hidden}, {"routes": experts}, dtype=dtype, rngs=rngs)
-        self.gate_up_proj = param(rngs, (experts, hidden, 2 * inner), ("experts", "embed", "expert_hidden"), dtype)
-        self.down_proj = param(rngs, (experts, inner, hidden), ("experts", "expert_hidden", "embed"), dtype)
+        gate_up = (experts, hidden, 2 * inner), ("experts", "embed", "expert_hidden")
+        down = (experts, inner, hidden), ("experts", "expert_hidden", "embed")
+        scheme = config.quantization.experts
+        if scheme is None:
+            self.gate_up_proj, self.down_proj = param(rngs, *gate_up, dtype), param(rngs, *down, dtype)
+        else:
+            self.gate_up_proj = expert_param(rngs, *gate_up, scheme, parts=2)
+            self.down_proj = expert_param(rngs, *down, scheme, parts=1)
 
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Experts of each token, int32 `[tokens, k]`, best first, and their weights, float32 `[tokens, k]`."""
@@ -73,7 +81,7 @@ class MoE(nnx.Module):
             if training is not None:
                 mix = functools.partial(training.mix_experts, num_experts=self.num_experts)
                 return run_experts(self, x, valid, mix, step, differentiable=True)
-            mix = functools.partial(mix_experts, implementation=resolve("expert_mlp", implementation))
+            mix = functools.partial(mix_experts, implementation=implementation)
             return run_experts(self, x, valid, mix, step)
 
 
@@ -81,8 +89,8 @@ def mix_experts(
     x: jax.Array,
     experts: jax.Array,
     weights: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: jax.Array | QuantizedMatrices,
+    down: jax.Array | QuantizedMatrices,
     *,
     rows_at_once: int | None = None,
     implementation: str | None,
@@ -98,6 +106,7 @@ def mix_experts(
       gate_up, down: `[e, embed, 2 * f]` and `[e, f, embed]`.
       rows_at_once: of the `tokens * k` rows, this number of those whose experts are here is worked on in one turn of
         a loop, whose length the routing decides. None for one turn for all.
+      implementation: of the kernels; "xla" runs where the operation has none of that name.
 
     Returns:
       `[tokens, embed]` in the dtype of x.
@@ -111,7 +120,7 @@ def mix_experts(
     weights = jnp.where(experts < num_experts, weights, 0.0)
 
     def mix(order: jax.Array, row_of: jax.Array, group_sizes: jax.Array, weights: jax.Array) -> jax.Array:
-        out = expert_mlp(take_rows(x, order // k), gate_up, down, group_sizes, implementation=implementation)
+        out = _run_matrices(take_rows(x, order // k), gate_up, down, group_sizes, implementation)
         # One term for each of the few experts: XLA gathers and adds in one pass, without an array of all terms.
         terms = (weights[:, i, None] * out[row_of[:, i]] for i in range(k))
         return functools.reduce(jnp.add, terms).astype(x.dtype)
@@ -137,6 +146,21 @@ def mix_experts(
         turns, cuda=lambda turns: jnp.full_like(x, jnp.where(turns < 0, 1, 0)), default=lambda _: jnp.zeros_like(x)
     )
     return jax.lax.fori_loop(0, turns, turn, zeros)
+
+
+def _run_matrices(
+    rows: jax.Array,
+    gate_up: jax.Array | QuantizedMatrices,
+    down: jax.Array | QuantizedMatrices,
+    group_sizes: jax.Array,
+    preferred: str | None,
+) -> jax.Array:
+    """`expert_mlp`, or that of matrices of fewer bits."""
+    if isinstance(gate_up, QuantizedMatrices) and isinstance(down, QuantizedMatrices):
+        implementation = resolve("quantized_expert_mlp", preferred)
+        return quantized_expert_mlp(rows, gate_up, down, group_sizes, implementation=implementation)
+    assert isinstance(gate_up, jax.Array) and isinstance(down, jax.Array), "both or none have fewer bits"
+    return expert_mlp(rows, gate_up, down, group_sizes, implementation=resolve("expert_mlp", preferred))
 
 
 def small_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

@@ -61,8 +61,7 @@ class Work:
         head = c.hidden_size * c.vocab_size / step.size(step.vocab)
         flops = batch * (layer * c.num_hidden_layers + 2 * head)
         chosen = 1 - (1 - c.num_experts_per_tok / c.num_experts) ** batch
-        expert_parts = step.size(step.experts + step.expert_hidden)
-        experts = c.num_experts * self.expert * c.num_hidden_layers / expert_parts * self.item
+        experts = weight_bytes(c, self.rules, only=("gate_up_proj", "down_proj"))
         others = self._read_weights() - experts - head * self.item
         keys = batch / parts * (context * self.index_row + min(context, c.sa_config.topk) * self.kv_row)
         return flops, others + experts * chosen + keys * c.num_hidden_layers

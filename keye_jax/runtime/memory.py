@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from keye_jax.config import KeyeConfig
 from keye_jax.kv_cache import PagePool
-from keye_jax.model.params import parameter_axes
+from keye_jax.model.params import parameter_arrays
 from keye_jax.page_allocator import pages_for
 from keye_jax.runtime.prefill import round_up
 from keye_jax.sharding.mesh_rules import MeshRules
@@ -22,13 +22,13 @@ def weight_bytes(config: KeyeConfig, rules: MeshRules, *, dtype: str | None = No
 
     Args:
       rules: how they lie over devices.
-      dtype: of the parameters; the config's if left out.
+      dtype: of the parameters that have not fewer bits; the config's if left out.
       only: names of modules; of these alone, if given.
     """
-    itemsize = jnp.dtype(dtype or config.dtype).itemsize
-    return itemsize * sum(
-        math.prod(_shard_shape(shape, rules.sharding(*axes)))
-        for path, (shape, axes) in parameter_axes(config).items()
+    return sum(
+        math.prod(_shard_shape(stored.shape, rules.sharding(*stored.axes)))
+        * jnp.dtype(stored.dtype or dtype or config.dtype).itemsize
+        for path, stored in parameter_arrays(config, rules).items()
         if not only or not set(only).isdisjoint(path)
     )
 

@@ -318,8 +318,11 @@ class StageConfig:
           source: what messages call the stage.
 
         Raises:
-          UserError: a pattern matches nothing, or the stage's lengths teach the indexer nothing.
+          UserError: a pattern matches nothing, the stage's lengths teach the indexer nothing, or weights of the model
+            have fewer bits.
         """
+        if config.quantization_config is not None or config.quantization:
+            raise UserError(f"{source}: the model's weights have fewer bits; training needs those with all bits")
         problems = []
         lists = {"train": self.train, "optimizer.lr_of": tuple(self.optimizer.lr_of)}
         lists |= {"lora.targets": self.lora.targets} if self.lora else {}

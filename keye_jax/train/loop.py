@@ -20,6 +20,7 @@ from convert import load_params
 from convert.adapter import Adapter, adaptable, read_adapter, write_adapter
 from convert.detect import read_config
 from convert.export import export
+from keye_jax import interrupts
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 from keye_jax.model.keye import Keye
@@ -373,7 +374,8 @@ def _stop_signal() -> Iterator[list[signal.Signals]]:
 
     before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield got
+        with interrupts.ended_by_second():
+            yield got
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -163,7 +163,7 @@ def _initial(output: Path, config: KeyeConfig, seed: int) -> Path:
         partial, files = (output / f"{INITIAL}.{name}" for name in ("partial", "files"))
         for each in (partial, files):
             shutil.rmtree(each, ignore_errors=True)
-        write_checkpoint(partial, config, seed=seed)
+        write_checkpoint(partial, config, seed=seed, unused=False)
         write_model_files(files)
         for file in files.iterdir():
             if file.name != "config.json":

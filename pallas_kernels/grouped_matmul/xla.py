@@ -1,6 +1,7 @@
 """Portable grouped matmul: blocks of rows of one group, one after the other, or on GPUs several at once.
 
-`lax.ragged_dot` multiplies every row by every group's matrix on CPU and GPU, which this avoids.
+`lax.ragged_dot` multiplies every row by every group's matrix on CPU and GPU, which this avoids. Matrices of fewer bits
+become numbers where `take_matrices` takes those of a block.
 """
 
 import functools
@@ -14,6 +15,7 @@ from pallas_kernels import portable
 from pallas_kernels.grouped_matmul.blocks import Blocks, group_of_row
 from pallas_kernels.grouped_matmul.groups import group_ends
 from pallas_kernels.meshes import vary_like
+from pallas_kernels.quantized import Matrices, QuantizedMatrices, take_matrices
 
 _BLOCK_ROWS = 128
 """Most rows of a block, not on GPUs."""
@@ -43,6 +45,43 @@ def expert_mlp(lhs: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes:
     return grouped_matmul((jax.nn.silu(gate) * up).astype(lhs.dtype), down, group_sizes)
 
 
+def quantized_grouped_matmul(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None,
+    group_sizes: jax.Array,
+    *,
+    block: tuple[int, int],
+) -> jax.Array:
+    """See `quantized.quantized_grouped_matmul`."""
+    matrices = QuantizedMatrices(rhs, scales, zeros, block)
+    return _multiply(lhs, matrices, group_ends(lhs.shape[0], group_sizes), transposed=False)
+
+
+def quantized_expert_mlp(
+    lhs: jax.Array,
+    gate_up: jax.Array,
+    gate_up_scales: jax.Array,
+    gate_up_zeros: jax.Array | None,
+    down: jax.Array,
+    down_scales: jax.Array,
+    down_zeros: jax.Array | None,
+    group_sizes: jax.Array,
+    *,
+    gate_up_block: tuple[int, int],
+    down_block: tuple[int, int],
+) -> jax.Array:
+    """See `quantized.quantized_expert_mlp`."""
+    ends = group_ends(lhs.shape[0], group_sizes)
+    both = _multiply(
+        lhs, QuantizedMatrices(gate_up, gate_up_scales, gate_up_zeros, gate_up_block), ends, transposed=False
+    )
+    gate, up = jnp.split(both.astype(jnp.float32), 2, axis=-1)
+    inner = (jax.nn.silu(gate) * up).astype(lhs.dtype)
+    return _multiply(inner, QuantizedMatrices(down, down_scales, down_zeros, down_block), ends, transposed=False)
+
+
 @jax.custom_vjp
 def _grouped_matmul(lhs: jax.Array, rhs: jax.Array, ends: jax.Array) -> jax.Array:
     return _multiply(lhs, rhs, ends, transposed=False)
@@ -61,12 +100,12 @@ def _backward(saved: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[jax.Array
 _grouped_matmul.defvjp(_forward, _backward)
 
 
-def _multiply(lhs: jax.Array, rhs: jax.Array, ends: jax.Array, *, transposed: bool) -> jax.Array:
+def _multiply(lhs: jax.Array, rhs: Matrices, ends: jax.Array, *, transposed: bool) -> jax.Array:
     """Each row by its group's matrix of rhs `[e, in, out]`; by the transposed matrix if `transposed`."""
     rows = lhs.shape[0]
     if rows <= _FEW_ROWS:
         # Each row by its own matrix, without a loop: on an accelerator every turn costs a round trip to the host.
-        matrices = rhs[group_of_row(jnp.arange(rows), ends)]
+        matrices = take_matrices(rhs, group_of_row(jnp.arange(rows), ends), lhs.dtype)
         form = "mn,mkn->mk" if transposed else "mk,mkn->mn"
         out = jnp.einsum(form, lhs, matrices, preferred_element_type=jnp.float32).astype(lhs.dtype)
     else:
@@ -75,7 +114,7 @@ def _multiply(lhs: jax.Array, rhs: jax.Array, ends: jax.Array, *, transposed: bo
     return jnp.where(jnp.arange(rows)[:, None] < ends[-1], out, 0)
 
 
-def _multiply_blocks(lhs: jax.Array, rhs: jax.Array, ends: jax.Array, *, transposed: bool) -> jax.Array:
+def _multiply_blocks(lhs: jax.Array, rhs: Matrices, ends: jax.Array, *, transposed: bool) -> jax.Array:
     rows = lhs.shape[0]
     blocks = _small_blocks(rows, ends)
     padded = jnp.pad(lhs, ((0, blocks.size), (0, 0)))
@@ -83,7 +122,7 @@ def _multiply_blocks(lhs: jax.Array, rhs: jax.Array, ends: jax.Array, *, transpo
     def multiply(index: jax.Array, out: jax.Array) -> jax.Array:
         group, start, _ = blocks.locate(index)
         rows_in = jax.lax.dynamic_slice_in_dim(padded, start, blocks.size)
-        matrix = jax.lax.dynamic_index_in_dim(rhs, group, keepdims=False)
+        matrix = take_matrices(rhs, group, lhs.dtype)
         rows_out = _products(rows_in, matrix, transposed)
         # The last block of a group also writes rows of the next group. That group's blocks overwrite them later.
         return jax.lax.dynamic_update_slice_in_dim(out, rows_out, start, axis=0)
@@ -92,15 +131,17 @@ def _multiply_blocks(lhs: jax.Array, rhs: jax.Array, ends: jax.Array, *, transpo
     return jax.lax.fori_loop(0, blocks.number, multiply, out)[:rows]
 
 
-def _multiply_on_gpus(lhs: jax.Array, rhs: jax.Array, ends: jax.Array, *, transposed: bool) -> jax.Array:
+def _multiply_on_gpus(lhs: jax.Array, rhs: Matrices, ends: jax.Array, *, transposed: bool) -> jax.Array:
     (rows, wide), groups = lhs.shape, len(ends)
     per_row = (wide + rhs.shape[1 if transposed else 2]) * lhs.dtype.itemsize
-    if rows <= _SOME_ROWS and groups * rows * per_row <= _WORKSPACE_BYTES:
+    # Of matrices of fewer bits there is never a copy of all numbers.
+    if isinstance(rhs, jax.Array) and rows <= _SOME_ROWS and groups * rows * per_row <= _WORKSPACE_BYTES:
         every = _products(jnp.broadcast_to(lhs, (groups, rows, wide)), rhs, transposed)
         at = jnp.arange(rows)
         return every[group_of_row(at, ends), at]
     blocks = _large_blocks(rows, ends)
-    per_block = blocks.size * per_row + math.prod(rhs.shape[1:]) * rhs.dtype.itemsize
+    itemsize = rhs.dtype.itemsize if isinstance(rhs, jax.Array) else lhs.dtype.itemsize
+    per_block = blocks.size * per_row + math.prod(rhs.shape[1:]) * itemsize
     turns = math.ceil(blocks.most / max(1, _WORKSPACE_BYTES // per_block))
     at_once = math.ceil(blocks.most / turns)
 
@@ -108,7 +149,7 @@ def _multiply_on_gpus(lhs: jax.Array, rhs: jax.Array, ends: jax.Array, *, transp
         group, start, _ = blocks.locate(first + jnp.arange(at_once))
         # Rows behind a block's end are any rows: nobody reads their products.
         rows_in = lhs.at[start[:, None] + jnp.arange(blocks.size)].get(mode="clip")
-        return _products(rows_in, rhs[group], transposed)
+        return _products(rows_in, take_matrices(rhs, group, lhs.dtype), transposed)
 
     out = jax.lax.map(turn, jnp.arange(turns) * at_once)
     return out.reshape(turns * at_once * blocks.size, -1).at[blocks.place(jnp.arange(rows))].get(mode="clip")

@@ -16,8 +16,9 @@ import numpy as np
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-from convert import synthetic
+from convert import mapping, synthetic
 from keye_jax.config import KeyeConfig
+from pallas_kernels.quantized import dequantize
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -120,3 +121,36 @@ def greedy_tokens(config: KeyeConfig, params: Any, rules: Any = None) -> tuple[l
         if len(tokens) == 8:
             return tokens, leads
         logits, state, pool = runtime.decode(state, pool)
+
+
+def numbers_of(directory: Path) -> dict[str, np.ndarray]:
+    """The numbers of a model's weights, float32 by dotted path, whatever the checkpoint has them in."""
+    from convert import load_params
+    from convert.detect import read_config
+
+    config = read_config(directory)
+    flat: dict[str, np.ndarray] = {}
+    params = load_params(directory, config)
+    for tensor in mapping.rows(config):
+        if not tensor.in_model or tensor.role not in ("", "values"):
+            continue
+        owner = params
+        for key in tensor.path[:-1]:
+            owner = owner[key]
+        node = owner[tensor.path[-1]]
+        if not tensor.role:
+            flat[tensor.dotted_path] = np.asarray(node).astype(np.float32)
+            continue
+        assert tensor.weight is not None and tensor.scheme is not None
+        values, scale = np.asarray(node), np.asarray(owner["scales"])
+        zeros = np.asarray(owner["zeros"]) if "zeros" in owner else None
+        weight = tensor.weight
+        if weight.part == "experts":
+            block = tensor.scheme.block(*weight.shape[1:], parts=mapping.parts_of(weight))
+            made = dequantize(values, scale, zeros, block, np.float32)
+        else:
+            outputs, inputs = weight.checkpoint_shape
+            group, side = tensor.scheme.block(inputs, outputs)
+            made = dequantize(values.reshape(outputs, -1), scale, zeros, (side, group), np.float32, packed_axis=-1)
+        flat[weight.dotted_path] = made.reshape(weight.shape)
+    return flat

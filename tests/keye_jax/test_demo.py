@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from keye_jax import demo, presets
-from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 
 MADE = {"hf", "clip.mp4", "picture.png", demo.MARKER}
@@ -94,19 +93,13 @@ def test_the_clip_and_its_questions_follow_from_the_seed():
 
 @pytest.mark.slow
 def test_the_model_of_the_package_answers(tmp_path, monkeypatch, capsys):
-    """A model with random weights in its place: its answers are wrong, and all else is as with the trained one."""
-    from convert.synthetic import write_checkpoint
-    from keye_jax.train.shapes.files import write_model_files
-
-    write_checkpoint(tmp_path / "model", KeyeConfig.from_file(presets.EMBEDDED), seed=0)
-    write_model_files(tmp_path / "model")
-    monkeypatch.setattr(presets, "EMBEDDED_CHECKPOINT", tmp_path / "model")
     assert main(monkeypatch, tmp_path / "demo", "--seed", 3) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "$ keye-jax convert" in printed and "$ keye-jax plan" in printed
     for question in demo.draw_clip(3)[1]:
         assert question.text.split()[0] in printed and question.answer in printed
-    assert "of 5 are right" in printed and "at most 128 earlier tokens" in printed
+    assert any(f"{right} of 5 are right" in printed for right in (4, 5))
+    assert "at most 128 earlier tokens" in printed
     assert {path.name for path in (tmp_path / "demo").iterdir()} == {"orbax", "clip.mp4", demo.MARKER}
 
 

@@ -143,6 +143,89 @@ with interrupts.raised():
     assert (code, err) == (130, "keye-jax: interrupted\n")
 
 
+def test_a_signal_is_given_to_a_function():
+    program = """
+import hashlib, os
+with interrupts.raised(), interrupts.given_to(lambda number: os._exit(number)):
+    ready()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+    process = begun(program)
+    process.send_signal(signal.SIGTERM)
+    _, err, code = ended(process)
+    assert (code, err) == (signal.SIGTERM, "")
+
+
+def test_signals_end_the_process_that_are_no_longer_given_to_a_function():
+    program = """
+import time
+with interrupts.raised():
+    with interrupts.given_to(print):
+        pass
+    ready()
+    time.sleep(60)
+"""
+    process = begun(program)
+    process.send_signal(signal.SIGINT)
+    out, err, code = ended(process)
+    assert (code, out, err) == (130, "", "keye-jax: interrupted\n")
+
+
+def test_the_second_signal_to_anothers_handler_ends_the_process():
+    program = """
+import hashlib, signal
+signal.signal(signal.SIGINT, lambda *_: None)
+with interrupts.raised(), interrupts.ended_by_second():
+    ready()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+    process = begun(program)
+    end = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < end:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    _, err, code = ended(process)
+    assert (code, err) == (130, "keye-jax: interrupted\n")
+
+
+def test_a_signal_after_the_command_has_said_how_it_stopped_adds_no_line():
+    program = """
+import time
+with interrupts.raised():
+    interrupts.say_stopped(2, " after step 3")
+    ready()
+    time.sleep(60)
+"""
+    process = begun(program)
+    process.send_signal(signal.SIGINT)
+    _, err, code = ended(process)
+    assert (code, err) == (130, "keye-jax: stopped by SIGINT after step 3\n")
+
+
+def test_a_signal_waits_until_a_child_is_known():
+    program = """
+import time
+interrupts._PATIENCE_S = 60
+with interrupts.raised(), interrupts.kept_from_children():
+    ready()
+    time.sleep(1)  # the thread of signals gets it
+    print("known", flush=True)
+"""
+    process = begun(program)
+    process.send_signal(signal.SIGINT)
+    out, err, code = ended(process)
+    assert (code, out, err) == (130, "known\n", "keye-jax: interrupted\n")
+
+
+def test_little_is_imported_before_signals_are_handled():
+    program = "import sys, keye_jax.interrupts; print(*sys.modules)"
+    environment = {"PYTHONPATH": str(ROOT)}
+    # Without site-packages, where an installed package may have anything imported.
+    result = subprocess.run([sys.executable, "-S", "-c", program], env=environment, capture_output=True, text=True)
+    assert "keye_jax.interrupts" in result.stdout.split()
+    assert not {"typing", "pathlib", "re", "inspect", "subprocess"} & set(result.stdout.split())
+
+
 @pytest.mark.parametrize("ends_itself", [True, False])
 def test_a_child_does_not_get_the_signal_and_ends_with_its_parent(ends_itself):
     program = f"""

@@ -10,6 +10,7 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import pallas_kernels
+from keye_jax.quantization.schemes import FORMATS
 from pallas_kernels import portable
 from pallas_kernels.flash_attention import xla as flash
 from pallas_kernels.grouped_matmul import xla as grouped
@@ -21,6 +22,7 @@ from pallas_kernels.sparse_attention import xla as sparse
 from tests.pallas_kernels.calls import calls
 from tests.pallas_kernels.selection_oracle import selection
 from tests.pallas_kernels.test_grouped_matmul import SIZES, by_group, check
+from tests.pallas_kernels.test_quantized_experts import matrices
 
 CALLS = {str(call): call for call in calls()}
 
@@ -191,3 +193,20 @@ def test_programs_for_gpus_count_and_others_sort():
         for platform in ("cpu", "cuda", "rocm", "tpu")
     }
     assert {platform for platform, text in lowered.items() if "top_k" in text} == {"cpu", "tpu"}
+
+
+@pytest.mark.usefixtures("for_gpus", "quick_to_compile")
+@pytest.mark.parametrize("format", FORMATS)
+def test_matrices_of_fewer_bits(format, monkeypatch):
+    """Several turns of a few blocks, whose matrices alone become numbers."""
+    stored, numbers = matrices(format, 160, 96)
+    lhs = jnp.asarray(np.random.default_rng(0).normal(size=(300, 160)), jnp.float32)
+    sizes = jnp.asarray([70, 200, 0, 15, 5], jnp.int32)
+    monkeypatch.setattr(grouped, "_WORKSPACE_BYTES", 2 * 160 * 96 * 4)
+    got = jax.jit(pallas_kernels.quantized_grouped_matmul)(lhs, stored, sizes)
+    expected = pallas_kernels.grouped_matmul(lhs, numbers.astype(jnp.float32), sizes)
+    scale = np.abs(expected).max()
+    # The numbers are compared in bfloat16.
+    np.testing.assert_allclose(got, expected, atol=2**-7 * float(scale))
+    text = jax.jit(pallas_kernels.quantized_grouped_matmul).lower(lhs, stored, sizes).as_text()
+    assert "tensor<5x160x96xf32>" not in text

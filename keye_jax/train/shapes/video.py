@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from keye_jax.errors import UserError
 from keye_jax.train.shapes.draw import draw, scene_arrays, to_uint8
 from keye_jax.train.shapes.scene import SIDE, Scene, clip_frames
 
@@ -26,8 +27,14 @@ def write_video(path: str | Path, scene: Scene, *, scale: int = 1, crf: int = _C
       path: the file. The end of its name, such as .mp4 or .mkv, decides the format.
       scale: pixels of a frame for one pixel of the scene, whose frames have `SIDE`.
       crf: H.264's constant rate factor, from 0 to 51; higher is worse.
+
+    Raises:
+      UserError: PyAV is not installed.
     """
-    import av
+    try:
+        import av
+    except ImportError as error:
+        raise UserError("clips are written as video, which needs PyAV: pip install 'keye-jax[video]'") from error
 
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=round(scene.rate))

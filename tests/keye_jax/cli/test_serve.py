@@ -18,8 +18,8 @@ from tests.keye_jax.processes import SHARDING, begin, finish, free_port, write_i
 SMALL = ("--dtype", "float32", "--prefill-chunk", "128", "--rows", "2", "--cache-tokens", "4K", "--max-context", "2048")
 
 
-def start(inputs, port, *arguments):
-    command = [sys.executable, "-m", "keye_jax.cli", "serve", "--checkpoint", inputs / "hf", "--port", port]
+def start(inputs, port, *arguments, name="hf"):
+    command = [sys.executable, "-m", "keye_jax.cli", "serve", "--checkpoint", inputs / name, "--port", port]
     return subprocess.Popen(
         [str(each) for each in (*command, *SMALL, *arguments)],
         stderr=subprocess.PIPE,

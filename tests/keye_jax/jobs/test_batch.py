@@ -149,8 +149,8 @@ class TestRetries:
 
 
 def test_the_engine_has_as_many_as_it_may_and_lines_are_read_as_needed(run, tmp_path, output):
-    engine = FakeEngine(0.005, threads=32)
-    run(b"".join(line(str(index)) for index in range(200)), engine, concurrency=12)
+    engine = FakeEngine(0.2, threads=32)  # in which even a busy machine submits 12
+    run(b"".join(line(str(index)) for index in range(40)), engine, concurrency=12)
     assert engine.most == 12
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from flax import nnx
 from keye_jax.config import KeyeConfig
 from keye_jax.model import expert_parallel
 from keye_jax.model.moe import MoE
+from keye_jax.model.params import shard_params
+from keye_jax.quantization.schemes import FORMATS, Quantization, standard
 from keye_jax.sharding import MeshRules, ShardingConfig, StepSharding
 
 ROWS, TOKENS = 8, 4
@@ -54,6 +57,29 @@ def _turns_of_a_few_rows():
 @functools.partial(jax.jit, static_argnames="step")
 def run(moe, x, valid, step):
     return placed(moe, step)(x, valid, step, implementation=None)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_experts_of_fewer_bits(config, format):
+    """Their blocks are cut where devices part them: the hidden dimension of 48 is split in 8 in all."""
+    config = dataclasses.replace(config, quantization=Quantization(standard(format)))
+    moe, x, valid = MoE(config, rngs=nnx.Rngs(0)), tokens(config), jnp.ones((ROWS, TOKENS), bool)
+    scales = np.random.default_rng(2)
+    for weight in (moe.gate_up_proj, moe.down_proj):
+        value = weight.get_value()
+        random = jnp.asarray(scales.uniform(0.5, 1.5, value.scales.shape), value.scales.dtype)
+        weight.set_value(dataclasses.replace(value, scales=value.scales * random))
+    step = step_of(config, "all_gather", {"batch": "x", "experts": "y", "expert_hidden": ["x", "z"]})
+    expected, chosen = moe(x, valid, ONE, implementation=None)
+    holder: Any = nnx.Module()
+    decoder: Any = nnx.Module()
+    layer: Any = nnx.Module()
+    layer.moe, decoder.layers, holder.decoder = moe, nnx.List([layer]), decoder
+    got, experts = jax.jit(lambda moe, x, valid: moe(x, valid, step, implementation=None))(
+        shard_params(holder, step.rules).decoder.layers[0].moe, x, valid
+    )
+    np.testing.assert_array_equal(np.asarray(experts), np.asarray(chosen))
+    np.testing.assert_allclose(np.asarray(got), np.asarray(expected), atol=1e-5 * np.abs(expected).max())
 
 
 EVERYWHERE = {"batch": "x", "query_sequence": ["y", "z"], "experts": ["z", "x", "y"]}

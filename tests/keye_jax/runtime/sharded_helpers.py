@@ -34,15 +34,20 @@ TOKEN_LEAD = 2 * ATOL
 def expected(name: str, layers: int | None = None) -> tuple[Trace, list[int]]:
     """What one device computes of the prompt; its choices are safe."""
     model, config = golden_model(name, layers)
-    trace, tokens = prefill_and_decode(Runtime(model, config), name)
-    assert_leads(selection_leads(trace.scores[..., : TOKENS + GREEDY], config.sa_config.topk), SCORE_LEAD)
-    assert_leads(token_leads(trace.logits[TOKENS - 1 : -1]), TOKEN_LEAD)
+    trace, tokens = prefill_and_decode(Runtime(model, config), SEEDS[name])
+    assert_safe(trace, config.sa_config.topk)
     return trace, tokens
 
 
-def prefill_and_decode(runtime: Runtime, name: str) -> tuple[Trace, list[int]]:
-    """What is computed of a prompt and of a few steps of decode behind it, and the greedy tokens."""
-    ids = random_ids(TOKENS, SEEDS[name])
+def assert_safe(trace: Trace, top_k: int) -> None:
+    """Fails where a choice of the prompt or of the answer is not ahead by more than the rounding."""
+    assert_leads(selection_leads(trace.scores[..., : TOKENS + GREEDY], top_k), SCORE_LEAD)
+    assert_leads(token_leads(trace.logits[TOKENS - 1 : -1]), TOKEN_LEAD)
+
+
+def prefill_and_decode(runtime: Runtime, seed: int) -> tuple[Trace, list[int]]:
+    """What is computed of the prompt of a seed and of a few steps of decode behind it, and the greedy tokens."""
+    ids = random_ids(TOKENS, seed)
     pool, tables = runtime.new_cache(1, TOKENS + GREEDY)
     trace, pool = traced(runtime, text(ids, tables[0]), pool)
     traces, tokens = [trace], []
@@ -57,8 +62,14 @@ def check(name: str, sharding: ShardingConfig, *, prefill_chunk: int | None = No
     """Holds the steps over a mesh to those of one device."""
     (model, config), (one, tokens) = golden_model(name), expected(name)
     rules = MeshRules.create(sharding, config)
-    got, got_tokens = prefill_and_decode(Runtime(model, config, rules=rules, prefill_chunk=prefill_chunk), name)
-    np.testing.assert_allclose(got.logits, one.logits, atol=ATOL)
-    np.testing.assert_array_equal(got.selected, one.selected)
-    assert got_tokens == tokens
-    assert_tokens_follow(got_tokens, one.logits[TOKENS - 1 : -1], ATOL)
+    runtime = Runtime(model, config, rules=rules, prefill_chunk=prefill_chunk)
+    assert_same(prefill_and_decode(runtime, SEEDS[name]), (one, tokens))
+
+
+def assert_same(got: tuple[Trace, list[int]], expected: tuple[Trace, list[int]]) -> None:
+    """Holds what `prefill_and_decode` gave to what it should give."""
+    (trace, tokens), (one, wanted) = got, expected
+    np.testing.assert_allclose(trace.logits, one.logits, atol=ATOL)
+    np.testing.assert_array_equal(trace.selected, one.selected)
+    assert tokens == wanted
+    assert_tokens_follow(tokens, one.logits[TOKENS - 1 : -1], ATOL)

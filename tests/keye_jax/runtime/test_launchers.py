@@ -7,6 +7,7 @@ import pytest
 from keye_jax.errors import UserError
 from keye_jax.runtime import launchers
 from keye_jax.runtime.launchers import Launch
+from tests.keye_jax.processes import ROOT
 
 JAX = {"JAX_COORDINATOR_ADDRESS": "node0:8476", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
 KUBEFLOW = {"COORDINATOR_ADDRESS": "job-worker-0", "COORDINATOR_PORT": "6666", "NUM_PROCESSES": "4", "PROCESS_ID": "2"}
@@ -41,42 +42,64 @@ GROUPS = {
 }
 
 
+FORMS = [
+    (JAX | {"JAX_COORDINATOR_ADDRESS": "node0", "JAX_COORDINATOR_PORT": "99"}, Launch("node0:99", 4, 2)),
+    (JAX | {"JAX_PROCESS_ID": "", "JOB_COMPLETION_INDEX": "3"}, Launch("node0:8476", 4, 3)),
+    (JAX | SLURM | {"SLURM_PROCID": "1"}, Launch("node0:8476", 4, 2)),
+    # The address alone goes with what another launcher says.
+    (OPEN_MPI | {"JAX_COORDINATOR_ADDRESS": "[::1]:9"}, Launch("[::1]:9", 4, 2, 1)),
+    (SLURM | {"JAX_COORDINATOR_ADDRESS": "node9:9"}, Launch("node9:9", 4, 2, 0)),
+    (SLURM | {"SLURM_STEP_NODELIST": "a,b"}, Launch("a:61442", 4, 2, 0)),
+    (SLURM | {"SLURM_STEP_NODELIST": "gpu-[3,5-7],b"}, Launch("gpu-3:61442", 4, 2, 0)),
+    (SLURM | {"SLURM_STEP_NODELIST": "rack[1-2]node[03,5]-ib,b"}, Launch("rack1node03-ib:61442", 4, 2, 0)),
+    # With a chosen address no other is needed.
+    *(
+        ({name: group[name] for name in which} | {"JAX_COORDINATOR_ADDRESS": "a:9"}, Launch("a:9", 4, 2))
+        for group, which in ((KUBEFLOW, ("NUM_PROCESSES", "PROCESS_ID")), (TORCH, ("WORLD_SIZE", "RANK")))
+    ),
+    ({name: f" {value} " for name, value in JAX.items()}, Launch("node0:8476", 4, 2)),
+    (TPU | {"TPU_WORKER_HOSTNAMES": "tpu0, tpu1,tpu2,"}, Launch("tpu0:8482", 3, 2)),
+    # A step of two tasks in an allocation of four.
+    (SLURM | {"SLURM_STEP_NUM_TASKS": "3"}, Launch("node07:61442", 3, 2, 0)),
+    (OPEN_MPI | SLURM | {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp6://[fe80::1,fe80::2]:43370"}, None),
+    (TPU | {"TPU_PROCESS_ADDRESSES": "a:8471,b:8471", "TPU_WORKER_ID": "1"}, Launch("a:8482", 2, 1)),
+]
+
+
 @pytest.mark.parametrize("name", GROUPS)
 def test_every_launcher_says_which_process_this_is(name):
     variables, expected = GROUPS[name]
     assert launchers.find(variables) == expected
 
 
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        (JAX | {"JAX_COORDINATOR_ADDRESS": "node0", "JAX_COORDINATOR_PORT": "99"}, Launch("node0:99", 4, 2)),
-        (JAX | {"JAX_PROCESS_ID": "", "JOB_COMPLETION_INDEX": "3"}, Launch("node0:8476", 4, 3)),
-        (JAX | SLURM | {"SLURM_PROCID": "1"}, Launch("node0:8476", 4, 2)),
-        # The address alone goes with what another launcher says.
-        (OPEN_MPI | {"JAX_COORDINATOR_ADDRESS": "[::1]:9"}, Launch("[::1]:9", 4, 2, 1)),
-        (SLURM | {"JAX_COORDINATOR_ADDRESS": "node9:9"}, Launch("node9:9", 4, 2, 0)),
-        (SLURM | {"SLURM_STEP_NODELIST": "a,b"}, Launch("a:61442", 4, 2, 0)),
-        (SLURM | {"SLURM_STEP_NODELIST": "gpu-[3,5-7],b"}, Launch("gpu-3:61442", 4, 2, 0)),
-        (SLURM | {"SLURM_STEP_NODELIST": "rack[1-2]node[03,5]-ib,b"}, Launch("rack1node03-ib:61442", 4, 2, 0)),
-        # With a chosen address no other is needed.
-        *(
-            ({name: group[name] for name in which} | {"JAX_COORDINATOR_ADDRESS": "a:9"}, Launch("a:9", 4, 2))
-            for group, which in ((KUBEFLOW, ("NUM_PROCESSES", "PROCESS_ID")), (TORCH, ("WORLD_SIZE", "RANK")))
-        ),
-        ({name: f" {value} " for name, value in JAX.items()}, Launch("node0:8476", 4, 2)),
-        (TPU | {"TPU_WORKER_HOSTNAMES": "tpu0, tpu1,tpu2,"}, Launch("tpu0:8482", 3, 2)),
-        # A step of two tasks in an allocation of four.
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "3"}, Launch("node07:61442", 3, 2, 0)),
-        (OPEN_MPI | SLURM | {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp6://[fe80::1,fe80::2]:43370"}, None),
-        (TPU | {"TPU_PROCESS_ADDRESSES": "a:8471,b:8471", "TPU_WORKER_ID": "1"}, Launch("a:8482", 2, 1)),
-    ],
-)
+@pytest.mark.parametrize(("variables", "expected"), FORMS)
 def test_forms_of_values(variables, expected):
     found = launchers.find(variables)
     if expected is None:
         expected = Launch("[fe80::1]:61441", 4, 2, 1)
     assert found == expected
+
+
+def test_addresses_in_a_file(tmp_path):
+    path = tmp_path / "addresses"
+    path.write_text("tpu0:8471,tpu1:8471\n")
+    found = launchers.find({"TPU_PROCESS_ADDRESSES_PATH": str(path), "TPU_WORKER_ID": "1"})
+    assert found == Launch("tpu0:8482", 2, 1)
+
+
+def test_every_row_of_the_page_is_tried():
+    page = (ROOT / "docs" / "shard.md").read_text()
+    rows = re.search(r"(?m)^\| launcher \|.*\n\|[-|]+\n((?:\|.*\n)+)", page)
+    assert rows is not None
+    tried = {name for variables, _ in [*GROUPS.values(), *FORMS] for name in variables}
+    shown = set[str]()
+    for row in rows[1].splitlines():
+        launcher, *cells = row.strip("|").split("|")
+        named = set(re.findall(r"\b[A-Z]+_\w+|\bRANK\b", " ".join(cells)))
+        assert named <= tried | {"TPU_PROCESS_ADDRESSES_PATH"}, launcher
+        assert named or "--coordinator auto" in row, launcher
+        shown |= named
+    assert {name for variables, _ in GROUPS.values() for name in variables} <= shown
 
 
 @pytest.mark.parametrize(

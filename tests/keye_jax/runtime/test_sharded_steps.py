@@ -29,6 +29,7 @@ from tests.keye_jax.runtime.sharded_helpers import (
     GREEDY,
     ONE_AXIS,
     SCORE_LEAD,
+    SEEDS,
     SEQUENCE,
     TOKENS,
     prefill_and_decode,
@@ -132,7 +133,7 @@ def test_float8_index_keys_and_their_scales_travel_too():
         runtime = Runtime(model, config, options=options, rules=rules)
         assert runtime.new_pool(1).layers[0].index_scales is not None
         with float8():
-            results.append(prefill_and_decode(runtime, "a")[0].logits)
+            results.append(prefill_and_decode(runtime, SEEDS["a"])[0].logits)
     assert np.mean(np.abs(results[1] - results[0]).max(axis=-1) < ATOL) > 0.9
 
 
@@ -145,7 +146,7 @@ def test_of_equal_scores_the_lower_positions_win_on_any_device():
     for layer in blind.decoder.layers:
         layer.indexer.q_proj.weight.set_value(jnp.zeros_like(layer.indexer.q_proj.weight[...]))
     rules = rules_of(config, {"x": 4}, SEQUENCE)
-    (one, _), (many, _) = (prefill_and_decode(Runtime(blind, config, rules=each), "a") for each in (None, rules))
+    (one, _), (many, _) = (prefill_and_decode(Runtime(blind, config, rules=each), SEEDS["a"]) for each in (None, rules))
     for trace in (one, many):
         expected = np.tile(np.arange(top_k), (TOKENS + GREEDY - top_k, 1))
         np.testing.assert_array_equal(trace.selected[0, top_k:], expected)
