@@ -29,10 +29,12 @@ MIXED_SAMPLING = (
 )
 """How the rows of a timed batch draw, in turns."""
 
-TAIL = 64
+TAIL = 256
 """Last tokens of a prompt, whose selections are looked at."""
 
-_GROUP = 16
+GROUPS = (16, 64, 256)
+"""Numbers of neighbouring queries whose selections are united."""
+
 DECODE_STEPS = 16
 """Steps of decode that are timed together."""
 
@@ -73,7 +75,11 @@ def compile_steps(
       batches: sequences that are decoded together, `(sequences, tokens)`.
     """
     programs = [
-        *(lowering.intermediates_program(with_intermediates, TAIL, tokens) for tokens in prompts if with_intermediates),
+        *(
+            lowering.intermediates_program(with_intermediates, min(TAIL, tokens), tokens)
+            for tokens in prompts
+            if with_intermediates
+        ),
         *(
             program
             for runtime in runtimes
@@ -142,22 +148,26 @@ def read_prompt(runtime: Runtime, prompt: Prompt, *, room: int | None = None) ->
     return jax.block_until_ready(runtime.prefill([prompt.segment(tables[0])], pool)[1])
 
 
-def union_sizes(runtime: Runtime, prompt: Prompt, pool: PagePool, pages: np.ndarray) -> np.ndarray:
-    """Distinct keys that 16 neighbouring queries select together, float `[layers]`: means over the last 64 queries.
+def union_sizes(runtime: Runtime, prompt: Prompt, pool: PagePool, pages: np.ndarray) -> dict[int, np.ndarray]:
+    """Distinct keys that neighbouring queries select together: float `[layers]` for each of `GROUPS`.
+
+    They are means over the groups among the last `TAIL` queries; a short prompt has no large groups.
 
     Args:
       pool, pages: as `time_prefill` gives them; the prompt's last tokens are read once more. The pool is donated.
     """
-    start = len(prompt.input_ids) - TAIL
-    tail = Prompt(prompt.input_ids[start:], prompt.positions[:, start:], prompt.embeds[start:])
-    segment = dataclasses.replace(tail.segment(pages), start=start)
+    tail = min(TAIL, len(prompt.input_ids))
+    start = len(prompt.input_ids) - tail
+    last = Prompt(prompt.input_ids[start:], prompt.positions[:, start:], prompt.embeds[start:])
+    segment = dataclasses.replace(last.segment(pages), start=start)
     chunks = [found for _, _, found, _ in runtime.forward_with_intermediates(segment, pool)]
-    sizes = []
+    sizes: dict[int, list[float]] = {group: [] for group in GROUPS if group <= tail}
     for layer in zip(*chunks, strict=True):
         selected = np.concatenate([np.asarray(chunk.attention.selected) for chunk in layer])
-        groups = selected[:TAIL].reshape(TAIL // _GROUP, -1)
-        sizes.append(np.mean([len(np.unique(group[group >= 0])) for group in groups]))
-    return np.asarray(sizes)
+        for group, found in sizes.items():
+            unions = selected[: tail // group * group].reshape(tail // group, -1)
+            found.append(float(np.mean([len(np.unique(union[union >= 0])) for union in unions])))
+    return {group: np.asarray(found) for group, found in sizes.items()}
 
 
 def random_batch(

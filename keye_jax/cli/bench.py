@@ -206,15 +206,17 @@ def _prefill_rows(
                 sizes = {"tokens": tokens, "attention": name, "noise": noise}
                 yield _report(f"{what}, {name}, {kind}", timing, sizes, dense)
                 dense = timing if name == _DENSE else dense
-                if name == _SPARSE and count_unions and tokens - TAIL >= runtime.dense_below:
+                if name == _SPARSE and count_unions and tokens - min(TAIL, tokens) >= runtime.dense_below:
                     unions = union_sizes(runtime, prompt, pool, pages)
                 del pool
             if unions is None:
                 continue
-            quartiles = ", ".join(f"{x:,.0f}" for x in np.quantile(unions, [0, 0.25, 0.5, 0.75, 1]))
-            mean = f"{unions.mean():,.0f} in the mean of the layers"
-            print(f"    keys that 16 neighbouring queries select: {mean}; quartiles {quartiles}", flush=True)
-            yield {"what": f"unions of {what}, {kind}", "tokens": tokens, "noise": noise, "unions": unions.tolist()}
+            for group, found in unions.items():
+                quartiles = ", ".join(f"{x:,.0f}" for x in np.quantile(found, [0, 0.25, 0.5, 0.75, 1]))
+                mean = f"{found.mean():,.0f} in the mean of the layers"
+                print(f"    keys that {group} neighbouring queries select: {mean}; quartiles {quartiles}", flush=True)
+            sizes = {str(group): found.tolist() for group, found in unions.items()}
+            yield {"what": f"unions of {what}, {kind}", "tokens": tokens, "noise": noise, "unions": sizes}
 
 
 def _packed_rows(

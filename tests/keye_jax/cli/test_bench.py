@@ -33,15 +33,16 @@ def test_measures_prompts_and_steps(keye, config, tmp_path):
         assert sparse["tokens_per_second"] == tokens / sparse["seconds"]
         assert f"prefill {tokens}, sparse, fp8 indexer, video" in rows
         assert (f"prefill {tokens}, sparse, unrelated tokens" in rows) == (tokens == 160)
-        (unions,) = rows[f"unions of prefill {tokens}, video"]["unions"]
-        top_k = KeyeConfig.from_file(config).sa_config.topk
-        assert top_k <= unions <= min(tokens, 16 * top_k)
+        unions = rows[f"unions of prefill {tokens}, video"]["unions"]
+        assert list(unions) == ["16", "64"]
+        top_k, ((few,), (many,)) = KeyeConfig.from_file(config).sa_config.topk, unions.values()
+        assert top_k <= few <= min(many, 16 * top_k) and many <= tokens
     packed = rows["prefill, 3 x 40 packed, sparse"]
     assert packed["tokens_per_second"] == pytest.approx(3 * 40 / packed["seconds"])
     decode = rows["decode, 2 x 128, sparse"]
     assert decode["tokens_per_second"] == 2 / decode["seconds"]
     assert all(what in out for what in rows if not what.startswith("unions"))
-    assert out.count("keys that 16 neighbouring queries select") == 3
+    assert out.count("keys that 16 neighbouring queries select") == 3 == out.count("keys that 64 neighbouring queries")
 
 
 @pytest.mark.slow
