@@ -104,7 +104,7 @@ def answer_questions(directory: Path, seed: int) -> None:
     print(f"{right} of {len(said)} are right. The score of an interval is its overlap with the true one (IoU).")
     top_k = KeyeConfig.from_file(converted).sa_config.topk
     print(f"Each token attended to at most {top_k} earlier tokens, which the model's indexer chose.")
-    print(f"`python -m keye_jax.demo DIR --seed {seed + 1}` asks about another clip. ", end="")
+    print(f"`python -m keye_jax.demo DIR --seed {seed + 1}` asks about another clip.")
     print(f"{directory}/ has all files. Done in {time.perf_counter() - start:.0f} s.")
 
 
