@@ -20,8 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from keye_jax.train import kernels
 from keye_jax.train.blocks import equal_blocks, scan, wide
 from keye_jax.train.selection import topk_mask
+from pallas_kernels.dispatch import available
+from pallas_kernels.errors import UnsupportedError
 
 SAVED = "attention_output"
 """Name, for rematerialisation, of what the backward pass needs of the forward pass and cannot get cheaply."""
@@ -42,6 +45,8 @@ class AttentionPlan:
       scale, index_scale: factors on the dot products of attention and of the indexer.
       width: how many keys are looked at for a row; None where a row is a sample.
       block_bytes: most bytes of the dot products of one block of queries. The backward pass has a few such arrays.
+      kernels: the implementation of `pallas_kernels` that computes the forward pass; None for masked products. It is
+        for sparse attention without branches from which no indexer learns.
     """
 
     sparse: bool
@@ -52,6 +57,7 @@ class AttentionPlan:
     index_scale: float
     width: int | None
     block_bytes: int
+    kernels: str | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -102,6 +108,7 @@ class _Found(NamedTuple):
 
     out: jax.Array  # [b, t, n, d]
     lse: jax.Array  # [b, t, n]
+    selected: jax.Array | None = None  # int32 [b, t, k], positions that kernels selected
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -139,6 +146,9 @@ def _attend_forward(
     branch: jax.Array | None = None,
 ) -> tuple[tuple[jax.Array, IndexerMeasures], Any]:
     assert branch is None or plan.width is None, "branches are of rows that are samples"
+    if plan.kernels is not None:
+        assert plan.sparse and not plan.kl and branch is None, "kernels have no branches, and no teacher of an indexer"
+        return _kernel_forward(plan, queries, keys, start, first)
     parts = []
     for segment in _segments(plan, queries):
 
@@ -153,6 +163,51 @@ def _attend_forward(
     return (found.out, measures), (queries, keys, start, first, branch, found)
 
 
+def best_kernels(
+    plan: AttentionPlan, queries: Queries, keys: KeysAndValues, start: jax.Array, first: jax.Array
+) -> str | None:
+    """The implementation that computes the forward pass best, for `AttentionPlan.kernels`; arguments as of `attend`."""
+    if available()[0] != "mosaic_gpu":
+        return None
+    plan = dataclasses.replace(plan, kernels="mosaic_gpu")
+    try:
+        jax.eval_shape(functools.partial(_kernel_forward, plan), queries, keys, start, first)
+    except UnsupportedError:
+        return None
+    return plan.kernels
+
+
+def _kernel_forward(
+    plan: AttentionPlan, queries: Queries, keys: KeysAndValues, start: jax.Array, first: jax.Array
+) -> tuple[tuple[jax.Array, IndexerMeasures], Any]:
+    rows, tokens = queries.q.shape[:2]
+    together, begins = keys, first
+    if plan.width is None:
+        together = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), keys)
+        begins = jnp.arange(rows, dtype=jnp.int32) * tokens
+    out, lse, selected = kernels.attend(
+        queries.q,
+        queries.index_q,
+        queries.gates,
+        together.k,
+        together.v,
+        together.index_keys,
+        start,
+        begins,
+        width=plan.width or tokens,
+        top_k=plan.top_k,
+        scale=plan.scale,
+        index_scale=plan.index_scale,
+        block_bytes=plan.block_bytes,
+        implementation=plan.kernels,
+    )
+    # The selection is made again where a layer is: it is larger than all else, and takes the kernels little time.
+    out, lse = (checkpoint_name(x, SAVED) for x in (out, lse))
+    zeros = jnp.zeros((rows, tokens), jnp.float32)
+    found = _Found(out, lse, selected)
+    return (out, IndexerMeasures(zeros, zeros, zeros)), (queries, keys, start, first, None, found)
+
+
 def _attend_backward(
     plan: AttentionPlan, saved: Any, cotangents: tuple[jax.Array, IndexerMeasures]
 ) -> tuple[Queries, KeysAndValues, None, None, None]:
@@ -165,8 +220,11 @@ def _attend_backward(
         def run(d_keys: KeysAndValues, item: Any, segment: _Segment = segment) -> tuple[KeysAndValues, Queries]:
             (part, own, found, d_out, d_kl), start, first = item
             (window, seen), at = segment.window((keys, branch), first)
-            visible = _visible(start, part.q.shape[1], at, own, seen)
-            d_queries, d_window = _backward_block(plan, part, window, visible, found, d_out, d_kl)
+            if found.selected is None:
+                mask = _visible(start, part.q.shape[1], at, own, seen)
+            else:
+                mask = kernels.selected_mask(found.selected, at[:, :1, None], at.shape[1])
+            d_queries, d_window = _backward_block(plan, part, window, mask, found, d_out, d_kl)
             return segment.add_to_window(d_keys, d_window, first), d_queries
 
         items = segment.items((queries, branch, found, d_out, d_kl), start, first)
@@ -226,7 +284,7 @@ def _backward_block(
     plan: AttentionPlan,
     queries: Queries,
     keys: KeysAndValues,
-    visible: jax.Array,
+    mask: jax.Array,
     found: _Found,
     d_out: jax.Array,
     d_kl: jax.Array,
@@ -238,15 +296,14 @@ def _backward_block(
     `dw_j = c q_j . (E_j K)` and `dK = sum_j E_j^T (c w_j q_j)`.
 
     Args:
-      visible: bool `[b or 1, q, s]`.
+      mask: bool `[b or 1, q, s]`: the keys that queries see, or those that kernels selected of them.
       d_out: `[b, q, n, d]`.
       d_kl: float32 `[b, q]`.
     """
-    mask = visible
     with jax.named_scope("indexer"):
         index_dots = _index_dots(queries, keys)
         scores = jnp.where(mask, _index_scores(plan, queries, index_dots), -jnp.inf)
-    if plan.sparse and keys.k.shape[1] > plan.top_k:
+    if plan.sparse and keys.k.shape[1] > plan.top_k and found.selected is None:
         # Selected again, not kept: scores that are computed again may be rounded otherwise than a threshold was.
         with jax.named_scope("selection"):
             mask &= topk_mask(scores, plan.top_k)

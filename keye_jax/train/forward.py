@@ -26,6 +26,7 @@ from keye_jax.train.attention import (
     KeysAndValues,
     Queries,
     attend,
+    best_kernels,
     same_branch,
 )
 from keye_jax.train.experts import mix_experts
@@ -104,6 +105,8 @@ class TrainOptions:
             keys = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), keys)
             rows = own_rows(batch, step)
             start, first = rows.start, rows.tables(rows.page_table)[:, 0] * PAGE_SIZE
+        if plan.sparse and not plan.kl and context.branch is None:
+            plan = dataclasses.replace(plan, kernels=best_kernels(plan, queries, keys, start, first))
         attended: Any = attend(plan, queries, keys, start, first, context.branch)
         out, measures = attended
         groups = inputs.k.shape[2] * step.size(step.heads)
