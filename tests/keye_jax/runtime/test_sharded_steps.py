@@ -51,10 +51,11 @@ def filled(pool: PagePool, tables: np.ndarray, sequences: tuple[np.ndarray, np.n
         for row, sequence in enumerate(tables):
             pages[sequence] = kv[number, row].reshape(-1, *pages.shape[1:])
             index_pages[sequence] = index_keys[number, row].reshape(-1, *index_pages.shape[1:])
-        layers.append(Pages(jax.device_put(pages, layer.kv.sharding), jax.device_put(index_pages, layer.kv.sharding)))
-    shardings = pool.shardings(runtime.rules)
+        layers.append(Pages(pages, index_pages))
     made = PagePool(tuple(layers))
-    return made if runtime.rules.sharding() is None else jax.device_put(made, shardings)
+    if runtime.rules.sharding() is None:
+        return jax.tree.map(runtime.put, made)
+    return jax.device_put(made, pool.shardings(runtime.rules))
 
 
 TENSOR: dict[str, str | list[str]] = {"heads": "y", "kv_heads": "y", "experts": ["z", "x"], "vocab": "y"}

@@ -30,6 +30,8 @@ from keye_jax.train.loop import Trainer, load_model, train_options
 from keye_jax.train.lora import from_adapter
 from keye_jax.train.steps import selecting_share
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 ANSWERS = ("A red ball.", "A blue square.", "The clock.", "At two seconds.")
 
 
@@ -343,7 +345,7 @@ class TestMistakes:
     ],
     ids=["data", "experts", "both, layers in a loop"],
 )
-def test_several_devices_make_the_step_of_one(trainer, folder, mesh, rules, scan, quick_to_compile):
+def test_several_devices_make_the_step_of_one(trainer, folder, mesh, rules, scan):
     sharding = ShardingConfig.from_dict({"mesh": mesh, "rules": rules})
     devices = MeshRules.create(sharding, KeyeConfig.from_file(folder / "hf"))
     # Eight samples, one for each of at most eight groups of devices, so that all take the same ones.
