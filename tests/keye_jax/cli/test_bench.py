@@ -20,7 +20,8 @@ def config(golden, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_measures_prompts_and_steps(keye, config, tmp_path):
+def test_measures_prompts_and_steps(keye, config, tmp_path, compiled):
+    """A step of decode is compiled once for dense and for sparse attention, and once for a float8 indexer."""
     file = tmp_path / "figures.json"
     code, out, err = keye(
         *("bench", "--config", config, "--layers", 1, "--repeats", 1, "--json", file),
@@ -28,6 +29,7 @@ def test_measures_prompts_and_steps(keye, config, tmp_path):
         *("--unrelated", 160, "--packed", "3x40"),
     )
     assert code == 0, out + err
+    assert compiled.count("jit(_decode_and_sample)") == 3
     rows = {row["what"]: row for row in json.loads(file.read_text())}
     for tokens in (160, 190):
         dense, sparse = (rows[f"prefill {tokens}, {name}, video"] for name in ("dense", "sparse"))

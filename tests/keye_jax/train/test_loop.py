@@ -135,10 +135,11 @@ def losses(trainer, batches, steps):
 
 @pytest.mark.slow
 class TestSteps:
-    def test_the_loss_falls(self, trainer):
+    def test_the_loss_falls_and_a_step_is_compiled_once(self, trainer, compiled):
         made, batches = trainer(stage())
         found = losses(made, batches, 20)
         assert np.mean(found[-4:]) < 0.5 * found[0]
+        assert compiled.count("jit(train)") == 1
 
     def test_only_what_trains_changes_and_has_moments(self, trainer, folder):
         made, batches = trainer(stage(train=["projector"], loss={}))
