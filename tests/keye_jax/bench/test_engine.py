@@ -15,16 +15,8 @@ pytestmark = pytest.mark.slow
 
 
 def run(module, *options):
-    command = [
-        sys.executable,
-        "-m",
-        f"keye_jax.bench.{module}",
-        "--config",
-        str(presets.TINY),
-        "--layers",
-        "1",
-        *options,
-    ]
+    command = [sys.executable, "-m", f"keye_jax.bench.{module}"]
+    command += ["--config", str(presets.TINY), "--layers", "1", *options]
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles faster
     done = subprocess.run(command, cwd=Path(__file__).parents[3], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
