@@ -1,7 +1,6 @@
 """The benchmarks of the engine, of the server and of jobs, with one layer of a tiny model."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,8 +16,7 @@ pytestmark = pytest.mark.slow
 def run(module, *options):
     command = [sys.executable, "-m", f"keye_jax.bench.{module}"]
     command += ["--config", str(presets.TINY), "--layers", "1", *options]
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles faster
-    done = subprocess.run(command, cwd=Path(__file__).parents[3], env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
