@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 JAX := 0.11.2
 JAX_NEXT := 0.12.*
 # A process that dies fails its test. It is not replaced: pytest-xdist 3.8 may then wait for ever (its issue 1378).
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0
+# Files are taken in the order of tests/conftest.py, the long ones first.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 # The TPU compiler, for Linux on x86-64 only. It is kept out of the environment's packages: JAX would load it everywhere.
 ifeq ($(shell uname -sm),Linux x86_64)
 LIBTPU := $(VENV)/libtpu/.installed

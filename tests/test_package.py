@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from keye_jax import demo
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("keye_jax", "pallas_kernels", "convert")
 
@@ -107,11 +109,17 @@ class TestInstalled:
 
     @pytest.mark.slow
     def test_demo(self, run, installed, tmp_path):
-        printed = run(installed.python, "-m", "keye_jax.demo", "here")
+        """The model of the package answers."""
+        printed = run(installed.python, "-m", "keye_jax.demo", "here", "--seed", "3")
         assert re.search(r"Done in \d+ s\.$", printed, re.M)
         found = {path.name for path in (tmp_path / "empty" / "here").iterdir()}
-        assert found == {"orbax", "clip.mp4", ".keye-jax-demo"}
+        assert found == {"orbax", "clip.mp4", demo.MARKER}
         assert re.search(r"^[45] of 5 are right", printed, re.M)
+        words = " ".join(printed.split())
+        assert "$ keye-jax convert" in words and "$ keye-jax plan" in words
+        assert "at most 128 earlier tokens" in words
+        for question in demo.draw_clip(3)[1]:
+            assert question.text.split()[0] in words and question.answer in words
         assert {path.name for path in (tmp_path / "empty").iterdir()} == {"here"}
 
 

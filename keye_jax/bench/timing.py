@@ -194,12 +194,16 @@ def random_pool(runtime: Runtime, pages: int, seed: int = 0) -> PagePool:
 
 
 def _filled(pool: PagePool, seed: int) -> PagePool:
+    def fill(index: int, x: jax.Array) -> jax.Array:
+        # A sharding commits what was not, and steps are compiled again for a committed pool.
+        return _fill(np.uint32(seed), np.uint32(index), x, x.sharding if x.committed else None)
+
     leaves, tree = jax.tree.flatten(pool)
-    return jax.tree.unflatten(tree, [_fill(np.uint32(seed), np.uint32(i), x, x.sharding) for i, x in enumerate(leaves)])
+    return jax.tree.unflatten(tree, [fill(index, x) for index, x in enumerate(leaves)])
 
 
 @functools.partial(jax.jit, donate_argnums=2, static_argnums=3)
-def _fill(seed: jax.Array, index: jax.Array, x: jax.Array, sharding: Sharding) -> jax.Array:
+def _fill(seed: jax.Array, index: jax.Array, x: jax.Array, sharding: Sharding | None) -> jax.Array:
     key = jax.random.fold_in(jax.random.key(seed), index)
     # An argument that is not read would not be donated.
     return on_devices((jax.random.normal(key, x.shape) + x.astype(jnp.float32)).astype(x.dtype), sharding)

@@ -125,6 +125,8 @@ def load_model(
     if stage.lora is not None:
         begun = None if adapter is None else read_adapter(adapter, config)
         trained |= _pairs(structure, config, stage, rules, begun, source)
+    # Committed, as what a step makes of them and a run's checkpoint are: a step is compiled again where that changes.
+    frozen, trained = jax.tree.map(lambda value: jax.device_put(value, value.sharding), (frozen, trained))
     return Model(config, structure, frozen, trained, dtypes)
 
 

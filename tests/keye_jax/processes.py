@@ -37,8 +37,8 @@ def free_port():
 
 
 def begin(*arguments, environment=None):
-    """Starts Python with arguments, on one CPU device, and with these variables too."""
-    given = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    """Starts Python with arguments, on one CPU device, and with these variables too. Programs are quick to compile."""
+    given = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     environment = os.environ | given | (environment or {})
     command = [sys.executable, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

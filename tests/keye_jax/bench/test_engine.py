@@ -1,4 +1,4 @@
-"""The benchmarks of the engine, of the server and of jobs, with a tiny model."""
+"""The benchmarks of the engine, of the server and of jobs, with one layer of a tiny model."""
 
 import json
 import re
@@ -14,7 +14,8 @@ pytestmark = pytest.mark.slow
 
 
 def run(module, *options):
-    command = [sys.executable, "-m", f"keye_jax.bench.{module}", "--config", str(presets.TINY), *options]
+    command = [sys.executable, "-m", f"keye_jax.bench.{module}"]
+    command += ["--config", str(presets.TINY), "--layers", "1", *options]
     done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -8,6 +8,8 @@ import pytest
 from keye_jax.bench.inputs import Prompt, random_model
 from keye_jax.config import KeyeConfig
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 
 @pytest.fixture(scope="module")
 def config(golden, tmp_path_factory):
@@ -18,16 +20,18 @@ def config(golden, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_measures_prompts_and_steps(keye, config, tmp_path):
+def test_measures_prompts_and_steps(keye, config, tmp_path, compiled):
+    """A step of decode is compiled once for dense and for sparse attention, and once for a float8 indexer."""
     file = tmp_path / "figures.json"
     code, out, err = keye(
         *("bench", "--config", config, "--layers", 1, "--repeats", 1, "--json", file),
-        *("--prefill", "96,160", "--decode", "2x128", "--prefill-chunk", 64),
+        *("--prefill", "160,190", "--decode", "2x128", "--prefill-chunk", 64),
         *("--unrelated", 160, "--packed", "3x40"),
     )
     assert code == 0, out + err
+    assert compiled.count("jit(_decode_and_sample)") == 3
     rows = {row["what"]: row for row in json.loads(file.read_text())}
-    for tokens in (96, 160):
+    for tokens in (160, 190):
         dense, sparse = (rows[f"prefill {tokens}, {name}, video"] for name in ("dense", "sparse"))
         assert sparse["of_dense"] == sparse["seconds"] / dense["seconds"]
         assert sparse["tokens_per_second"] == tokens / sparse["seconds"]

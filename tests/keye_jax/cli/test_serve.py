@@ -24,7 +24,7 @@ def start(inputs, port, *arguments, name="hf"):
         [str(each) for each in (*command, *SMALL, *arguments)],
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},  # compiles faster
     )
 
 

@@ -22,7 +22,7 @@ ONE_AXIS: dict[str, str | list[str]] = SEQUENCE | {"batch": "x"}
 """Rules of one axis that splits all that it can: whole sequences have their places along it."""
 
 SEEDS = {"a": 2, "b": 117}
-"""Of prompts whose choices are all `SCORE_LEAD` and `TOKEN_LEAD` ahead."""
+"""Of prompts whose choices are all `SCORE_LEAD` and `TOKEN_LEAD` ahead, in whole models and in two layers."""
 
 SCORE_LEAD = 3e-4
 """Scores are up to some tens; devices, chunks and instruction sets changed the largest ones by 1e-4, most by 1e-5."""
@@ -58,9 +58,9 @@ def prefill_and_decode(runtime: Runtime, seed: int) -> tuple[Trace, list[int]]:
     return Trace.join(traces), tokens
 
 
-def check(name: str, sharding: ShardingConfig, *, prefill_chunk: int | None = None) -> None:
-    """Holds the steps over a mesh to those of one device."""
-    (model, config), (one, tokens) = golden_model(name), expected(name)
+def check(name: str, sharding: ShardingConfig, *, prefill_chunk: int | None = None, layers: int | None = None) -> None:
+    """Holds the steps over a mesh to those of one device, of a whole model or of its first layers."""
+    (model, config), (one, tokens) = golden_model(name, layers), expected(name, layers)
     rules = MeshRules.create(sharding, config)
     runtime = Runtime(model, config, rules=rules, prefill_chunk=prefill_chunk)
     assert_same(prefill_and_decode(runtime, SEEDS[name]), (one, tokens))

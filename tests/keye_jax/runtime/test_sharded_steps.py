@@ -45,16 +45,17 @@ def filled(pool: PagePool, tables: np.ndarray, sequences: tuple[np.ndarray, np.n
     parts = runtime.rules.size("kv_heads")
     # On several devices a row holds the keys and values of the first one's heads, then of the second one's.
     kv = kv.reshape(*kv.shape[:3], 2, parts, -1, kv.shape[-1]).swapaxes(3, 4).reshape(kv.shape)
+    # A step is compiled again for a pool on one device that is committed to it.
+    put = runtime.put if runtime.rules.sharding() is None else jnp.asarray
     layers = []
     for number, layer in enumerate(pool.layers):
         pages, index_pages = np.zeros(layer.kv.shape, np.float32), np.zeros(layer.index_keys.shape, np.float32)
         for row, sequence in enumerate(tables):
             pages[sequence] = kv[number, row].reshape(-1, *pages.shape[1:])
             index_pages[sequence] = index_keys[number, row].reshape(-1, *index_pages.shape[1:])
-        layers.append(Pages(jax.device_put(pages, layer.kv.sharding), jax.device_put(index_pages, layer.kv.sharding)))
-    shardings = pool.shardings(runtime.rules)
+        layers.append(Pages(put(pages), put(index_pages)))
     made = PagePool(tuple(layers))
-    return made if runtime.rules.sharding() is None else jax.device_put(made, shardings)
+    return made if runtime.rules.sharding() is None else jax.device_put(made, pool.shardings(runtime.rules))
 
 
 TENSOR: dict[str, str | list[str]] = {"heads": "y", "kv_heads": "y", "experts": ["z", "x"], "vocab": "y"}

@@ -30,6 +30,8 @@ from keye_jax.train.loop import Trainer, load_model, train_options
 from keye_jax.train.lora import from_adapter
 from keye_jax.train.steps import selecting_share
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 ANSWERS = ("A red ball.", "A blue square.", "The clock.", "At two seconds.")
 
 
@@ -133,10 +135,11 @@ def losses(trainer, batches, steps):
 
 @pytest.mark.slow
 class TestSteps:
-    def test_the_loss_falls(self, trainer):
+    def test_the_loss_falls_and_a_step_is_compiled_once(self, trainer, compiled):
         made, batches = trainer(stage())
         found = losses(made, batches, 20)
         assert np.mean(found[-4:]) < 0.5 * found[0]
+        assert compiled.count("jit(train)") == 1
 
     def test_only_what_trains_changes_and_has_moments(self, trainer, folder):
         made, batches = trainer(stage(train=["projector"], loss={}))
@@ -343,7 +346,7 @@ class TestMistakes:
     ],
     ids=["data", "experts", "both, layers in a loop"],
 )
-def test_several_devices_make_the_step_of_one(trainer, folder, mesh, rules, scan, quick_to_compile):
+def test_several_devices_make_the_step_of_one(trainer, folder, mesh, rules, scan):
     sharding = ShardingConfig.from_dict({"mesh": mesh, "rules": rules})
     devices = MeshRules.create(sharding, KeyeConfig.from_file(folder / "hf"))
     # Eight samples, one for each of at most eight groups of devices, so that all take the same ones.

@@ -17,6 +17,8 @@ from keye_jax.sharding import MeshRules, StepSharding
 from keye_jax.train.forward import PackedBatch, TrainOptions, forward_losses
 from tests.keye_jax.golden_models import GOLDEN
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 BLOCK = 2**20
 """Bytes, as few queries of the longest sample take."""
 
