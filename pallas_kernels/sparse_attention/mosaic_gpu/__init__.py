@@ -12,7 +12,13 @@ from pallas_kernels.sparse_attention.mosaic_gpu.prefill import sparse_prefill
 
 
 def sparse_attention(
-    q: jax.Array, kv: jax.Array, indices: jax.Array, page_table: jax.Array, *, scale: float
+    q: jax.Array,
+    kv: jax.Array,
+    indices: jax.Array,
+    page_table: jax.Array,
+    kv_scales: jax.Array | None = None,
+    *,
+    scale: float,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.sparse_attention`. It is fastest if neighbouring queries select the same positions.
 
@@ -30,7 +36,9 @@ def sparse_attention(
       selected position gets zeros and -inf.
 
     Raises:
-      NotImplementedError: dtypes or sizes that the kernels do not take.
+      NotImplementedError: scales, or dtypes or sizes that the kernels do not take.
     """
+    if kv_scales is not None:
+        raise NotImplementedError("keys and values have scales")
     run = attend_single if q.shape[1] < GROUP else sparse_prefill
     return run(q, kv, indices, page_table, scale=scale)
