@@ -57,7 +57,7 @@ AGREES: Mapping[str, Agreement] = {
     "int8": Agreement(logits=0.20, greedy=0.75, experts=0.94, selected=0.96),
     "int4": Agreement(logits=0.50, greedy=0.40, experts=0.87, selected=0.90),
 }
-"""What `verify` asks of models by the format of fewest bits in them; docs/quantize.md has the figures behind it."""
+"""What `verify` asks by the format of fewest bits, of weights or of the cache; docs/quantize.md has the figures."""
 
 
 @dataclasses.dataclass(frozen=True)
