@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -140,15 +141,13 @@ def _run(
     fingerprint = fingerprint_of(source, found, shard_size, adapter)
     if isinstance(destination, Path):
         check_space(destination, total)
-    staging: Staging | BucketStaging | None = None
-    sink: Sink | None = None
-    try:
-        if isinstance(destination, Bucket):
-            staging = BucketStaging(destination, fingerprint, overwrite=overwrite)
-            sink = BucketOrbaxSink(staging) if orbax else BucketSafetensorsSink(staging, found, shard_size)
-        else:
-            staging = Staging(destination, fingerprint, overwrite=overwrite)
-            sink = OrbaxSink(staging, report) if orbax else SafetensorsSink(staging, found, shard_size, report)
+
+    def sink_in(staging: Staging | BucketStaging) -> Sink:
+        if isinstance(staging, BucketStaging):
+            return BucketOrbaxSink(staging) if orbax else BucketSafetensorsSink(staging, found, shard_size)
+        return OrbaxSink(staging, report) if orbax else SafetensorsSink(staging, found, shard_size, report)
+
+    with opened(destination, fingerprint, sink_in, overwrite=overwrite) as (staging, sink):
         continued = sum(item.nbytes for item in found if item.tensor.checkpoint_name in staging.done)
         report("convert", continued, total)
         write_groups(
@@ -161,6 +160,37 @@ def _run(
         with tempfile.TemporaryDirectory() as folder:
             sink.finish(side_files_of(source.directory, config, Path(folder)))
         staging.commit()
+    shown = destination.url if isinstance(destination, Bucket) else str(destination)
+    return Conversion(shown, kind, len(found), total, continued, time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def opened(
+    destination: Path | Bucket,
+    fingerprint: str,
+    sink_in: Callable[[Staging | BucketStaging], Sink],
+    *,
+    overwrite: bool,
+) -> Iterator[tuple[Staging | BucketStaging, Sink]]:
+    """Where a checkpoint is built until it is committed, and the sink of its groups; both are closed in the end.
+
+    Args:
+      fingerprint: of the source and the arguments; an unfinished checkpoint of the same one is continued.
+      sink_in: makes the sink.
+      overwrite: as for `convert`.
+
+    Raises:
+      UserError: a disk, a network or a service fails in it.
+    """
+    staging: Staging | BucketStaging | None = None
+    sink: Sink | None = None
+    try:
+        if isinstance(destination, Bucket):
+            staging = BucketStaging(destination, fingerprint, overwrite=overwrite)
+        else:
+            staging = Staging(destination, fingerprint, overwrite=overwrite)
+        sink = sink_in(staging)
+        yield staging, sink
     except UserError:
         raise
     except Exception as error:
@@ -174,8 +204,6 @@ def _run(
             sink.close()
         if staging is not None:
             staging.close()
-    shown = destination.url if isinstance(destination, Bucket) else str(destination)
-    return Conversion(shown, kind, len(found), total, continued, time.monotonic() - started)
 
 
 def write_groups(

@@ -19,11 +19,19 @@ from convert import buckets, checks, detect, mapping, storage
 from convert.bucket_sink import BucketOrbaxSink, BucketStaging
 from convert.buckets import Bucket
 from convert.checks import FoundTensor
-from convert.conversion import Source, check_destination, check_space, fingerprint_of, side_files_of, write_groups
+from convert.conversion import (
+    Source,
+    check_destination,
+    check_space,
+    fingerprint_of,
+    opened,
+    side_files_of,
+    write_groups,
+)
 from convert.mapping import Tensor
 from convert.orbax_layout import ArrayPath
 from convert.reader import SafetensorsSource
-from convert.sinks import OrbaxSink, grouped
+from convert.sinks import OrbaxSink, Sink, grouped
 from convert.staging import Staging
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
@@ -137,17 +145,12 @@ class _Run:
         total = sum(item.nbytes for item in self.found)
         if isinstance(destination, Path):
             check_space(destination, total)
-        staging: Staging | BucketStaging | None = None
-        sink: OrbaxSink | BucketOrbaxSink | None = None
-        errors: dict[str, float] = {}
-        try:
-            if isinstance(destination, Bucket):
-                staging = BucketStaging(destination, self.fingerprint(), overwrite=overwrite)
-                sink = BucketOrbaxSink(staging)
-            else:
-                staging = Staging(destination, self.fingerprint(), overwrite=overwrite)
-                sink = OrbaxSink(staging, self.report)
-                errors = self._known_errors(staging)
+
+        def sink_in(staging: Staging | BucketStaging) -> Sink:
+            return BucketOrbaxSink(staging) if isinstance(staging, BucketStaging) else OrbaxSink(staging, self.report)
+
+        with opened(destination, self.fingerprint(), sink_in, overwrite=overwrite) as (staging, sink):
+            errors = self._known_errors(staging) if isinstance(staging, Staging) else {}
             continued = sum(item.nbytes for item in self.found if item.tensor.checkpoint_name in staging.done)
             self.report("quantize", continued, total)
             # The groups are this module's own: a weight's arrays are made together.
@@ -162,17 +165,6 @@ class _Run:
             with tempfile.TemporaryDirectory() as folder:
                 sink.finish(side_files_of(self.source.directory, self.config, Path(folder)))
             staging.commit()
-        except UserError:
-            raise
-        except Exception as error:
-            if (why := storage.reason(error)) is None:
-                raise
-            raise UserError(f"{why}; what is written so far is kept, and the same command continues") from error
-        finally:
-            if sink is not None:
-                sink.close()
-            if staging is not None:
-                staging.close()
         shown = destination.url if isinstance(destination, Bucket) else str(destination)
         before = sum(item.nbytes for item in self.before)
         order = {name: place for place, name in enumerate(t.dotted_path for t in mapping.rows(_whole(self.config)))}

@@ -1,9 +1,7 @@
 """The main job on a model small enough for any machine: `python -m keye_jax.demo DIR`.
 
-Where the package has the embedded model's weights, it converts and plans that model, draws a clip at random, asks five
-questions about it, and prints the truth beside the answers. Otherwise it writes a checkpoint in the released layout
-with random weights, a video clip and a picture, and runs the commands that the real model needs: convert, inspect, and
-two questions. Only the answers are nonsense then.
+It converts and plans the model that comes with the package, draws a clip at random, asks five questions about it, and
+prints the truth beside the answers.
 """
 
 from __future__ import annotations
@@ -23,18 +21,15 @@ from typing import TYPE_CHECKING
 from keye_jax import presets
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
-from keye_jax.testing import write_clip, write_picture, write_processor_files
 
 if TYPE_CHECKING:
     from keye_jax.train.shapes.questions import Question
     from keye_jax.train.shapes.scene import Scene
 
-CONFIG = presets.TINY
-
 MARKER = ".keye-jax-demo"
 """A file that tells a later demo that it may replace what this one wrote."""
 
-_WRITTEN = ("hf", "orbax", "orbax.partial", "clip.mp4", "picture.png")
+_WRITTEN = ("orbax", "orbax.partial", "clip.mp4")
 
 
 def prepare(directory: Path) -> None:
@@ -60,45 +55,15 @@ def prepare(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_inputs(directory: Path) -> None:
-    """Writes `hf/`, a tiny checkpoint as the publisher would release it, `clip.mp4` and `picture.png`."""
-    from convert.synthetic import write_checkpoint
-
-    config = KeyeConfig.from_file(CONFIG)
-    write_checkpoint(directory / "hf", config, seed=0, shard_size=2_000_000)
-    write_processor_files(directory / "hf", config)
-    write_clip(directory / "clip.mp4", seconds=20)
-    write_picture(directory / "picture.png", size=(640, 480))
-
-
-def run(*arguments: str) -> None:
-    """Shows a `keye-jax` command and runs it with this Python.
-
-    Raises:
-      CalledProcessError: the command failed.
-    """
-    print(f"\n$ keye-jax {shlex.join(arguments)}", flush=True)
-    flags = ["-P"] if sys.flags.safe_path else []
-    subprocess.run([sys.executable, *flags, "-m", "keye_jax.cli", *arguments], check=True)
-
-
-def demonstrate(directory: Path, seed: int) -> None:
-    """Asks the model of the package about a clip that the seed draws, or a random model if the package has none."""
-    if any(presets.EMBEDDED_CHECKPOINT.glob("*.safetensors")):
-        answer_questions(directory, presets.EMBEDDED_CHECKPOINT, seed)
-    else:
-        show_commands(directory)
-
-
 ASKED = ("attributes", "counts", "order", "when", "clock")
 """Kinds of questions about the clip, one of each."""
 
 
-def answer_questions(directory: Path, checkpoint: Path, seed: int) -> None:
-    """Converts and plans a model, and asks it about a clip, all in this process.
+def answer_questions(directory: Path, seed: int) -> None:
+    """Converts and plans the package's model, and asks it about a clip, all in this process.
 
     Args:
-      checkpoint: of a model that knows the generated world, in the released layout.
+      directory: the folder to write to.
       seed: of the clip and the questions.
 
     Raises:
@@ -122,7 +87,7 @@ def answer_questions(directory: Path, checkpoint: Path, seed: int) -> None:
     start = time.perf_counter()
     enable_compilation_cache()
     converted, video = directory / "orbax", directory / "clip.mp4"
-    command("convert", str(checkpoint), str(converted))
+    command("convert", str(presets.EMBEDDED_CHECKPOINT), str(converted))
     command("plan", "--platform", "h100:1", "--config", str(converted), "--context", "4K", "--no-compile")
 
     scene, questions = draw_clip(seed)
@@ -137,9 +102,9 @@ def answer_questions(directory: Path, checkpoint: Path, seed: int) -> None:
     rich.print(table)
     right = sum(answer.score >= 0.5 for answer in said)
     print(f"{right} of {len(said)} are right. The score of an interval is its overlap with the true one (IoU).")
-    top_k = KeyeConfig.from_file(checkpoint).sa_config.topk
+    top_k = KeyeConfig.from_file(converted).sa_config.topk
     print(f"Each token attended to at most {top_k} earlier tokens, which the model's indexer chose.")
-    print(f"`python -m keye_jax.demo DIR --seed {seed + 1}` asks about another clip. ", end="")
+    print(f"`python -m keye_jax.demo DIR --seed {seed + 1}` asks about another clip.")
     print(f"{directory}/ has all files. Done in {time.perf_counter() - start:.0f} s.")
 
 
@@ -155,27 +120,6 @@ def draw_clip(seed: int) -> tuple[Scene, tuple[Question, ...]]:
         if len(questions) == len(ASKED):
             return scene, tuple(questions)
     raise AssertionError("most scenes have something of each kind")
-
-
-def show_commands(directory: Path) -> None:
-    """Writes the inputs to `directory` and runs all commands on them."""
-    start = time.perf_counter()
-    print(f"Writing a tiny checkpoint with random weights, a 20 s clip and a picture to {directory}/", flush=True)
-    write_inputs(directory)
-
-    checkpoint = str(directory / "orbax")
-    run("convert", str(directory / "hf"), checkpoint)
-    run("inspect", checkpoint)
-    ask = ("generate", "--checkpoint", checkpoint)
-    question = "What does the clock show when the background turns green?"
-    run(*ask, "--video", str(directory / "clip.mp4"), "--prompt", question, "--max-new-tokens", "48")
-    question = "Describe the picture in one sentence."
-    run(*ask, "--image", str(directory / "picture.png"), "--prompt", question, "--max-new-tokens", "48")
-
-    top_k = KeyeConfig.from_file(CONFIG).sa_config.topk
-    print(f"\nEach token attended to at most {top_k} earlier tokens, which its indexer chose.")
-    print("The weights are random, and so are the answers. Everything else works as with the real model.")
-    print(f"{directory}/ has all files. Done in {time.perf_counter() - start:.0f} s.")
 
 
 def main() -> int:
@@ -197,7 +141,7 @@ def main() -> int:
         print(f"keye-jax: {error}", file=sys.stderr)
         return 2
     try:
-        demonstrate(directory, random.randrange(10**6) if seed is None else seed)
+        answer_questions(directory, random.randrange(10**6) if seed is None else seed)
     except subprocess.CalledProcessError as error:
         return error.returncode
     return 0

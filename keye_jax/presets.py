@@ -21,7 +21,7 @@ EMBEDDED = DIRECTORY / "model" / "embedded.json"
 """Configuration of the small model that answers questions about the generated world."""
 
 EMBEDDED_CHECKPOINT = Path(__file__).parent / "embedded"
-"""Folder of that model, in the released layout, if the package has its weights."""
+"""Folder of that model with its weights, in the released layout."""
 
 
 def sharding_file(name: str | Path) -> Path:

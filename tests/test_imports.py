@@ -29,7 +29,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "convert",
     ),
     "keye_jax.doctor": ("keye_jax.engine", "keye_jax"),
-    "keye_jax.demo": ("keye_jax.cli", "keye_jax.testing", "keye_jax.eval", "keye_jax.train", "convert"),
+    "keye_jax.demo": ("keye_jax.cli", "keye_jax.eval", "keye_jax.train"),
     "keye_jax.jobs": ("keye_jax.engine", "keye_jax.presets"),
     "keye_jax.serve": ("keye_jax.engine", "keye_jax.jobs"),
     "keye_jax.engine": ("keye_jax.runtime", "keye_jax.processor", "keye_jax.file_lock", "convert"),

@@ -14,7 +14,7 @@ from jax.sharding import Sharding
 from keye_jax.config import KeyeConfig
 from keye_jax.model.keye import Keye
 from keye_jax.processor.positions import mrope_positions
-from keye_jax.quantization.weights import QuantizedWeight, arrays_of, leaf_axes, random_values, with_arrays
+from keye_jax.quantization.weights import QuantizedWeight, arrays_of, leaf_axes, random_grid, random_values, with_arrays
 from keye_jax.runtime.prefill import Segment
 from keye_jax.sharding import MeshRules
 
@@ -55,15 +55,14 @@ def _random_weight(
 ) -> QuantizedWeight:
     """A weight of fewer bits with random values; scales are such that it is as large as other weights."""
     wanted = leaf_axes(weight, axes, rules) if rules else {}
-    largest = {jnp.dtype(jnp.int8): 74.0, jnp.dtype(jnp.uint8): 4.6}.get(jnp.dtype(weight.dtype), 1.0)
+    scale, zero = random_grid(weight.dtype)
     arrays = {}
     for role, array in arrays_of(weight).items():
         sharding = rules.sharding(*wanted[role]) if rules else None
         if role == "values":
             arrays[role] = _values(np.uint32(seed), np.uint32(index), array.shape, array.dtype, sharding)
         else:
-            scale = WEIGHT_SCALE / largest if role == "scales" else 8 * (weight.dtype == jnp.uint8)
-            arrays[role] = _full(array.shape, scale, array.dtype, sharding)
+            arrays[role] = _full(array.shape, scale if role == "scales" else zero, array.dtype, sharding)
     return with_arrays(weight, arrays)
 
 

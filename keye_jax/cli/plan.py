@@ -190,13 +190,14 @@ def _print(found: Plan) -> None:
     print(f"weights and cache are computed; there are {_gib(found.memory)} GiB")
     _print_notes(found.notes)
     print()
-    lines = [("on each device", "TFLOP", "GB moved", "at least", "estimate", "collectives")]
+    columns = {"at least": "at_least_seconds"}
+    if any(step and step.estimated_seconds is not None for step in steps.values()):
+        columns["estimate"] = "estimated_seconds"
+    lines = [("on each device", "TFLOP", "GB moved", *columns, "collectives")]
     for name, step in steps.items():
         if step:
-            times = (
-                "?" if seconds is None else f"{seconds * 1e3:.2f} ms"
-                for seconds in (step.at_least_seconds, step.estimated_seconds)
-            )
+            seconds = (getattr(step, field) for field in columns.values())
+            times = ("?" if each is None else f"{each * 1e3:.2f} ms" for each in seconds)
             work = f"{step.flops / 1e12:.3f}", f"{step.bytes_moved / 1e9:.2f}"
             lines.append((name, *work, *times, _collectives(step)))
     _print_table(lines)

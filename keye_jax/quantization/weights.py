@@ -14,12 +14,13 @@ from flax import nnx
 from keye_jax.errors import UserError
 from keye_jax.quantization.quantize import VALUES, scales_dtype
 from keye_jax.quantization.schemes import Scheme, grid
-from pallas_kernels.quantized import QuantizedMatrices, dequantize
+from pallas_kernels.quantized import INT4_ZERO, QuantizedMatrices, dequantize
 
 ROLES = ("values", "scales", "zeros")
 """Names of the arrays of a weight of fewer bits, in its path."""
 
-_WEIGHT_SCALE = 0.02
+_DEVIATION = 0.02
+"""Of random weights."""
 
 
 class Axes(Protocol):
@@ -120,10 +121,20 @@ def random_arrays(key: jax.Array, scheme: Scheme, stored: tuple[int, ...], scale
     Args:
       stored, scales: the shapes of values and scales.
     """
-    values = random_values(key, stored, VALUES[scheme.format])
-    step = _WEIGHT_SCALE / (1.0 if scheme.format == "fp8" else 74.0 if scheme.format == "int8" else 4.6)
-    zeros = jnp.full(scales, 8 if scheme.format == "int4" else 0, jnp.int8) if scheme.zero_points else None
-    return {"values": values, "scales": jnp.full(scales, step, scales_dtype(scheme.format)), "zeros": zeros}
+    dtype = VALUES[scheme.format]
+    step, zero = random_grid(dtype)
+    return {
+        "values": random_values(key, stored, dtype),
+        "scales": jnp.full(scales, step, scales_dtype(scheme.format)),
+        "zeros": jnp.full(scales, zero, jnp.int8) if scheme.zero_points else None,
+    }
+
+
+def random_grid(dtype: Any) -> tuple[float, int]:
+    """Scale and zero with which `random_values` of a dtype have a standard deviation of 0.02 and a mean of about 0."""
+    kind = jnp.dtype(dtype)
+    deviation, zero = {jnp.dtype(jnp.int8): (74.0, 0), jnp.dtype(jnp.uint8): (4.6, INT4_ZERO)}.get(kind, (1.0, 0))
+    return _DEVIATION / deviation, zero
 
 
 def random_values(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

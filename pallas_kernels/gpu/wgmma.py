@@ -48,6 +48,13 @@ def asm(results, operands, text, constraints):
     return [llvm.extractvalue(f32, out, [i]) for i in range(results)]
 
 
+def group(products):
+    """The PTX of products that form one group: the predicate p is true and q is false."""
+    before = [".reg .pred p, q;", "bar.warp.sync 0xffffffff;", "setp.ne.b32 p, 1, 0;", "setp.ne.b32 q, 0, 0;"]
+    wgmma = ["wgmma.fence.sync.aligned;", *products, "wgmma.commit_group.sync.aligned;"]
+    return "\n".join(["{", *before, *wgmma, "}"])
+
+
 def finish_dots(dots, in_flight, layout=FRAGMENT):
     """Waits until at most `in_flight` later products are running, and returns `dots` in a layout."""
 
@@ -92,37 +99,24 @@ def start_row_dots(*products, swizzles):
             return f"${count + len(operands) - 1}"
 
         for a, b, swizzle in zip(arrays[::2], arrays[1::2], swizzles, strict=True):
-            group = swizzle // 2
+            width = swizzle // 2
             (base, (_, stride)), (_, group_stride), _ = mma_utils.create_descriptor(
                 utils.memref_transpose(b, (1, 0, 3, 2)),
                 swizzle=swizzle,
-                large_tile=(group, group),
-                group_size=(group, columns),
+                large_tile=(width, width),
+                group_size=(width, columns),
                 logical_k_major=True,
             )
             for first in range(0, a.shape[1], 16):
                 part = a[:, first : first + 16].registers.flat
                 words = [vector.extract(vector.bitcast(ir.VectorType.get((1,), i32), r), [], [0]) for r in part]
                 names = ", ".join(operand(word, "r") for word in words)
-                offset = first // group * group_stride + first % group // 16 * stride[0]
+                offset = first // width * group_stride + first % width // 16 * stride[0]
                 at = operand(arith.addi(base, const(offset >> 4, 64)) if offset else base, "l")
                 lines.append(
                     f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {result}, {{{names}}}, {at}, "
                     f"{'p' if lines else 'q'}, 1, 1, 0;"
                 )
-        text = "\n".join(
-            [
-                "{",
-                ".reg .pred p, q;",
-                "bar.warp.sync 0xffffffff;",
-                "setp.ne.b32 p, 1, 0;",
-                "setp.ne.b32 q, 0, 0;",
-                "wgmma.fence.sync.aligned;",
-                *lines,
-                "wgmma.commit_group.sync.aligned;",
-                "}",
-            ]
-        )
-        return fragment(asm(count, operands, text, ",".join(["=f"] * count + kinds)), columns)
+        return fragment(asm(count, operands, group(lines), ",".join(["=f"] * count + kinds)), columns)
 
     return start(*(array for pair in products for array in pair))

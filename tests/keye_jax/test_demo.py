@@ -5,18 +5,23 @@ import sys
 
 import pytest
 
-from keye_jax import demo, presets
+from keye_jax import demo
 from keye_jax.errors import UserError
 
-MADE = {"hf", "clip.mp4", "picture.png", demo.MARKER}
+MADE = {"orbax", "clip.mp4", demo.MARKER}
 
 
 @pytest.fixture
-def commands(monkeypatch, tmp_path):
-    """The commands that the demo would run where the package has no model."""
+def seeds(monkeypatch):
+    """The seeds of the demos, which write files and ask nothing."""
     found = []
-    monkeypatch.setattr(presets, "EMBEDDED_CHECKPOINT", tmp_path / "nothing")
-    monkeypatch.setattr(demo, "run", lambda *arguments: found.append(arguments[0]))
+
+    def write(directory, seed):
+        (directory / "orbax").mkdir()
+        (directory / "clip.mp4").touch()
+        found.append(seed)
+
+    monkeypatch.setattr(demo, "answer_questions", write)
     return found
 
 
@@ -26,28 +31,27 @@ def main(monkeypatch, *arguments):
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_twice_in_a_new_or_an_empty_folder(there, tmp_path, monkeypatch, commands):
+def test_twice_in_a_new_or_an_empty_folder(there, tmp_path, monkeypatch, seeds):
     directory = tmp_path / "deep" / "demo"
     if there:
         directory.mkdir(parents=True)
-    assert main(monkeypatch, directory) == 0
+    assert main(monkeypatch, directory, "--seed", 3) == 0
     assert {path.name for path in directory.iterdir()} == MADE
-    (directory / "orbax").mkdir()  # by the commands of the first demo
     (directory / "orbax" / "old").touch()
     (directory / "notes.txt").write_text("mine")
-    assert main(monkeypatch, directory) == 0
+    assert main(monkeypatch, directory, "--seed", 4) == 0
     assert {path.name for path in directory.iterdir()} == MADE | {"notes.txt"}
-    assert commands == ["convert", "inspect", "generate", "generate"] * 2
+    assert not (directory / "orbax" / "old").exists() and seeds == [3, 4]
 
 
-def test_a_folder_of_somebody_else_is_refused(tmp_path, monkeypatch, capsys, commands):
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "model.safetensors").write_text("precious")
+def test_a_folder_of_somebody_else_is_refused(tmp_path, monkeypatch, capsys, seeds):
+    (tmp_path / "orbax").mkdir()
+    (tmp_path / "orbax" / "params").write_text("precious")
     assert main(monkeypatch, tmp_path) == 2
     printed = capsys.readouterr()
     [line] = printed.err.splitlines()
-    assert line.startswith(f"keye-jax: {str(tmp_path)!r} holds files") and not printed.out and not commands
-    assert [path.name for path in tmp_path.rglob("*")] == ["hf", "model.safetensors"]
+    assert line.startswith(f"keye-jax: {str(tmp_path)!r} holds files") and not printed.out and not seeds
+    assert [path.name for path in tmp_path.rglob("*")] == ["orbax", "params"]
 
 
 def test_a_file_is_refused(tmp_path):
@@ -76,11 +80,10 @@ def test_without_pyav(tmp_path, monkeypatch, capsys):
 
 
 def test_a_command_that_fails_ends_it(tmp_path, monkeypatch):
-    def fail(*arguments):
-        raise subprocess.CalledProcessError(3, arguments)
+    def fail(directory, seed):
+        raise subprocess.CalledProcessError(3, "convert")
 
-    monkeypatch.setattr(presets, "EMBEDDED_CHECKPOINT", tmp_path / "nothing")
-    monkeypatch.setattr(demo, "run", fail)
+    monkeypatch.setattr(demo, "answer_questions", fail)
     assert main(monkeypatch, tmp_path / "new") == 3
 
 

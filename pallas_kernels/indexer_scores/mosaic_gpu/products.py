@@ -10,7 +10,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.gpu.mlir import const
-from pallas_kernels.gpu.wgmma import FRAGMENT, ROWS, asm, fragment
+from pallas_kernels.gpu.wgmma import FRAGMENT, ROWS, asm, fragment, group
 
 
 def thread_position():
@@ -47,31 +47,18 @@ def start_dots(keys, queries, transforms, columns, swizzle):
         result = "{" + ", ".join(f"${i}" for i in range(count)) + "}"
         types, transposes = ("bf16.bf16", ", 0, 0") if itemsize == 2 else ("e4m3.e4m3", "")
         operands, lines = [], []
-        for group in range(k_groups):
+        for number in range(k_groups):
             for i in range(k_group // k_step):
                 at = count + len(operands)
                 for base, step, stride in ((a, a_step, a_group), (b, b_step, b_group)):
-                    offset = group * stride + i * step[0]
+                    offset = number * stride + i * step[0]
                     operands.append(arith.addi(base, const(offset >> 4, 64)) if offset else base)
                 lines.append(
                     f"wgmma.mma_async.sync.aligned.m64n{columns}k{k_step}.f32.{types} {result}, ${at}, ${at + 1}, "
                     f"{'p' if len(lines) else 'q'}, 1, 1{transposes};"
                 )
-        text = "\n".join(
-            [
-                "{",
-                ".reg .pred p, q;",
-                "bar.warp.sync 0xffffffff;",
-                "setp.ne.b32 p, 1, 0;",
-                "setp.ne.b32 q, 0, 0;",
-                "wgmma.fence.sync.aligned;",
-                *lines,
-                "wgmma.commit_group.sync.aligned;",
-                "}",
-            ]
-        )
         constraints = ",".join(["=f"] * count + ["l"] * len(operands))
-        return fragment(asm(count, operands, text, constraints), columns)
+        return fragment(asm(count, operands, group(lines), constraints), columns)
 
     return start(keys, queries)
 

@@ -37,9 +37,3 @@ def test_options_that_are_not_allowed(keye, arguments, words):
     code, out, err = keye("eval", "shapes", *arguments)
     assert (code, out) == (2, "")
     assert words in err and err.count("\n") == 1
-
-
-def test_a_package_without_the_model_says_so(keye, monkeypatch, tmp_path):
-    monkeypatch.setattr(presets, "EMBEDDED_CHECKPOINT", tmp_path)
-    code, _, err = keye("eval", "shapes")
-    assert code == 2 and "this package comes without a model of its own" in err
