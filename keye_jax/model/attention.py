@@ -28,6 +28,7 @@ from keye_jax.sharding.step import StepSharding, spec
 from pallas_kernels.dispatch import available, resolve
 from pallas_kernels.flash_attention import paged_flash_attention
 from pallas_kernels.indexer_scores import indexer_scores
+from pallas_kernels.paging import scaled_row_bytes
 from pallas_kernels.select_topk import select_topk
 from pallas_kernels.sparse_attention import sparse_attention
 from pallas_kernels.topk_attention import topk_attention
@@ -96,7 +97,8 @@ class AttentionOptions:
       indexer_dtype: of index queries and keys, and of the pool's: "float8_e4m3fn", as the publisher serves them and
         less exact, or None for the parameters' dtype.
       cache_dtype: of the pool's keys and values: "float8_e4m3fn", with a scale for each token and head, half as large
-        and less exact, or None for the parameters' dtype. Attention to such keys and values is XLA's.
+        and less exact, or None for the parameters' dtype. Attention to such keys and values is XLA's, but that of
+        sparse steps of decode the Hopper kernel's where `implementation` names "mosaic_gpu".
       intermediates: whether layers also return what they computed on the way, which needs memory for all scores.
       selections: whether layers of a step of decode also return the positions that they selected, in any order.
       selection: what sparse attention selects: the keys that score highest by the "indexer", as released, or to see
@@ -279,7 +281,7 @@ def attend_dense(inputs: AttentionInputs, keys: Keys, *, scale: float, options: 
     Memory: copies of the contexts of the rows that fit into `_DENSE_BYTES` together, at least one.
     """
     pages, kv = keys.pages, keys.pages.kv
-    implementation = _of_pages("paged_flash_attention", pages, options.implementation)
+    implementation = resolve("paged_flash_attention", options.implementation) if pages.kv_scales is None else "xla"
 
     def attend(q: jax.Array, table: jax.Array, start: jax.Array) -> AttentionOutput:
         with jax.named_scope("attention"):
@@ -287,14 +289,9 @@ def attend_dense(inputs: AttentionInputs, keys: Keys, *, scale: float, options: 
             return AttentionOutput(*paged_flash_attention(q, kv, table, start, **how))
 
     q = inputs.q
-    row_bytes = math.prod(kv.shape[2:]) * kv.dtype.itemsize
+    row_bytes = scaled_row_bytes(kv, q.dtype)
     at_once = _DENSE_BYTES // (keys.page_table.shape[1] * PAGE_SIZE * row_bytes) if q.shape[1] > 1 else len(q)
     return _in_turns(attend, max(1, at_once), q, keys.page_table, keys.start)
-
-
-def _of_pages(operation: str, pages: Pages, preferred: str | None) -> str | None:
-    """`resolve`, but "xla" for keys and values that have scales, which no other implementation takes."""
-    return resolve(operation, preferred) if pages.kv_scales is None else "xla"
 
 
 def attend_sparse(
@@ -341,7 +338,9 @@ def attend_sparse(
                     selected = select_topk(scores, lengths, top_k, implementation=implementation)
             with jax.named_scope("attention"):
                 how = {"scale": scale, "kv_scales": pages.kv_scales}
-                how["implementation"] = _of_pages("sparse_attention", pages, preferred)
+                # Scales are taken by XLA, and by one kernel for single queries.
+                takes = pages.kv_scales is None or (preferred == "mosaic_gpu" and q.shape[1] == 1)
+                how["implementation"] = resolve("sparse_attention", preferred) if takes else "xla"
                 out, lse = sparse_attention(q, pages.kv, selected, table, **how)
         else:
             selected = None

@@ -39,15 +39,15 @@ def sparse_attention(
     Args:
       q: `[b, t, n, d]`, bfloat16, float16 or float32. n is a multiple of k.
       kv: `[p, page_size, 2 * k, d]` pages. A row holds the keys of all k heads, then their values. float8_e4m3fn
-        in "xla" only.
+        in "xla", and with scales in "mosaic_gpu" (t below 16).
       indices: int32 `[b, t, top_k]`, the positions that a query attends to, the same for all its heads. A position
         appears at most once. Numbers below 0 are ignored, and from `m * page_size` on, which GPU kernels do not check.
       page_table: int32 `[b, m]`, from 0 to p - 1. In "xla" and "mosaic_tpu" other numbers count as the nearest of
         these; GPU kernels do not check them.
       scale: factor on the dot products.
-      kv_scales: float32 `[p, page_size, 2 * k]`, factors on each head's keys and values, which are rounded to the dtype
-        of q; None for ones. With them all arguments count as constants for `jax.grad`.
-      implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
+      kv_scales: float32 `[p, page_size, 2 * k]`, factors on each head's keys and values, which "xla" rounds to the
+        dtype of q; None for ones. With them all arguments count as constants for `jax.grad`.
+      implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla". With scales None is "xla".
 
     Returns:
       `[b, t, n, d]` in the dtype of q, and the log-sum-exp of the scaled dot products, float32 `[b, t, n]`. A query
@@ -58,4 +58,6 @@ def sparse_attention(
       UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
     arrays = {"q": q, "kv": kv, "indices": indices, "page_table": page_table, "kv_scales": kv_scales}
+    if kv_scales is not None:
+        implementation = implementation or "xla"  # No GPU has measured the other.
     return dispatch(_SIGNATURE, implementation, arrays, scale=number("sparse_attention", "scale", scale))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import paged_flash_attention, portable, sparse_attention
+from pallas_kernels.dispatch import available
 from pallas_kernels.errors import ArgumentError, UnsupportedError
 from tests.pallas_kernels.attention_oracle import FORMS, SCALE, assert_close, attention, random_inputs
 from tests.pallas_kernels.paged import to_pages
@@ -28,12 +29,15 @@ def case(request, rng):
     return form, jnp.asarray(q, form[0]), *pages, table, np.split(values * scales[..., None], 2, axis=2)
 
 
-def compiled(operation, scales):
+def compiled(operation, scales, implementation=None):
     """A program of its own: one that was traced for another platform is not taken again."""
-    return jax.jit(functools.partial(operation, scale=SCALE, kv_scales=scales))
+    return jax.jit(functools.partial(operation, scale=SCALE, kv_scales=scales, implementation=implementation))
 
 
-@pytest.mark.parametrize("platform", ["gpu", "elsewhere"])
+HOPPER = pytest.mark.skipif("mosaic_gpu" not in available(), reason="needs a Hopper GPU")
+
+
+@pytest.mark.parametrize("platform", ["gpu", "elsewhere", pytest.param("mosaic_gpu", marks=HOPPER)])
 @pytest.mark.parametrize("top_k", [40, 250])
 def test_sparse(case, rng, monkeypatch, platform, top_k):
     """What GPUs run, too: there many selected positions of few are attended to under a mask."""
@@ -43,7 +47,8 @@ def test_sparse(case, rng, monkeypatch, platform, top_k):
     indices[:, 1, 3:] = -1
     visible = np.zeros((2, QUERIES, LENGTH + 1), bool)
     np.put_along_axis(visible, indices, True, axis=-1)
-    got = compiled(sparse_attention, scales)(q, kv, indices, table)
+    implementation = "mosaic_gpu" if platform == "mosaic_gpu" else None
+    got = compiled(sparse_attention, scales, implementation)(q, kv, indices, table)
     assert_close(got, attention(np.asarray(q, np.float32), k, v, visible[..., :-1]), form[2])
 
 
@@ -59,7 +64,8 @@ def test_dense(case, monkeypatch, platform):
 
 def test_scales_that_do_not_fit_and_kernels_without_them_are_refused(case):
     _, q, kv, scales, table, _ = case
-    start, indices = jnp.zeros(2, jnp.int32), jnp.zeros((2, QUERIES, 1), jnp.int32)
+    many = jnp.concatenate([q, q], axis=1)
+    start, indices = jnp.zeros(2, jnp.int32), jnp.zeros((2, 2 * QUERIES, 1), jnp.int32)
     with pytest.raises(ArgumentError, match="kv_scales has shape"):
         paged_flash_attention(q, kv, table, start, scale=SCALE, kv_scales=scales[..., :1])
     for name in ("mosaic_gpu", "mosaic_tpu", "cudnn"):
@@ -67,4 +73,4 @@ def test_scales_that_do_not_fit_and_kernels_without_them_are_refused(case):
             paged_flash_attention(q, kv, table, start, scale=SCALE, kv_scales=scales, implementation=name)
     for name in ("mosaic_gpu", "mosaic_tpu"):
         with pytest.raises(UnsupportedError, match="have scales"):
-            sparse_attention(q, kv, indices, table, scale=SCALE, kv_scales=scales, implementation=name)
+            sparse_attention(many, kv, indices, table, scale=SCALE, kv_scales=scales, implementation=name)
