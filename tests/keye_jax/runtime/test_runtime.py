@@ -126,6 +126,7 @@ def test_a_float8_indexer_selects_much_the_same_from_any_chunk_and_token_by_toke
         assert np.mean(np.abs(got - expected).max(axis=-1) < ATOL) > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
 def test_a_float8_cache_is_the_same_whichever_step_wrote_it(ids, attention: Literal["sparse", "dense"]):
     """From any chunk and token by token. A rounding that falls the other way may change a token now and then."""
