@@ -137,6 +137,7 @@ def test_float8_index_keys_and_their_scales_travel_too():
     assert np.mean(np.abs(results[1] - results[0]).max(axis=-1) < ATOL) > 0.9
 
 
+@pytest.mark.slow
 def test_a_float8_cache_lies_over_devices_as_any_other():
     """Its positions, rows and heads are split. A rounding that falls the other way may change a token now and then."""
     model, config = golden_model("b", 1)
