@@ -40,6 +40,7 @@ _told: signal.Signals | None = None
 _taken = False
 _raises = False
 _hint = ""
+_unfinished = False
 _announce: Callable[[str, int], bool] | None = None
 _said = False
 _receivers: dict[int, Callable[[signal.Signals], object]] = {}
@@ -170,6 +171,12 @@ def set_hint(text: str = "") -> None:
     """Has the line say what the user can do next."""
     global _hint
     _hint = text and f"; {text}"
+
+
+def set_unfinished(unfinished: bool) -> None:
+    """Says whether a line of other text on stderr has no end yet; the line about a signal then begins a new one."""
+    global _unfinished
+    _unfinished = unfinished
 
 
 def announce(function: Callable[[str, int], bool]) -> None:
@@ -354,7 +361,7 @@ def _end() -> None:
             said |= _announce(reason(_told), code)
     if not said:
         # On a terminal a progress bar has hidden the cursor, and "^C" stands in its line.
-        before = "\x1b[?25h\n" if os.isatty(_errors) else ""
+        before = "\x1b[?25h\n" if os.isatty(_errors) else "\n" * _unfinished
         with contextlib.suppress(OSError):
             os.write(_errors, f"{before}{line(_told)}".encode())
     _kill_children()

@@ -15,7 +15,7 @@ from keye_jax.errors import UserError
 
 app = paths.App(help="Measure what a model gets right.", no_args_is_help=True)
 
-_SELECTIONS = ("indexer", "dense", "random", "recent")
+_SELECTIONS = ("indexer", "dense", "random", "recent", "untrained")
 
 
 @app.callback()
@@ -36,7 +36,8 @@ def shapes(
     selection: Annotated[
         list[str] | None,
         typer.Option(
-            help="What attention selects: 'indexer', 'dense' (everything), 'random' or 'recent' keys; may be repeated."
+            help="What attention selects: 'indexer', 'dense' (everything), 'random' or 'recent' keys, or those of "
+            "indexers with new random weights ('untrained'); may be repeated."
         ),
     ] = None,
 ) -> int:
@@ -61,8 +62,7 @@ def shapes(
 
     from convert import buckets
     from keye_jax.config import KeyeConfig
-    from keye_jax.engine.engine import Engine
-    from keye_jax.eval.shapes import ENGINE, SELECTIONS, answers, failures, guesses, scores, write_clips
+    from keye_jax.eval.shapes import answers, failures, guesses, open_engine, scores, write_clips
     from keye_jax.runtime.compilation_cache import enable_compilation_cache
 
     enable_compilation_cache()
@@ -75,7 +75,7 @@ def shapes(
             progress=lambda done, total: bars("drawing clips", done, total),
         )
         for each in chosen:
-            with Engine.from_checkpoint(checkpoint, options=ENGINE, attention=SELECTIONS[each]) as engine:
+            with open_engine(checkpoint, each) as engine:
                 asked = answers(engine, clips, lambda done, total, each=each: bars(f"asking, {each}", done, total))
                 given[each] = list(asked)
             found[each] = scores(given[each])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from keye_jax import interrupts
 from keye_jax.cli import options
 from keye_jax.cli.groups import MediaGroup, ModelGroup, expanded
 from keye_jax.errors import UserError, shorten
@@ -188,19 +189,26 @@ class _Printer:
             return
         self._before()
         if reasoning:
+            interrupts.set_unfinished(True)
             print(f"{self._dim[0]}{piece}{self._dim[1]}", end="", file=sys.stderr, flush=True)
             self._reasoned = True
             return
         if self._reasoned:
-            print(file=sys.stderr)
-            self._reasoned = False
+            self._end_reasoning()
         print(piece, end="", flush=True)
+
+    def _end_reasoning(self) -> None:
+        print(file=sys.stderr, flush=True)
+        interrupts.set_unfinished(False)
+        self._reasoned = False
 
     def finish(self, answer: Choice, *, plain: bool) -> None:
         if plain:
             print(answer.text)
+        elif self._reasoned:
+            self._end_reasoning()
         elif self._enabled:
-            print(file=sys.stderr if self._reasoned else sys.stdout, flush=True)
+            print(flush=True)
 
 
 def _summary(plan: PromptPlan, result: Result, sampling: SamplingParams, load_seconds: float) -> dict[str, Any]:

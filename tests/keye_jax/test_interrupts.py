@@ -188,6 +188,21 @@ with interrupts.raised(), interrupts.ended_by_second():
     assert (code, err) == (130, "keye-jax: interrupted\n")
 
 
+def test_the_line_stands_alone_after_text_that_was_not_finished():
+    program = """
+import sys, time
+with interrupts.raised():
+    interrupts.set_unfinished(True)
+    print("a thought", end="", file=sys.stderr, flush=True)
+    ready()
+    time.sleep(60)
+"""
+    process = begun(program)
+    process.send_signal(signal.SIGINT)
+    _, err, code = ended(process)
+    assert (code, err) == (130, "a thought\nkeye-jax: interrupted\n")
+
+
 def test_a_signal_after_the_command_has_said_how_it_stopped_adds_no_line():
     program = """
 import time

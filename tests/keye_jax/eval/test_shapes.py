@@ -35,7 +35,10 @@ def test_a_needles_clip_is_16_times_as_long_as_a_selection(tmp_path):
 
 
 def test_what_reaches_all_thresholds():
-    found = {"indexer": GOOD, "dense": GOOD, "random": GOOD | {"attributes": 0.4}, "recent": {"attributes": 0.7}}
+    found = {
+        **{"indexer": GOOD, "dense": GOOD, "random": GOOD | {"attributes": 0.4}},
+        **{"recent": {"attributes": 0.7}, "untrained": {"attributes": 0.2}},
+    }
     assert set(found) == set(SELECTIONS)
     assert failures(found) == []
 
@@ -46,6 +49,7 @@ def test_what_reaches_all_thresholds():
         ({"indexer": GOOD | {"clock": 0.94}}, "indexer: clock is 0.940; it must be at least 0.95"),
         ({"dense": GOOD | {"when": 0.7}}, "dense: when is 0.700; it must be at least 0.80"),
         ({"random": {"attributes": 0.51}}, "random: attributes is 0.510; it must be at most 0.50"),
+        ({"untrained": {"attributes": 0.26}}, "untrained: attributes is 0.260; it must be at most 0.25"),
         ({"indexer": GOOD, "recent": {"attributes": 0.78}}, "recent: attributes is 0.780; it must be at most 0.770"),
         ({"indexer": GOOD, "dense": dict.fromkeys(GOOD, 0.99)}, "indexer: the mean of all kinds is 0.970;"),
     ],
