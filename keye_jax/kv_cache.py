@@ -18,6 +18,8 @@ from keye_jax.page_allocator import PAGE_SIZE
 from keye_jax.sharding.collectives import Axes
 from keye_jax.sharding.mesh_rules import MeshRules
 from keye_jax.sharding.step import StepSharding, spec
+from pallas_kernels.indexer_scores import quantize
+from pallas_kernels.paging import scaled
 
 
 @jax.tree_util.register_dataclass
@@ -30,16 +32,30 @@ class Pages:
         split over devices, each device's part of a row is like that: its keys, then its values.
       index_keys: `[..., indexer_head_dim]`.
       index_scales: float32 `[...]`, a factor on each index key; None unless they are float8.
+      kv_scales: float32 `[..., 2 * kv_heads]`, a factor on each head's key and value, in the order of `kv`; None unless
+        they are float8.
     """
 
     kv: jax.Array
     index_keys: jax.Array
     index_scales: jax.Array | None = None
+    kv_scales: jax.Array | None = None
 
     @property
     def count(self) -> int:
         """How many pages there are."""
         return self.kv.shape[0]
+
+    def in_cache_dtype(self, cache_dtype: str | None) -> Pages:
+        """Rows of new tokens as a cache keeps them: keys and values in "float8_e4m3fn" with scales, or as they are.
+
+        The scales are powers of two, as those of `pallas_kernels.quantize`: what a head's key or value becomes follows
+        from it alone, and becomes itself again.
+        """
+        if cache_dtype is None:
+            return self
+        kv, scales = quantize(self.kv)
+        return dataclasses.replace(self, kv=kv, kv_scales=scales)
 
     def write(self, slots: jax.Array, rows: Pages) -> Pages:
         """Pages with the rows of new tokens in them.
@@ -59,7 +75,7 @@ class Pages:
         """Partitions in place of the arrays, whose first dimensions are split over `leading`."""
         others = jax.tree.map(lambda _: spec(*leading), self)
         kv: Any = spec(*(leading[i] if i < len(leading) else () for i in range(2)), step.kv_heads)
-        return dataclasses.replace(others, kv=kv)
+        return dataclasses.replace(others, kv=kv, kv_scales=None if self.kv_scales is None else kv)
 
 
 @jax.tree_util.register_dataclass
@@ -80,21 +96,29 @@ class PagePool:
 
     @classmethod
     def create(
-        cls, config: KeyeConfig, pages: int, dtype: jnp.dtype | None = None, *, indexer_dtype: str | None = None
+        cls,
+        config: KeyeConfig,
+        pages: int,
+        dtype: jnp.dtype | None = None,
+        *,
+        indexer_dtype: str | None = None,
+        cache_dtype: str | None = None,
     ) -> PagePool:
         """A pool of zeros.
 
         Args:
           pages: how many, on all devices together.
-          dtype: of keys and values; the config's if left out.
+          dtype: of keys, values and index keys; the config's if left out.
           indexer_dtype: of index keys, "float8_e4m3fn"; None for `dtype`.
+          cache_dtype: of keys and values, "float8_e4m3fn"; None for `dtype`.
         """
-        dtype = dtype or config.jax_dtype
+        dtype, rows = dtype or config.jax_dtype, 2 * config.num_key_value_heads
         layers = tuple(
             Pages(
-                kv=jnp.zeros((pages, PAGE_SIZE, 2 * config.num_key_value_heads, config.head_dim), dtype),
+                kv=jnp.zeros((pages, PAGE_SIZE, rows, config.head_dim), cache_dtype or dtype),
                 index_keys=jnp.zeros((pages, PAGE_SIZE, config.sa_config.indexer_head_dim), indexer_dtype or dtype),
                 index_scales=jnp.zeros((pages, PAGE_SIZE), jnp.float32) if indexer_dtype else None,
+                kv_scales=jnp.zeros((pages, PAGE_SIZE, rows), jnp.float32) if cache_dtype else None,
             )
             for _ in range(config.num_hidden_layers)
         )
@@ -107,7 +131,7 @@ class PagePool:
         def of(layer: Pages) -> Any:
             others = jax.tree.map(lambda _: rules.over(pages), layer)
             kv: Any = rules.over(pages, (), rules.axes("kv_heads"))
-            return dataclasses.replace(others, kv=kv)
+            return dataclasses.replace(others, kv=kv, kv_scales=None if layer.kv_scales is None else kv)
 
         return PagePool(tuple(of(layer) for layer in self.layers))
 
@@ -117,7 +141,9 @@ class PagePool:
         Args:
           page_table: int32 `[m]`.
         """
-        rows = self.layers[layer].kv[page_table]
+        pages = self.layers[layer]
+        scales = None if pages.kv_scales is None else pages.kv_scales[page_table]
+        rows = scaled(pages.kv[page_table], scales, jnp.dtype(jnp.float32))
         rows = rows.reshape(len(page_table) * PAGE_SIZE, rules.size("kv_heads"), 2, -1, rows.shape[-1])
         return rows[:, :, 0].reshape(rows.shape[0], -1, rows.shape[-1])
 
@@ -163,7 +189,7 @@ class BatchMetadata:
         return jnp.where(here, page * PAGE_SIZE + positions % PAGE_SIZE, pages * PAGE_SIZE)
 
 
-def bytes_per_token(config: KeyeConfig, dtype: jnp.dtype | None = None, *, indexer_dtype: str | None = None) -> int:
+def bytes_per_token(config: KeyeConfig, dtype: jnp.dtype | None = None, **dtypes: str | None) -> int:
     """Bytes that one cached token takes in all layers; arguments as for `PagePool.create`."""
-    one = jax.eval_shape(lambda: PagePool.create(config, 1, dtype, indexer_dtype=indexer_dtype))
+    one = jax.eval_shape(lambda: PagePool.create(config, 1, dtype, **dtypes))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one)) // PAGE_SIZE

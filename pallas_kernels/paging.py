@@ -1,4 +1,6 @@
-"""Addresses in paged arrays."""
+"""Addresses in paged arrays, and what is read there."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -46,3 +48,21 @@ def pages_of_chunk(page_table: jax.Array, chunk: jax.Array | int, pages_per_chun
 def pad_to_chunks(page_table: jax.Array, pages_per_chunk: int) -> jax.Array:
     """`page_table` with columns of page 0 added up to a whole number of chunks. Callers mask the added positions."""
     return jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages_per_chunk)))
+
+
+def scaled(rows: jax.Array, scales: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """Gathered keys and values as numbers to multiply.
+
+    Args:
+      rows: `[..., 2 * k, d]`.
+      scales: float32 `[..., 2 * k]`, factors on the rows; None for ones.
+      dtype: of the result if the rows have scales or are float8; other rows keep their own.
+    """
+    if scales is not None:
+        return (rows.astype(jnp.float32) * scales[..., None]).astype(dtype)
+    return rows.astype(dtype) if rows.dtype.itemsize == 1 else rows
+
+
+def scaled_row_bytes(kv: jax.Array, dtype: jnp.dtype) -> int:
+    """Bytes of a position's keys and values as `scaled` gives them for `dtype`."""
+    return math.prod(kv.shape[2:]) * (dtype if kv.dtype.itemsize == 1 else kv.dtype).itemsize

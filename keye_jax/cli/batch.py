@@ -106,7 +106,7 @@ def batch(
     key_options = dataclasses.asdict(sampling) | chosen | {"max_tokens": max_tokens, "shard": str(part), "rows": rows}
     key_options |= {"attention": model.attention, "implementation": model.implementation, "sharding": model.sharding}
     key_options |= {name: settings[name] for name in ("dense_below", "prefill_chunk", "dtype")}
-    key_options |= {"indexer_dtype": model.indexer_dtype}
+    key_options |= {"indexer_dtype": model.indexer_dtype, "cache_dtype": model.cache_dtype}
     outstanding = concurrency or 2 * rows * (ray or 1)
     opener = functools.partial(
         open_engine,

@@ -53,6 +53,7 @@ def bench(
         typer.Option("--breakdown", help="Instead, show where the GPU's time goes, at the first length of each list."),
     ] = False,
     experts: options.Experts = None,
+    cache_dtype: options.CacheDtype = None,
     dense_below: options.DenseBelow = 0,
     implementation: options.Implementation = None,
     prefill_chunk: options.PrefillChunk = None,
@@ -119,13 +120,13 @@ def bench(
     for tokens in (*lengths, *(each for _, each in batches + together)):
         if tokens > sizes.max_position_embeddings:
             raise UserError(f"{tokens:,} tokens are more than this model takes, {sizes.max_position_embeddings:,}")
-    chosen = {_DENSE: options.attention_options("dense", implementation)} if dense else {}
-    chosen[_SPARSE] = options.attention_options("sparse", implementation)
+    chosen = {_DENSE: options.attention_options("dense", implementation, None, cache_dtype)} if dense else {}
+    chosen[_SPARSE] = options.attention_options("sparse", implementation, None, cache_dtype)
     if fp8:
         chosen[_FP8] = dataclasses.replace(chosen[_SPARSE], indexer_dtype="float8_e4m3fn")
     rules = options.mesh_rules(sharding, sizes)
     _refuse_if_weights_do_not_fit(sizes, rules)
-    _print_setting(sizes, rules)
+    _print_setting(sizes, rules, cache_dtype)
 
     model = shard_params(random_model(sizes, rules=rules), rules)  # once, for all runtimes
     how = {"prefill_chunk": chunk, "dense_below": below, "rules": rules}
@@ -301,7 +302,8 @@ def _refused(runtime: Runtime, what: str, batch: int, context: int, extra_bytes:
     from keye_jax.runtime.memory import pool_bytes, weight_bytes
 
     config, rules, limit = runtime.config, runtime.rules, memory_limit_bytes()
-    weights, cache = weight_bytes(config, rules), pool_bytes(config, batch, context, rules)
+    weights = weight_bytes(config, rules)
+    cache = pool_bytes(config, batch, context, rules, cache_dtype=runtime.options.cache_dtype)
     if weights + cache + extra_bytes <= limit:
         return False
     print(
@@ -315,7 +317,7 @@ def _device(rules: MeshRules) -> str:
     return f"each of {rules.devices} devices" if rules.devices > 1 else "the device"
 
 
-def _print_setting(config: KeyeConfig, rules: MeshRules) -> None:
+def _print_setting(config: KeyeConfig, rules: MeshRules, cache_dtype: str | None) -> None:
     import jax
 
     from keye_jax.runtime.memory import weight_bytes
@@ -326,7 +328,9 @@ def _print_setting(config: KeyeConfig, rules: MeshRules) -> None:
         detail = f" on each ({' x '.join(f'{axis} {size}' for axis, size in rules.mesh.shape.items())})"
     print(
         f"{count}{jax.devices()[0].device_kind}, {config.num_hidden_layers} layers, {each / 1e9:.1f} GB of "
-        f"random {config.dtype} weights{detail}" + (f"; {config.quantization}" if config.quantization else ""),
+        f"random {config.dtype} weights{detail}"
+        + (f"; {config.quantization}" if config.quantization else "")
+        + (f"; a cache of {cache_dtype}" if cache_dtype else ""),
         flush=True,
     )
 

@@ -98,6 +98,7 @@ def generate(
         max_new_tokens,
         dtype=settings["dtype"] or config.dtype,
         indexer_dtype=model.indexer_dtype,
+        cache_dtype=model.cache_dtype,
         memory_limit=memory_limit_bytes(),
         rules=rules,
     )

@@ -76,6 +76,7 @@ class ModelGroup:
     implementation: options.Implementation = None
     dense_below: options.DenseBelow = 0
     indexer_dtype: options.IndexerDtype = None
+    cache_dtype: options.CacheDtype = None
     prefill_chunk: options.PrefillChunk = None
     dtype: options.Dtype = "checkpoint"
     verify_checksums: options.VerifyChecksums = False
@@ -88,7 +89,9 @@ class ModelGroup:
     def settings(self) -> dict[str, Any]:
         """The arguments of `load_runtime` but its mesh. Raises UserError for a value that is not allowed."""
         return {
-            "attention": options.attention_options(self.attention, self.implementation, self.indexer_dtype),
+            "attention": options.attention_options(
+                self.attention, self.implementation, self.indexer_dtype, self.cache_dtype
+            ),
             "prefill_chunk": options.prefill_chunk_size(self.prefill_chunk),
             "dense_below": options.dense_limit(self.dense_below),
             "dtype": options.parameter_dtype(self.dtype),

@@ -44,6 +44,10 @@ IndexerDtype = Annotated[
     str | None,
     typer.Option(help="'float8_e4m3fn': an indexer as the publisher serves it; the weights' dtype if left out."),
 ]
+CacheDtype = Annotated[
+    str | None,
+    typer.Option(help="'float8_e4m3fn': keys and values of half the size, less exact; the weights' dtype if left out."),
+]
 Experts = Annotated[
     str | None, typer.Option(help="Bits of the experts: 'fp8', 'int8' or 'int4'; as they are if left out.")
 ]
@@ -110,7 +114,9 @@ def mesh_rules(sharding: str | None, config: KeyeConfig) -> MeshRules:
     return rules
 
 
-def attention_options(attention: str, implementation: str | None, indexer_dtype: str | None = None) -> AttentionOptions:
+def attention_options(
+    attention: str, implementation: str | None, indexer_dtype: str | None = None, cache_dtype: str | None = None
+) -> AttentionOptions:
     """Checked attention options. Raises UserError for an unknown name."""
     from keye_jax.model.attention import AttentionOptions
     from pallas_kernels.dispatch import available
@@ -121,7 +127,9 @@ def attention_options(attention: str, implementation: str | None, indexer_dtype:
         raise UserError(f"--implementation is {implementation!r}; it must be one of: {', '.join(available())}")
     if indexer_dtype not in (None, "float8_e4m3fn"):
         raise UserError(f"--indexer-dtype is {indexer_dtype!r}; it must be 'float8_e4m3fn' or left out")
-    return AttentionOptions(attention, implementation, indexer_dtype)
+    if cache_dtype not in (None, "float8_e4m3fn"):
+        raise UserError(f"--cache-dtype is {cache_dtype!r}; it must be 'float8_e4m3fn' or left out")
+    return AttentionOptions(attention, implementation, indexer_dtype, cache_dtype)
 
 
 def dense_limit(value: int) -> int:

@@ -20,6 +20,7 @@ def verify(
     attention: options.Attention = "sparse",
     implementation: options.Implementation = None,
     indexer_dtype: options.IndexerDtype = None,
+    cache_dtype: options.CacheDtype = None,
     prefill_chunk: options.PrefillChunk = None,
     dtype: options.Dtype = "float32",
     verify_checksums: options.VerifyChecksums = False,
@@ -31,11 +32,11 @@ def verify(
 ) -> int:
     """Run a checkpoint on recorded prompts and compare everything it computes.
 
-    Of a checkpoint with weights of fewer bits, it compares how far the model agrees with them, format by format.
+    Of a checkpoint with weights of fewer bits, or with a cache of fewer bits, it compares how far the model agrees.
     Prints the largest absolute error of each array and whether the selected sets and experts are identical. Exits
     with 1 if anything is beyond the tolerance.
     """
-    chosen = options.attention_options(attention, implementation, indexer_dtype)
+    chosen = options.attention_options(attention, implementation, indexer_dtype, cache_dtype)
     chunk = options.prefill_chunk_size(prefill_chunk)
     cast = options.parameter_dtype(dtype)
     if not atol >= 0:
@@ -67,6 +68,7 @@ def verify(
     runtime = Runtime(model, config, options=chosen, prefill_chunk=chunk, rules=rules)
 
     how = f"{attention} attention" + (f" and a {indexer_dtype} indexer" if indexer_dtype else "")
+    how += f" and a {cache_dtype} cache" if cache_dtype else ""
     how += " and weights of fewer bits" if config.quantization else ""
     where = f" on {rules.devices} devices" if rules.devices > 1 else ""
     table = Table(

@@ -16,6 +16,7 @@ def new_token_limit(
     *,
     dtype: str,
     indexer_dtype: str | None = None,
+    cache_dtype: str | None = None,
     memory_limit: int,
     rules: MeshRules,
 ) -> int:
@@ -26,6 +27,7 @@ def new_token_limit(
       asked: wanted limit, or None for up to `DEFAULT_NEW_TOKENS`.
       dtype: of the parameters and the cache.
       indexer_dtype: of the cache's index keys, if not `dtype`.
+      cache_dtype: of its keys and values, if not `dtype`.
       memory_limit: bytes the device has, or each of several.
       rules: how the model lies over devices.
 
@@ -42,7 +44,8 @@ def new_token_limit(
             f"{prompt_tokens + wanted:,}; this model takes at most {limit:,}"
         )
     weights = weight_bytes(config, rules, dtype=dtype)
-    cache = pool_bytes(config, 1, prompt_tokens + wanted, rules, dtype=dtype, indexer_dtype=indexer_dtype)
+    dtypes = {"dtype": dtype, "indexer_dtype": indexer_dtype, "cache_dtype": cache_dtype}
+    cache = pool_bytes(config, 1, prompt_tokens + wanted, rules, **dtypes)
     if weights + cache > memory_limit:
         gib, each = 2**30, f" on each of {rules.devices} devices" if rules.devices > 1 else ""
         raise UserError(

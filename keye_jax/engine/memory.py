@@ -67,15 +67,13 @@ def pages_per_shard(
     rules = runtime.rules
     shards = rules.size("batch") * runtime.page_multiple
     config = dataclasses.replace(runtime.config, dtype=np.dtype(runtime.dtype).name)
-    sizes = {"dtype": runtime.dtype, "indexer_dtype": runtime.options.indexer_dtype}
-    page = shard_bytes(config, 1, rules, **sizes)
+    dtypes = {"indexer_dtype": runtime.options.indexer_dtype, "cache_dtype": runtime.options.cache_dtype}
+    page = shard_bytes(config, 1, rules, dtype=runtime.dtype, **dtypes)
     width = pages_for(max_context)
     row = idle_row(width, config.vocab_size, width * PAGE_SIZE if heat else 0)
     devices = runtime.prefill_step.size(runtime.prefill_step.query_sequence)
     steps = rows * sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(row)) + max(
-        prefill_workspace_bytes(
-            config, rules, large // devices, max_context, indexer_dtype=runtime.options.indexer_dtype
-        ),
+        prefill_workspace_bytes(config, rules, large // devices, max_context, **dtypes),
         decode_workspace_bytes(config, rules, rows, max_context),
         encode_workspace_bytes(config, max(most_patches, ENCODE_PATCHES)),
         # What is on its way to the host or back is there twice.

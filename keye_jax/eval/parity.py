@@ -57,7 +57,7 @@ AGREES: Mapping[str, Agreement] = {
     "int8": Agreement(logits=0.20, greedy=0.75, experts=0.94, selected=0.96),
     "int4": Agreement(logits=0.50, greedy=0.40, experts=0.87, selected=0.90),
 }
-"""What `verify` asks of models by the format of fewest bits in them; docs/quantize.md has the figures behind it."""
+"""What `verify` asks by the format of fewest bits, of weights or of the cache; docs/quantize.md has the figures."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,8 @@ def verify(runtime: Runtime, golden: Mapping[str, np.ndarray], *, atol: float) -
 
     A sparse runtime is held to the sparse arrays, a dense one to the dense ones; both to the vision encoder's. Where a
     float8 indexer selects other positions, all that follows differs: of the sparse arrays only the selected sets are
-    compared then. A model of weights of fewer bits is held to `AGREES`, and its vision encoder to the arrays.
+    compared then. A model of weights or of a cache of fewer bits is held to `AGREES`, and its vision encoder to the
+    arrays.
 
     Raises:
       UserError: an array has not the shape that this model gives.
@@ -108,11 +109,11 @@ def verify(runtime: Runtime, golden: Mapping[str, np.ndarray], *, atol: float) -
     sparse = runtime.options.attention == "sparse"
     float8 = sparse and runtime.options.indexer_dtype is not None
     no_vision = jnp.zeros((0, config.hidden_size), runtime.dtype)
-    quantization = config.quantization
-    if quantization and sparse and not float8:
-        yield from _agreements(agreement(runtime, golden), quantization)
+    formats = _formats(runtime.options, config.quantization)
+    if formats and sparse and not float8:
+        yield from _agreements(agreement(runtime, golden), formats)
 
-    if "text_ids" in golden and not quantization:
+    if "text_ids" in golden and not formats:
         ids = golden["text_ids"]
         positions = np.broadcast_to(np.arange(len(ids), dtype=np.int32), (3, len(ids)))
         trace = _trace(runtime, ids, positions, no_vision)
@@ -131,7 +132,7 @@ def verify(runtime: Runtime, golden: Mapping[str, np.ndarray], *, atol: float) -
     yield from compare.close("vit_hidden", np.asarray(hidden, np.float32))
     embeds = runtime.encode(golden["pixels"], grids)
     yield from compare.close("vision_embeds", np.asarray(embeds, np.float32))
-    if "mm_ids" not in golden or quantization:
+    if "mm_ids" not in golden or formats:
         return
     ids, positions, delta = _mm_prompt(golden, config)
     yield from compare.exact("mm_positions", positions)
@@ -192,8 +193,13 @@ def _share(found: list[np.ndarray]) -> float:
     return float(flat.mean()) if flat.size else np.nan
 
 
-def _agreements(found: Agreement, quantization: Quantization) -> Iterator[Comparison]:
-    formats = [scheme.format for scheme in (quantization.experts, quantization.attention) if scheme is not None]
+def _formats(options: AttentionOptions, quantization: Quantization) -> list[str]:
+    """The formats of fewer bits of weights and of the cache."""
+    weights = [scheme.format for scheme in (quantization.experts, quantization.attention) if scheme is not None]
+    return [*weights, *(["fp8"] if options.cache_dtype else [])]
+
+
+def _agreements(found: Agreement, formats: list[str]) -> Iterator[Comparison]:
     # "int4" has the fewest bits, and float8 fewer of a number's own than int8.
     wanted = AGREES[next(each for each in ("int4", "fp8", "int8") if each in formats)]
     for field in dataclasses.fields(Agreement):
@@ -212,7 +218,7 @@ def skipped(
     other = _DENSE_ARRAYS if options.attention == "sparse" else _SPARSE_ARRAYS
     if options.attention == "sparse" and options.indexer_dtype is not None:
         other = other | (_SPARSE_ARRAYS - {"text_selected", "mm_selected"})
-    if quantization:
+    if _formats(options, quantization):
         used = _AGREEMENT_ARRAYS if options.attention == "sparse" and options.indexer_dtype is None else set()
         other = (_SPARSE_ARRAYS | _DENSE_ARRAYS) - used
     return sorted((_COMMON_ARRAYS | _SPARSE_ARRAYS | _DENSE_ARRAYS) - golden.keys()), sorted(other & golden.keys())

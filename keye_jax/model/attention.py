@@ -28,6 +28,7 @@ from keye_jax.sharding.step import StepSharding, spec
 from pallas_kernels.dispatch import available, resolve
 from pallas_kernels.flash_attention import paged_flash_attention
 from pallas_kernels.indexer_scores import indexer_scores
+from pallas_kernels.paging import scaled_row_bytes
 from pallas_kernels.select_topk import select_topk
 from pallas_kernels.sparse_attention import sparse_attention
 from pallas_kernels.topk_attention import topk_attention
@@ -95,6 +96,9 @@ class AttentionOptions:
       implementation: of the kernels; operations without one of that name use "xla". None takes the best there is.
       indexer_dtype: of index queries and keys, and of the pool's: "float8_e4m3fn", as the publisher serves them and
         less exact, or None for the parameters' dtype.
+      cache_dtype: of the pool's keys and values: "float8_e4m3fn", with a scale for each token and head, half as large
+        and less exact, or None for the parameters' dtype. Attention to such keys and values is XLA's, but that of
+        sparse steps of decode the Hopper kernel's where `implementation` names "mosaic_gpu".
       intermediates: whether layers also return what they computed on the way, which needs memory for all scores.
       selections: whether layers of a step of decode also return the positions that they selected, in any order.
       selection: what sparse attention selects: the keys that score highest by the "indexer", as released, or to see
@@ -105,6 +109,7 @@ class AttentionOptions:
     attention: Literal["sparse", "dense"] = "sparse"
     implementation: str | None = None
     indexer_dtype: Literal["float8_e4m3fn"] | None = None
+    cache_dtype: Literal["float8_e4m3fn"] | None = None
     intermediates: bool = False
     selections: bool = False
     selection: Literal["indexer", "random", "recent"] = "indexer"
@@ -227,7 +232,7 @@ class Attention(nnx.Module):
             return self.o_proj(out), context, learned
 
         def attend(inputs: AttentionInputs, context: C) -> tuple[AttentionOutput, C]:
-            context, keys = context.append(inputs.rows, step)
+            context, keys = context.append(inputs.rows.in_cache_dtype(options.cache_dtype), step)
             if options.attention == "dense":
                 found = attend_dense(inputs, keys, scale=self.scale, options=options)
             else:
@@ -275,16 +280,16 @@ def attend_dense(inputs: AttentionInputs, keys: Keys, *, scale: float, options: 
 
     Memory: copies of the contexts of the rows that fit into `_DENSE_BYTES` together, at least one.
     """
-    kv, implementation = keys.pages.kv, resolve("paged_flash_attention", options.implementation)
+    pages, kv = keys.pages, keys.pages.kv
+    implementation = resolve("paged_flash_attention", options.implementation) if pages.kv_scales is None else "xla"
 
     def attend(q: jax.Array, table: jax.Array, start: jax.Array) -> AttentionOutput:
         with jax.named_scope("attention"):
-            return AttentionOutput(
-                *paged_flash_attention(q, kv, table, start, scale=scale, implementation=implementation)
-            )
+            how = {"scale": scale, "kv_scales": pages.kv_scales, "implementation": implementation}
+            return AttentionOutput(*paged_flash_attention(q, kv, table, start, **how))
 
     q = inputs.q
-    row_bytes = math.prod(kv.shape[2:]) * kv.dtype.itemsize
+    row_bytes = scaled_row_bytes(kv, q.dtype)
     at_once = _DENSE_BYTES // (keys.page_table.shape[1] * PAGE_SIZE * row_bytes) if q.shape[1] > 1 else len(q)
     return _in_turns(attend, max(1, at_once), q, keys.page_table, keys.start)
 
@@ -323,7 +328,8 @@ def attend_sparse(
         scores = _scores_of_selection(options.selection, scores, start, keys.split)
         seen = start[:, None] + jnp.minimum(jnp.arange(q.shape[1]), last[:, None]) + 1
         lengths = jnp.minimum(seen, scores.shape[-1])
-        if keys.split or options.selections:
+        # Where XLA attends to float8, selection is still the best there is.
+        if keys.split or options.selections or pages.kv_scales is not None:
             with jax.named_scope("selection"):
                 if keys.split:
                     selected = select_split(scores, lengths, top_k, keys.split, preferred)
@@ -331,8 +337,11 @@ def attend_sparse(
                     implementation = resolve("select_topk", preferred)
                     selected = select_topk(scores, lengths, top_k, implementation=implementation)
             with jax.named_scope("attention"):
-                implementation = resolve("sparse_attention", preferred)
-                out, lse = sparse_attention(q, pages.kv, selected, table, scale=scale, implementation=implementation)
+                how = {"scale": scale, "kv_scales": pages.kv_scales}
+                # Scales are taken by XLA, and by one kernel for single queries.
+                takes = pages.kv_scales is None or (preferred == "mosaic_gpu" and q.shape[1] == 1)
+                how["implementation"] = resolve("sparse_attention", preferred) if takes else "xla"
+                out, lse = sparse_attention(q, pages.kv, selected, table, **how)
         else:
             selected = None
             with jax.named_scope("attention"):

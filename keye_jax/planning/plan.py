@@ -136,12 +136,14 @@ def plan(
     prefill_chunk: int | None = None,
     implementation: str | None = None,
     indexer_dtype: Literal["float8_e4m3fn"] | None = None,
+    cache_dtype: Literal["float8_e4m3fn"] | None = None,
     compile_programs: bool = True,
 ) -> Plan:
     """Plans a job of `batch` sequences with room for `context` tokens each; prompts are read one at a time.
 
     Args:
       prefill_chunk: prompt tokens that a device reads in one step; what suits the platform if left out.
+      indexer_dtype, cache_dtype: as in `AttentionOptions`.
       implementation: of the kernels in the programs that are compiled; None takes the platform's own, or all portable
         ones where those refuse.
       compile_programs: False estimates what would be compiled: programs for TPUs, and for GPUs that are described where
@@ -169,8 +171,10 @@ def plan(
         rules = MeshRules.create(sharding, config, devices=devices)
     chunk = prefill_chunk or PREFILL_CHUNK.get(chip.platform, TPU_PREFILL_CHUNK)
 
+    dtypes: dict[str, Any] = {"indexer_dtype": indexer_dtype, "cache_dtype": cache_dtype}
+
     def traced_with(implementation: str) -> tuple[Runtime, dict[str, jax.stages.Traced]]:
-        options = AttentionOptions(implementation=implementation, indexer_dtype=indexer_dtype)
+        options = AttentionOptions(implementation=implementation, **dtypes)
         runtime = Runtime(Keye.abstract(config), config, rules=rules, options=options, prefill_chunk=chunk)
         (prefill,) = lowering.prefill_programs(runtime, context, pages=rows * runtime.table_width(context))
         return runtime, {"prefill": prefill, "decode": lowering.decode_program(runtime, rows, context, sample=False)}
@@ -191,13 +195,13 @@ def plan(
         own = "xla"
         runtime, programs = traced_with(own)
     read_at_once = chunk_tokens(context, chunk, runtime.prefill_step)
-    sizes = functools.partial(pool_bytes, config, rules=rules, indexer_dtype=indexer_dtype)
+    sizes = functools.partial(pool_bytes, config, rules=rules, **dtypes)
     weights, cache = weight_bytes(config, rules), sizes(batch, context)
     prompt = context * config.hidden_size * config.jax_dtype.itemsize
     memory = int(memory_bytes(platform))
-    work, steps, problem = Work(config, rules, chunk, indexer_dtype), {}, None
+    work, steps, problem = Work(config, rules, chunk, **dtypes), {}, None
     estimates = {
-        "prefill": functools.partial(prefill_workspace_bytes, config, rules, chunk, indexer_dtype=indexer_dtype),
+        "prefill": functools.partial(prefill_workspace_bytes, config, rules, chunk, **dtypes),
         "decode": functools.partial(decode_workspace_bytes, config, rules, batch),
     }
     for name, traced in programs.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from keye_jax.config import KeyeConfig
-from keye_jax.runtime.memory import weight_bytes
+from keye_jax.runtime.memory import index_row_bytes, kv_row_bytes, weight_bytes
 from keye_jax.sharding import MeshRules, StepSharding
 
 _UNION = 8192
@@ -13,12 +13,13 @@ _UNION = 8192
 class Work:
     """Formulas for one device's share of the work, all layers together."""
 
-    def __init__(self, config: KeyeConfig, rules: MeshRules, chunk: int, indexer_dtype: str | None):
+    def __init__(
+        self, config: KeyeConfig, rules: MeshRules, chunk: int, indexer_dtype: str | None, cache_dtype: str | None
+    ):
         self.config, self.rules, self.chunk = config, rules, chunk
         self.item, self.float8 = config.jax_dtype.itemsize, indexer_dtype is not None
-        sa = config.sa_config
-        self.index_row = sa.indexer_head_dim + 4 if indexer_dtype else sa.indexer_head_dim * self.item
-        self.kv_row = 2 * config.num_key_value_heads * config.head_dim * self.item // rules.size("kv_heads")
+        self.index_row = index_row_bytes(config, indexer_dtype)
+        self.kv_row = kv_row_bytes(config, rules, cache_dtype)
         self.expert = 3 * config.hidden_size * config.moe_intermediate_size
 
     def _token_flops(self, owners: int, ranks: int, heads: int) -> float:

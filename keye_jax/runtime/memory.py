@@ -41,26 +41,33 @@ def pool_bytes(
     *,
     dtype: Any = None,
     indexer_dtype: str | None = None,
+    cache_dtype: str | None = None,
 ) -> int:
     """Bytes on one device of the pages of a number of sequences of `tokens` tokens each.
 
     Args:
       rules, dtype: as for `weight_bytes`.
       indexer_dtype: of index keys, if not `dtype`.
+      cache_dtype: of keys and values, if not `dtype`.
     """
     homes, turns = rules.size("batch"), rules.parts(rules.cache_sequence)
     per_shard = -(-sequences // homes) * -(-pages_for(round_up(tokens)) // turns)
-    return shard_bytes(config, per_shard, rules, dtype=dtype, indexer_dtype=indexer_dtype)
+    return shard_bytes(config, per_shard, rules, dtype=dtype, indexer_dtype=indexer_dtype, cache_dtype=cache_dtype)
 
 
 def shard_bytes(
-    config: KeyeConfig, pages: int, rules: MeshRules, *, dtype: Any = None, indexer_dtype: str | None = None
+    config: KeyeConfig,
+    pages: int,
+    rules: MeshRules,
+    *,
+    dtype: Any = None,
+    indexer_dtype: str | None = None,
+    cache_dtype: str | None = None,
 ) -> int:
     """Bytes on one device of a pool that has a number of pages on each shard; arguments as for `pool_bytes`."""
     count = pages * rules.size("batch") * rules.parts(rules.cache_sequence)
-    pool = jax.eval_shape(
-        lambda: PagePool.create(config, count, jnp.dtype(dtype or config.dtype), indexer_dtype=indexer_dtype)
-    )
+    dtypes = {"indexer_dtype": indexer_dtype, "cache_dtype": cache_dtype}
+    pool = jax.eval_shape(lambda: PagePool.create(config, count, jnp.dtype(dtype or config.dtype), **dtypes))
     if rules.sharding() is None:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pool))
     shardings = jax.tree.leaves(pool.shardings(rules))
@@ -71,7 +78,13 @@ def shard_bytes(
 
 
 def prefill_workspace_bytes(
-    config: KeyeConfig, rules: MeshRules, chunk: int, context: int, *, indexer_dtype: str | None = None
+    config: KeyeConfig,
+    rules: MeshRules,
+    chunk: int,
+    context: int,
+    *,
+    indexer_dtype: str | None = None,
+    cache_dtype: str | None = None,
 ) -> int:
     """An estimate of what a step of reading needs on a GPU besides its arguments, in bytes on one device.
 
@@ -80,7 +93,7 @@ def prefill_workspace_bytes(
     Args:
       chunk: prompt tokens that each device reads in one step.
       context: tokens of the whole prompt.
-      indexer_dtype: as for `pool_bytes`.
+      indexer_dtype, cache_dtype: as for `pool_bytes`.
     """
     step, item = StepSharding.prefill(rules), config.jax_dtype.itemsize
     ranks = step.size(step.query_sequence)
@@ -88,9 +101,8 @@ def prefill_workspace_bytes(
     # One H200 needed 1.13 GiB at 128K and 1.12 GiB at 256K, where a block of scores takes one; XLA's compiler gives
     # two and more that share positions 1.29 GiB at 32K, 1.46 to 1.50 at 128K and 1.72 at 256K.
     attention = min(2**30, 4 * min(chunk, context) * context) + 2**27
-    index_dim = config.sa_config.indexer_head_dim
-    index_row = index_dim + 4 if indexer_dtype else index_dim * item
-    whole = context * (_kv_row(config, rules) + index_row) + 2**27 if step.gathers_pages else 0
+    stored = index_row_bytes(config, indexer_dtype) + kv_row_bytes(config, rules, cache_dtype)
+    whole = context * stored + 2**27 if step.gathers_pages else 0
     tokens = min(chunk, context) * ranks
     rows = tokens * config.num_experts_per_tok / owners * (1.5 if owners > 1 else 1)
     widths = 2 * config.hidden_size + 2 * config.moe_intermediate_size
@@ -109,7 +121,7 @@ def decode_workspace_bytes(config: KeyeConfig, rules: MeshRules, batch: int, con
     """
     step = StepSharding.decode(rules)
     each = batch / step.size(step.batch)
-    scores = 4 * context / step.size(step.cache_sequence) + config.sa_config.topk * _kv_row(config, rules)
+    scores = 4 * context / step.size(step.cache_sequence) + config.sa_config.topk * kv_row_bytes(config, rules)
     return int(2 * each * scores + 3 * 4 * batch * config.vocab_size + 64 * 2**20)
 
 
@@ -127,9 +139,16 @@ def encode_workspace_bytes(config: KeyeConfig, patches: int) -> int:
     return patches * (15 * vision.hidden_size + 2 * vision.intermediate_size) * config.jax_dtype.itemsize
 
 
-def _kv_row(config: KeyeConfig, rules: MeshRules) -> int:
-    """Bytes of a token's keys and values in one layer on one device."""
-    return 2 * config.num_key_value_heads * config.head_dim * config.jax_dtype.itemsize // rules.size("kv_heads")
+def kv_row_bytes(config: KeyeConfig, rules: MeshRules, cache_dtype: str | None = None) -> int:
+    """Bytes of a token's keys and values in one layer on one device; float8 ones have float32 scales."""
+    head = config.head_dim + 4 if cache_dtype else config.head_dim * config.jax_dtype.itemsize
+    return 2 * config.num_key_value_heads * head // rules.size("kv_heads")
+
+
+def index_row_bytes(config: KeyeConfig, indexer_dtype: str | None) -> int:
+    """Bytes of a token's index key in one layer; a float8 one has a float32 scale."""
+    dim = config.sa_config.indexer_head_dim
+    return dim + 4 if indexer_dtype else dim * config.jax_dtype.itemsize
 
 
 def _shard_shape(shape: tuple[int, ...], sharding: jax.sharding.Sharding | None) -> tuple[int, ...]:

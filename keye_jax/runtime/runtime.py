@@ -46,7 +46,7 @@ class Runtime:
     Attributes:
       config: its configuration.
       model_def, params: the model without its parameters, and they as a flat tuple.
-      dtype: of its parameters and pages.
+      dtype: of its parameters, and of pages unless the options say another.
       options: how attention is computed.
       rules: where parameters and pages lie.
       prefill_chunk: prompt tokens that each device reads in one step; the result does not depend on it.
@@ -125,7 +125,8 @@ class Runtime:
         """Makes the arrays of `new_pool`, wherever they lie."""
         shards = self.rules.size("batch") * self.page_multiple
         count = -(-pages // shards) * shards
-        return lambda: PagePool.create(self.config, count, self.dtype, indexer_dtype=self.options.indexer_dtype)
+        dtypes = {"indexer_dtype": self.options.indexer_dtype, "cache_dtype": self.options.cache_dtype}
+        return lambda: PagePool.create(self.config, count, self.dtype, **dtypes)
 
     def new_cache(self, sequences: int, tokens: int) -> tuple[PagePool, np.ndarray]:
         """A pool with room for a number of sequences; each shard along `batch` is the home of an equal share, in order.

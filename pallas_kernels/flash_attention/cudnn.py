@@ -22,7 +22,13 @@ def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array
 
 
 def paged_flash_attention(
-    q: jax.Array, kv: jax.Array, page_table: jax.Array, query_start: jax.Array, *, scale: float
+    q: jax.Array,
+    kv: jax.Array,
+    page_table: jax.Array,
+    query_start: jax.Array,
+    kv_scales: jax.Array | None = None,
+    *,
+    scale: float,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_flash_attention`.
 
@@ -32,8 +38,10 @@ def paged_flash_attention(
     Memory: a copy of the context's keys and values in one piece.
 
     Raises:
-      NotImplementedError: fewer than 16 queries, or dtypes or sizes that cuDNN does not take.
+      NotImplementedError: fewer than 16 queries, scales, or dtypes or sizes that cuDNN does not take.
     """
+    if kv_scales is not None:
+        raise NotImplementedError("keys and values have scales")
     _check(q, kv)
     batch, queries = q.shape[:2]
     if queries < _MIN_QUERIES:

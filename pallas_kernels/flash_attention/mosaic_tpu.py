@@ -65,13 +65,21 @@ def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array
 
 
 def paged_flash_attention(
-    q: jax.Array, kv: jax.Array, page_table: jax.Array, query_start: jax.Array, *, scale: float
+    q: jax.Array,
+    kv: jax.Array,
+    page_table: jax.Array,
+    query_start: jax.Array,
+    kv_scales: jax.Array | None = None,
+    *,
+    scale: float,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_flash_attention`.
 
     Raises:
-      NotImplementedError: dtypes or sizes that the kernel does not take.
+      NotImplementedError: scales, or dtypes or sizes that the kernel does not take.
     """
+    if kv_scales is not None:
+        raise NotImplementedError("keys and values have scales")
     batch, queries, heads, dim = q.shape
     kv_heads, page_size = kv.shape[2] // 2, kv.shape[1]
     check_attention(q, kv)

@@ -173,12 +173,21 @@ _flash_attention.defvjp(_flash_attention_forward, _flash_attention_backward)
 
 
 def paged_flash_attention(
-    q: jax.Array, kv: jax.Array, page_table: jax.Array, query_start: jax.Array, *, scale: float
+    q: jax.Array,
+    kv: jax.Array,
+    page_table: jax.Array,
+    query_start: jax.Array,
+    kv_scales: jax.Array | None = None,
+    *,
+    scale: float,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_flash_attention`. It has a gradient, which takes memory for the scores of one chunk of keys."""
     capacity = page_table.shape[1] * kv.shape[1]
     last_visible = jnp.minimum(query_start[:, None] + jnp.arange(q.shape[1]), capacity - 1)
-    return _paged_flash_attention(scale, q, kv, jnp.clip(page_table, 0, kv.shape[0] - 1), last_visible)
+    page_table = jnp.clip(page_table, 0, kv.shape[0] - 1)
+    if kv_scales is None:
+        return _paged_flash_attention(scale, q, kv, page_table, last_visible)
+    return _attend_to_pages(scale, *jax.lax.stop_gradient((q, kv)), page_table, last_visible, kv_scales)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -191,25 +200,41 @@ def _paged_flash_attention(
 def _paged_flash_attention_forward(
     scale: float, q: jax.Array, kv: jax.Array, page_table: jax.Array, last_visible: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    gpu, elsewhere = (functools.partial(_attend_in_pages, scale, on_gpu) for on_gpu in (True, False))
-    found = portable.on_gpus(gpu, elsewhere, q, kv, page_table, last_visible)
+    found = _attend_to_pages(scale, q, kv, page_table, last_visible, None)
     return found, (q, kv, page_table, last_visible, *found)
 
 
-def _attend_in_pages(
-    scale: float, on_gpu: bool, q: jax.Array, kv: jax.Array, page_table: jax.Array, last_visible: jax.Array
+def _attend_to_pages(
+    scale: float,
+    q: jax.Array,
+    kv: jax.Array,
+    page_table: jax.Array,
+    last_visible: jax.Array,
+    kv_scales: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    batch, queries, heads, dim = q.shape
-    page_size = kv.shape[1]
+    gpu, elsewhere = (functools.partial(_attend_in_pages, scale, on_gpu) for on_gpu in (True, False))
+    return portable.on_gpus(gpu, elsewhere, q, kv, page_table, last_visible, kv_scales)
+
+
+def _attend_in_pages(
+    scale: float,
+    on_gpu: bool,
+    q: jax.Array,
+    kv: jax.Array,
+    page_table: jax.Array,
+    last_visible: jax.Array,
+    kv_scales: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    (batch, queries, heads, _), page_size = q.shape, kv.shape[1]
     # A position costs its logits, and a copy of its keys and values.
-    bytes_per_position = batch * (min(queries, _QUERY_CHUNK) * heads * 8 + 2 * kv.shape[2] * dim * kv.dtype.itemsize)
+    bytes_per_position = batch * (min(queries, _QUERY_CHUNK) * heads * 8 + 2 * paging.scaled_row_bytes(kv, q.dtype))
     workspace = _GPU_WORKSPACE_BYTES if on_gpu else _WORKSPACE_BYTES
     pages_per_chunk = paging.pages_per_chunk(page_table, page_size, bytes_per_position, workspace)
     chunk_size = pages_per_chunk * page_size
     table = paging.pad_to_chunks(page_table, pages_per_chunk)
 
     def load_chunk(chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _keys_and_values(kv, paging.pages_of_chunk(table, chunk, pages_per_chunk))
+        return _keys_and_values(kv, kv_scales, paging.pages_of_chunk(table, chunk, pages_per_chunk), q.dtype)
 
     def attend(q: jax.Array, last_visible: jax.Array) -> tuple[jax.Array, jax.Array]:
         number = table.shape[1] // pages_per_chunk
@@ -247,7 +272,7 @@ def _paged_gradients(
 
     def add_chunk(chunk: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         pages = paging.pages_of_chunk(table, chunk, pages_per_chunk)
-        keys, values = _keys_and_values(kv, pages)
+        keys, values = _keys_and_values(kv, None, pages, q.dtype)
         seen = chunk * chunk_size + jnp.arange(chunk_size) <= last_visible[..., None]
         logits = dot("btkgd,bskd->btkgs", q_by_head, keys) * scale
         probabilities = jnp.where(seen[:, :, None, None], jnp.exp(logits - lse), 0.0)
@@ -264,7 +289,10 @@ def _paged_gradients(
 _paged_flash_attention.defvjp(_paged_flash_attention_forward, _paged_flash_attention_backward)
 
 
-def _keys_and_values(kv: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _keys_and_values(
+    kv: jax.Array, kv_scales: jax.Array | None, pages: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
     """The keys and the values `[b, s, k, d]` of pages int32 `[b, i]`."""
-    keys, values = jnp.split(kv[pages].reshape(pages.shape[0], -1, *kv.shape[2:]), 2, axis=2)
+    gathered = paging.scaled(kv[pages], None if kv_scales is None else kv_scales[pages], dtype)
+    keys, values = jnp.split(gathered.reshape(pages.shape[0], -1, *kv.shape[2:]), 2, axis=2)
     return keys, values

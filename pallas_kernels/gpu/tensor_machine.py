@@ -39,6 +39,10 @@ class TensorMachine(Machine):
         """One word of the low halves (`which` is 0) or the high halves (`which` is 1) of two words."""
         return self._emit(f"prmt.b32 $0, $1, $2, {0x7632 if which else 0x5410};", low, high)
 
+    def multiply_bfloat16(self, a, b):
+        """The products of the two bfloat16 numbers of each word, rounded; numbers below 2**-126 count."""
+        return self._emit("mul.rn.bf16x2 $0, $1, $2;", a, b)
+
     def multiply_tiles(self, a, b, c):
         """`c + a @ b` of a warp: bfloat16 `[16, 16]` and `[16, 8]` to float32 `[16, 8]`, spread as in mma.m16n8k16."""
         results, inputs = "$0, $1, $2, $3", [self.word(w).raw for w in (*a, *b, *c)]

@@ -24,13 +24,21 @@ _UNROLL = 8
 
 
 def sparse_attention(
-    q: jax.Array, kv: jax.Array, indices: jax.Array, page_table: jax.Array, *, scale: float
+    q: jax.Array,
+    kv: jax.Array,
+    indices: jax.Array,
+    page_table: jax.Array,
+    kv_scales: jax.Array | None = None,
+    *,
+    scale: float,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.sparse_attention`.
 
     Raises:
-      NotImplementedError: dtypes or sizes that the kernel does not take.
+      NotImplementedError: scales, or dtypes or sizes that the kernel does not take.
     """
+    if kv_scales is not None:
+        raise NotImplementedError("keys and values have scales")
     batch, queries, heads, dim = q.shape
     kv_heads, top_k = kv.shape[2] // 2, indices.shape[-1]
     check_attention(q, kv)

@@ -24,14 +24,23 @@ _Results = tuple[jax.Array, jax.Array]
 
 
 def sparse_attention(
-    q: jax.Array, kv: jax.Array, indices: jax.Array, page_table: jax.Array, *, scale: float
+    q: jax.Array,
+    kv: jax.Array,
+    indices: jax.Array,
+    page_table: jax.Array,
+    kv_scales: jax.Array | None = None,
+    *,
+    scale: float,
 ) -> _Results:
     """See `api.sparse_attention`. It has a gradient, which gathers the rows again.
 
     Memory: `_WORKSPACE_BYTES`, on GPUs `_GPU_WORKSPACE_BYTES`, or what one query of each sequence takes.
     """
     indices = jnp.where(indices < page_table.shape[1] * kv.shape[1], indices, -1)
-    return _sparse_attention(scale, q, kv, indices, jnp.clip(page_table, 0, kv.shape[0] - 1))
+    page_table = jnp.clip(page_table, 0, kv.shape[0] - 1)
+    if kv_scales is None:
+        return _sparse_attention(scale, q, kv, indices, page_table)
+    return _attend(scale, *jax.lax.stop_gradient((q, kv)), indices, page_table, kv_scales)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -42,10 +51,21 @@ def _sparse_attention(scale: float, q: jax.Array, kv: jax.Array, indices: jax.Ar
 def _forward(
     scale: float, q: jax.Array, kv: jax.Array, indices: jax.Array, page_table: jax.Array
 ) -> tuple[_Results, tuple[jax.Array, ...]]:
+    found = _attend(scale, q, kv, indices, page_table, None)
+    return found, (q, kv, indices, page_table, *found)
+
+
+def _attend(
+    scale: float,
+    q: jax.Array,
+    kv: jax.Array,
+    indices: jax.Array,
+    page_table: jax.Array,
+    kv_scales: jax.Array | None,
+) -> _Results:
     gpu = _attend_to_all if _all_is_less(q, kv, indices, page_table) else _gather(_GPU_WORKSPACE_BYTES)
     gpu, elsewhere = (functools.partial(run, scale) for run in (gpu, _gather(_WORKSPACE_BYTES)))
-    found = portable.on_gpus(gpu, elsewhere, q, kv, indices, page_table)
-    return found, (q, kv, indices, page_table, *found)
+    return portable.on_gpus(gpu, elsewhere, q, kv, indices, page_table, kv_scales)
 
 
 def _gather(workspace: int) -> Any:
@@ -53,16 +73,24 @@ def _gather(workspace: int) -> Any:
 
 
 def _attend_to_gathered(
-    workspace: int, scale: float, q: jax.Array, kv: jax.Array, indices: jax.Array, page_table: jax.Array
+    workspace: int,
+    scale: float,
+    q: jax.Array,
+    kv: jax.Array,
+    indices: jax.Array,
+    page_table: jax.Array,
+    kv_scales: jax.Array | None,
 ) -> _Results:
     batch, queries, heads, dim = q.shape
     kv_heads = kv.shape[2] // 2
     top_k = indices.shape[-1]
     rows = kv.reshape(-1, 2 * kv_heads, dim)
+    scales = None if kv_scales is None else kv_scales.reshape(-1, 2 * kv_heads)
 
     def attend(one: tuple[jax.Array, jax.Array, jax.Array]) -> _Results:
         query, address, valid = one  # [n, d], [top_k], [top_k]
-        keys, values = jnp.split(rows[address], 2, axis=1)
+        gathered = paging.scaled(rows[address], None if scales is None else scales[address], query.dtype)
+        keys, values = jnp.split(gathered, 2, axis=1)
         grouped = query.reshape(kv_heads, heads // kv_heads, dim)
         logits = jnp.einsum("kgd,skd->kgs", grouped, keys, preferred_element_type=jnp.float32) * scale
         probabilities, lse = _softmax(jnp.where(valid, logits, -jnp.inf))
@@ -72,7 +100,7 @@ def _attend_to_gathered(
     total = batch * queries
     addresses = _addresses(kv, indices, page_table).reshape(total, top_k)
     inputs = (q.reshape(total, heads, dim), addresses, (indices >= 0).reshape(total, top_k))
-    at_once = _at_once(total, top_k, kv, workspace)
+    at_once = _at_once(total, top_k, paging.scaled_row_bytes(kv, q.dtype), workspace)
     out, lse = jax.lax.map(attend, _pad(inputs, -total % at_once), batch_size=at_once)
     return out[:total].reshape(q.shape), lse[:total].reshape(q.shape[:3])
 
@@ -80,16 +108,24 @@ def _attend_to_gathered(
 def _all_is_less(q: jax.Array, kv: jax.Array, indices: jax.Array, page_table: jax.Array) -> bool:
     """Whether attention to all rows under a mask moves fewer bytes on a GPU, and a copy of them fits the workspace."""
     (batch, queries, heads, _), capacity = q.shape, page_table.shape[1] * kv.shape[1]
-    row = math.prod(kv.shape[2:]) * kv.dtype.itemsize
+    row = paging.scaled_row_bytes(kv, q.dtype)
     masked = capacity * (queries * heads * _LOGIT_BYTES + row)
     gathered = queries * indices.shape[-1] * _GATHERED_TIMES * row
     return masked < gathered and batch * capacity * row <= _GPU_WORKSPACE_BYTES
 
 
-def _attend_to_all(scale: float, q: jax.Array, kv: jax.Array, indices: jax.Array, page_table: jax.Array) -> _Results:
+def _attend_to_all(
+    scale: float,
+    q: jax.Array,
+    kv: jax.Array,
+    indices: jax.Array,
+    page_table: jax.Array,
+    kv_scales: jax.Array | None,
+) -> _Results:
     batch, queries, heads, dim = q.shape
     kv_heads, capacity = kv.shape[2] // 2, page_table.shape[1] * kv.shape[1]
-    keys, values = jnp.split(kv[page_table].reshape(batch, capacity, 2 * kv_heads, dim), 2, axis=2)
+    gathered = paging.scaled(kv[page_table], None if kv_scales is None else kv_scales[page_table], q.dtype)
+    keys, values = jnp.split(gathered.reshape(batch, capacity, 2 * kv_heads, dim), 2, axis=2)
 
     def attend(some: tuple[jax.Array, jax.Array]) -> _Results:
         q, indices = some  # [b, i, n, d], [b, i, top_k]
@@ -146,7 +182,7 @@ def _backward(scale: float, saved: tuple[jax.Array, ...], cotangents: tuple[jax.
         d_gathered = jnp.where(valid[..., None, None], jnp.concatenate(parts, axis=2), 0.0)
         return d_rows.at[address].add(d_gathered), d_q
 
-    at_once = _at_once(total, top_k, kv, _WORKSPACE_BYTES)
+    at_once = _at_once(total, top_k, paging.scaled_row_bytes(kv, q.dtype), _WORKSPACE_BYTES)
     grouped = (total, kv_heads, heads // kv_heads)
     inputs = (q.reshape(*grouped, dim), addresses.reshape(total, top_k), valid.reshape(total, top_k))
     inputs += (d_out.reshape(*grouped, dim), d_rest.reshape(grouped), lse.reshape(grouped))
@@ -165,9 +201,9 @@ def _addresses(kv: jax.Array, indices: jax.Array, page_table: jax.Array) -> jax.
     return paging.slots(page_table, jnp.maximum(indices, 0), kv.shape[1])
 
 
-def _at_once(total: int, top_k: int, kv: jax.Array, workspace: int) -> int:
+def _at_once(total: int, top_k: int, row_bytes: int, workspace: int) -> int:
     """Queries whose rows fill a workspace."""
-    bytes_per_query = top_k * math.prod(kv.shape[2:]) * kv.dtype.itemsize
+    bytes_per_query = top_k * row_bytes
     at_once = max(1, min(total, workspace // bytes_per_query))
     # Equal blocks leave no remainder, which would be compiled separately.
     return math.ceil(total / math.ceil(total / at_once))

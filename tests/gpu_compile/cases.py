@@ -118,6 +118,25 @@ def _sparse(batch: int, context: int, *, quick: bool = False) -> KernelCase:
     )
 
 
+def _float8_sparse(batch: int, context: int) -> KernelCase:
+    def attend(*arguments):
+        return sparse_attention(*arguments[:4], kv_scales=arguments[4], scale=MODEL.scale)
+
+    pages = MODEL.kv_pages(batch * context)
+    return KernelCase(
+        "sparse_attention",
+        _words(batch, 1, context) + ", fp8",
+        attend,
+        (
+            MODEL.queries(batch, 1),
+            spec(*pages.shape, dtype=jnp.float8_e4m3fn),
+            int32(batch, 1, MODEL.top_k),
+            MODEL.page_table(batch, context),
+            float32(*pages.shape[:3]),
+        ),
+    )
+
+
 def _topk(batch: int, queries: int, context: int) -> KernelCase:
     return KernelCase(
         "topk_attention",
@@ -181,6 +200,7 @@ CASES = [
     *(_unions(context) for context in [32_768, 131_072, 262_144, 524_288]),
     *(_union_attention(q_per_kv, quick=q_per_kv == 8) for q_per_kv in [1, 2, 4, 8, 16]),
     *(_sparse(batch, 32_768, quick=batch == 8) for batch in [1, 8, 64]),
+    *(_float8_sparse(batch, 32_768) for batch in [1, 8, 64]),
     _topk(1, 2048, 131_072),
     _topk(1, 777, 32_768),
     _topk(8, 1, 131_072),

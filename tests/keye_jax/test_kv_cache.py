@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from keye_jax.config import KeyeConfig
 from keye_jax.kv_cache import PAGE_SIZE, BatchMetadata, PagePool, Pages, bytes_per_token
-from tests.keye_jax.golden_models import CONFIGS
+from keye_jax.runtime.memory import index_row_bytes, kv_row_bytes
+from keye_jax.sharding import MeshRules
+from tests.keye_jax.golden_models import CONFIGS, float8
 
 
 @pytest.fixture(scope="module")
@@ -16,10 +20,23 @@ def released() -> KeyeConfig:
     return KeyeConfig.from_file(CONFIGS / "model" / "keye_vl_2_30b_a3b.json")
 
 
-@pytest.mark.parametrize(("indexer_dtype", "index_bytes"), [(None, 128), ("float8_e4m3fn", 68)])
-def test_bytes_of_a_token(released, indexer_dtype: str | None, index_bytes: int):
-    kv_bytes = 2 * 4 * 128 * 2
-    assert bytes_per_token(released, jnp.bfloat16, indexer_dtype=indexer_dtype) == 48 * (kv_bytes + index_bytes)
+FP8 = "float8_e4m3fn"
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        ({}, 104_448),
+        ({"indexer_dtype": FP8}, 101_568),
+        ({"cache_dtype": FP8}, 56_832),
+        ({"indexer_dtype": FP8, "cache_dtype": FP8}, 53_952),
+    ],
+)
+def test_bytes_of_a_token(released, dtypes: dict[str, str], expected: int):
+    assert bytes_per_token(released, jnp.bfloat16, **dtypes) == expected
+    # As the plan of a job counts them.
+    row = kv_row_bytes(released, MeshRules.single_device(), dtypes.get("cache_dtype"))
+    assert 48 * (row + index_row_bytes(released, dtypes.get("indexer_dtype"))) == expected
 
 
 def new_rows(config: KeyeConfig, shape: tuple[int, int], *, scales: bool) -> Pages:
@@ -66,3 +83,40 @@ def test_rows_name_their_sequences_and_what_is_elsewhere_is_dropped(golden):
     written = np.zeros((3, PAGE_SIZE), bool)
     written[0, 10] = written[2, PAGE_SIZE - 1] = True
     np.testing.assert_array_equal(np.asarray(layer.kv[..., 0, 0]), written * 1.0)
+
+
+def test_rows_in_float8_are_near_and_stay_what_they_are(golden):
+    """Whatever the magnitude of a head's key or value, one step of float8 is 1/8 of a power of two above 1/64 of it."""
+    config = KeyeConfig.from_file(golden / "a")
+    rows = new_rows(config, (2, 40), scales=False)
+    magnitudes = np.logspace(-3, 3, 2 * 40 * rows.kv.shape[2]).reshape(*rows.kv.shape[:3], 1)
+    kv = (magnitudes * np.random.default_rng(0).normal(size=rows.kv.shape)).astype(np.float32)
+    kv[0, 0, 0] = 0
+
+    def stored(numbers: np.ndarray) -> tuple[Pages, np.ndarray]:
+        made = dataclasses.replace(rows, kv=jnp.asarray(numbers)).in_cache_dtype(FP8)
+        return made, np.asarray(made.kv, np.float32) * np.asarray(made.kv_scales)[..., None]
+
+    with float8():
+        made, numbers = stored(kv)
+        again = stored(numbers)[1]
+    assert made.kv.dtype == jnp.float8_e4m3fn and made.kv_scales is not None and made.kv_scales.shape == kv.shape[:3]
+    limit = np.maximum(np.abs(kv), np.abs(kv).max(axis=-1, keepdims=True) / 2**6) / 16
+    assert (np.abs(numbers - kv) <= limit).all() and not numbers[0, 0, 0].any()
+    np.testing.assert_array_equal(again, numbers)
+    assert rows.in_cache_dtype(None) is rows
+
+
+def test_keys_and_values_in_float8_are_written_with_their_scales(golden):
+    config = KeyeConfig.from_file(golden / "a")
+    pool = PagePool.create(config, 2, jnp.dtype(jnp.float32), cache_dtype=FP8)
+    batch = BatchMetadata(*(jnp.asarray(x, jnp.int32) for x in ([[1]], [5], [2])))
+    with float8():
+        rows = new_rows(config, (1, 2), scales=False).in_cache_dtype(FP8)
+        layer = pool.layers[0].write(batch.slots(batch.page_table, 2, 2), rows)
+        keys = PagePool((layer,)).keys(0, np.asarray([1]), MeshRules.single_device())
+    assert layer.kv_scales is not None and layer.index_scales is None
+    assert (np.asarray(layer.kv_scales)[1, 5:7] > 0).all() and np.count_nonzero(layer.kv_scales) == 2 * rows.kv.shape[2]
+    expected = np.zeros((PAGE_SIZE, config.num_key_value_heads, config.head_dim))
+    expected[5:7] = 1
+    np.testing.assert_array_equal(np.asarray(keys), expected)

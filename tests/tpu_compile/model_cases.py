@@ -1,7 +1,7 @@
 """A decoder layer and the vision encoder of the released model, as the runtime calls them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,11 @@ def _state(module: nnx.Module):
     return graph, jax.tree.map(lambda leaf: spec(*leaf.shape, dtype=leaf.dtype), state)
 
 
-def _decoder_layer(batch: int, tokens: int, context: int, *, quick: bool = False) -> CompileCase:
+def _decoder_layer(
+    batch: int, tokens: int, context: int, *, cache_dtype: Literal["float8_e4m3fn"] | None = None, quick: bool = False
+) -> CompileCase:
     graph, state = _state(nnx.eval_shape(lambda: DecoderLayer(CONFIG, rngs=nnx.Rngs(0))))
-    options = AttentionOptions(implementation=IMPLEMENTATION)
+    options = AttentionOptions(implementation=IMPLEMENTATION, cache_dtype=cache_dtype)
     pages = context // PAGE_SIZE
 
     step = (StepSharding.prefill if tokens > 1 else StepSharding.decode)(MeshRules.single_device("tpu"))
@@ -39,7 +41,9 @@ def _decoder_layer(batch: int, tokens: int, context: int, *, quick: bool = False
         x, context, _ = nnx.merge(graph, state)(x, angles, index_angles, PagedContext(pages, batch), options, step)
         return x, context.pages
 
-    kv: Any = spec(batch * pages, PAGE_SIZE, 2 * CONFIG.num_key_value_heads, CONFIG.head_dim)
+    rows = batch * pages, PAGE_SIZE, 2 * CONFIG.num_key_value_heads
+    kv: Any = spec(*rows, CONFIG.head_dim, dtype=cache_dtype or jnp.bfloat16)
+    kv_scales: Any = float32(*rows) if cache_dtype else None
     index_keys: Any = spec(batch * pages, PAGE_SIZE, CONFIG.sa_config.indexer_head_dim)
     page_table: Any = int32(batch, pages)
     per_sequence: Any = int32(batch)
@@ -48,10 +52,10 @@ def _decoder_layer(batch: int, tokens: int, context: int, *, quick: bool = False
         spec(batch, tokens, CONFIG.hidden_size),
         float32(batch, tokens, CONFIG.head_dim // 2),
         float32(batch, tokens, CONFIG.sa_config.indexer_head_dim // 2),
-        Pages(kv=kv, index_keys=index_keys),
+        Pages(kv=kv, index_keys=index_keys, kv_scales=kv_scales),
         BatchMetadata(page_table=page_table, start=per_sequence, count=per_sequence),
     )
-    shape = f"{batch} x {tokens} tokens, {context // 1024}K"
+    shape = f"{batch} x {tokens} tokens, {context // 1024}K" + (", fp8 cache" if cache_dtype else "")
     return CompileCase("decoder_layer", shape, run, arguments, donated=(4,), quick=quick)
 
 
@@ -77,5 +81,7 @@ CASES = [
     _decoder_layer(1, 2048, 262_144),
     _decoder_layer(1, 1, 131_072, quick=True),
     _decoder_layer(8, 1, 131_072),
+    _decoder_layer(1, 2048, 16_384, cache_dtype="float8_e4m3fn"),
+    _decoder_layer(4, 1, 16_384, cache_dtype="float8_e4m3fn"),
     _vision_encoder(8, 1024),
 ]

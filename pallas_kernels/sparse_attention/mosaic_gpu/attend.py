@@ -21,6 +21,7 @@ single one, which picks the query, is added to S.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +62,8 @@ class UnionConfig:
     producer_registers: int = 56
 
 
-def check(q: jax.Array, kv: jax.Array, scale: float) -> int:
-    """Returns the number of KV heads.
+def check(q: jax.Array, kv: jax.Array, scale: float, kv_dtype: Any = jnp.bfloat16) -> int:
+    """Returns the number of KV heads, whose pages must have a dtype.
 
     Raises:
       NotImplementedError: dtypes, heads or a scale that the kernels do not take.
@@ -71,8 +72,8 @@ def check(q: jax.Array, kv: jax.Array, scale: float) -> int:
     kv_heads = kv.shape[2] // 2
     if dim != DIM or kv.shape[3] != DIM:
         raise NotImplementedError(f"head_dim must be {DIM}, not {dim}")
-    if q.dtype != jnp.bfloat16 or kv.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"only bfloat16, not {q.dtype} and {kv.dtype}")
+    if q.dtype != jnp.bfloat16 or kv.dtype != kv_dtype:
+        raise NotImplementedError(f"only bfloat16 with {jnp.dtype(kv_dtype)} pages, not {q.dtype} with {kv.dtype}")
     if heads % kv_heads or heads // kv_heads > ROWS:
         raise NotImplementedError(f"{heads} query heads on {kv_heads} KV heads")
     if not scale > 0:

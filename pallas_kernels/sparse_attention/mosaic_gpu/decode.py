@@ -27,9 +27,10 @@ STEP = 32
 """Keys of one step of a warp: each lane looks up one."""
 HEADS = 8
 """Query heads of a block."""
+NOWHERE = 0xFFFFFFFF
+"""The row of a key that does not exist."""
 
 _WARPS = 8
-_NOWHERE = 0xFFFFFFFF
 _LOG2E = math.log2(math.e)
 _LOWEST, _MASKED, _ONE = 0xE0AD78EC, 0xFF800000, 0x3F800000  # -1e20, -inf and 1 in float32
 
@@ -69,8 +70,9 @@ def attend_single(
     Raises:
       NotImplementedError: dtypes or sizes that the kernel does not take.
     """
-    listed = indices.reshape(-1, indices.shape[-1])
-    return _run(q, kv, listed, page_table, indices.shape[-1], scale=scale, cluster=cluster)
+    kv_heads = check(q, kv, scale)
+    shape = DecodeShape.of(q, indices, page_table, kv.shape[1], kv_heads, scale)
+    return run(decode_body, shape, q, (kv, indices.reshape(-1, shape.size), page_table), cluster)
 
 
 def attend_all(
@@ -83,39 +85,27 @@ def attend_all(
     cluster: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `attend_single`, but each query attends to the first `counts` positions of its sequence, int32 `[b, t]`."""
-    size = page_table.shape[1] * kv.shape[1]
-    return _run(q, kv, counts.reshape(-1, 1), page_table, size, scale=scale, cluster=cluster, listed=False)
-
-
-def _run(q, kv, lists, page_table, size, *, scale, cluster, listed=True):
     kv_heads = check(q, kv, scale)
-    batch, length, heads, _ = q.shape
-    shape = DecodeShape(
-        queries=batch * length,
-        queries_per_sequence=length,
-        heads=heads,
-        kv_heads=kv_heads,
-        pages=page_table.shape[1],
-        page_size=kv.shape[1],
-        size=size,
-        listed=listed,
-        scale=scale,
-    )
-    if not shape.queries or not size:
+    shape = DecodeShape.of(q, None, page_table, kv.shape[1], kv_heads, scale)
+    return run(decode_body, shape, q, (kv, counts.reshape(-1, 1), page_table), cluster)
+
+
+def run(body, shape, q, others, cluster=None):
+    """Launches `body(machine, q, *others, out, lse, block, rank, shape=shape)`; results as of `attend_single`."""
+    if not shape.queries or not shape.size:
         raise NotImplementedError("no queries, or no positions")
-    cluster = cluster or shape.best_cluster()
     out, lse = launch(
-        functools.partial(decode_body, shape=shape),
+        functools.partial(body, shape=shape),
         (
-            jax.ShapeDtypeStruct((shape.queries, heads, DIM), q.dtype),
-            jax.ShapeDtypeStruct((shape.queries, heads), jnp.float32),
+            jax.ShapeDtypeStruct((shape.queries, shape.heads, DIM), q.dtype),
+            jax.ShapeDtypeStruct((shape.queries, shape.heads), jnp.float32),
         ),
         shape.blocks,
-        cluster,
+        cluster or shape.best_cluster(),
         _WARPS * 32,
         WORDS,
         machine_type=TensorMachine,
-    )(q.reshape(-1, heads, DIM), kv, lists, page_table)
+    )(q.reshape(-1, shape.heads, DIM), *others)
     return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
 
@@ -145,6 +135,13 @@ class DecodeShape:
     listed: bool
     scale: float
 
+    @classmethod
+    def of(cls, q, indices, page_table, page_size, kv_heads, scale):
+        """The sizes for arguments as `attend_single` takes them; without lists, `indices` is None."""
+        (batch, length, heads, _), pages = q.shape, page_table.shape[1]
+        size = pages * page_size if indices is None else indices.shape[-1]
+        return cls(batch * length, length, heads, kv_heads, pages, page_size, size, indices is not None, scale)
+
     @property
     def q_per_kv(self) -> int:
         """Query heads of one KV head."""
@@ -170,33 +167,45 @@ class DecodeShape:
 
 def decode_body(machine, q, kv, lists, page_table, out, lse, block, rank, *, shape):
     """Runs in each thread of cluster number `block`. `rank` is the block's number in the cluster."""
-    block, rank = machine.word(block), machine.word(rank)
-    pair, query = block // shape.parts, block // (shape.parts * shape.kv_heads)
-    kv_head, first_head = pair - query * shape.kv_heads, (block - pair * shape.parts) * HEADS
-    work = SingleQuery(machine, shape, query, kv_head, first_head, q, kv, lists, page_table, rank)
+    work = SingleQuery(machine, shape, block, rank, q, kv, lists, page_table)
     work.combine(out, lse, *work.attend())
 
 
 class SingleQuery:
-    """One query and up to eight of its heads, as each thread sees them. Its lane is 4 * g + c in a tensor-core tile."""
+    """One query and up to eight of its heads, as each thread sees them. Its lane is 4 * g + c in a tensor-core tile.
 
-    def __init__(self, machine, shape, query, kv_head, first_head, q, kv, lists, page_table, rank):
-        self.machine, self.shape, self.query, self.rank, self.kv = machine, shape, query, rank, kv
-        self.kv_head, self.first_head = kv_head, first_head
+    What follows from the dtype of keys and values:
+      HEAD_WORDS: words of a head's key, or of its value.
+      KEY_WORDS, VALUE_WORDS: words that `load_keys` and `load_values` give.
+      Q_STEP, Q_OFFSETS: the query's dimensions in the order of the keys': four words from Q_STEP * c + each offset on.
+      G_DIMS, SIDE_DIMS: sum 4 * m + 2 * side + j is for dimension G_DIMS * g + SIDE_DIMS * side + m and head 2 * c + j.
+    """
+
+    HEAD_WORDS = DIM // 2
+    KEY_WORDS = VALUE_WORDS = 2 * STEP
+    Q_STEP, Q_OFFSETS = 4, (0, 16, 32, 48)
+    G_DIMS, SIDE_DIMS = 8, 64
+
+    def __init__(self, machine, shape, block, rank, q, kv, lists, page_table):
+        block, self.rank = machine.word(block), machine.word(rank)
+        pair, self.query = block // shape.parts, block // (shape.parts * shape.kv_heads)
+        self.kv_head = pair - self.query * shape.kv_heads
+        self.first_head = (block - pair * shape.parts) * HEADS
+        self.machine, self.shape, self.kv = machine, shape, kv
         self.g, self.c = machine.lane >> 2, machine.lane & 3
-        self.head = kv_head * shape.q_per_kv + first_head
-        self.table = machine.row(page_table, query // shape.queries_per_sequence, shape.pages)
-        self.list = machine.row(lists, query, shape.size if shape.listed else 1)
+        self.head = self.kv_head * shape.q_per_kv + self.first_head
+        self.table = machine.row(page_table, self.query // shape.queries_per_sequence, shape.pages)
+        self.list = machine.row(lists, self.query, shape.size if shape.listed else 1)
         self.count = machine.word(shape.size) if shape.listed else machine.load_global(self.list, 0).min(shape.size)
-        q_row = machine.row(q, query, shape.heads * DIM // 2)
-        exists = first_head + self.g < shape.q_per_kv
-        at = (self.head + machine.select(exists, self.g, 0)) * (DIM // 2) + self.c * 4
-        self.q = [machine.load_global4_where(q_row, at + i * 16, exists) for i in range(4)]
+        q_row = machine.row(q, self.query, shape.heads * DIM // 2)
+        exists = self.first_head + self.g < shape.q_per_kv
+        at = (self.head + machine.select(exists, self.g, 0)) * (DIM // 2) + self.c * self.Q_STEP
+        self.q = [machine.load_global4_where(q_row, at + offset, exists) for offset in self.Q_OFFSETS]
 
     # Keys and values.
 
     def slots(self, step):
-        """The row of the flattened pages of the key that this lane looks up; `_NOWHERE` if there is no key."""
+        """The row of the flattened pages of the key that this lane looks up; `NOWHERE` if there is no key."""
         machine, shape = self.machine, self.shape
         index = step * STEP + machine.lane
         exists, position = index < self.count, index
@@ -206,14 +215,14 @@ class SingleQuery:
         position = machine.select(exists, position, 0)
         page = position // shape.page_size
         slot = machine.load_global(self.table, page) * shape.page_size + (position - page * shape.page_size)
-        return machine.select(exists, slot, _NOWHERE)
+        return machine.select(exists, slot, NOWHERE)
 
     def load_row(self, slots, lane, head, offsets):
         machine = self.machine
         slot = machine.shuffle(slots, lane)
-        exists = slot.ne(_NOWHERE)
-        row = machine.row(self.kv, machine.select(exists, slot, 0), self.shape.kv_heads * DIM)
-        return [machine.load_global4_where(row, head * (DIM // 2) + offset, exists) for offset in offsets]
+        exists = slot.ne(NOWHERE)
+        row = machine.row(self.kv, machine.select(exists, slot, 0), 2 * self.shape.kv_heads * self.HEAD_WORDS)
+        return [machine.load_global4_where(row, head * self.HEAD_WORDS + offset, exists) for offset in offsets]
 
     def load_keys(self, slots):
         """Of keys 8 * i + g, the 8 dimensions from 8 * c on in each 32 dimensions."""
@@ -230,12 +239,31 @@ class SingleQuery:
 
     # Attention.
 
+    @property
+    def factor(self):
+        """What makes a product a score in units of log2."""
+        return self.machine.word(float_bits(self.shape.scale * _LOG2E))
+
+    def prepare_keys(self, keys):
+        """Words of `load_keys` in bfloat16, of keys 8 * i + g `[i, 4, 4]`; and the factors of a lane's products."""
+        return np.array(keys, dtype=object).reshape(STEP // 8, 4, 4), [self.factor] * (STEP // 4)
+
+    def prepare_values(self, weights, values):
+        """Weights with the values' factors; and words of two keys each, `[tile, m, half, side]`, of `load_values`."""
+        machine = self.machine
+        values = np.array(values, dtype=object).reshape(STEP // 16, 2, 2, 2, 4)  # tile, half, key of a pair, 64s, words
+
+        def pairs(tile):
+            for m in range(8):
+                yield [[machine.halves(*tile[half, :, side, m // 2], m % 2) for side in range(2)] for half in range(2)]
+
+        return weights, [pairs(tile) for tile in values]
+
     def score(self, keys, slots):
         """Scores of head g and keys 8 * i + 2 * c and the next, in units of log2; -inf where there is no key."""
         machine, zero = self.machine, self.machine.word(0)
-        keys = np.array(keys, dtype=object).reshape(STEP // 8, 4, 4)
-        there = machine.ballot(slots.ne(_NOWHERE)) >> self.c * 2
-        factor = machine.word(float_bits(self.shape.scale * _LOG2E))
+        keys, factors = self.prepare_keys(keys)
+        there = machine.ballot(slots.ne(NOWHERE)) >> self.c * 2
         scores = []
         for i, tile in enumerate(keys):
             products = [zero] * 4
@@ -243,37 +271,33 @@ class SingleQuery:
                 for j in (0, 2):
                     products = machine.multiply_tiles((own[j], zero, own[j + 1], zero), other[j : j + 2], products)
             for j in range(2):
-                scaled = machine.float_op("mul", products[j], factor)
+                scaled = machine.float_op("mul", products[j], factors[2 * i + j])
                 scores.append(machine.select((there >> 8 * i + j & 1).ne(0), scaled, _MASKED))
         return scores
 
     def add_values(self, sums, weights, values):
         machine = self.machine
-        values = np.array(values, dtype=object).reshape(STEP // 16, 2, 2, 2, 4)  # tile, half, key of a pair, 64s, words
+        weights, values = self.prepare_values(weights, values)
         sums = [list(s) for s in np.array(sums, dtype=object).reshape(8, 4)]
         for i, tile in enumerate(values):
             four = weights[4 * i : 4 * i + 4]
             b = [machine.pack_bfloat16(*four[j : j + 2]) for j in (0, 2)]
-            for m in range(8):
-                a = [machine.halves(*tile[half, :, side, m // 2], m % 2) for half in range(2) for side in range(2)]
-                sums[m] = machine.multiply_tiles(a, b, sums[m])
+            for m, a in enumerate(tile):
+                sums[m] = machine.multiply_tiles([word for half in a for word in half], b, sums[m])
         return [word for row in sums for word in row]
 
     def attend(self):
-        """Attention to this warp's keys: the highest score and the sum of weights of head g, and the sums of values.
-
-        Sum 4 * m + 2 * side + j is for dimension 64 * side + 8 * g + m and head 2 * c + j.
-        """
+        """Attention to this warp's keys: the highest score and the sum of weights of head g, and the sums of values."""
         machine = self.machine
         op, maximum = machine.float_op, functools.partial(machine.float_op, "max")
-        stride = machine.cluster * _WARPS
+        stride, loaded = machine.cluster * _WARPS, self.KEY_WORDS + self.VALUE_WORDS
         first = machine.warp * machine.cluster + self.rank
         steps = (self.count + (STEP - 1)) // STEP
         slots, following = self.slots(first), self.slots(first + stride)
         keys, values = self.load_keys(slots), self.load_values(slots)
 
         def visit(step, slots, following, highest, total, *words):
-            keys, values, sums = words[: 2 * STEP], words[2 * STEP : 4 * STEP], words[4 * STEP :]
+            keys, values, sums = words[: self.KEY_WORDS], words[self.KEY_WORDS : loaded], words[loaded:]
             scores = self.score(keys, slots)
             keys = self.load_keys(following)
             best = functools.reduce(maximum, scores)
@@ -295,7 +319,7 @@ class SingleQuery:
         _, _, highest, total, *words = machine.loop(first, steps, stride, visit, carry)
         for mask in (1, 2):
             total = op("add", total, machine.shuffle_xor(total, mask))
-        return highest, total, words[4 * STEP :]
+        return highest, total, words[loaded:]
 
     # Combining.
 
@@ -319,11 +343,11 @@ class SingleQuery:
         machine, cluster = self.machine, self.machine.cluster
         warp = machine.warp * (HEADS * _PITCH)
         for j in range(2):
-            row = (self.c * 2 + j) * _PITCH + warp + self.g * 8
+            row = (self.c * 2 + j) * _PITCH + warp + self.g * self.G_DIMS
             for side in range(2):
                 for m in (0, 4):
                     four = [sums[4 * (m + i) + 2 * side + j] for i in range(4)]
-                    machine.store_shared_vector(row + (64 * side + m), four)
+                    machine.store_shared_vector(row + (self.SIDE_DIMS * side + m), four)
         with machine.when(self.c.eq(0)):
             machine.store_shared_vector((machine.warp * HEADS + self.g) * 2 + _STATS, [highest, total])
         machine.barrier()

@@ -131,6 +131,7 @@ def test_a_shard_of_the_environment(batch, tmp_path, monkeypatch):
         (("--fps", 1), "begun with fps null (now 1.0)"),
         (("--dense-below", 64), "begun with dense_below 0 (now 64)"),
         (("--rows", 8), "begun with rows 32 (now 8)"),
+        (("--cache-dtype", "float8_e4m3fn"), 'begun with cache_dtype null (now "float8_e4m3fn")'),
     ],
 )
 def test_resuming_with_other_options_is_refused(batch, arguments, message):
@@ -212,6 +213,7 @@ def test_with_a_model(keye, inputs, tmp_path, quick_to_compile):
     (tmp_path / "clip.mp4").write_bytes((inputs / "clip.mp4").read_bytes())
     arguments = ("--videos", f"{tmp_path}/*.mp4", "--prompt", "What?", "--output", tmp_path / "out.jsonl")
     small = ("--rows", 2, "--cache-tokens", "4K", "--prefill-chunk", 512, "--no-warmup", "--max-tokens", 4)
+    small += ("--cache-dtype", "float8_e4m3fn")
     for _ in range(2):
         code, _, err = keye("batch", "--checkpoint", inputs / "orbax", *arguments, *small)
         assert code == 1 and "1 of 2 requests failed" in err

@@ -55,10 +55,10 @@ def test_measures_a_sharded_model(keye, config, tmp_path):
     code, out, err = keye(
         *("bench", "--config", config, "--layers", 1, "--repeats", 1, "--json", file, "--sharding", "expert"),
         *("--prefill", "160", "--decode", "8x128", "--prefill-chunk", 16, "--no-dense", "--no-fp8", "--unrelated", ""),
-        *("--packed", ""),
+        *("--packed", "", "--cache-dtype", "float8_e4m3fn"),
     )
     assert code == 0, out + err
-    assert out.startswith("8 x cpu, 1 layers") and "weights on each (expert 8)" in out
+    assert out.startswith("8 x cpu, 1 layers") and "weights on each (expert 8); a cache of float8_e4m3fn" in out
     rows = json.loads(file.read_text())
     what = [row["what"] for row in rows]
     assert what == ["prefill 160, sparse, video", "unions of prefill 160, video", "decode, 8 x 128, sparse"]

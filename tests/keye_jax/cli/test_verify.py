@@ -56,12 +56,23 @@ def test_a_float8_indexer_is_held_to_the_selected_sets(keye, model):
     assert "text_logits" in next(line for line in out.splitlines() if line.startswith("not compared with"))
 
 
-def test_another_dtype_of_the_indexer_is_refused(keye, model):
+@pytest.mark.parametrize("option", ["--indexer-dtype", "--cache-dtype"])
+def test_another_dtype_of_the_indexer_or_the_cache_is_refused(keye, golden, option):
     code, out, err = keye(
-        *("verify", "--checkpoint", model[0], "--golden", model[0] / "golden.npz", "--indexer-dtype", "int4")
+        *("verify", "--checkpoint", golden / "a", "--golden", golden / "a" / "golden.npz", option, "int4")
     )
     assert (code, out) == (2, "")
-    assert "--indexer-dtype is 'int4'" in err and err.count("\n") == 1
+    assert f"{option} is 'int4'; it must be 'float8_e4m3fn' or left out" in err and err.count("\n") == 1
+
+
+def test_a_float8_cache_is_held_to_how_far_the_model_agrees(keye, golden):
+    code, out, err = keye(
+        *("verify", "--checkpoint", golden / "a", "--golden", golden / "a" / "golden.npz"),
+        *("--cache-dtype", "float8_e4m3fn"),
+    )
+    assert code == 0, out + err
+    assert "6 passed, 0 failed" in out and out.count("agreement") == 4
+    assert "text_hidden" in next(line for line in out.splitlines() if line.startswith("not compared with"))
 
 
 @pytest.fixture(scope="module")

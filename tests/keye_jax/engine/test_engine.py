@@ -2,17 +2,22 @@
 
 import asyncio
 import contextlib
+import dataclasses
 
 import jax
 import numpy as np
 import pytest
 
+from keye_jax.engine.checkpoint import load
+from keye_jax.engine.engine import Engine
 from keye_jax.engine.options import EngineOptions
 from keye_jax.engine.request import Piece, Request, RequestError
 from keye_jax.errors import UserError
+from keye_jax.model.attention import AttentionOptions
 from keye_jax.runtime.prefill import Segment
 from keye_jax.runtime.sampling import SamplingParams
-from tests.keye_jax.engine.conftest import GREEDY, ask, words
+from tests.keye_jax.engine.conftest import GREEDY, OPTIONS, ask, words
+from tests.keye_jax.golden_models import float8
 from tests.keye_jax.processor.conftest import clips  # noqa: F401
 
 
@@ -49,6 +54,26 @@ def test_a_preempted_request_goes_on_as_if_nothing_had_been(engine, make):
         handles = [short.submit(request) for request in requests]
         assert [tokens(handle) for handle in handles] == expected
         assert short.stats().scheduler.preemptions > 0
+
+
+@pytest.mark.slow
+def test_a_float8_cache_keeps_the_promise(files):
+    """Alone, among others, preempted, and with a cached prefix: scales travel with their pages."""
+    options = dataclasses.replace(OPTIONS, media_workers=0)
+    cache = AttentionOptions(cache_dtype="float8_e4m3fn")
+    loaded = load(files / "checkpoint", dtype="float32", prefill_chunk=128, attention=cache)
+    endless = dict.fromkeys(loaded[2].end_tokens, -100.0)
+    requests = [ask(words(seed, 60), tokens=150, sampling=sampled(seed), logit_bias=endless) for seed in range(4)]
+    with Engine(*loaded, options=options) as engine, float8():
+        results = [engine.submit(request).result(120) for request in (*requests, requests[0])]
+    *expected, again = [result.choices[0].token_ids for result in results]
+    assert again == expected[0]
+    assert results[0].usage.cached == 0 < results[-1].usage.cached
+    short = dataclasses.replace(options, optimistic=True, cache_tokens=13 * 64, prefix_cache=False)
+    with Engine(*loaded, options=short) as engine:
+        handles = [engine.submit(request) for request in requests]
+        assert [tokens(handle) for handle in handles] == [[each] for each in expected]
+        assert engine.stats().scheduler.preemptions > 0
 
 
 def test_videos_and_pictures(engine, files, loaded):

@@ -51,6 +51,7 @@ def test_what_fits_beside_the_weights(make, tokens):
     assert 90_000 < tokens(one, H100) < 150_000 < 600_000 < tokens(one, H200) < 700_000
     assert tokens(one, H100) < tokens(one, H100, most_patches=8192)
     assert tokens(one, H100) < tokens(make(indexer_dtype="float8_e4m3fn"), H100)
+    assert 1.8 < tokens(make(cache_dtype="float8_e4m3fn"), H100) / tokens(one, H100) < 1.9
     assert tokens(one, H200, 70 * GIB) < tokens(one, H200) == tokens(one, H200, GIB)
     assert len({tokens(one, H200, 70 * GIB + change) for change in (0, 4096, 8192)}) == 1
     assert tokens(one, H200, rows=512) < tokens(one, H200)

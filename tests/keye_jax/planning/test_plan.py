@@ -192,6 +192,14 @@ def test_jobs_that_a_launch_would_refuse(capsys, arguments, message):
     assert (code, out, err.count("\n")) == (2, "", 1) and re.search(message, err), err
 
 
+def test_a_float8_cache_is_planned(capsys):
+    (_, exact, _), (_, float8, _) = (
+        planned(capsys, "--platform", "h200:1", *more) for more in ((), ("--cache-dtype", "float8_e4m3fn"))
+    )
+    assert json.loads(float8)["cache"] < json.loads(exact)["cache"]
+    assert json.loads(float8)["largest_context"] >= json.loads(exact)["largest_context"]
+
+
 def test_options_of_a_job_do_not_go_with_training(capsys):
     assert run(app, ["plan", "--platform", "cpu:1", "--train", "lora", "--batch", "2", "--prefill-chunk", "64"]) == 2
     assert "--batch and --prefill-chunk cannot go with --train" in capsys.readouterr().err

@@ -138,6 +138,18 @@ def test_float8_index_keys_and_their_scales_travel_too():
     assert np.mean(np.abs(results[1] - results[0]).max(axis=-1) < ATOL) > 0.9
 
 
+@pytest.mark.slow
+def test_a_float8_cache_lies_over_devices_as_any_other():
+    """Its positions, rows and heads are split. A rounding that falls the other way may change a token now and then."""
+    model, config = golden_model("b", 1)
+    options, results = AttentionOptions(indexer_dtype="float8_e4m3fn", cache_dtype="float8_e4m3fn"), []
+    for rules in (None, rules_of(config, {"x": 2, "y": 2, "z": 2}, SEQUENCE | TENSOR)):
+        runtime = Runtime(model, config, options=options, rules=rules, prefill_chunk=64)
+        with float8():
+            results.append(prefill_and_decode(runtime, SEEDS["b"])[0].logits)
+    assert np.mean(np.abs(results[1] - results[0]).max(axis=-1) < 10 * ATOL) > 0.9
+
+
 def test_of_equal_scores_the_lower_positions_win_on_any_device():
     """Index queries of zeros: all scores are equal, and the first positions are selected, more than one device has."""
     model, config = golden_model("a", 1)

@@ -309,6 +309,10 @@ class NumpyTensorMachine(NumpyMachine):
         shift = U32(16 * which)
         return self._value((low.raw >> shift & U32(0xFFFF)) | (high.raw >> shift & U32(0xFFFF)) << U32(16))
 
+    def multiply_bfloat16(self, a, b):
+        a, b = (np.ascontiguousarray(self.word(w).raw).view(ml_dtypes.bfloat16).astype(np.float32) for w in (a, b))
+        return self._value((a * b).astype(ml_dtypes.bfloat16).view(U32))
+
     def multiply_tiles(self, a, b, c):
         a, b, c = ([self._warps(self.word(w)) for w in words] for words in (a, b, c))
         g, t = np.arange(32) // 4, np.arange(32) % 4

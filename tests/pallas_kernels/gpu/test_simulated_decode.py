@@ -1,10 +1,12 @@
 """A NumPy machine runs the body of the GPU kernel for single queries. It tests logic, not races, without a GPU."""
 
+from collections.abc import Callable
+
 import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.sparse_attention.mosaic_gpu import decode
+from pallas_kernels.sparse_attention.mosaic_gpu import decode, decode_float8
 from tests.pallas_kernels.gpu.numpy_machine import NumpyTensorMachine
 
 SCALE = 128**-0.5
@@ -22,13 +24,13 @@ def expected(q, kv, table, positions):
     return np.einsum("ns,snd->nd", weights / total, values), (highest + np.log(total))[:, 0]
 
 
-@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("kind", ["listed", "counted", "float8"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "cluster", "page_size", "size"),
     [(8, 1, 1, 20, 600), (4, 2, 2, 64, 1300), (12, 1, 4, 16, 200), (16, 2, 8, 64, 2048), (8, 1, 16, 64, 700)],
 )
-def test_single_queries(heads, kv_heads, cluster, page_size, size, listed):
-    rng = np.random.default_rng(size)
+def test_single_queries(heads, kv_heads, cluster, page_size, size, kind):
+    rng, listed = np.random.default_rng(size), kind != "counted"
     sequences, length, pages = 2, 2, -(-size // page_size)
     kv = rng.standard_normal((sequences * pages + 3, page_size, 2 * kv_heads, 128)).astype(ml_dtypes.bfloat16)
     tables = rng.permutation(len(kv))[: sequences * pages].reshape(sequences, pages)
@@ -44,6 +46,10 @@ def test_single_queries(heads, kv_heads, cluster, page_size, size, listed):
     for query, own in enumerate(positions):
         read[tables[query // length, own // page_size], own % page_size] = True
     kv[~read] = np.nan
+    scales = None
+    if kind == "float8":
+        kv, scales = kv.astype(ml_dtypes.float8_e4m3fn), 2.0 ** rng.integers(-9, 3, kv.shape[:3]).astype(np.float32)
+        scales[~read] = np.nan
     shape = decode.DecodeShape(
         queries=sequences * length,
         queries_per_sequence=length,
@@ -56,20 +62,14 @@ def test_single_queries(heads, kv_heads, cluster, page_size, size, listed):
         scale=SCALE,
     )
     out, lse = np.full(q.shape, 7, ml_dtypes.bfloat16), np.full(q.shape[:2], 7, np.float32)
+    body: Callable[..., None] = decode.decode_body if scales is None else decode_float8.float8_body
+    arrays = [q, kv, *([] if scales is None else [scales])]
+    arrays += [(lists if listed else counts).astype(np.uint32), tables.astype(np.uint32), out, lse]
     for block in range(shape.blocks):
         machine = NumpyTensorMachine(256, cluster, decode.WORDS, block)
-        decode.decode_body(
-            machine,
-            q.view(np.uint32),
-            kv.view(np.uint32),
-            (lists if listed else counts).astype(np.uint32),
-            tables.astype(np.uint32),
-            out.view(np.uint32),
-            lse.view(np.uint32),
-            machine.word(block),
-            machine.rank,
-            shape=shape,
-        )
+        body(machine, *(x.view(np.uint32) for x in arrays), machine.word(block), machine.rank, shape=shape)
+    if scales is not None:
+        kv = kv.astype(np.float32) * scales[..., None]
     for query, own in enumerate(positions):
         if len(own):
             want, want_lse = expected(q[query], kv, tables[query // length], own)
@@ -79,3 +79,13 @@ def test_single_queries(heads, kv_heads, cluster, page_size, size, listed):
         else:
             assert (out[query] == 0).all()
             assert np.isneginf(lse[query]).all()
+
+
+def test_every_float8_number_is_unpacked_exactly():
+    numbers = np.arange(256, dtype=np.uint8)
+    machine = NumpyTensorMachine(64, 1, 64)
+    words = machine.load_global(machine.row(numbers.view(np.uint32), 0, 64), machine.thread)
+    for first, pair in enumerate(decode_float8.unpack(machine, words)):
+        got = pair.raw.view(ml_dtypes.bfloat16).astype(np.float32)
+        want = numbers.reshape(64, 4)[:, first::2].reshape(-1).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        np.testing.assert_array_equal(got, np.where(np.isnan(want), np.copysign(480, want), want))
