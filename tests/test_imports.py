@@ -34,7 +34,14 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "keye_jax.serve": ("keye_jax.engine", "keye_jax.jobs"),
     "keye_jax.engine": ("keye_jax.runtime", "keye_jax.processor", "keye_jax.file_lock", "convert"),
     "keye_jax.eval": ("keye_jax.runtime", "keye_jax.engine", "keye_jax.train"),
-    "keye_jax.bench": ("keye_jax.engine", "keye_jax.jobs", "keye_jax.serve", "keye_jax.presets", "keye_jax.testing"),
+    "keye_jax.bench": (
+        "keye_jax.engine",
+        "keye_jax.jobs",
+        "keye_jax.serve",
+        "keye_jax.train",
+        "keye_jax.presets",
+        "keye_jax.testing",
+    ),
     "keye_jax.planning": ("keye_jax.runtime", "keye_jax.train"),
     "keye_jax.train": (
         "keye_jax.model",

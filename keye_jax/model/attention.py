@@ -97,8 +97,8 @@ class AttentionOptions:
       indexer_dtype: of index queries and keys, and of the pool's: "float8_e4m3fn", as the publisher serves them and
         less exact, or None for the parameters' dtype.
       cache_dtype: of the pool's keys and values: "float8_e4m3fn", with a scale for each token and head, half as large
-        and less exact, or None for the parameters' dtype. Attention to such keys and values is XLA's, but that of
-        sparse steps of decode the Hopper kernel's where `implementation` names "mosaic_gpu".
+        and less exact, or None for the parameters' dtype. Attention to such keys and values is XLA's; sparse steps of
+        decode have a kernel for Hopper GPUs.
       intermediates: whether layers also return what they computed on the way, which needs memory for all scores.
       selections: whether layers of a step of decode also return the positions that they selected, in any order.
       selection: what sparse attention selects: the keys that score highest by the "indexer", as released, or to see
@@ -338,8 +338,8 @@ def attend_sparse(
                     selected = select_topk(scores, lengths, top_k, implementation=implementation)
             with jax.named_scope("attention"):
                 how = {"scale": scale, "kv_scales": pages.kv_scales}
-                # Scales are taken by XLA, and by one kernel for single queries.
-                takes = pages.kv_scales is None or (preferred == "mosaic_gpu" and q.shape[1] == 1)
+                # Of kernels, only one for single queries takes scales.
+                takes = pages.kv_scales is None or q.shape[1] == 1
                 how["implementation"] = resolve("sparse_attention", preferred) if takes else "xla"
                 out, lse = sparse_attention(q, pages.kv, selected, table, **how)
         else:

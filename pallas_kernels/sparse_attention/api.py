@@ -47,7 +47,7 @@ def sparse_attention(
       scale: factor on the dot products.
       kv_scales: float32 `[p, page_size, 2 * k]`, factors on each head's keys and values, which "xla" rounds to the
         dtype of q; None for ones. With them all arguments count as constants for `jax.grad`.
-      implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla". With scales None is "xla".
+      implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
     Returns:
       `[b, t, n, d]` in the dtype of q, and the log-sum-exp of the scaled dot products, float32 `[b, t, n]`. A query
@@ -58,6 +58,4 @@ def sparse_attention(
       UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
     arrays = {"q": q, "kv": kv, "indices": indices, "page_table": page_table, "kv_scales": kv_scales}
-    if kv_scales is not None:
-        implementation = implementation or "xla"  # No GPU has measured the other.
     return dispatch(_SIGNATURE, implementation, arrays, scale=number("sparse_attention", "scale", scale))
