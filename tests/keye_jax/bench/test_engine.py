@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from convert.synthetic import with_layers
 from keye_jax import presets
+from keye_jax.bench.train import warmup_flops
+from keye_jax.config import KeyeConfig
 
 pytestmark = pytest.mark.slow
 
@@ -54,3 +57,25 @@ def test_serve(tmp_path):
     ]
     assert all(0 < each["first"][0] <= each["first"][1] and each["bare_step"] > 0 for each in found["latencies_ms"])
     assert found["heat"]["with_ms"] > 0 and found["masks"]["with_ms"] > 0
+
+
+def test_train(tmp_path):
+    options = ["--length", "256", "--repeats", "1", "--json", str(tmp_path / "found.json")]
+    out = run("train", "--stage", "indexer_warmup", *options)
+    assert re.search(r"^step [\d,]+ ms, its forward pass alone [\d,]+ ms\n[\d,]+ tokens a second\nit needs", out, re.M)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["step"] > 0 and found["forward"] > 0 and found["tokens"] == 256
+
+
+def test_what_a_steps_products_are_of():
+    """Against sums written out for one layer of the tiny model and three tokens."""
+    config = with_layers(KeyeConfig.from_file(presets.TINY), 1)
+    sa, pairs, tokens = config.sa_config, 6, 3
+    heads, dim, hidden = config.num_attention_heads, config.head_dim, config.hidden_size
+    q_and_o, k_and_v = 2 * hidden * heads * dim, 2 * hidden * config.num_key_value_heads * dim
+    indexer = hidden * (sa.indexer_num_heads * sa.indexer_head_dim + sa.indexer_num_heads + sa.indexer_head_dim)
+    experts = hidden * (config.num_experts + config.num_experts_per_tok * 3 * config.moe_intermediate_size)
+    dots, index_dots = pairs * heads * dim, pairs * sa.indexer_num_heads * sa.indexer_head_dim
+    forward = tokens * (q_and_o + k_and_v + indexer + experts) + 2 * dots + index_dots
+    backward = dots + 3 * index_dots + tokens * indexer
+    assert warmup_flops(config, tokens) == 2 * (forward + backward)
