@@ -181,32 +181,35 @@ def test_indexers_alone_are_compared_by_their_divergence(trainer):
 
 
 @pytest.mark.slow
+def run(folder, output, config=None, **settings):
+    return session.train(
+        config or stage(),
+        source="stage",
+        checkpoint=folder / "hf",
+        output=output,
+        data=folder / "data.jsonl",
+        **settings,
+    )
+
+
+def weights(folder, output, which="last"):
+    """The weights of a run's checkpoint."""
+    made = run(folder, output, export=output / which, export_step=which)
+    return made.step, load_params(output / which, KeyeConfig.from_file(folder / "hf"))
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """The weights that a run in one sitting ends with."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    assert run(folder, output).finished
+    return jax.tree.leaves(weights(folder, output))
+
+
 class TestRuns:
-    def run(self, folder, output, config=None, **settings):
-        return session.train(
-            config or stage(),
-            source="stage",
-            checkpoint=folder / "hf",
-            output=output,
-            data=folder / "data.jsonl",
-            **settings,
-        )
-
-    def weights(self, folder, output, which="last"):
-        """The weights of a run's checkpoint."""
-        made = self.run(folder, output, export=output / which, export_step=which)
-        return made.step, load_params(output / which, KeyeConfig.from_file(folder / "hf"))
-
-    @pytest.fixture(scope="class")
-    def whole(self, folder, tmp_path_factory):
-        """The weights that a run in one sitting ends with."""
-        output = tmp_path_factory.mktemp("whole") / "run"
-        assert self.run(folder, output).finished
-        return jax.tree.leaves(self.weights(folder, output))
-
     def test_a_run_that_was_stopped_ends_with_the_same_bits(self, folder, whole, tmp_path):
         """Where it stands it is exported, which changes nothing."""
-        first = self.run(folder, tmp_path / "parts", stop_after=1e-9)
+        first = run(folder, tmp_path / "parts", stop_after=1e-9)
         assert (first.step, first.finished) == (0, False)
 
         # The third step's samples end the process, as a signal would.
@@ -214,17 +217,17 @@ class TestRuns:
             os.kill(os.getpid(), signal.SIGTERM)
 
         with before_batch(3, interrupt):
-            second = self.run(folder, tmp_path / "parts", export=tmp_path / "end")
+            second = run(folder, tmp_path / "parts", export=tmp_path / "end")
         assert (second.step, second.finished, second.signal) == (3, False, signal.SIGTERM)
         assert not (tmp_path / "end").exists()
         start = load_params(folder / "hf", KeyeConfig.from_file(folder / "hf"))
         for which, step in (("2", 2), ("3", 3)):
-            made, found = self.weights(folder, tmp_path / "parts", which)
+            made, found = weights(folder, tmp_path / "parts", which)
             assert made == step
             assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (found, start)), strict=True))
             start = found
-        assert self.run(folder, tmp_path / "parts").finished
-        found = jax.tree.leaves(self.weights(folder, tmp_path / "parts"))
+        assert run(folder, tmp_path / "parts").finished
+        found = jax.tree.leaves(weights(folder, tmp_path / "parts"))
         assert all(np.all(a == b) for a, b in zip(found, whole, strict=True))
 
     def test_a_run_that_was_killed_loses_what_came_after_its_last_checkpoint(self, folder, whole, tmp_path):
@@ -232,16 +235,16 @@ class TestRuns:
             raise RuntimeError("killed")
 
         with before_batch(4, die), pytest.raises(RuntimeError, match="killed"):
-            self.run(folder, tmp_path / "killed")
-        self.run(folder, tmp_path / "killed")
-        found = jax.tree.leaves(self.weights(folder, tmp_path / "killed"))
+            run(folder, tmp_path / "killed")
+        run(folder, tmp_path / "killed")
+        found = jax.tree.leaves(weights(folder, tmp_path / "killed"))
         assert all(np.all(a == b) for a, b in zip(found, whole, strict=True))
         lines = [json.loads(line) for line in (tmp_path / "killed" / "measures.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
     def test_evaluation_and_export(self, folder, tmp_path):
         config = stage(steps=2, evaluate_every=1, checkpoint_every=0)
-        ended = self.run(folder, tmp_path / "run", config, evaluation=folder / "data.jsonl", export=tmp_path / "out")
+        ended = run(folder, tmp_path / "run", config, evaluation=folder / "data.jsonl", export=tmp_path / "out")
         assert ended.finished
         lines = [json.loads(line) for line in (tmp_path / "run" / "measures.jsonl").read_text().splitlines()]
         assert [line["kind"] for line in lines] == ["train", "evaluation"] * 2
@@ -255,12 +258,12 @@ class TestRuns:
 
     def test_only_a_run_has_a_checkpoint_to_export(self, folder, tmp_path):
         with pytest.raises(UserError, match=r"--output is .*; it must be the folder of a run"):
-            self.run(folder, tmp_path / "none", export=tmp_path / "out", export_step="last")
+            run(folder, tmp_path / "none", export=tmp_path / "out", export_step="last")
         assert not (tmp_path / "none").exists()
 
     def test_epochs_are_counted_before(self, folder, tmp_path):
         config = dataclasses.replace(stage(checkpoint_every=0), steps=None, epochs=1.0)
-        ended = self.run(folder, tmp_path / "run", config)
+        ended = run(folder, tmp_path / "run", config)
         assert ended.finished and ended.step == 4
 
     def test_an_adapter_merged_is_the_export_and_a_run_goes_on_from_it(self, folder, tmp_path):
@@ -269,7 +272,7 @@ class TestRuns:
         targets = ["decoder.layers.*.attention.q_proj", "decoder.layers.*.moe.down_proj"]
         lora = {"targets": targets, "rank": 2}
         config = stage(train=[], lora=lora, loss={}, steps=2)
-        self.run(folder, tmp_path / "run", config, export=tmp_path / "out")
+        run(folder, tmp_path / "run", config, export=tmp_path / "out")
         convert(folder / "hf", tmp_path / "merged", merge_lora=tmp_path / "run" / "adapter")
         model = KeyeConfig.from_file(folder / "hf")
         exported, merged = load_params(tmp_path / "out", model), load_params(tmp_path / "merged", model)
@@ -287,7 +290,7 @@ class TestRuns:
             with pytest.raises(UserError, match=reason):
                 load_model(folder / "hf", wrong, MeshRules.single_device(), adapter=adapter)
         with pytest.raises(UserError, match="lora is missing; --adapter is given"):
-            self.run(folder, tmp_path / "wrong", stage(), adapter=adapter)
+            run(folder, tmp_path / "wrong", stage(), adapter=adapter)
 
 
 def test_the_share_of_tokens_that_select(trainer):
