@@ -330,7 +330,7 @@ class TestMistakes:
     def test_a_loss_that_is_not_finite_ends_the_run(self, folder, tmp_path):
         config = stage(optimizer={"lr": 1e30, "warmup": 0, "clip": 0, "indexer_clip": 0})
         with pytest.raises(UserError, match="is not finite"):
-            TestRuns().run(folder, tmp_path / "run", config)
+            run(folder, tmp_path / "run", config)
 
     def test_experts_whose_columns_are_split(self, trainer, folder):
         sharding = ShardingConfig.from_dict({"mesh": {"x": 2}, "rules": {"expert_hidden": "x"}})
