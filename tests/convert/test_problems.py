@@ -173,7 +173,7 @@ def test_orbax_data_that_cannot_be_read(copy, tmp_path):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(bytes(path.stat().st_size))
     (problem,) = problems_of(source, tmp_path)
-    assert re.fullmatch(r"\d files are damaged, by their SHA-256: params/.*, .*, .* and \d more", problem)
+    assert re.fullmatch(r"\d+ files are damaged, by their SHA-256: params/.*, .*, .* and \d+ more", problem)
     (source / "checkpoint.json").unlink()
     (problem,) = problems_of(source, tmp_path)
     assert re.search(r"cannot be read as an Orbax checkpoint: params/state/d/\w+ is damaged$", problem)
