@@ -1,6 +1,6 @@
 """Measures steps of training on one long sample of random tokens, with a model of random weights.
 
-    python -m keye_jax.bench.train --stage indexer_warmup --layers 24 --length 32768
+    python -m keye_jax.bench.train --stage indexer_warmup --layers 16 --length 32768
 
 Prints the time of a step, that of its forward pass alone, tokens a second, and of the indexer's warm-up the floating-
 point operations that the step needs, beside what the device could do in that time.
