@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -11,11 +12,16 @@ from keye_jax.testing import write_clip, write_picture, write_processor_files
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory, golden):
-    """A directory with a tiny random checkpoint of either kind, `hf` and `orbax`, `clip.mp4` and `picture.png`."""
+    """A directory with a tiny random checkpoint of either kind, `hf` and `orbax`, `clip.mp4` and `picture.png`.
+
+    Its answers have no end token: rounding decides what a random model says, so it could end one early on any machine.
+    """
     directory = tmp_path_factory.mktemp("inputs")
     config = KeyeConfig.from_file(golden / "a")
     write_checkpoint(directory / "hf", config, seed=0)
     write_processor_files(directory / "hf", config)
+    generation = directory / "hf" / "generation_config.json"
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"eos_token_id": []}))
     convert(directory / "hf", directory / "orbax")
     write_clip(directory / "clip.mp4", seconds=2, size=(160, 120))
     write_picture(directory / "picture.png", size=(84, 56))
