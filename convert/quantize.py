@@ -37,12 +37,26 @@ from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 from keye_jax.parsing import read_json
 from keye_jax.progress import PhaseProgress
+from keye_jax.quantization.calibration import Calibration, MatrixInputs
 from keye_jax.quantization.quantize import VALUES, Quantized, quantize, scales_dtype
 from keye_jax.quantization.schemes import Quantization
 
 _ERRORS = "errors.json"
 _ROWS = 16
 _THREADS = min(8, os.cpu_count() or 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightError:
+    """How much the outputs of a weight differ, `|x W' - x W| / |x W|`, all experts together.
+
+    Attributes:
+      outputs: with the scales that are written.
+      uncalibrated: with the scales that there would be without a calibration; None if there was none.
+    """
+
+    outputs: float
+    uncalibrated: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +67,8 @@ class QuantizedCheckpoint:
       destination: directory or URL of the new checkpoint.
       nbytes, before: bytes of its arrays, and of those of the source.
       continued: the part of `nbytes` that an earlier, stopped run wrote.
-      errors: of each weight by dotted path, `|x W' - x W| / |x W|` of its outputs, all experts together, for 16 rows
-        of normal random numbers a matrix.
+      errors: of each weight by dotted path. x are 16 rows of normal random numbers a matrix, or for a calibrated weight
+        the samples of its calibration.
       seconds: duration of this run.
     """
 
@@ -62,7 +76,7 @@ class QuantizedCheckpoint:
     nbytes: int
     before: int
     continued: int
-    errors: Mapping[str, float]
+    errors: Mapping[str, WeightError]
     seconds: float
 
 
@@ -71,6 +85,7 @@ def quantize_checkpoint(
     dst: str | Path,
     quantization: Quantization,
     *,
+    calibration: Calibration | None = None,
     overwrite: bool = False,
     progress: PhaseProgress | None = None,
 ) -> QuantizedCheckpoint:
@@ -82,6 +97,7 @@ def quantize_checkpoint(
       src: a checkpoint of either kind, whose weights have all bits.
       dst: a directory that does not exist or is empty, or a URL in a bucket.
       quantization: the schemes.
+      calibration: of what weights are multiplied with; their scales are chosen for it.
       overwrite: as for `convert`.
       progress: called with the phase, "verify" or "quantize", the bytes done and the bytes of all arrays.
 
@@ -102,7 +118,7 @@ def quantize_checkpoint(
         found, problems = checks.check(source, config)
         checks.raise_problems(directory, problems)
         target = dataclasses.replace(config, quantization=quantization)
-        return _Run(source, target, found, report).into(destination, overwrite, started)
+        return _Run(source, target, found, calibration, report).into(destination, overwrite, started)
     except OSError as error:
         raise UserError(storage.reason(error) or str(error)) from error
     finally:
@@ -117,10 +133,12 @@ class _Run:
         source: Source,
         config: KeyeConfig,
         found: list[FoundTensor],
+        calibration: Calibration | None,
         report: PhaseProgress,
     ) -> None:
         self.source, self.config, self.before = source, config, found
-        self.report = report
+        self.calibration, self.report = calibration, report
+        self.inputs: Mapping[str, MatrixInputs] = {}
         sources = {item.tensor.checkpoint_name: item for item in found}
         self.found: list[FoundTensor] = []
         self.weights: dict[str, list[FoundTensor]] = {}
@@ -139,6 +157,8 @@ class _Run:
     def fingerprint(self) -> str:
         digest = hashlib.sha256(fingerprint_of(self.source, self.found, 0, None).encode())
         digest.update(str(self.config.quantization).encode())
+        if self.calibration is not None:
+            digest.update(self.calibration.digest.encode())
         return digest.hexdigest()
 
     def into(self, destination: Path | Bucket, overwrite: bool, started: float) -> QuantizedCheckpoint:
@@ -152,6 +172,10 @@ class _Run:
         with opened(destination, self.fingerprint(), sink_in, overwrite=overwrite) as (staging, sink):
             errors = self._known_errors(staging) if isinstance(staging, Staging) else {}
             continued = sum(item.nbytes for item in self.found if item.tensor.checkpoint_name in staging.done)
+            if self.calibration is not None and any(
+                group[0].tensor.checkpoint_name not in staging.done for group in self.weights.values()
+            ):
+                self.inputs = self.calibration.inputs()
             self.report("quantize", continued, total)
             # The groups are this module's own: a weight's arrays are made together.
             list(sink.groups(self.found))
@@ -172,7 +196,7 @@ class _Run:
         return QuantizedCheckpoint(shown, total, before, continued, errors, time.monotonic() - started)
 
     def _make(
-        self, errors: dict[str, float], staging: Staging | BucketStaging, group: list[FoundTensor]
+        self, errors: dict[str, WeightError], staging: Staging | BucketStaging, group: list[FoundTensor]
     ) -> dict[ArrayPath, np.ndarray]:
         """The arrays of a group by path. Puts the error of a weight of fewer bits into `errors`."""
         weight = group[0].tensor.weight
@@ -181,11 +205,12 @@ class _Run:
         arrays, errors[weight.dotted_path] = self._quantized(weight, group)
         if isinstance(staging, Staging):
             new = staging.path / f"{_ERRORS}.new"
-            new.write_text(json.dumps(errors), encoding="utf-8")
+            content = {path: dataclasses.asdict(error) for path, error in errors.items()}
+            new.write_text(json.dumps(content), encoding="utf-8")
             new.rename(staging.path / _ERRORS)
         return arrays
 
-    def _known_errors(self, staging: Staging) -> dict[str, float]:
+    def _known_errors(self, staging: Staging) -> dict[str, WeightError]:
         """The errors of the weights that an earlier run wrote."""
         found = _read_errors(staging.path / _ERRORS)
         done = [group for group in self.weights.values() if group[0].tensor.checkpoint_name in staging.done]
@@ -197,8 +222,8 @@ class _Run:
             return self.source.read_tensor(tensor)
         return self.source.read([tensor.path])[tensor.path]
 
-    def _quantized(self, weight: Tensor, group: list[FoundTensor]) -> tuple[dict[tuple[str, ...], np.ndarray], float]:
-        """The arrays of a weight by path, and the relative error of its outputs."""
+    def _quantized(self, weight: Tensor, group: list[FoundTensor]) -> tuple[dict[ArrayPath, np.ndarray], WeightError]:
+        """The arrays of a weight by path, and how much its outputs differ."""
         scheme = group[0].tensor.scheme
         assert scheme is not None
         values = self._read(weight)
@@ -208,19 +233,30 @@ class _Run:
         # Inputs first, as experts have them.
         matrices = values if is_expert else values.reshape(weight.checkpoint_shape).T[None]
         arrays = {item.tensor.role: np.empty(item.tensor.shape, item.dtype) for item in group}
+        inputs = self.inputs.get(weight.dotted_path)
 
-        def one(index: int) -> tuple[float, float]:
-            matrix = matrices[index]
-            x = _random_rows(weight, index, len(matrix))
-            made = quantize(matrix, scheme, parts=mapping.parts_of(weight))
+        def one(index: int) -> tuple[float, float, float]:
+            matrix, parts = matrices[index], mapping.parts_of(weight)
+            plain = quantize(matrix, scheme, parts=parts)
+            if inputs is None:
+                made, x = plain, _random_rows(weight, index, len(matrix))
+            else:
+                made = quantize(matrix, scheme, parts=parts, input_squares=inputs.squares[index])
+                x = inputs.samples[index, : inputs.count[index]]
             _store(arrays, made, index, scheme.format == "int4", is_expert)
             right = x @ matrix.astype(np.float32)
-            return float(np.square(x @ made.numbers() - right).sum()), float(np.square(right).sum())
+            error, plain_error = (_sum_of_squares(x @ each.numbers() - right) for each in (made, plain))
+            return error, plain_error, _sum_of_squares(right)
 
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            sums = np.array(list(pool.map(one, range(len(matrices)))), np.float64).sum(axis=0)
-        error = float(np.sqrt(sums[0] / sums[1])) if sums[1] else 0.0
-        return {item.tensor.path: arrays[item.tensor.role] for item in group}, error
+            error, plain_error, right = np.array(list(pool.map(one, range(len(matrices)))), np.float64).sum(axis=0)
+        outputs, uncalibrated = (float(np.sqrt(each / right)) if right else 0.0 for each in (error, plain_error))
+        found = WeightError(outputs, None if inputs is None else uncalibrated)
+        return {item.tensor.path: arrays[item.tensor.role] for item in group}, found
+
+
+def _sum_of_squares(x: np.ndarray) -> float:
+    return float(np.square(x).sum())
 
 
 def _store(arrays: dict[str, np.ndarray], made: Quantized, index: int, packed: bool, is_expert: bool) -> None:
@@ -241,9 +277,9 @@ def _whole(config: KeyeConfig) -> KeyeConfig:
     return dataclasses.replace(config, quantization=Quantization())
 
 
-def _read_errors(path: Path) -> dict[str, float]:
+def _read_errors(file: Path) -> dict[str, WeightError]:
     """The errors of weights that an earlier run wrote; none if the file is not whole."""
     try:
-        return {name: float(value) for name, value in read_json(path).items()}
+        return {path: WeightError(**values) for path, values in read_json(file).items()}
     except (FileNotFoundError, UserError, TypeError, ValueError, AttributeError):
         return {}

@@ -28,11 +28,13 @@ class LayerIntermediates:
 
     Attributes:
       attention: its attention's intermediates.
+      moe_input: `[b, t, embed]`, what its router and experts are given.
       experts: int32 `[b, t, k]`, each token's, best first.
       hidden: `[b, t, embed]`, the layer's output.
     """
 
     attention: AttentionIntermediates
+    moe_input: jax.Array
     experts: jax.Array
     hidden: jax.Array
 
@@ -80,7 +82,7 @@ class DecoderLayer(nnx.Module):
         x = x + mixed
         if options.training is not None:
             return x, context, LayerLearned(found, options.training.balance(self.moe, normed, experts, valid))
-        return x, context, None if found is None else LayerIntermediates(found, experts, x)
+        return x, context, None if found is None else LayerIntermediates(found, normed, experts, x)
 
 
 def _in_its_turn[C: Context](x: jax.Array, context: C, step: StepSharding) -> tuple[jax.Array, C]:

@@ -329,7 +329,7 @@ class Runtime:
         """
         logits: list[jax.Array | None] = [None] * len(segments)
         total, done = sum(len(segment.input_ids) for segment in segments), 0
-        chunks = self._chunks(segments, pool)
+        chunks = self.chunks(segments, pool)
         chunk = next(chunks, None)
         while chunk:
             planned, x, positions, batch = chunk
@@ -365,7 +365,7 @@ class Runtime:
           float32 `[tokens, vocab]` logits of a chunk's tokens, the pool, each layer's intermediates `[tokens, ...]`,
           and the tokens done so far.
         """
-        for planned, x, positions, batch in self._chunks([segment], pool):
+        for planned, x, positions, batch in self.chunks([segment], pool):
             options = dataclasses.replace(self.chunk_options(dense=planned.dense), intermediates=True)
             logits, pool, found = programs.forward_with_intermediates(
                 self.model_def, self.params, x, positions, batch, pool, step=self.prefill_step, options=options
@@ -376,7 +376,7 @@ class Runtime:
             there = rows[order], columns[order]
             yield logits[there], pool, jax.tree.map(lambda x, there=there: x[there], found), planned.done[0]
 
-    def _chunks(
+    def chunks(
         self, segments: Sequence[Segment], pool: PagePool
     ) -> Iterator[tuple[Chunk, jax.Array, jax.Array, BatchMetadata]]:
         """Each chunk with its embeddings, positions and metadata on the devices."""

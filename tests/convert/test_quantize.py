@@ -82,6 +82,8 @@ def test_the_command_and_what_verify_and_inspect_say(golden, tmp_path, capsys):
         (["--attention", "int4"], "--attention is 'int4'; it must be 'fp8' or 'int8'"),
         (["--experts", "int4", "--group", "0"], "--group is 0; it must be from 2 to 16,384"),
         ([], "give --experts, --attention or both"),
+        (["--experts", "fp8", "--calibrate", "x"], "--experts is 'fp8'; --calibrate goes with 'int4'"),
+        (["--experts", "int4", "--calibrate", "missing.jsonl"], "--calibrate is missing.jsonl; it must be a file"),
     ],
 )
 def test_mistakes_are_one_sentence(golden, tmp_path, capsys, arguments, message):

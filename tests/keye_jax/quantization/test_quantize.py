@@ -55,6 +55,36 @@ def test_int4_uses_all_sixteen_values():
     assert set(unpack_nibbles(made.values).reshape(-1)) == set(range(16))
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_calibrated_scales_change_outputs_least(format):
+    """Of seven scales for each block, against a search block by block; uncalibrated ones change outputs more."""
+    numbers, scheme = matrix(70, 12), Scheme(format, 32, 4)
+    squares = np.exp(np.random.default_rng(1).normal(size=70) * 3).astype(np.float32)
+    made, plain = quantize(numbers, scheme, input_squares=squares), quantize(numbers, scheme)
+    block = scheme.block(*numbers.shape)
+    tried = [numbers.copy() for _ in range(7)]
+    for cut, each in zip((1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7), tried, strict=True):
+        for row in range(0, 70, 32):
+            for column in range(0, 12, 4):
+                at = slice(row, row + 32), slice(column, column + 4)
+                largest = np.abs(numbers[at]).max()
+                each[at] = np.clip(numbers[at], -np.float32(cut) * largest, np.float32(cut) * largest)
+                # The block's largest number is the cut one, so the definition gives the scale of the cut.
+                each[at] = expected(each[at], Scheme(format), (32, 4))
+    differs = False
+    for row in range(0, 70, 32):
+        for column in range(0, 12, 4):
+            at = slice(row, row + 32), slice(column, column + 4)
+
+            def cost(values, at=at):
+                return float(np.sum(np.square(values[at] - numbers[at], dtype=np.float64) * squares[at[0], None]))
+
+            least = min(map(cost, tried))
+            assert cost(made.numbers()) <= least * (1 + 1e-5)
+            differs |= cost(made.numbers()) < cost(plain.numbers()) * (1 - 1e-3)
+    assert made.block == block == (32, 4) and differs
+
+
 def test_zero_points_are_taken_off_before_the_scale():
     nibbles = np.arange(16, dtype=np.uint8).reshape(8, 2)
     scales, zeros = np.array([[0.5, 2], [1, 4]], np.float32), np.array([[3, 0], [8, 15]], np.int8)
