@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
-from keye_jax.engine.request import Piece, Request, Result, SelectionHeat
+from keye_jax.engine.request import Piece, Request, Result
 
 
 class ScriptedEngine:
@@ -16,7 +15,6 @@ class ScriptedEngine:
     Args:
       engine: the one inside, which draws a few tokens for each answer.
       reasoning, text: of each answer.
-      heat: by frame, weights of what each answer looks at; what the engine inside looked at if left out.
       pause_s: seconds between two pieces.
 
     Attributes:
@@ -25,9 +23,9 @@ class ScriptedEngine:
       cancelled: how many of their answers were cut off.
     """
 
-    def __init__(self, engine: Any, reasoning: str, text: str, heat: Iterable[float] = (), pause_s: float = 0.0):
+    def __init__(self, engine: Any, reasoning: str, text: str, pause_s: float = 0.0):
         self._engine = engine
-        self.reasoning, self.text, self.heat, self.pause_s = reasoning, text, tuple(heat), pause_s
+        self.reasoning, self.text, self.pause_s = reasoning, text, pause_s
         self.processor = engine.processor
         self.asked: list[Request] = []
         self.cancelled = 0
@@ -63,17 +61,12 @@ class _Handle:
         result = await self._inside
         engine = self._engine
         tokens = len(engine.reasoning + engine.text) // 4
-        heat = result.choices[0].selection_heat
-        if heat is not None and engine.heat:
-            whole = sum(engine.heat)
-            heat = SelectionHeat((tuple(0.8 * weight / whole for weight in engine.heat),), (), 0.2, 0.1)
         choice = dataclasses.replace(
             result.choices[0],
             text=engine.text,
             reasoning=engine.reasoning,
             finish_reason="stop",
             parts=None,
-            selection_heat=heat,
         )
         usage = dataclasses.replace(result.usage, completion=tokens, reasoning=len(engine.reasoning) // 4)
         return dataclasses.replace(result, choices=(choice,), usage=usage)

@@ -66,6 +66,10 @@ A **ball** turns at **0:02**, and again at 3.5 seconds.
 - From 1 to 2.5 s it rests.
 - It ends at <|clip_time_start|>3<|clip_time_end|>, not at 12:30.
 
+1.2-2.8
+
+Of 3-4 balls one rolls.
+
 <img src=x onerror="document.title='run'"> `0:01`"""
 REASONING = "The ball is there at 0:00."
 
@@ -189,9 +193,9 @@ class TestBrowser:
         assert REASONING not in first.inner_text()  # it is folded
         first.locator("summary").click()
         assert REASONING in first.inner_text()
-        written = ["0:02", "3.5 seconds", "1", "2.5 s", "0:03", "0:01"]
+        written = ["0:02", "3.5 seconds", "1", "2.5 s", "0:03", "1.2", "2.8", "0:01"]
         assert text.locator(".time").all_inner_texts() == written
-        for label, seconds in zip(written, (2, 3.5, 1, 2.5, 3, 1), strict=True):
+        for label, seconds in zip(written, (2, 3.5, 1, 2.5, 3, 1.2, 2.8, 1), strict=True):
             text.locator(".time", has_text=re.compile(f"^{re.escape(label)}$")).click()
             assert abs(current_time(opened) - seconds) < 0.01
             assert opened.locator("#position").get_attribute("aria-valuetext").startswith(f"0:0{seconds:.1f} of")
