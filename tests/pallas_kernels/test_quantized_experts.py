@@ -12,6 +12,7 @@ from keye_jax.quantization.schemes import FORMATS, Format, standard
 from pallas_kernels import (
     ArgumentError,
     QuantizedMatrices,
+    UnsupportedError,
     expert_mlp,
     grouped_matmul,
     quantized_expert_mlp,
@@ -74,3 +75,19 @@ def test_scales_that_do_not_fit_are_refused():
         quantized_grouped_matmul(jnp.ones((4, HIDDEN)), wrong, jnp.full(EXPERTS, 1, jnp.int32))
     with pytest.raises(ArgumentError, match=r"rhs has shape \[5, 160, 96\]; it must be \[5, 8, 96\]"):
         quantized_grouped_matmul(jnp.ones((4, 8)), rhs, jnp.full(EXPERTS, 1, jnp.int32))
+
+
+def test_the_hopper_kernel_says_what_it_does_not_take():
+    lhs, sizes = jnp.ones((4, 256), jnp.bfloat16), jnp.full(EXPERTS, 1, jnp.int32)
+    rhs = matrices("int4", 256, 128)[0]
+    zeros = jnp.zeros(rhs.scales.shape, jnp.int8)
+    small = QuantizedMatrices(rhs.values, jnp.ones((EXPERTS, 8, 128)), None, (32, 1))
+    narrow = QuantizedMatrices(rhs.values[..., :64], rhs.scales[..., :64], None, rhs.block)
+    for rows, stored, message in (
+        (lhs, QuantizedMatrices(rhs.values, rhs.scales, zeros, rhs.block), "no matrices with zero points"),
+        (lhs.astype(jnp.float32), rhs, "only bfloat16 activations, not float32"),
+        (lhs, small, "a multiple of 128, not for 32"),
+        (lhs, narrow, r"columns \(64\) must be a multiple of 128"),
+    ):
+        with pytest.raises(UnsupportedError, match=message):
+            quantized_grouped_matmul(rows, stored, sizes, implementation="mosaic_gpu")
