@@ -67,6 +67,14 @@ class WeightReader:
         self.first = address(machine.select(flipped, far, near))
         self.second = address(machine.select(flipped, near, far))
 
+    def output(self, column, half_step):
+        """The first of the thread's four columns of the matrix.
+
+        Args:
+          column: where the first half of the tile begins; the second half begins `half_step` columns behind it.
+        """
+        return self.machine.word(column) + self.half * half_step + self.column
+
     def load(self, part):
         """The words of part `part` of the tile: of its inputs 2 * c and 2 * c + 1 of each 8, with c the lane's place.
 

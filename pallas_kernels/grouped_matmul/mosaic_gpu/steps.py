@@ -136,9 +136,7 @@ def load_scales(scales, warpgroup, group, block, column, half_step, outputs, wid
         reader = WeightReader(machine, "int8", width, warpgroup)
         _, row_blocks, column_blocks = ir.MemRefType(scales.type).shape
         kind, f32 = ir.MemRefType(scales.type).element_type, ir.F32Type.get()
-        column = column + reader.half * half_step
-        place = column + reader.column if outputs == 1 else (column + warpgroup * 64) // outputs
-        at = (group * row_blocks + block) * column_blocks + place
+        at = (group * row_blocks + block) * column_blocks + reader.output(column, half_step) // outputs
         pointer = utils.getelementptr(global_pointer(scales), [at.raw], kind)
         if outputs == 1:
             size = utils.bytewidth(kind)
@@ -165,7 +163,7 @@ def store(out, totals, warpgroup, row, count, column, half_step, width, fused):
         reader = WeightReader(machine, "int8", width, warpgroup)
         products = [[Value(machine, arith.bitcast(machine.i32, x)) for x in scalars(each)] for each in (first, second)]
         own_row, results = reader.results(products, fused=fused)
-        own_column = column + reader.column if fused else column + reader.column + reader.half * half_step
+        own_column = reader.output(column, 0 if fused else half_step)
         pitch = ir.MemRefType(out.type).shape[1]
         element = arith.addi(
             arith.muli(arith.extui(machine.i64, (row + own_row).raw), const(pitch, 64)),

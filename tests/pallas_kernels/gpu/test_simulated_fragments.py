@@ -69,6 +69,7 @@ def test_registers_hold_the_numbers(kind, width):
                 np.testing.assert_array_equal(left[product, 16 * warp + g + 8 * i], wanted)
                 seen[half, :, column + 2 * product + i] += 1
         np.testing.assert_array_equal(reader.row.raw, 2 * c)
+        np.testing.assert_array_equal(reader.output(256, 768).raw, 256 + 768 * half + column)
     # Four threads, those of a quad, have the sums of different rows of one column.
     assert (seen == seen[0, 0, 0]).all()
     assert seen.min() > 0
@@ -103,7 +104,7 @@ def test_results_are_stored_where_they_belong(width, fused):
             pairs = zip(own, spread_columns(four, rows, product), strict=True)
             totals.append([machine.float_op("mul", *pair) for pair in pairs])
         first, results = reader.results(totals, fused=fused)
-        place = column if fused else column + half * width
+        place = reader.output(0, 0 if fused else width).raw.astype(int)
         for offset, words in results:
             for i, word in enumerate(words):
                 numbers = np.ascontiguousarray(word.raw).view(ml_dtypes.bfloat16).reshape(128, 2)
