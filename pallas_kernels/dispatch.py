@@ -42,8 +42,8 @@ OPERATIONS: Mapping[str, Operation] = {
     "grouped_matmul": Operation("grouped_matmul"),
     "expert_mlp": Operation("grouped_matmul"),
     # What these two run where matrices have fewer bits.
-    "quantized_grouped_matmul": Operation("grouped_matmul", ("xla",)),
-    "quantized_expert_mlp": Operation("grouped_matmul", ("xla",)),
+    "quantized_grouped_matmul": Operation("grouped_matmul", ("mosaic_gpu", "xla")),
+    "quantized_expert_mlp": Operation("grouped_matmul", ("mosaic_gpu", "xla")),
 }
 """Every operation, by the name of its function."""
 

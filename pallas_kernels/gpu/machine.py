@@ -148,6 +148,11 @@ class Machine:
     def load_shared(self, address):
         return Value(self, llvm.load(self.i32, self._shared_at(address), alignment=4))
 
+    def load_shared_behind(self, address, words):
+        """The word a constant number of words behind an address, which takes no instruction for the sum."""
+        pointer = byte_offset(self._shared_at(address), arith.constant(self.i32, 4 * words))
+        return Value(self, llvm.load(self.i32, pointer, alignment=4))
+
     def load_shared_vector(self, address, size):
         """`size` words, a power of two, from an address that is a multiple of `size`."""
         if size == 1:

@@ -43,6 +43,14 @@ class TensorMachine(Machine):
         """The products of the two bfloat16 numbers of each word, rounded; numbers below 2**-126 count."""
         return self._emit("mul.rn.bf16x2 $0, $1, $2;", a, b)
 
+    def subtract_bfloat16(self, a, b):
+        """The differences of the two bfloat16 numbers of each word, rounded."""
+        return self._emit("sub.rn.bf16x2 $0, $1, $2;", a, b)
+
+    def permute(self, low, high, selector):
+        """A word whose byte i is the byte of (low, high), 0 to 7, that bits 4 * i to 4 * i + 2 of `selector` name."""
+        return self._emit("prmt.b32 $0, $1, $2, $3;", low, high, selector)
+
     def multiply_tiles(self, a, b, c):
         """`c + a @ b` of a warp: bfloat16 `[16, 16]` and `[16, 8]` to float32 `[16, 8]`, spread as in mma.m16n8k16."""
         results, inputs = "$0, $1, $2, $3", [self.word(w).raw for w in (*a, *b, *c)]

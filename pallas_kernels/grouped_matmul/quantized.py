@@ -55,7 +55,8 @@ def quantized_grouped_matmul(
       lhs: `[rows, in]`, bfloat16, float16 or float32, sorted by group.
       rhs: `[e, in, out]`.
       group_sizes: int32 `[e]`, as for `grouped_matmul`.
-      implementation: None or "xla".
+      implementation: None, "mosaic_gpu" or "xla". None is "xla". In "mosaic_gpu" scales are factors on float32 sums,
+        so the matrices' numbers are not rounded.
 
     Returns:
       `[rows, out]` in the dtype of lhs. Rows behind the last group are zeros.
@@ -64,6 +65,7 @@ def quantized_grouped_matmul(
       ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.
       UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
+    implementation = implementation or "xla"  # No GPU has measured the other.
     flat = _flat(_PRODUCT, "rhs", rhs, _inputs(lhs), None)
     arrays = dict(zip(_PRODUCT.arrays, [lhs, *flat, group_sizes], strict=True))
     return dispatch(_PRODUCT, implementation, arrays, block=rhs.block)
@@ -84,7 +86,8 @@ def quantized_expert_mlp(
       gate_up: `[e, in, 2 * f]`. The first f columns are gate, the last f are up.
       down: `[e, f, in]`.
       group_sizes: int32 `[e]`, as for `expert_mlp`.
-      implementation: None or "xla".
+      implementation: None, "mosaic_gpu" or "xla". None is "xla". In "mosaic_gpu" scales are factors on float32 sums,
+        so the matrices' numbers are not rounded.
 
     Returns:
       `[rows, in]` in the dtype of lhs. Rows behind the last group are zeros.
@@ -93,6 +96,7 @@ def quantized_expert_mlp(
       ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.
       UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
+    implementation = implementation or "xla"  # No GPU has measured the other.
     inputs = _inputs(lhs)
     flat = _flat(_EXPERTS, "gate_up", gate_up, inputs, 2 * down.shape[1])
     flat += _flat(_EXPERTS, "down", down, down.shape[1], inputs)

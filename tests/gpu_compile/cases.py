@@ -9,8 +9,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from keye_jax.quantization.quantize import VALUES, scales_dtype
+from keye_jax.quantization.schemes import FORMATS, Format, grid, standard
 from pallas_kernels.flash_attention.mosaic_gpu import paged_flash_attention
-from pallas_kernels.grouped_matmul.mosaic_gpu import expert_mlp, grouped_matmul
+from pallas_kernels.grouped_matmul.mosaic_gpu import expert_mlp, grouped_matmul, quantized_expert_mlp
 from pallas_kernels.indexer_scores.mosaic_gpu import indexer_scores
 from pallas_kernels.select_topk.mosaic_gpu import select_topk
 from pallas_kernels.shapes import KEYE_VL_2 as MODEL
@@ -166,6 +168,36 @@ def _experts(tokens: int, *, quick: bool = False) -> list[KernelCase]:
     ]
 
 
+def _quantized_experts(tokens: int, format: Format, *, quick: bool = False) -> KernelCase:
+    """`quantized_expert_mlp` with matrices as `keye-jax quantize` makes them."""
+    rows, *shapes, sizes = MODEL.expert_arguments(tokens)
+    arrays, blocks = [], []
+    for matrices, parts in zip(shapes, (2, 1), strict=True):
+        experts, inputs, outputs = matrices.shape
+        block = standard(format).block(inputs, outputs, parts=parts)
+        stored = inputs // 2 if format == "int4" else inputs
+        arrays += [spec(experts, stored, outputs, dtype=VALUES[format])]
+        arrays += [spec(experts, *grid(block, inputs, outputs), dtype=scales_dtype(format))]
+        blocks.append(block)
+
+    def run(rows, gate_up, gate_up_scales, down, down_scales, sizes):
+        return quantized_expert_mlp(
+            rows,
+            gate_up,
+            gate_up_scales,
+            None,
+            down,
+            down_scales,
+            None,
+            sizes,
+            gate_up_block=blocks[0],
+            down_block=blocks[1],
+        )
+
+    words = f"{tokens} tokens, {format}"
+    return KernelCase("quantized_expert_mlp", words, run, (rows, *arrays, sizes), quick=quick)
+
+
 def _dense(batch: int, context: int) -> KernelCase:
     return KernelCase(
         "paged_flash_attention",
@@ -208,6 +240,11 @@ CASES = [
     *_experts(64),
     *_experts(1024),
     *_experts(16_384, quick=True),
+    *(
+        _quantized_experts(tokens, format, quick=(tokens, format) == (2048, "int4"))
+        for format in FORMATS
+        for tokens in [1, 16, 64, 2048, 16_384]
+    ),
     *(_dense(batch, 131_072) for batch in [1, 8, 64]),
 ]
 """What the released model runs, alone and in an engine."""

@@ -84,7 +84,7 @@ def pytest_collection_modifyitems(config, items):
     def chosen(item):
         if getattr(item, "callspec", None) is None or item.callspec.params.get("implementation") != "mosaic_tpu":
             return True
-        return item.name in INTERPRETED[item.path.name].get(item.parent.name, ())
+        return item.name in INTERPRETED.get(item.path.name, {}).get(item.parent.name, ())
 
     left_out = [item for item in items if not chosen(item)]
     config.hook.pytest_deselected(items=left_out)

@@ -133,6 +133,9 @@ class NumpyMachine:
     def load_shared(self, address):
         return self._value(self.memory[self.block, self._where(address)])
 
+    def load_shared_behind(self, address, words):
+        return self.load_shared(address + words)
+
     def load_shared_vector(self, address, size):
         assert (self.word(address).raw[self.active] % size == 0).all()
         return [self.load_shared(address + i) for i in range(size)]
@@ -312,6 +315,16 @@ class NumpyTensorMachine(NumpyMachine):
     def multiply_bfloat16(self, a, b):
         a, b = (np.ascontiguousarray(self.word(w).raw).view(ml_dtypes.bfloat16).astype(np.float32) for w in (a, b))
         return self._value((a * b).astype(ml_dtypes.bfloat16).view(U32))
+
+    def subtract_bfloat16(self, a, b):
+        a, b = (np.ascontiguousarray(self.word(w).raw).view(ml_dtypes.bfloat16).astype(np.float32) for w in (a, b))
+        return self._value((a - b).astype(ml_dtypes.bfloat16).view(U32))
+
+    def permute(self, low, high, selector):
+        choices = np.stack([self.word(w).raw for w in (low, high)], 1).view(np.uint8)
+        places = self.word(selector).raw[:, None] >> np.arange(0, 16, 4, dtype=U32) & U32(15)
+        assert (places < 8).all()
+        return self._value(np.take_along_axis(choices, places.astype(np.int64), 1).view(U32)[:, 0])
 
     def multiply_tiles(self, a, b, c):
         a, b, c = ([self._warps(self.word(w)) for w in words] for words in (a, b, c))

@@ -37,16 +37,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend import backend
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref, nvvm
+from jaxlib.mlir.dialects import arith
 
-from pallas_kernels.gpu.hopper import MULTIPROCESSORS, SHARED_BYTES
-from pallas_kernels.gpu.mlir import byte_offset, const, global_pointer
+from pallas_kernels.gpu.hopper import SHARED_BYTES
+from pallas_kernels.gpu.mlir import byte_offset, global_pointer
+from pallas_kernels.grouped_matmul.mosaic_gpu.units import MAX_GROUPS, Units, num_blocks
 
 _SLAB = 64  # Elements of one 128-byte swizzled row: one step along the contracted axis, and the columns of one store.
 _WARPGROUP_ROWS = 64
-_MAX_GROUPS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +134,8 @@ def _call(lhs, rhs, group_sizes, *, fused, config):
         raise NotImplementedError(f"only bfloat16, not {lhs.dtype} and {rhs.dtype}")
     if group_sizes.dtype != jnp.int32:
         raise NotImplementedError(f"group_sizes must be int32, not {group_sizes.dtype}")
-    if not 1 <= groups <= _MAX_GROUPS:
-        raise NotImplementedError(f"at most {_MAX_GROUPS} groups, not {groups}")
+    if not 1 <= groups <= MAX_GROUPS:
+        raise NotImplementedError(f"at most {MAX_GROUPS} groups, not {groups}")
     if rows == 0 or k == 0 or k % _SLAB:
         raise NotImplementedError(f"needs a row, and a multiple of {_SLAB} contracted elements, not {lhs.shape}")
     if fused and n % 2:
@@ -149,19 +148,11 @@ def _call(lhs, rhs, group_sizes, *, fused, config):
         raise NotImplementedError(
             f"{columns} columns cannot be cut into tiles of {config.columns}, a multiple of {_SLAB}"
         )
-    return _build(rows, k, groups, columns, fused, config, _num_blocks())(group_sizes, lhs, rhs)
-
-
-def _num_blocks() -> int:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device and device.num_cores:
-        return device.num_cores
-    device = backend.get_default_device()
-    return device.core_count if device.platform == "gpu" else MULTIPROCESSORS
+    return _build(rows, k, groups, columns, fused, config, num_blocks())(group_sizes, lhs, rhs)
 
 
 @functools.lru_cache
-def _build(rows, k, groups, columns, fused, config, num_blocks):
+def _build(rows, k, groups, columns, fused, config, blocks):
     """Returns the kernel `(group_sizes, lhs, rhs) -> out` for these sizes."""
     bf16 = jnp.dtype(jnp.bfloat16)
     consumers, tile_n = config.consumers, config.columns
@@ -174,8 +165,8 @@ def _build(rows, k, groups, columns, fused, config, num_blocks):
     stage_bytes = (tile_m + halves * tile_n) * _SLAB * bf16.itemsize
     store_slots = 2 if consumers > 1 else 1
     store_bytes = consumers * store_slots * _WARPGROUP_ROWS * _SLAB * bf16.itemsize
-    table_size = 2 * (groups + 2) + 8
-    free_bytes = SHARED_BYTES - store_bytes - pl.cdiv(4 * table_size, 1024) * 1024 - 512
+    units = Units(rows, groups, tile_m, column_tiles, blocks)
+    free_bytes = SHARED_BYTES - store_bytes - pl.cdiv(4 * units.table_size, 1024) * 1024 - 512
     stages = config.stages or min(free_bytes // stage_bytes, 2 * k_steps, 16)
     if stages < 2:
         raise NotImplementedError(f"tiles of {tile_m} x {halves} x {tile_n} do not fit into shared memory")
@@ -196,32 +187,13 @@ def _build(rows, k, groups, columns, fused, config, num_blocks):
         (lhs_smem, lhs_rows), (out_smem, out_rows) = lhs_views, out_views
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
 
-        def rows_before(group):
-            return table[group]
-
-        def tiles_before(group):
-            return table[group + (groups + 2)]
-
         @pl.when(warpgroup == 0)
         def _():
-            _scan_groups(sizes, table, rows, tile_m)
+            units.scan(sizes, table)
             plgpu.barrier_arrive(ready)
 
         plgpu.barrier_wait(ready)
-        units = tiles_before(groups + 1) * column_tiles
-        my_units = lax.div(units - block + (num_blocks - 1), jnp.int32(num_blocks))
-
-        def locate(index):
-            """A unit's group, first row, number of rows from there to the group's end, and column tile."""
-            unit = block + index * num_blocks
-            tile = lax.div(unit, jnp.int32(column_tiles))
-            group, step = jnp.int32(0), 1 << (groups.bit_length() - 1)
-            while step:
-                ahead = group + step
-                inside = (ahead <= groups) & (tiles_before(jnp.minimum(ahead, groups)) <= tile)
-                group, step = jnp.where(inside, ahead, group), step // 2
-            row = rows_before(group) + (tile - tiles_before(group)) * tile_m
-            return group, row, rows_before(group + 1) - row, unit - tile * column_tiles
+        my_units = units.count(table, block)
 
         @pl.when(warpgroup == consumers)
         def _produce():
@@ -230,7 +202,7 @@ def _build(rows, k, groups, columns, fused, config, num_blocks):
 
             @pl.loop(0, my_units)
             def _unit(index):
-                group, row, left, column_tile = locate(index)
+                group, row, left, column_tile = units.locate(table, block, index)
 
                 @pl.when(group < groups)
                 def _():
@@ -265,7 +237,7 @@ def _build(rows, k, groups, columns, fused, config, num_blocks):
 
             @pl.loop(0, my_units)
             def _unit(index):
-                group, row, left, column_tile = locate(index)
+                group, row, left, column_tile = units.locate(table, block, index)
                 row, left = row + warpgroup * _WARPGROUP_ROWS, left - warpgroup * _WARPGROUP_ROWS
                 column = column_tile * tile_n
                 has_matrix = group < groups
@@ -328,7 +300,7 @@ def _build(rows, k, groups, columns, fused, config, num_blocks):
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((rows, columns), bf16),
-        grid=(num_blocks,),
+        grid=(blocks,),
         grid_names=("block",),
         num_threads=consumers + 1,
         thread_name="warpgroup",
@@ -336,7 +308,7 @@ def _build(rows, k, groups, columns, fused, config, num_blocks):
             both_views((stages, tile_m, _SLAB)),
             tiled((stages, halves, _SLAB, tile_n)),
             both_views((consumers, store_slots, _WARPGROUP_ROWS, _SLAB)),
-            plgpu.SMEM((table_size,), jnp.int32),
+            plgpu.SMEM((units.table_size,), jnp.int32),
             plgpu.Barrier(num_arrivals=halves + len(lhs_boxes), num_barriers=stages),
             plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
             plgpu.Barrier(),
@@ -348,75 +320,6 @@ def _build(rows, k, groups, columns, fused, config, num_blocks):
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
-
-
-def _scan_groups(sizes, table, rows, tile_m):
-    """Fills `table` with the rows before each group (groups + 2 entries), then the row tiles (groups + 2 entries).
-
-    In both, entry `groups` is for the rows behind the last group, and the next entry for the end of the array. The last
-    8 words of `table` are scratch. One warpgroup runs this; each thread handles consecutive groups.
-    """
-    groups = sizes.shape[0]
-    per_thread = pl.cdiv(groups, 128)
-    tiles_at, scratch_at = groups + 2, 2 * (groups + 2)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 2)
-    def run(_, sizes, table):
-        def load(ref, at):
-            return memref.load(ref, [arith.index_cast(ir.IndexType.get(), at)])
-
-        def store(value, at):
-            memref.store(value, table, [arith.index_cast(ir.IndexType.get(), at)])
-
-        def tiles_of(size):
-            return arith.divui(arith.addi(size, const(tile_m - 1)), const(tile_m))
-
-        def less(a, b):
-            return arith.cmpi(arith.CmpIPredicate.slt, a, b)
-
-        thread = arith.remui(utils.thread_idx(), const(128))
-        lane, warp = arith.remui(thread, const(32)), arith.divui(thread, const(32))
-        first = arith.muli(thread, const(per_thread))
-        own = []
-        for i in range(per_thread):
-            at = arith.addi(first, const(i))
-            size = load(sizes, arith.minui(at, const(groups - 1)))
-            size = arith.minsi(arith.maxsi(size, const(0)), const(rows))
-            size = arith.select(less(at, const(groups)), size, const(0))
-            own.append((size, tiles_of(size)))
-        sums = [functools.reduce(arith.addi, column) for column in zip(*own, strict=True)]
-        inclusive = list(sums)
-        for distance in (1, 2, 4, 8, 16):
-            for j in range(2):
-                below = nvvm.shfl_sync(const(-1), inclusive[j], const(distance), const(0), nvvm.ShflKind.up)
-                inclusive[j] = arith.addi(inclusive[j], arith.select(less(lane, const(distance)), const(0), below))
-        with utils.when(arith.cmpi(arith.CmpIPredicate.eq, lane, const(31))):
-            for j in range(2):
-                store(inclusive[j], arith.addi(arith.muli(warp, const(2)), const(scratch_at + j)))
-        utils.warpgroup_barrier()
-        before = [arith.subi(a, b) for a, b in zip(inclusive, sums, strict=True)]
-        totals = [const(0), const(0)]
-        for other in range(4):
-            for j in range(2):
-                part = load(table, const(scratch_at + 2 * other + j))
-                totals[j] = arith.addi(totals[j], part)
-                before[j] = arith.addi(before[j], arith.select(less(const(other), warp), part, const(0)))
-        for i in range(per_thread):
-            at = arith.addi(first, const(i))
-            with utils.when(less(at, const(groups))):
-                store(arith.minsi(before[0], const(rows)), at)
-                store(before[1], arith.addi(at, const(tiles_at)))
-            before = [arith.addi(a, b) for a, b in zip(before, own[i], strict=True)]
-        with utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread, const(0))):
-            # Groups that do not fit any more end at the last row, so no unit of theirs multiplies or stores a row.
-            totals[0] = arith.minsi(totals[0], const(rows))
-            behind = arith.subi(const(rows), totals[0])
-            store(totals[0], const(groups))
-            store(totals[1], const(tiles_at + groups))
-            store(const(rows), const(groups + 1))
-            store(arith.addi(totals[1], tiles_of(behind)), const(tiles_at + groups + 1))
-
-    run(sizes, table)
 
 
 def _store_masked(out, values, row, column, count):

@@ -1,0 +1,301 @@
+"""Grouped matmul with matrices of fewer bits for Hopper GPUs (Pallas Mosaic GPU, sm_90a).
+
+The weights are the left operand of wgmma, in registers, and the rows of activations are the right one, in shared
+memory. So a tile of few rows wastes nothing, and what a thread reads of the weights becomes bfloat16 where it is used:
+`fragments` says how. No copy of the numbers is made anywhere.
+
+The kernel is persistent, over the same `units` as the one for bfloat16. A producer warpgroup streams tiles of weights
+and of activations through a ring of stages with TMA, `STEP` inputs at a time. Each consumer takes 64 columns of both
+halves of the column tile: neighbours, or a gate's and up's. The two products of a step start from zero; their float32
+sums are multiplied by the scales of their outputs and added to those before. So every row has the sums of the same
+numbers in the same order, whatever the tiling and wherever the row lies.
+
+With `gate_up_silu` a gate and its up are in the registers of two lanes of a warp, which exchange half of them.
+"""
+
+# The types of Pallas' decorators and transforms are not yet complete.
+# pyright: reportAbstractUsage=false, reportCallIssue=false, reportPrivateImportUsage=false, reportArgumentType=false
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu.hopper import SHARED_BYTES
+from pallas_kernels.gpu.wgmma import FRAGMENT, ROWS, finish_dots
+from pallas_kernels.grouped_matmul.mosaic_gpu.fragments import STEP
+from pallas_kernels.grouped_matmul.mosaic_gpu.steps import add_scaled, load_scales, release, start_products, store
+from pallas_kernels.grouped_matmul.mosaic_gpu.units import MAX_GROUPS, Units, num_blocks
+
+_SLAB = 64
+"""Activations of one 128-byte swizzled row."""
+_SLABS = STEP // _SLAB
+_COLUMNS = 64
+"""Columns that a consumer takes of each half of a column tile."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedConfig:
+    """How the kernel is tiled.
+
+    Attributes:
+      consumers: consumer warpgroups per block, 1 or 2. A column tile has two halves of 64 columns for each.
+      rows: rows of a row tile, 8, 16, 32 or 64.
+    """
+
+    consumers: int
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """How scales `[e, row blocks, column blocks]` lie.
+
+    Attributes:
+      inputs: inputs that share a scale, a multiple of `STEP`; None for all.
+      outputs: outputs that share a scale: 1, or a multiple of 64.
+    """
+
+    inputs: int | None
+    outputs: int
+
+
+def quantized_grouped_matmul(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None,
+    group_sizes: jax.Array,
+    *,
+    block: tuple[int, int],
+    config: QuantizedConfig | None = None,
+) -> jax.Array:
+    """See `quantized.quantized_grouped_matmul`. Scales are factors on float32 sums, and are not rounded.
+
+    Args:
+      lhs: bfloat16 `[rows, in]`, in a multiple of 128.
+      rhs: float8_e4m3fn or int8 `[e, in, out]`, or uint8 `[e, in / 2, out]`, out a multiple of 128. A float8 that is no
+        number counts as 480 with its sign.
+      scales: bfloat16, float16 or float32 `[e, row blocks, column blocks]`.
+      zeros: None.
+      group_sizes: int32 `[e]`.
+      block: inputs and outputs that share a scale. Inputs are all, or a multiple of 128; outputs are 1, all, or a
+        multiple of 64.
+      config: tiling, chosen from the shapes if None. It changes no bit of the result.
+
+    Returns:
+      bfloat16 `[rows, out]`; rows behind the last group are zero.
+
+    Raises:
+      NotImplementedError: dtypes, sizes or blocks that the kernel does not take.
+    """
+    return _call(lhs, rhs, scales, zeros, group_sizes, block, fused=False, config=config)
+
+
+def quantized_expert_mlp(
+    lhs: jax.Array,
+    gate_up: jax.Array,
+    gate_up_scales: jax.Array,
+    gate_up_zeros: jax.Array | None,
+    down: jax.Array,
+    down_scales: jax.Array,
+    down_zeros: jax.Array | None,
+    group_sizes: jax.Array,
+    *,
+    gate_up_block: tuple[int, int],
+    down_block: tuple[int, int],
+) -> jax.Array:
+    """See `quantized.quantized_expert_mlp`; arguments as for `quantized_grouped_matmul`. Two launches."""
+    inner = _call(lhs, gate_up, gate_up_scales, gate_up_zeros, group_sizes, gate_up_block, fused=True, config=None)
+    return _call(inner, down, down_scales, down_zeros, group_sizes, down_block, fused=False, config=None)
+
+
+def default_config(rows: int, groups: int, columns: int, fused: bool, blocks: int) -> QuantizedConfig:
+    """A tiling for these sizes: not measured yet. `columns` are the output's.
+
+    Raises:
+      NotImplementedError: no column tile divides the columns.
+    """
+    each = rows / groups
+    tile = next((tile for tile, most in ((8, 2), (16, 6), (32, 16)) if each <= most), 64)
+    narrow = _COLUMNS if fused else 2 * _COLUMNS
+    if columns % narrow:
+        raise NotImplementedError(f"the output's columns ({columns}) must be a multiple of {narrow}")
+    tiles = columns // (2 * narrow)
+    wide = columns % (2 * narrow) == 0 and min(rows, groups) * tiles >= 2 * blocks
+    return QuantizedConfig(2 if wide else 1, tile)
+
+
+def _call(lhs, rhs, scales, zeros, group_sizes, block, *, fused, config):
+    (rows, k), (groups, _, n) = lhs.shape, rhs.shape
+    if lhs.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"only bfloat16 activations, not {lhs.dtype}")
+    if zeros is not None:
+        raise NotImplementedError("no matrices with zero points")
+    if not 1 <= groups <= MAX_GROUPS:
+        raise NotImplementedError(f"at most {MAX_GROUPS} groups, not {groups}")
+    if rows == 0 or k == 0 or k % STEP:
+        raise NotImplementedError(f"needs a row, and a multiple of {STEP} contracted elements, not {lhs.shape}")
+    layout = _scales_layout(k, n, block)
+    columns = n // 2 if fused else n
+    blocks = num_blocks()
+    config = config or default_config(rows, groups, columns, fused, blocks)
+    tile = config.consumers * _COLUMNS * (1 if fused else 2)
+    if config.consumers not in (1, 2) or config.rows not in (8, 16, 32, 64) or columns % tile:
+        raise NotImplementedError(f"{config} does not fit {columns} columns")
+    run = _build(rows, k, groups, columns, fused, rhs.dtype, layout, config, blocks)
+    return run(group_sizes, lhs, rhs, scales)
+
+
+def _scales_layout(k: int, n: int, block: tuple[int, int]) -> Scales:
+    inputs, outputs = block
+    if inputs < k and inputs % STEP:
+        raise NotImplementedError(f"a scale for all inputs, or for a multiple of {STEP}, not for {inputs}")
+    if outputs < n and outputs != 1 and outputs % _COLUMNS:
+        raise NotImplementedError(f"a scale for 1 output, for all, or for a multiple of {_COLUMNS}, not for {outputs}")
+    return Scales(inputs if inputs < k else None, outputs if outputs < n else -(-n // _COLUMNS) * _COLUMNS)
+
+
+@functools.lru_cache
+def _build(rows, k, groups, columns, fused, dtype, layout, config, blocks):
+    """Returns the kernel `(group_sizes, lhs, rhs, scales) -> out` for these sizes."""
+    bf16, dtype = jnp.dtype(jnp.bfloat16), jnp.dtype(dtype)
+    consumers, tile_rows = config.consumers, config.rows
+    width = consumers * _COLUMNS
+    stored_rows = STEP // 2 if dtype == jnp.uint8 else STEP
+    k_steps = k // STEP
+    column_step, half_step = (width, columns) if fused else (2 * width, width)
+    # If a group has at most 8 rows, only 8 are fetched.
+    lhs_boxes = (8, tile_rows) if tile_rows > 8 else (8,)
+
+    units = Units(rows, groups, tile_rows, columns // column_step, blocks)
+    stage_bytes = 2 * stored_rows * width + tile_rows * STEP * bf16.itemsize
+    free_bytes = SHARED_BYTES - pl.cdiv(4 * units.table_size, 1024) * 1024 - 512
+    stages = min(free_bytes // stage_bytes, 2 * k_steps, 16)
+
+    weight_transforms = (plgpu.SwizzleTransform(width),)
+    lhs_transforms = (plgpu.TilingTransform((8, _SLAB)), plgpu.SwizzleTransform(128))
+    lhs_shape = (stages, _SLABS, tile_rows, _SLAB)
+    # The same memory as tiles, for wgmma, and as plain rows, where a copy can begin at any row.
+    lhs_views = plgpu.RefUnion(
+        plgpu.SMEM(lhs_shape, bf16, transforms=lhs_transforms),
+        plgpu.SMEM(lhs_shape, bf16, transforms=(plgpu.SwizzleTransform(128),)),
+    )
+
+    def body(sizes, lhs, rhs, scales, out, lhs_views, weights, table, full, free, ready):
+        lhs_smem, lhs_rows = lhs_views
+        block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == 0)
+        def _():
+            units.scan(sizes, table)
+            plgpu.barrier_arrive(ready)
+
+        plgpu.barrier_wait(ready)
+        my_units = units.count(table, block)
+
+        @pl.when(warpgroup == consumers)
+        def _produce():
+            if consumers > 1:
+                plgpu.set_max_registers(40, action="decrease")
+
+            @pl.loop(0, my_units)
+            def _unit(index):
+                group, row, left, column_tile = units.locate(table, block, index)
+
+                @pl.when(group < groups)
+                def _():
+                    @pl.loop(0, k_steps)
+                    def _load(step):
+                        slot = lax.rem(index * k_steps + step, jnp.int32(stages))
+                        plgpu.barrier_wait(free.at[slot])
+                        for half in range(2):
+                            column = column_tile * column_step + half * half_step
+                            plgpu.copy_gmem_to_smem(
+                                rhs.at[group, pl.ds(step * stored_rows, stored_rows), pl.ds(column, width)],
+                                weights.at[slot, half],
+                                full.at[slot],
+                            )
+                        for slab in range(_SLABS):
+                            for i, box in enumerate(lhs_boxes):
+                                fits = None
+                                if len(lhs_boxes) > 1:
+                                    fits = (left <= box) if i == 0 else (left > lhs_boxes[0])
+                                plgpu.copy_gmem_to_smem(
+                                    lhs.at[pl.ds(row, box), pl.ds(step * STEP + slab * _SLAB, _SLAB)],
+                                    lhs_rows.at[slot, slab, pl.ds(0, box)],
+                                    full.at[slot],
+                                    predicate=fits,
+                                )
+
+        @pl.when(warpgroup < consumers)
+        def _consume():
+            if consumers > 1:
+                plgpu.set_max_registers(232, action="increase")
+            for slot in range(stages):
+                plgpu.barrier_arrive(free.at[slot])
+            nothing = plgpu.layout_cast(jnp.zeros((ROWS, tile_rows), jnp.float32), FRAGMENT)
+
+            @pl.loop(0, my_units)
+            def _unit(index):
+                group, row, left, column_tile = units.locate(table, block, index)
+                column = column_tile * column_step
+
+                def factors(step):
+                    at = 0 if layout.inputs is None else lax.div(step * STEP, jnp.int32(layout.inputs))
+                    return load_scales(
+                        scales, warpgroup, group, at, column, half_step, layout.outputs, width, tile_rows
+                    )
+
+                def multiply(step, totals):
+                    slot = lax.rem(index * k_steps + step, jnp.int32(stages))
+                    own = (None, None) if layout.inputs is None else factors(step)
+                    plgpu.barrier_wait(full.at[slot])
+                    products = start_products(
+                        weights.at[slot], lhs_smem.at[slot], warpgroup, weight_transforms, lhs_transforms, tile_rows
+                    )
+                    first = add_scaled(totals[0], finish_dots(products[0], 1), own[0])
+                    second = finish_dots(products[1], 0)
+                    release()
+                    plgpu.barrier_arrive(free.at[slot])
+                    return first, add_scaled(totals[1], second, own[1])
+
+                @pl.when(group < groups)
+                def _():
+                    totals = lax.fori_loop(0, k_steps, multiply, (nothing, nothing))
+                    if layout.inputs is None:
+                        totals = tuple(
+                            add_scaled(nothing, each, own) for each, own in zip(totals, factors(0), strict=True)
+                        )
+                    store(out, totals, warpgroup, row, left, column, half_step, width, fused)
+
+                @pl.when(group == groups)
+                def _():
+                    store(out, (nothing, nothing), warpgroup, row, left, column, half_step, width, fused)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((rows, columns), bf16),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=consumers + 1,
+        thread_name="warpgroup",
+        scratch_types=[
+            lhs_views,
+            plgpu.SMEM((stages, 2, stored_rows, width), dtype, transforms=weight_transforms),
+            plgpu.SMEM((units.table_size,), jnp.int32),
+            plgpu.Barrier(num_arrivals=2 + _SLABS * len(lhs_boxes), num_barriers=stages),
+            plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+            plgpu.Barrier(),
+        ],
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+    )

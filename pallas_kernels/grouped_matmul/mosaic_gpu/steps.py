@@ -1,0 +1,183 @@
+"""What a consumer warpgroup of the kernel `quantized` does: products, scales and stores, per thread."""
+
+# The types of Pallas' decorators and transforms are not yet complete.
+# pyright: reportAbstractUsage=false, reportCallIssue=false, reportPrivateImportUsage=false, reportArgumentType=false
+
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import mma_utils, utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import math as mlir_math
+
+from pallas_kernels.gpu.mlir import byte_offset, const, global_pointer
+from pallas_kernels.gpu.simt import Value
+from pallas_kernels.gpu.tensor_machine import TensorMachine
+from pallas_kernels.gpu.wgmma import FRAGMENT, ROWS, asm, fragment, group, scalars
+from pallas_kernels.grouped_matmul.mosaic_gpu.fragments import PARTS, WeightReader, spread_columns
+
+_SPLAT = plgpu.Layout.WG_SPLAT
+
+
+class _Thread(TensorMachine):
+    """A machine for threads that know their number alone."""
+
+    def __init__(self, memory):
+        self.i32, self.i64, self.f32 = (
+            ir.IntegerType.get_signless(32),
+            ir.IntegerType.get_signless(64),
+            ir.F32Type.get(),
+        )
+        self.shared, self.thread = utils.memref_ptr(memory), Value(self, utils.thread_idx())
+
+
+def start_products(weights, lhs, warpgroup, weight_transforms, lhs_transforms, rows):
+    """Starts both products of a step, one group of wgmma each; `finish_dots` makes the float32 results usable.
+
+    Args:
+      weights: `[2, inputs as stored, width]`, a tile as `fragments` says.
+      lhs: bfloat16 `[slabs, rows, 64]`.
+      warpgroup: number of the 64 columns of each half.
+
+    Returns:
+      Twice `[64, rows]`, in the layout `FRAGMENT`.
+    """
+    kind, width = str(weights.dtype), weights.shape[-1]
+    result = plgpu.ShapeDtypeStruct((ROWS, rows), jnp.float32, FRAGMENT)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(weight_transforms), plgpu.RefType(lhs_transforms), _SPLAT),
+        return_type=(result, result),
+    )
+    def start(_, weights, lhs, warpgroup):
+        machine = _Thread(weights)
+        reader = WeightReader(machine, kind, width, Value(machine, warpgroup.registers.item()))
+        slabs = [_descriptors(utils.memref_slice(lhs, i), rows) for i in range(ir.MemRefType(lhs.type).shape[0])]
+        descriptors = [each for slab in slabs for each in slab]
+        words = [reader.load(part) for part in range(PARTS)]
+        return tuple(
+            _products([reader.registers(each, product) for each in words], descriptors, rows) for product in range(2)
+        )
+
+    return start(weights, lhs, jnp.asarray(warpgroup, jnp.int32))
+
+
+def _descriptors(slab, rows):
+    """wgmma's descriptors of a slab `[rows, 64]` of the right operand, for each 16 of the 64."""
+    (base, (_, stride)), _, _ = mma_utils.create_descriptor(
+        utils.memref_transpose(slab, (1, 0, 3, 2)),
+        swizzle=128,
+        large_tile=(64, 64),
+        group_size=(64, rows),
+        logical_k_major=True,
+    )
+    return [arith.addi(base, const(i * stride[0] >> 4, 64)) if i else base for i in range(4)]
+
+
+def _products(registers, descriptors, rows):
+    """The sum of products of left operands in registers, four words each, and right operands in shared memory."""
+    count = rows // 2
+    result = "{" + ", ".join(f"${i}" for i in range(count)) + "}"
+    operands, kinds, lines = [], [], []
+    for words, descriptor in zip(registers, descriptors, strict=True):
+        at = count + len(operands)
+        operands += [word.raw for word in words] + [descriptor]
+        kinds += ["r"] * 4 + ["l"]
+        names = ", ".join(f"${at + i}" for i in range(4))
+        lines.append(
+            f"wgmma.mma_async.sync.aligned.m64n{rows}k16.f32.bf16.bf16 {result}, {{{names}}}, ${at + 4}, "
+            f"{'p' if lines else 'q'}, 1, 1, 0;"
+        )
+    return fragment(asm(count, operands, group(lines), ",".join(["=f"] * count + kinds)), rows)
+
+
+def add_scaled(totals, sums, factors):
+    """`totals + sums * factors`; of factors None, `totals + sums`."""
+    shape = plgpu.ShapeDtypeStruct(totals.shape, jnp.float32, FRAGMENT)
+
+    @plgpu.inline_mgpu(arg_types=(FRAGMENT,) * (2 if factors is None else 3), return_type=shape)
+    def add(_, totals, sums, *factors):
+        columns = totals.shape[1]
+        totals, sums = scalars(totals), scalars(sums)
+        if factors:
+            new = [mlir_math.fma(s, f, t) for t, s, f in zip(totals, sums, scalars(factors[0]), strict=True)]
+        else:
+            new = [arith.addf(t, s) for t, s in zip(totals, sums, strict=True)]
+        return fragment(new, columns)
+
+    return add(totals, sums, *(() if factors is None else (factors,)))
+
+
+def release():
+    """Waits until all threads of the warpgroup have read a stage."""
+
+    @plgpu.inline_mgpu()
+    def sync(_):
+        utils.warpgroup_barrier()
+
+    sync()
+
+
+def load_scales(scales, warpgroup, group, block, column, half_step, outputs, width, rows):
+    """The factors of the sums of both products, twice a `[64, rows]` whose rows are equal numbers.
+
+    Args:
+      scales: `[e, row blocks, column blocks]` in global memory, bfloat16, float16 or float32.
+      block: which row of blocks.
+      column: the first column of the first half of the tile, and `half_step` that of the second half behind it.
+      outputs: columns that share a scale: 1, or a multiple of 64.
+    """
+    result = plgpu.ShapeDtypeStruct((ROWS, rows), jnp.float32, FRAGMENT)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) + (_SPLAT,) * 4, return_type=(result, result))
+    def load(_, scales, *numbers):
+        machine = _Thread(scales)
+        warpgroup, group, block, column = (Value(machine, x.registers.item()) for x in numbers)
+        reader = WeightReader(machine, "int8", width, warpgroup)
+        _, row_blocks, column_blocks = ir.MemRefType(scales.type).shape
+        kind, f32 = ir.MemRefType(scales.type).element_type, ir.F32Type.get()
+        at = (group * row_blocks + block) * column_blocks + reader.output(column, half_step) // outputs
+        pointer = utils.getelementptr(global_pointer(scales), [at.raw], kind)
+        if outputs == 1:
+            size = utils.bytewidth(kind)
+            four = llvm.load(ir.VectorType.get((4,), kind), pointer, alignment=4 * size, invariant=True)
+            found = [llvm.extractelement(four, const(i)) for i in range(4)]
+        else:
+            found = [llvm.load(kind, pointer, invariant=True)] * 4
+        found = [each if kind == f32 else arith.extf(f32, each) for each in found]
+        return tuple(fragment(spread_columns(found, rows, product), rows) for product in range(2))
+
+    return load(scales, *(jnp.asarray(x, jnp.int32) for x in (warpgroup, group, block, column)))
+
+
+def store(out, totals, warpgroup, row, count, column, half_step, width, fused):
+    """Writes the totals of both products to `out`, bfloat16 `[all rows, columns]`, from `row` on `count` rows at most.
+
+    With `fused` the first half is a gate g and the second half is up u of the same columns; `silu(g) * u` is written.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), FRAGMENT, FRAGMENT) + (_SPLAT,) * 4)
+    def run(_, out, first, second, *numbers):
+        machine = _Thread(out)
+        warpgroup, row, count, column = (Value(machine, x.registers.item()) for x in numbers)
+        reader = WeightReader(machine, "int8", width, warpgroup)
+        products = [[Value(machine, arith.bitcast(machine.i32, x)) for x in scalars(each)] for each in (first, second)]
+        own_row, results = reader.results(products, fused=fused)
+        own_column = reader.output(column, 0 if fused else half_step)
+        pitch = ir.MemRefType(out.type).shape[1]
+        element = arith.addi(
+            arith.muli(arith.extui(machine.i64, (row + own_row).raw), const(pitch, 64)),
+            arith.extui(machine.i64, own_column.raw),
+        )
+        base = byte_offset(global_pointer(out), arith.muli(element, const(2, 64)))
+        room = (count - own_row).raw
+        for offset, words in results:
+            utils.inline_ptx(
+                "st.global.v2.b32 [$0], {$1, $2};",
+                byte_offset(base, const(2 * offset * pitch, 64)),
+                *(word.raw for word in words),
+                predicate=arith.cmpi(arith.CmpIPredicate.sgt, room, const(offset)),
+                has_side_effects=True,
+            )
+
+    run(out, *totals, *(jnp.asarray(x, jnp.int32) for x in (warpgroup, row, count, column)))
