@@ -3,8 +3,12 @@
 JAX's kernels over pages (`paged_attention`, `ragged_paged_attention`) expect another order of heads in a page, and
 return no log-sum-exp. Splash attention expects contiguous keys, and queries that are scaled before they are rounded. In
 our kernel a block of queries streams the pages through VMEM once for all key heads; all query heads of a key head are
-side by side. It copies the next chunk's pages while it multiplies the current chunk. The vision encoder's keys are
+side by side. It copies the next two chunks' pages while it multiplies the current chunk. The vision encoder's keys are
 contiguous, so it uses splash attention.
+
+In decode a key head has few rows, and a product takes the time that its keys take to get into the matrix unit. So one
+product takes all key heads. A query's row is zero where other heads' keys are, and its own head's values are picked
+from the result. Zeros add nothing to the time: without them a unit of 256 x 256 would be half empty.
 """
 
 import functools
@@ -28,8 +32,11 @@ _ROWS = 512
 _CHUNK = 1024
 """Positions copied at once."""
 _BUFFERS = 3
+"""Chunks in VMEM: one is multiplied, one is arriving, and the copies of one are waiting behind it."""
 _UNROLL = 2
+"""Tiles of rows in one turn of the loop over them, for the compiler to overlap."""
 _PACKED_ROWS = 128
+"""Most rows of all heads together for which one product takes all key heads."""
 _SPLASH_BLOCK = 512
 
 
@@ -102,8 +109,9 @@ def paged_flash_attention(
     blocked = blocked.reshape(batch, padded // block, block, kv_heads, group, dim).transpose(0, 1, 3, 2, 4, 5)
     blocked = blocked.reshape(batch, padded // block, kv_heads, block * group, dim)
     if block * heads <= _PACKED_ROWS:
-        diagonal = jnp.eye(kv_heads, dtype=q.dtype)[:, None, :, None]
-        blocked = (blocked[:, :, :, :, None] * diagonal).reshape(*blocked.shape[:2], 1, block * heads, kv_heads * dim)
+        own_head = jnp.eye(kv_heads, dtype=bool)[:, None, :, None]
+        blocked = jnp.where(own_head, blocked[..., None, :], 0)
+        blocked = blocked.reshape(batch, padded // block, 1, block * heads, kv_heads * dim)
     sizes = {"group": group, "block": block, "chunk": chunk, "context": context}
     out, lse = _attend(blocked, kv, table, query_start, **sizes, scale=scale)
     out = out.reshape(batch, -1, kv_heads, block, group, dim).transpose(0, 1, 3, 2, 4, 5)
@@ -131,7 +139,7 @@ def _attend(
     """Attention of q `[b, blocks, k / pack, pack * block * group, pack * d]` for `pack` key heads at once.
 
     Returns:
-      `[b, blocks, k / pack, pack * block * group, d]`, and log-sum-exps `[b, blocks, k / pack, 1, pack * block * group]`.
+      `[b, blocks, k / pack, pack * block * group, d]`; log-sum-exps `[b, blocks, k / pack, 1, pack * block * group]`.
     """
     batch, blocks, parts, rows, depth = q.shape
     page_size, kv_heads, dim = kv.shape[1], kv.shape[2] // 2, kv.shape[3]
@@ -183,9 +191,9 @@ def _attend(
                 new = jnp.maximum(old, jnp.max(functools.reduce(jnp.maximum, tiles), axis=1, keepdims=True))
                 weights = [jnp.exp2((tile - new) * exponent) for tile in tiles]
                 correction = jnp.exp2((old - new) * exponent)
-                sums = dot(jnp.concatenate(weights, axis=1).astype(value.dtype), value, (((1,), (0,)), ((), ())))
-                scaled = correction[:, :1] if depth % LANES else jnp.concatenate([correction] * (depth // LANES), axis=1)
-                acc[part, some] = acc[part, some] * scaled + sums
+                attended = dot(jnp.concatenate(weights, axis=1).astype(value.dtype), value, (((1,), (0,)), ((), ())))
+                wide = [correction] * (depth // LANES) if depth % LANES == 0 else [correction[:, :1]]
+                acc[part, some] = acc[part, some] * jnp.concatenate(wide, axis=1) + attended
                 # The total is kept per lane. The lanes are added at the end.
                 total[part, some] = total[part, some] * correction + functools.reduce(jnp.add, weights)
                 largest[part, some] = new
@@ -194,6 +202,7 @@ def _attend(
 
         @pl.when(turn < count)
         def _():
+            # The next chunk's copies have been started, so memory does not idle while this core waits.
             whole = pages.at[buffer]
             pltpu.make_async_copy(whole, whole, done.at[buffer]).wait()
             pl.when(turn + _BUFFERS - 1 < count)(lambda: start(turn + _BUFFERS - 1))
@@ -209,7 +218,7 @@ def _attend(
                 size = rows // pack
                 diagonal = [acc[part, n * size : (n + 1) * size, n * dim : (n + 1) * dim] for n in range(pack)]
                 attended = jnp.concatenate(diagonal, axis=0) / weight
-                out[0, 0, part] = jnp.where(found[:, :1] if dim % LANES else found[:, :dim], attended, 0.0).astype(out.dtype)
+                out[0, 0, part] = jnp.where(found if dim == LANES else found[:, :1], attended, 0.0).astype(out.dtype)
                 lse[0, 0, part] = jnp.transpose(jnp.where(found, largest[part] * scale + jnp.log(weight), -jnp.inf))[:1]
 
             jax.lax.fori_loop(0, parts, finish, None)
