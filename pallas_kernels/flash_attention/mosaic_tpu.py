@@ -3,8 +3,12 @@
 JAX's kernels over pages (`paged_attention`, `ragged_paged_attention`) expect another order of heads in a page, and
 return no log-sum-exp. Splash attention expects contiguous keys, and queries that are scaled before they are rounded. In
 our kernel a block of queries streams the pages through VMEM once for all key heads; all query heads of a key head are
-side by side. It copies the next chunk's pages while it multiplies the current chunk. The vision encoder's keys are
+side by side. It copies the next two chunks' pages while it multiplies the current chunk. The vision encoder's keys are
 contiguous, so it uses splash attention.
+
+In decode a key head has few rows, and a product takes the time that its keys take to get into the matrix unit. So one
+product takes all key heads. A query's row is zero where other heads' keys are, and its own head's values are picked
+from the result. Zeros add nothing to the time: without them a unit of 256 x 256 would be half empty.
 """
 
 import functools
@@ -27,6 +31,12 @@ _ROWS = 512
 """Rows that are multiplied at once. A row is one head of one query."""
 _CHUNK = 1024
 """Positions copied at once."""
+_BUFFERS = 3
+"""Chunks in VMEM: one is multiplied, one is arriving, and the copies of one are waiting behind it."""
+_UNROLL = 2
+"""Tiles of rows in one turn of the loop over them, for the compiler to overlap."""
+_PACKED_ROWS = 128
+"""Most rows of all heads together for which one product takes all key heads."""
 _SPLASH_BLOCK = 512
 
 
@@ -86,6 +96,9 @@ def paged_flash_attention(
     group = heads // kv_heads
     if _ROWS % group or _CHUNK % page_size:
         raise NotImplementedError(f"{heads} heads on {kv_heads}, pages of {page_size}")
+    if scale <= 0:
+        # The kernel looks for the largest product, and scales it later.
+        q, scale = q * jnp.sign(scale).astype(q.dtype), abs(scale) or 1.0
     unit = _ROWS // group if queries * group > _ROWS else 8 // math.gcd(8, group)
     block = min(_QUERIES, -(-queries // unit) * unit)
     padded = -(-queries // block) * block
@@ -95,7 +108,11 @@ def paged_flash_attention(
     blocked = jnp.pad(q, ((0, 0), (0, padded - queries), (0, 0), (0, 0)))
     blocked = blocked.reshape(batch, padded // block, block, kv_heads, group, dim).transpose(0, 1, 3, 2, 4, 5)
     blocked = blocked.reshape(batch, padded // block, kv_heads, block * group, dim)
-    sizes = {"group": group, "chunk": chunk, "context": context}
+    if block * heads <= _PACKED_ROWS:
+        own_head = jnp.eye(kv_heads, dtype=bool)[:, None, :, None]
+        blocked = jnp.where(own_head, blocked[..., None, :], 0)
+        blocked = blocked.reshape(batch, padded // block, 1, block * heads, kv_heads * dim)
+    sizes = {"group": group, "block": block, "chunk": chunk, "context": context}
     out, lse = _attend(blocked, kv, table, query_start, **sizes, scale=scale)
     out = out.reshape(batch, -1, kv_heads, block, group, dim).transpose(0, 1, 3, 2, 4, 5)
     lse = lse.reshape(batch, -1, kv_heads, block, group).transpose(0, 1, 3, 2, 4)
@@ -106,7 +123,7 @@ def _query_start(start: Any, sequence: jax.Array) -> jax.Array | int:
     return start[sequence]
 
 
-@functools.partial(jax.jit, static_argnames=("group", "chunk", "context", "scale"))
+@functools.partial(jax.jit, static_argnames=("group", "block", "chunk", "context", "scale"))
 def _attend(
     q: jax.Array,
     kv: jax.Array,
@@ -114,26 +131,34 @@ def _attend(
     query_start: jax.Array,
     *,
     group: int,
+    block: int,
     chunk: int,
     context: int,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of q `[b, blocks, k, block * group, d]`, and log-sum-exps `[b, blocks, k, 1, block * group]`."""
-    batch, blocks, kv_heads, rows, dim = q.shape
-    page_size, width = kv.shape[1], 2 * kv_heads * dim
+    """Attention of q `[b, blocks, k / pack, pack * block * group, pack * d]` for `pack` key heads at once.
+
+    Returns:
+      `[b, blocks, k / pack, pack * block * group, d]`; log-sum-exps `[b, blocks, k / pack, 1, pack * block * group]`.
+    """
+    batch, blocks, parts, rows, depth = q.shape
+    page_size, kv_heads, dim = kv.shape[1], kv.shape[2] // 2, kv.shape[3]
+    pack, width = kv_heads // parts, 2 * kv_heads * dim
     turns, chunk_pages = table.shape[1] * page_size // chunk, chunk // page_size
     tile = min(rows, _ROWS)
+    steps = parts * (rows // tile)
+    exponent = scale * math.log2(math.e)
     dot = functools.partial(jax.lax.dot_general, precision=precision(kv.dtype), preferred_element_type=jnp.float32)
 
     def kernel(query_start, table, q, kv, out, lse, pages, flat, acc, largest, total, done):
-        sequence, block, turn = (pl.program_id(axis) for axis in range(3))
-        first_query = _query_start(query_start, sequence) + block * (rows // group)
+        sequence, turn = pl.program_id(0), pl.program_id(2)
+        first_query = _query_start(query_start, sequence) + pl.program_id(1) * block
         # A query that sees nothing also gets one turn, with all keys masked.
-        count = jnp.clip((first_query + rows // group - 1) // chunk + 1, 1, turns)
-        buffer = jax.lax.rem(turn, 2)
+        count = jnp.clip((first_query + block - 1) // chunk + 1, 1, turns)
+        buffer = jax.lax.rem(turn, _BUFFERS)
 
         def start(turn: jax.Array | int) -> None:
-            buffer = jax.lax.rem(turn, 2)
+            buffer = jax.lax.rem(turn, _BUFFERS)
             for page in range(chunk_pages):
                 source = kv.at[table[0, turn * chunk_pages + page]]
                 target = pages.at[buffer, pl.ds(page * page_size, page_size)]
@@ -142,40 +167,45 @@ def _attend(
         @pl.when(turn == 0)
         def _():
             start(0)
+            for ahead in range(1, _BUFFERS - 1):
+                pl.when(ahead < count)(functools.partial(start, ahead))
             acc[...] = jnp.zeros_like(acc)
             total[...] = jnp.zeros_like(total)
             largest[...] = jnp.full_like(largest, MASKED)
 
         def multiply(masked: bool) -> None:
             def multiply_rows(step: jax.Array, _: None) -> None:
-                head, first = jax.lax.div(step, rows // tile), jax.lax.rem(step, rows // tile) * tile
+                part, first = jax.lax.div(step, rows // tile), jax.lax.rem(step, rows // tile) * tile
                 some = pl.ds(pl.multiple_of(first, tile), tile)
-                key = flat[:, pl.ds(pl.multiple_of(head * dim, dim), dim)]
-                value = flat[:, pl.ds(pl.multiple_of((kv_heads + head) * dim, dim), dim)]
-                logits = dot(q[0, 0, head, some], key, (((1,), (1,)), ((), ()))) * scale
+                key = flat[:, pl.ds(pl.multiple_of(part * depth, depth), depth)]
+                value = flat[:, pl.ds(pl.multiple_of((parts + part) * depth, depth), depth)]
+                logits = dot(q[0, 0, part, some], key, (((1,), (1,)), ((), ())))
                 if masked:
                     row = first + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+                    query = jax.lax.div(jax.lax.rem(row, block * group), group)
                     position = turn * chunk + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-                    last = jnp.minimum(first_query + jax.lax.div(row, group), context - 1)
+                    last = jnp.minimum(first_query + query, context - 1)
                     logits = jnp.where(position <= last, logits, MASKED)
                 tiles = [logits[:, lanes : lanes + LANES] for lanes in range(0, chunk, LANES)]
-                old = largest[head, some]
+                old = largest[part, some]
                 new = jnp.maximum(old, jnp.max(functools.reduce(jnp.maximum, tiles), axis=1, keepdims=True))
-                weights = [jnp.exp(tile - new) for tile in tiles]
-                correction = jnp.exp(old - new)
-                part = dot(jnp.concatenate(weights, axis=1).astype(value.dtype), value, (((1,), (0,)), ((), ())))
-                acc[head, some] = acc[head, some] * (correction if dim == LANES else correction[:, :1]) + part
+                weights = [jnp.exp2((tile - new) * exponent) for tile in tiles]
+                correction = jnp.exp2((old - new) * exponent)
+                attended = dot(jnp.concatenate(weights, axis=1).astype(value.dtype), value, (((1,), (0,)), ((), ())))
+                wide = [correction] * (depth // LANES) if depth % LANES == 0 else [correction[:, :1]]
+                acc[part, some] = acc[part, some] * jnp.concatenate(wide, axis=1) + attended
                 # The total is kept per lane. The lanes are added at the end.
-                total[head, some] = total[head, some] * correction + functools.reduce(jnp.add, weights)
-                largest[head, some] = new
+                total[part, some] = total[part, some] * correction + functools.reduce(jnp.add, weights)
+                largest[part, some] = new
 
-            jax.lax.fori_loop(0, kv_heads * (rows // tile), multiply_rows, None)
+            jax.lax.fori_loop(0, steps, multiply_rows, None, unroll=math.gcd(steps, _UNROLL))
 
         @pl.when(turn < count)
         def _():
-            pl.when(turn + 1 < count)(lambda: start(turn + 1))
+            # The next chunk's copies have been started, so memory does not idle while this core waits.
             whole = pages.at[buffer]
             pltpu.make_async_copy(whole, whole, done.at[buffer]).wait()
+            pl.when(turn + _BUFFERS - 1 < count)(lambda: start(turn + _BUFFERS - 1))
             flat[...] = pages[buffer].reshape(chunk, width)
             all_visible = (turn + 1) * chunk <= jnp.minimum(first_query + 1, context)
             pl.when(all_visible)(lambda: multiply(False))
@@ -183,18 +213,20 @@ def _attend(
 
         @pl.when(turn + 1 == count)
         def _():
-            def finish(head: jax.Array, _: None) -> None:
-                weight, found = jnp.sum(total[head], axis=1, keepdims=True), largest[head] > MASKED / 2
-                attended = acc[head] / weight
-                out[0, 0, head] = jnp.where(found if dim == LANES else found[:, :1], attended, 0.0).astype(out.dtype)
-                lse[0, 0, head] = jnp.transpose(jnp.where(found, largest[head] + jnp.log(weight), -jnp.inf))[:1]
+            def finish(part: jax.Array, _: None) -> None:
+                weight, found = jnp.sum(total[part], axis=1, keepdims=True), largest[part] > MASKED / 2
+                size = rows // pack
+                diagonal = [acc[part, n * size : (n + 1) * size, n * dim : (n + 1) * dim] for n in range(pack)]
+                attended = jnp.concatenate(diagonal, axis=0) / weight
+                out[0, 0, part] = jnp.where(found if dim == LANES else found[:, :1], attended, 0.0).astype(out.dtype)
+                lse[0, 0, part] = jnp.transpose(jnp.where(found, largest[part] * scale + jnp.log(weight), -jnp.inf))[:1]
 
-            jax.lax.fori_loop(0, kv_heads, finish, None)
+            jax.lax.fori_loop(0, parts, finish, None)
 
     def of_block(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, 1, *shape), lambda b, i, *_: (b, i) + (0,) * len(shape))
 
-    pairs = batch * blocks * rows * kv_heads * turns * chunk
+    pairs = batch * blocks * rows * parts * turns * chunk
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -203,22 +235,22 @@ def _attend(
             in_specs=[
                 # One sequence's pages: those of 64 sequences of 256K tokens do not fit the scalar memory.
                 pl.BlockSpec((None, 1, table.shape[1]), lambda b, *_: (b, 0, 0), memory_space=pltpu.SMEM),
-                of_block(kv_heads, rows, dim),
+                of_block(parts, rows, depth),
                 pl.BlockSpec(memory_space=pltpu.HBM),
             ],
-            out_specs=[of_block(kv_heads, rows, dim), of_block(kv_heads, 1, rows)],
+            out_specs=[of_block(parts, rows, dim), of_block(parts, 1, rows)],
             scratch_shapes=[
-                pltpu.VMEM((2, chunk, 2 * kv_heads, dim), kv.dtype),
+                pltpu.VMEM((_BUFFERS, chunk, 2 * kv_heads, dim), kv.dtype),
                 pltpu.VMEM((chunk, width), kv.dtype),
-                pltpu.VMEM((kv_heads, rows, dim), jnp.float32),
-                pltpu.VMEM((kv_heads, rows, LANES), jnp.float32),
-                pltpu.VMEM((kv_heads, rows, LANES), jnp.float32),
-                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.VMEM((parts, rows, depth), jnp.float32),
+                pltpu.VMEM((parts, rows, LANES), jnp.float32),
+                pltpu.VMEM((parts, rows, LANES), jnp.float32),
+                pltpu.SemaphoreType.DMA((_BUFFERS,)),
             ],
         ),
         out_shape=[
-            result_like(q, q.shape, q.dtype),
-            result_like(q, (batch, blocks, kv_heads, 1, rows), jnp.float32),
+            result_like(q, (batch, blocks, parts, rows, dim), q.dtype),
+            result_like(q, (batch, blocks, parts, 1, rows), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
@@ -226,7 +258,7 @@ def _attend(
             disable_bounds_checks=True,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=4 * pairs * dim,
+            flops=4 * pairs * depth,
             bytes_accessed=batch * blocks * turns * chunk * width * kv.dtype.itemsize,
             transcendentals=pairs,
         ),

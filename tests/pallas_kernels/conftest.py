@@ -26,6 +26,7 @@ INTERPRETED = {
             "test_lengths[float32-mosaic_tpu-60-700]",
             "test_sequences_of_different_lengths[bfloat16-mosaic_tpu]",
             "test_a_query_that_sees_nothing[float32-mosaic_tpu]",
+            "test_scales_that_are_not_positive[bfloat16-mosaic_tpu--1]",
         },
         "TestFlashAttention": {"test_bidirectional_with_lengths[bfloat16-mosaic_tpu-512]"},
     },

@@ -27,16 +27,21 @@ class TestPagedFlashAttention:
         """As on a device whose part of the cache its sequence has not reached."""
         self.check(random_inputs(rng, form, batch=4, queries=1, length=700), [100, -1, 650, -1], form, implementation)
 
+    @pytest.mark.parametrize("factor", [-1, 0])
+    def test_scales_that_are_not_positive(self, rng, factor, form, implementation):
+        inputs = random_inputs(rng, form, queries=3, length=90)
+        self.check(inputs, [87], form, implementation, factor=factor)
+
     @staticmethod
-    def check(inputs, start, form, implementation):
+    def check(inputs, start, form, implementation, factor=1):
         (q, k, v), (dtype, _, atol) = inputs, form
         start = np.asarray(start, np.int32)
         kv, table = to_pages(np.random.default_rng(1), np.concatenate([k, v], axis=2), 64)
         # Unseen rows of real caches hold anything finite.
         arrays = jnp.asarray(q, dtype), jnp.asarray(np.nan_to_num(kv), dtype), table, start
-        got = run_paged(*arrays, scale=SCALE, implementation=implementation)
+        got = run_paged(*arrays, scale=factor * SCALE, implementation=implementation)
         visible = np.arange(k.shape[1]) <= (start[:, None] + np.arange(q.shape[1]))[..., None]
-        assert_close(got, attention(q, k, v, visible), atol)
+        assert_close(got, attention(factor * q, k, v, visible), atol)
 
 
 class TestFlashAttention:

@@ -63,7 +63,7 @@ def _row(number: int, case: CompileCase, generation: str, compiler: Compiler, *,
     row |= dataclasses.asdict(figures) | {"useful_flops": case.flops, "useful_bytes": case.nbytes}
     row["cycles"] = row["seconds"] = None
     if simulate and case.simulation and (cycles := compiler.kernel_cycles(number, generation)):
-        row["cycles"] = cycles * -(-case.simulation.units // figures.cores)
+        row["cycles"] = cycles * case.simulation.repeats * -(-case.simulation.units // figures.cores)
         row["seconds"] = row["cycles"] / CLOCK_HZ[generation]
     return row | {"problem": _excess(case, figures)}
 

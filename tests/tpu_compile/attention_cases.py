@@ -127,7 +127,8 @@ def _dense(batch: int, queries: int, context: int, *, quick: bool = False) -> Co
         arguments(batch, queries, context),
         flops=batch * queries * context * PAIR_FLOPS,
         nbytes=batch * context * ROW_BYTES,
-        simulation=Simulation(simulated, arguments(1, unit, keys), batch * queries // unit * (context // keys)),
+        # A block of queries, or a sequence's only query, is on one core.
+        simulation=Simulation(simulated, arguments(1, unit, keys), batch * queries // unit, repeats=context // keys),
         quick=quick,
     )
 

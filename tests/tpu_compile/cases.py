@@ -25,11 +25,13 @@ class Simulation:
     Attributes:
       function, arguments: the unit.
       units: number of units in the case; the cores of a device share them.
+      repeats: how often a core repeats the simulated work for each unit: one core does all of a unit.
     """
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     units: int = 1
+    repeats: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
