@@ -90,6 +90,11 @@ def _decode(batch: int, context: int, *, quick: bool = False) -> CompileCase:
         )
 
     function = functools.partial(listed.sparse_attention, scale=MODEL.scale)
+
+    def simulated(*arguments):
+        with mock.patch.object(listed, "_turns", lambda *_: MODEL.top_k // listed.TURN):
+            return function(*arguments)
+
     return CompileCase(
         "sparse_attention",
         f"{batch} x 1 query, {context // 1024}K",
@@ -97,7 +102,7 @@ def _decode(batch: int, context: int, *, quick: bool = False) -> CompileCase:
         arguments(batch, context),
         flops=batch * MODEL.top_k * PAIR_FLOPS,
         nbytes=batch * MODEL.top_k * ROW_BYTES,
-        simulation=Simulation(function, arguments(1, context), batch),
+        simulation=Simulation(simulated, arguments(1, context), batch),
         quick=quick,
     )
 
