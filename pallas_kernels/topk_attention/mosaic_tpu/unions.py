@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.select_topk.mosaic_tpu import CHUNK, PART, over_rows, search_threshold
+from pallas_kernels.select_topk.mosaic_tpu import CHUNK, PART, SAMPLE, over_rows, search_threshold
 from pallas_kernels.tpu import LANES, result_like, vmem_limit
 
 WORDS = 8
@@ -85,12 +85,17 @@ def select_unions(scores: jax.Array, lengths: jax.Array, page_table: jax.Array, 
     if LANES % page_size and page_size % LANES:
         raise NotImplementedError(f"takes pages of a divisor or a multiple of {LANES} positions, not of {page_size}")
     limit, block = vmem_limit(), block_of(queries)
-    rows = 8 if size > 2**15 else 32
+
+    def bytes_of(rows: int) -> int:
+        """Two blocks of scores and of words, one of integers and of their sample, and two lists of rows."""
+        per_position = 4 * (3 * rows + rows // SAMPLE + 2 * WORDS + 2)
+        return per_position * pl.cdiv(size, CHUNK // rows) * (CHUNK // rows)
+
+    # A pass over few scores takes its latency. More than 32 rows bring nothing.
+    rows = 32 if size <= 2**15 else next((rows for rows in (16, 8) if bytes_of(rows) <= limit), 8)
+    if bytes_of(rows) > limit:
+        raise NotImplementedError(f"VMEM holds rows of up to {limit * size // bytes_of(rows):,} positions, not {size:,}")
     padded = pl.cdiv(size, CHUNK // rows) * (CHUNK // rows)
-    # Two blocks of scores and of words, one of integers, and two lists of rows.
-    per_position = 4 * (3 * rows + 2 * WORDS + 2)
-    if per_position * padded > limit:
-        raise NotImplementedError(f"VMEM holds rows of up to {limit // per_position:,} positions, not of {size:,}")
     blocks, steps = pl.cdiv(queries, block), block // rows
     lengths = jnp.pad(jnp.clip(lengths, 0, size), ((0, 0), (0, blocks * block - queries))).astype(jnp.int32)
     longest = jnp.max(lengths.reshape(batch * blocks, block), axis=1)
@@ -119,7 +124,7 @@ def select_unions(scores: jax.Array, lengths: jax.Array, page_table: jax.Array, 
                 pl.BlockSpec((None, tiles, LANES), lambda g, i, _: (g, 0, 0)),
                 pl.BlockSpec((None, 8, LANES), lambda g, i, _: (g, 0, 0)),
             ],
-            scratch_shapes=[pltpu.VMEM((rows, padded), jnp.int32)],
+            scratch_shapes=[pltpu.VMEM((rows, padded), jnp.int32), pltpu.VMEM((rows, padded // SAMPLE), jnp.int32)],
         ),
         out_shape=[
             result_like(scores, (batch * blocks, tiles, WORDS, LANES), jnp.int32),
@@ -140,27 +145,39 @@ def _seen(longest: jax.Array, block: jax.Array) -> jax.Array | int:
     return longest[block]
 
 
-def _kernel(longest, table, lengths, scores, words, rows, counts, keys, *, k, page_size):
+def _kernel(longest, table, lengths, scores, words, rows, counts, keys, sample, *, k, page_size):
     block, step = pl.program_id(0), pl.program_id(1)
-    threshold, last = search_threshold(lengths[...], scores, keys, k)
+    threshold, last, tied = search_threshold(lengths[...], scores, keys, sample, k)
 
     @pl.when(step == 0)
     def _():
         words[...] = jnp.zeros_like(words)
 
-    part = PART // keys.shape[0]
-    lane = lax.broadcasted_iota(jnp.int32, (keys.shape[0], part), 1)
+    lane = lax.broadcasted_iota(jnp.int32, threshold.shape, 1)
+    part, eights = PART // keys.shape[0], keys.shape[0] // WORDS
 
-    def set_bits(first, _):
-        key = keys[:, pl.ds(first, part)]
-        chosen = (key > threshold) | ((key == threshold) & (first + lane <= last))
-        for eight in range(keys.shape[0] // WORDS):
-            bit = jnp.left_shift(jnp.int32(1), step * (keys.shape[0] // WORDS) + eight)
-            bits = jnp.where(chosen[eight * WORDS : (eight + 1) * WORDS], bit, 0)
-            for tile in range(part // LANES):
-                words[lax.div(first, LANES) + tile] |= bits[:, tile * LANES : (tile + 1) * LANES]
+    def set_bits(chosen):
+        def visit(first, _):
+            found = []
+            for start in range(0, part, LANES):
+                one = chosen(keys[:, pl.ds(pl.multiple_of(first + start, LANES), LANES)], first + start)
+                bits = [jnp.left_shift(jnp.int32(1), step * eights + eight) for eight in range(eights)]
+                of_eight = [
+                    jnp.where(one[eight * WORDS : (eight + 1) * WORDS], bits[eight], 0) for eight in range(eights)
+                ]
+                found.append(functools.reduce(jnp.bitwise_or, of_eight))
+            here = pl.ds(lax.div(first, LANES), len(found))
+            words[here] |= jnp.stack(found)
 
-    over_rows(lengths[...], set_bits, None)
+        over_rows(lengths[...], visit, None)
+
+    @pl.when(tied == 0)
+    def _():
+        set_bits(lambda key, _: key >= threshold)
+
+    @pl.when(tied != 0)
+    def _():
+        set_bits(lambda key, first: (key > threshold) | ((key == threshold) & (first + lane <= last)))
 
     @pl.when(step + 1 == pl.num_programs(1))
     def _():
@@ -186,6 +203,9 @@ def _compact(used_in, turns, table, words, rows, *, page_size):
     assert TILES == WORDS
     shape = (WORDS, LANES)
     lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+    square = (LANES, LANES)
+    earlier = lax.broadcasted_iota(jnp.int32, square, 0) <= lax.broadcasted_iota(jnp.int32, square, 1)
+    earlier = jnp.where(earlier, 1.0, 0.0)
 
     def rows_of(tile, offset):
         """Rows of the pages that hold positions `128 * tile + offset`."""
@@ -201,10 +221,8 @@ def _compact(used_in, turns, table, words, rows, *, page_size):
         filled, last_words, last_rows = state
         moved = [words[number * TILES + tile] for tile in range(TILES)]
         used = used_in(number)
-        upto, distance = used, 1
-        while distance < LANES:
-            upto += jnp.where(lane >= distance, pltpu.roll(upto, distance, 1), 0)
-            distance *= 2
+        # Products of zeros and ones are exact in the bfloat16 that a systolic array multiplies.
+        upto = jnp.dot(used.astype(jnp.float32), earlier, precision=lax.Precision.DEFAULT).astype(jnp.int32)
         gap, distance = jnp.where(used > 0, lane - (upto - used), 0), 1
         while distance < LANES:
             from_right = pltpu.roll(gap, LANES - distance, 1)
