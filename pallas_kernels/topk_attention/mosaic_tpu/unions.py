@@ -91,10 +91,11 @@ def select_unions(scores: jax.Array, lengths: jax.Array, page_table: jax.Array, 
         per_position = 4 * (3 * rows + rows // SAMPLE + 2 * WORDS + 2)
         return per_position * pl.cdiv(size, CHUNK // rows) * (CHUNK // rows)
 
-    # A pass over few scores takes its latency. More than 32 rows bring nothing.
+    # Many rows at a time, because each pass over them ends with sums that take about 250 cycles.
     rows = 32 if size <= 2**15 else next((rows for rows in (16, 8) if bytes_of(rows) <= limit), 8)
     if bytes_of(rows) > limit:
-        raise NotImplementedError(f"VMEM holds rows of up to {limit * size // bytes_of(rows):,} positions, not {size:,}")
+        longest = limit * size // bytes_of(rows)
+        raise NotImplementedError(f"VMEM holds rows of up to {longest:,} positions, not of {size:,}")
     padded = pl.cdiv(size, CHUNK // rows) * (CHUNK // rows)
     blocks, steps = pl.cdiv(queries, block), block // rows
     lengths = jnp.pad(jnp.clip(lengths, 0, size), ((0, 0), (0, blocks * block - queries))).astype(jnp.int32)
