@@ -136,24 +136,30 @@ def _threshold_kernel(lengths_ref, scores_ref, threshold_ref, last_ref, keys_ref
     threshold_ref[...], last_ref[...] = threshold[:, :1], last[:, :1]
 
 
-def over_rows(lengths: jax.Array, visit: Callable, start: Any, *, first_turn: Any = 0, positions: int = 0) -> Any:
-    """In a kernel: applies `carry = visit(first, carry)` to all parts of rows, up to the longest row's end.
+def over_rows(lengths: jax.Array, visit: Callable, start: Any, *, first_turn: Any = 0, part: int = 0) -> Any:
+    """In a kernel: applies `carry = visit(base, offset, carry)` to all parts of rows, up to the longest row's end.
 
     Args:
       lengths: int32 `[rows, ...]`.
-      visit: takes the first position of a part.
+      visit: takes the first position of a chunk of `CHUNK // rows`, and the offset of a part in it, a Python integer:
+        so one address serves the chunk.
       start: the first carry.
-      first_turn: turns of `CHUNK // rows` positions that are left out.
-      positions: of a part; 0 means `PART // rows`.
+      first_turn: chunks that are left out.
+      part: positions of a part; 0 means `PART // rows`.
     """
-    chunk, part = CHUNK // lengths.shape[0], positions or PART // lengths.shape[0]
+    chunk, part = CHUNK // lengths.shape[0], part or PART // lengths.shape[0]
 
     def turn(i, carry):
         for offset in range(0, chunk, part):
-            carry = visit(pl.multiple_of(i * chunk + offset, part), carry)
+            carry = visit(pl.multiple_of(i * chunk, chunk), offset, carry)
         return carry
 
     return lax.fori_loop(first_turn, (_longest(lengths) + chunk - 1) // chunk, turn, start)
+
+
+def tile_of(ref: Any, base: Any, offset: int) -> Any:
+    """In a kernel: the 128 lanes at `base + offset`, of the chunk at `base` of rows."""
+    return ref.at[:, pl.ds(base, CHUNK // ref.shape[0])].at[:, pl.ds(offset, LANES)]
 
 
 def search_threshold(
@@ -185,39 +191,40 @@ def search_threshold(
     def count(condition):
         """The number of positions at which `condition(keys, first position)` holds."""
 
-        def visit(first, sums):
-            starts = [first + tile * LANES for tile in range(len(sums))]
-            chosen = [condition(keys_ref[:, pl.ds(start, LANES)], start) for start in starts]
+        def visit(base, offset, sums):
+            offsets = [offset + tile * LANES for tile in range(len(sums))]
+            chosen = [condition(tile_of(keys_ref, base, offset)[...], base + offset) for offset in offsets]
             return tuple(total + jnp.where(one, 1, 0) for total, one in zip(sums, chosen, strict=True))
 
         return sum_of_lanes(over_rows(lengths, visit, (jnp.zeros(shape, jnp.int32),) * (PART // rows // LANES)))
 
-    def convert(first, bounds, *, whole):
+    group, chunk = SAMPLE * LANES, CHUNK // rows
+
+    def convert(base, group_offset, bounds, *, whole):
         sample = None
         for tile in range(SAMPLE):
-            start = pl.multiple_of(first + tile * LANES, LANES)
-            keys = _sort_key(scores_ref[:, pl.ds(start, LANES)])
-            keys = keys if whole else jnp.where(start + lane < lengths, keys, _LOWEST)
-            keys_ref[:, pl.ds(start, LANES)] = keys
+            offset = group_offset + tile * LANES
+            keys = _sort_key(tile_of(scores_ref, base, offset)[...])
+            keys = keys if whole else jnp.where(base + offset + lane < lengths, keys, _LOWEST)
+            tile_of(keys_ref, base, offset)[...] = keys
             # Other lanes of each tile, so that neighbours are not all in or all out.
             sample = keys if sample is None else jnp.where(lane % SAMPLE == tile, keys, sample)
-        sample_ref[:, pl.ds(pl.multiple_of(lax.div(first, SAMPLE), LANES), LANES)] = sample
+        _sample_of(sample_ref, base, group_offset)[...] = sample
         lowest, highest = bounds
         return jnp.minimum(lowest, jnp.where(sample == _LOWEST, _HIGHEST, sample)), jnp.maximum(highest, sample)
 
     # Positions from a row's length on have a key below that of -inf, so they are never counted.
-    group, chunk = SAMPLE * LANES, CHUNK // rows
     full_turns = lax.div(_shortest(lengths), chunk)
     bounds = jnp.full(shape, _HIGHEST, jnp.int32), jnp.full(shape, _LOWEST, jnp.int32)
 
     def whole_chunk(i, bounds):
         for offset in range(0, chunk, group):
-            bounds = convert(pl.multiple_of(i * chunk + offset, group), bounds, whole=True)
+            bounds = convert(pl.multiple_of(i * chunk, chunk), offset, bounds, whole=True)
         return bounds
 
     bounds = lax.fori_loop(0, full_turns, whole_chunk, bounds)
     partly = functools.partial(convert, whole=False)
-    lowest, highest = over_rows(lengths, partly, bounds, first_turn=full_turns, positions=group)
+    lowest, highest = over_rows(lengths, partly, bounds, first_turn=full_turns, part=group)
     lowest = jnp.broadcast_to(jnp.min(lowest, axis=1, keepdims=True), shape)
     highest = jnp.broadcast_to(jnp.max(highest, axis=1, keepdims=True), shape)
     few = lengths <= k
@@ -268,6 +275,13 @@ def search_threshold(
     return low, jnp.where(tied, tie, lengths - 1), jnp.max(jnp.where(tied, 1, 0))
 
 
+def _sample_of(sample_ref, base, offset):
+    """The sample of `SAMPLE * 128` positions from `base + offset` on."""
+    chunk = CHUNK // sample_ref.shape[0] // SAMPLE
+    first = pl.multiple_of(lax.div(base, SAMPLE), chunk)
+    return sample_ref.at[:, pl.ds(first, chunk)].at[:, pl.ds(offset // SAMPLE, LANES)]
+
+
 def _bracket_of_sample(lengths, sample_ref, lowest, highest, few, k):
     """In a kernel: two keys between which the k-th highest of a row is, very likely, by its sample."""
     shape, expected = lengths.shape, k / SAMPLE
@@ -275,11 +289,11 @@ def _bracket_of_sample(lengths, sample_ref, lowest, highest, few, k):
     targets = expected + margin, max(expected - margin, 0.5)
 
     def counts(guesses):
-        def visit(first, sums):
-            keys = sample_ref[:, pl.ds(pl.multiple_of(lax.div(first, SAMPLE), LANES), LANES)]
+        def visit(base, offset, sums):
+            keys = _sample_of(sample_ref, base, offset)[...]
             return tuple(total + jnp.where(keys >= guess, 1, 0) for total, guess in zip(sums, guesses, strict=True))
 
-        sums = over_rows(lengths, visit, (jnp.zeros(shape, jnp.int32),) * 2, positions=SAMPLE * LANES)
+        sums = over_rows(lengths, visit, (jnp.zeros(shape, jnp.int32),) * 2, part=SAMPLE * LANES)
         return [jnp.broadcast_to(jnp.sum(total, axis=1, keepdims=True), shape).astype(jnp.float32) for total in sums]
 
     def narrow(state):
