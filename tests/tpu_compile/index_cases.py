@@ -16,10 +16,10 @@ UNIT_QUERIES, UNIT_KEYS = 256, 16_384
 """Queries and keys of the unit of prefill that is simulated."""
 UNIT_POSITIONS = 65_536
 """Positions of the unit of thresholds and lists that is simulated."""
-PASSES, SAMPLE_PASSES = 12, 8
+PASSES, SAMPLE_PASSES = 11, 7
 """Passes of a selection's search in the simulation, over all scores and over the sample.
 
-The real numbers depend on the scores. A model of the search in NumPy took 8 to 14 and 5 to 8 for scores of clustered
+The real numbers depend on the scores. A model of the search in NumPy took 8 to 16 and 5 to 8 for scores of clustered
 keys at 128K."""
 
 
