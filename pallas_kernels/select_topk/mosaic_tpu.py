@@ -2,10 +2,11 @@
 
 `select_threshold` reads some rows of scores from HBM once, and holds them in VMEM as integers in the same order. Then
 it searches each row's k-th highest score. A pass counts the scores that are at least a guess, for all rows side by
-side. A guess interpolates the logarithm of the count, which is nearly linear in the tail of a distribution. Every third
-guess halves the bracket, so no distribution takes more than about a hundred passes. A row is done when exactly k scores
-are at least its guess, or when the bracket is one value. In the second case a search over positions finds the last of
-the equal scores that is kept. The result is exact and does not depend on the order of additions.
+side. The first two guesses are a bracket that a sample of the row predicts. Later ones interpolate between the counts
+at both ends of the bracket, and aim a little beyond k, so that the bracket shrinks from both ends. From the ninth pass
+on, every third guess halves the bracket, so no distribution takes more than about a hundred passes. A row is done when
+exactly k scores are at least its guess, or when the bracket is one value. In the second case a search over positions
+finds the last of the equal scores that is kept. The result is exact and does not depend on the order of additions.
 
 `select_topk` writes lists from these two numbers. A row is cut into tiles of 128 positions. Prefix sums of the tiles'
 counts give the tile of each entry of the list, as a one-hot matrix. A product with that matrix fetches the tile's own
@@ -29,6 +30,9 @@ from pallas_kernels.tpu import LANES, result_like, vmem_limit
 
 CHUNK = 8 * 4096  # Scores of one turn of a pass's loop, over all rows side by side.
 PART = 8 * 512  # Scores of one vector of counts: few enough for registers, enough to be independent.
+SAMPLE = 8  # One of so many scores is in a row's sample.
+_DEVIATIONS = 3.0  # From the sample's k-th highest to both ends of the bracket that it predicts.
+_LEAD = 0.4  # Standard deviations of a count by which a guess aims beyond k.
 _LOWEST = -(2**31)
 _HIGHEST = 2**31 - 1
 _INFINITY, _MINUS_INFINITY = 0x7F800000, -0x7F800001  # Keys.
@@ -71,8 +75,10 @@ def select_threshold(scores: jax.Array, lengths: jax.Array, k: int) -> tuple[jax
     limit = vmem_limit()
     block = 8 if size > 2**15 or rows <= 8 else 32
     padded = pl.cdiv(size, CHUNK // block) * (CHUNK // block)
-    if 3 * 4 * block * padded > limit:  # A block that is read, one that is searched, and its integers.
-        raise NotImplementedError(f"VMEM holds rows of up to {limit // (8 * 12):,} positions, not of {size:,}")
+    # A block that is read, one that is searched, its integers, and its sample.
+    per_position = 4 * (3 * block + block // SAMPLE)
+    if per_position * padded > limit:
+        raise NotImplementedError(f"VMEM holds rows of up to {limit // per_position:,} positions, not of {size:,}")
     padding = -rows % block
     column = pl.BlockSpec((block, 1), lambda i: (i, 0))
     threshold, last_tie = pl.pallas_call(
@@ -81,7 +87,7 @@ def select_threshold(scores: jax.Array, lengths: jax.Array, k: int) -> tuple[jax
         in_specs=[column, pl.BlockSpec((block, padded), lambda i: (i, 0))],
         out_specs=(column, column),
         out_shape=(result_like(scores, (rows + padding, 1), jnp.int32),) * 2,
-        scratch_shapes=[pltpu.VMEM((block, padded), jnp.int32)],
+        scratch_shapes=[pltpu.VMEM((block, padded), jnp.int32), pltpu.VMEM((block, padded // SAMPLE), jnp.int32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=limit),
         cost_estimate=pl.CostEstimate(flops=30 * rows * size, bytes_accessed=4 * rows * size, transcendentals=0),
         name="select_threshold",
@@ -100,36 +106,65 @@ def _score(key: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(key ^ ((key >> 31) & _HIGHEST), jnp.float32)
 
 
+def _middle(low: jax.Array, high: jax.Array) -> jax.Array:
+    return (low & high) + ((low ^ high) >> 1)
+
+
+def _between(low: jax.Array, high: jax.Array, fraction: jax.Array) -> jax.Array:
+    """A key strictly between two keys that are no neighbours, at a fraction of the way between their scores."""
+    score = _score(low) + jnp.clip(fraction, 0.0, 1.0) * (_score(high) - _score(low))
+    return _inside(low, high, jnp.where(jnp.abs(score) < jnp.inf, _sort_key(score), _middle(low, high)))
+
+
+def _inside(low: jax.Array, high: jax.Array, key: jax.Array) -> jax.Array:
+    return jnp.maximum(jnp.minimum(key, high - 1), low + 1)
+
+
 def _longest(lengths: jax.Array) -> jax.Array | int:
     return jnp.max(lengths)
 
 
-_search = lax.while_loop
+def _shortest(lengths: jax.Array) -> jax.Array | int:
+    return jnp.min(lengths)
 
 
-def _threshold_kernel(lengths_ref, scores_ref, threshold_ref, last_ref, keys_ref, *, k):
-    threshold_ref[...], last_ref[...] = search_threshold(lengths_ref[...], scores_ref, keys_ref, k)
+_sample_search = _search = _position_search = lax.while_loop
 
 
-def over_rows(lengths: jax.Array, visit: Callable, start: Any) -> Any:
-    """In a kernel: applies `carry = visit(first, carry)` to all parts of rows, up to the longest row's end.
+def _threshold_kernel(lengths_ref, scores_ref, threshold_ref, last_ref, keys_ref, sample_ref, *, k):
+    threshold, last, _ = search_threshold(lengths_ref[...], scores_ref, keys_ref, sample_ref, k)
+    threshold_ref[...], last_ref[...] = threshold[:, :1], last[:, :1]
+
+
+def over_rows(lengths: jax.Array, visit: Callable, start: Any, *, first_turn: Any = 0, part: int = 0) -> Any:
+    """In a kernel: applies `carry = visit(base, offset, carry)` to all parts of rows, up to the longest row's end.
 
     Args:
-      lengths: int32 `[rows, 1]`.
-      visit: takes the first position of a part, which has `PART // rows` positions.
+      lengths: int32 `[rows, ...]`.
+      visit: takes the first position of a chunk of `CHUNK // rows`, and the offset of a part in it, a Python integer:
+        so one address serves the chunk.
       start: the first carry.
+      first_turn: chunks that are left out.
+      part: positions of a part; 0 means `PART // rows`.
     """
-    chunk, part = CHUNK // lengths.shape[0], PART // lengths.shape[0]
+    chunk, part = CHUNK // lengths.shape[0], part or PART // lengths.shape[0]
 
     def turn(i, carry):
         for offset in range(0, chunk, part):
-            carry = visit(pl.multiple_of(i * chunk + offset, part), carry)
+            carry = visit(pl.multiple_of(i * chunk, chunk), offset, carry)
         return carry
 
-    return lax.fori_loop(0, (_longest(lengths) + chunk - 1) // chunk, turn, start)
+    return lax.fori_loop(first_turn, (_longest(lengths) + chunk - 1) // chunk, turn, start)
 
 
-def search_threshold(lengths: jax.Array, scores_ref: Any, keys_ref: Any, k: int) -> tuple[jax.Array, jax.Array]:
+def tile_of(ref: Any, base: Any, offset: int) -> Any:
+    """In a kernel: the 128 lanes at `base + offset`, of the chunk at `base` of rows."""
+    return ref.at[:, pl.ds(base, CHUNK // ref.shape[0])].at[:, pl.ds(offset, LANES)]
+
+
+def search_threshold(
+    lengths: jax.Array, scores_ref: Any, keys_ref: Any, sample_ref: Any, k: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """In a kernel: the thresholds of some rows, as keys, and their last ties, as `select_threshold` has them.
 
     Args:
@@ -137,81 +172,156 @@ def search_threshold(lengths: jax.Array, scores_ref: Any, keys_ref: Any, k: int)
       scores_ref: float32 `[rows, s]`, s a multiple of `CHUNK // rows`.
       keys_ref: int32 `[rows, s]`. It gets the scores as integers in their order, up to the end of the longest row's
         last chunk. Positions from a row's length on get one that is below every threshold.
+      sample_ref: int32 `[rows, s / SAMPLE]`, for a sample of them.
       k: number of scores to select.
 
     Returns:
-      int32 `[rows, 1]` twice.
+      int32 `[rows, 128]` twice, with equal lanes, and an int32 that is not 0 if a row does not keep all scores that
+      equal its threshold.
     """
-    part = PART // lengths.shape[0]
-    shape = (lengths.shape[0], part)
+    rows = lengths.shape[0]
+    shape = (rows, LANES)  # All that is kept of a row is in every lane, so no loop has to spread it.
+    lengths = jnp.broadcast_to(lengths, shape)
     lane = lax.broadcasted_iota(jnp.int32, shape, 1)
-    over_row = functools.partial(over_rows, lengths)
+
+    def sum_of_lanes(parts):
+        total = functools.reduce(jnp.add, parts)
+        return jnp.broadcast_to(jnp.sum(total, axis=1, keepdims=True), shape)
 
     def count(condition):
-        """int32 `[block, 1]`: the number of positions at which `condition(keys, first position)` holds."""
+        """The number of positions at which `condition(keys, first position)` holds."""
 
-        def visit(first, sums):
-            chosen = condition(keys_ref[:, pl.ds(first, part)], first)
-            return sums + jnp.where(chosen, 1, 0)
+        def visit(base, offset, sums):
+            offsets = [offset + tile * LANES for tile in range(len(sums))]
+            chosen = [condition(tile_of(keys_ref, base, offset)[...], base + offset) for offset in offsets]
+            return tuple(total + jnp.where(one, 1, 0) for total, one in zip(sums, chosen, strict=True))
 
-        return jnp.sum(over_row(visit, jnp.zeros(shape, jnp.int32)), axis=1, keepdims=True)
+        return sum_of_lanes(over_rows(lengths, visit, (jnp.zeros(shape, jnp.int32),) * (PART // rows // LANES)))
 
-    def convert(first, bounds):
-        keys = _sort_key(scores_ref[:, pl.ds(first, part)])
-        keys = jnp.where(first + lane < lengths, keys, _LOWEST)
-        keys_ref[:, pl.ds(first, part)] = keys
+    group, chunk = SAMPLE * LANES, CHUNK // rows
+
+    def convert(base, group_offset, bounds, *, whole):
+        sample = None
+        for tile in range(SAMPLE):
+            offset = group_offset + tile * LANES
+            keys = _sort_key(tile_of(scores_ref, base, offset)[...])
+            keys = keys if whole else jnp.where(base + offset + lane < lengths, keys, _LOWEST)
+            tile_of(keys_ref, base, offset)[...] = keys
+            # Other lanes of each tile, so that neighbours are not all in or all out.
+            sample = keys if sample is None else jnp.where(lane % SAMPLE == tile, keys, sample)
+        _sample_of(sample_ref, base, group_offset)[...] = sample
         lowest, highest = bounds
-        return jnp.minimum(lowest, jnp.where(keys == _LOWEST, _HIGHEST, keys)), jnp.maximum(highest, keys)
+        return jnp.minimum(lowest, jnp.where(sample == _LOWEST, _HIGHEST, sample)), jnp.maximum(highest, sample)
 
     # Positions from a row's length on have a key below that of -inf, so they are never counted.
-    lowest, highest = over_row(convert, (jnp.full(shape, _HIGHEST, jnp.int32), jnp.full(shape, _LOWEST, jnp.int32)))
-    low = jnp.min(lowest, axis=1, keepdims=True)  # At least k scores are at least `low`: all.
-    high = jnp.max(highest, axis=1, keepdims=True) + 1  # No score is at least `high`.
+    full_turns = lax.div(_shortest(lengths), chunk)
+    bounds = jnp.full(shape, _HIGHEST, jnp.int32), jnp.full(shape, _LOWEST, jnp.int32)
+
+    def whole_chunk(i, bounds):
+        for offset in range(0, chunk, group):
+            bounds = convert(pl.multiple_of(i * chunk, chunk), offset, bounds, whole=True)
+        return bounds
+
+    bounds = lax.fori_loop(0, full_turns, whole_chunk, bounds)
+    partly = functools.partial(convert, whole=False)
+    lowest, highest = over_rows(lengths, partly, bounds, first_turn=full_turns, part=group)
+    lowest = jnp.broadcast_to(jnp.min(lowest, axis=1, keepdims=True), shape)
+    highest = jnp.broadcast_to(jnp.max(highest, axis=1, keepdims=True), shape)
     few = lengths <= k
+    guesses = _bracket_of_sample(lengths, sample_ref, lowest, highest, few, k)
+    # Where a guess proves wrong, the next are this far from it, then four times as far.
+    reach = jnp.abs(_score(guesses[1]) - _score(guesses[0])) + jnp.abs(_score(guesses[1])) * 2**-10
 
     def unfinished(low, high, at_low):
         return jnp.logical_not(few | (at_low == k) | (high - low == 1))
 
     def narrow(state):
-        low, high, at_low, at_high, turn, _ = state
-        middle = (low & high) + ((low ^ high) >> 1)
-        half_width = (high >> 1) - (low >> 1)
-        logs = [jnp.log(jnp.maximum(n.astype(jnp.float32), 0.5)) for n in (at_low, at_high)]
-        fraction = (logs[0] - math.log(k)) / jnp.maximum(logs[0] - logs[1], 1e-3)
-        step = (2.0 * fraction * half_width.astype(jnp.float32)).astype(jnp.int32)
-        between = low + jnp.clip(step, 1, jnp.maximum(2 * half_width - 1, 1))
-        guess = jnp.where((turn % 3 < 2) & (half_width > 1) & (half_width < 2**29), between, middle)
+        low, high, at_low, at_high, side, reach, turn, _ = state
+        number = (at_low - at_high).astype(jnp.float32)
+        fraction = ((at_low - k).astype(jnp.float32) + 0.5) / number
+        deviation = jnp.maximum(jnp.sqrt(jnp.maximum(number * fraction * (1.0 - fraction), 0.0)), 0.5)
+        guess = _between(low, high, fraction + side * _LEAD * deviation / number)
+        above, below = high > _INFINITY, low == _MINUS_INFINITY
+        guess = jnp.where(above & ~below, _sort_key(_score(low) + reach), guess)
+        guess = jnp.where(below & ~above, _sort_key(_score(high) - reach), guess)
+        guess = jnp.where((turn >= 8) & (turn % 3 == 2), _middle(low, high), guess)
+        guess = jnp.where(turn == 0, guesses[0], jnp.where(turn == 1, guesses[1], guess))
+        guess = _inside(low, high, guess)
         found = count(lambda keys, _: keys >= guess)
-        active = unfinished(low, high, at_low)
-        enough = found >= k
+        active, enough = unfinished(low, high, at_low), found >= k
         low, at_low = (jnp.where(active & enough, new, old) for new, old in ((guess, low), (found, at_low)))
         high, at_high = (jnp.where(active & ~enough, new, old) for new, old in ((guess, high), (found, at_high)))
-        return low, high, at_low, at_high, turn + 1, jnp.max(jnp.where(unfinished(low, high, at_low), 1, 0))
+        more = jnp.max(jnp.where(unfinished(low, high, at_low), 1, 0))
+        return low, high, at_low, at_high, jnp.where(enough, 1.0, -1.0), 4.0 * reach, turn + 1, more
 
-    more = jnp.max(jnp.where(unfinished(low, high, lengths), 1, 0))
-    state = low, high, lengths, jnp.zeros_like(lengths), jnp.int32(0), more
-    low, _, at_low, above, _, _ = _search(lambda state: state[-1] > 0, narrow, state)
-
-    def smallest(first, least):
-        keys = keys_ref[:, pl.ds(first, part)]
-        return jnp.minimum(least, jnp.where(keys >= low, keys, _HIGHEST))
-
-    threshold = over_row(smallest, jnp.full(shape, _HIGHEST, jnp.int32))
-    threshold = jnp.min(threshold, axis=1, keepdims=True)
+    # All scores are at least -inf, and none is above infinity.
+    low, high = jnp.full(shape, _MINUS_INFINITY, jnp.int32), jnp.full(shape, _INFINITY + 1, jnp.int32)
+    more = jnp.max(jnp.where(few, 0, 1))
+    state = low, high, lengths, jnp.zeros_like(lengths), jnp.ones(shape, jnp.float32), reach, jnp.int32(0), more
+    low, _, at_low, above, *_ = _search(lambda state: state[-1] > 0, narrow, state)
     tied = jnp.logical_not(few) & (at_low > k)
 
     def narrow_positions(state):
         before, last, _ = state  # The last tie that is kept is in (before, last].
         middle = (before + last) >> 1
-        found = count(lambda keys, first: (keys == threshold) & (first + lane <= middle))
+        found = count(lambda keys, first: (keys == low) & (first + lane <= middle))
         enough = found >= k - above
         before, last = jnp.where(enough, before, middle), jnp.where(enough, middle, last)
         return before, last, jnp.max(jnp.where(tied, last - before, 0))
 
     before, last = jnp.full_like(lengths, -1), lengths - 1
     start = before, last, jnp.max(jnp.where(tied, last - before, 0))
-    _, tie, _ = _search(lambda state: state[-1] > 1, narrow_positions, start)
-    return jnp.where(few, _MINUS_INFINITY, threshold), jnp.where(tied, tie, lengths - 1)
+    _, tie, _ = _position_search(lambda state: state[-1] > 1, narrow_positions, start)
+    return low, jnp.where(tied, tie, lengths - 1), jnp.max(jnp.where(tied, 1, 0))
+
+
+def _sample_of(sample_ref, base, offset):
+    """The sample of `SAMPLE * 128` positions from `base + offset` on."""
+    chunk = CHUNK // sample_ref.shape[0] // SAMPLE
+    first = pl.multiple_of(lax.div(base, SAMPLE), chunk)
+    return sample_ref.at[:, pl.ds(first, chunk)].at[:, pl.ds(offset // SAMPLE, LANES)]
+
+
+def _bracket_of_sample(lengths, sample_ref, lowest, highest, few, k):
+    """In a kernel: two keys between which the k-th highest of a row is, very likely, by its sample."""
+    shape, expected = lengths.shape, k / SAMPLE
+    margin = _DEVIATIONS * math.sqrt(expected)
+    targets = expected + margin, max(expected - margin, 0.5)
+
+    def counts(guesses):
+        def visit(base, offset, sums):
+            keys = _sample_of(sample_ref, base, offset)[...]
+            return tuple(total + jnp.where(keys >= guess, 1, 0) for total, guess in zip(sums, guesses, strict=True))
+
+        sums = over_rows(lengths, visit, (jnp.zeros(shape, jnp.int32),) * 2, part=SAMPLE * LANES)
+        return [jnp.broadcast_to(jnp.sum(total, axis=1, keepdims=True), shape).astype(jnp.float32) for total in sums]
+
+    def narrow(state):
+        ends, turn, _ = state
+        guesses = []
+        for (low, high, at_low, at_high, guess, done), target in zip(ends, targets, strict=True):
+            logs = [jnp.log(jnp.maximum(number, 0.5)) for number in (at_low, at_high)]
+            fraction = (logs[0] - math.log(target)) / jnp.maximum(logs[0] - logs[1], 1e-3)
+            new = _between(low, high, jnp.where(turn % 3 == 2, 0.5, fraction))
+            guesses.append(jnp.where(done > 0, guess, new))
+        new_ends = []
+        for (low, high, at_low, at_high, _, done), guess, found, target in zip(
+            ends, guesses, counts(guesses), targets, strict=True
+        ):
+            more = (found > target) & (done == 0)
+            less = (found <= target) & (done == 0)
+            low, at_low = jnp.where(more, guess, low), jnp.where(more, found, at_low)
+            high, at_high = jnp.where(less, guess, high), jnp.where(less, found, at_high)
+            close = (jnp.abs(found - target) <= margin / 3) | (high - low <= 1)
+            new_ends.append((low, high, at_low, at_high, guess, jnp.where(close, 1, done)))
+        open_ends = jnp.max(jnp.where(few, 0, 1 - new_ends[0][-1] * new_ends[1][-1]))
+        return tuple(new_ends), turn + 1, jnp.where(turn < 9, open_ends, 0)
+
+    all_of_sample = lengths.astype(jnp.float32) / SAMPLE
+    end = lowest, highest + 1, all_of_sample, jnp.zeros(shape, jnp.float32), lowest, jnp.zeros(shape, jnp.int32)
+    state = (end, end), jnp.int32(0), jnp.max(jnp.where(few, 0, 1))
+    ends, *_ = _sample_search(lambda state: state[-1] > 0, narrow, state)
+    return ends[0][4], ends[1][4]
 
 
 def _lists(rows: jax.Array, lengths: jax.Array, threshold: jax.Array, last_tie: jax.Array, k: int) -> jax.Array:

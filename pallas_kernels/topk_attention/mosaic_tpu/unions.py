@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.select_topk.mosaic_tpu import CHUNK, PART, over_rows, search_threshold
+from pallas_kernels.select_topk.mosaic_tpu import CHUNK, PART, SAMPLE, over_rows, search_threshold, tile_of
 from pallas_kernels.tpu import LANES, result_like, vmem_limit
 
 WORDS = 8
@@ -38,6 +38,9 @@ TILES = 8
 """Registers of 128 positions that are compacted side by side.
 
 A list is padded to a multiple of them, with words of zeros and rows that exist."""
+
+_COMPACTED = 4 * TILES
+"""Registers of a turn of compaction."""
 
 
 @jax.tree_util.register_dataclass
@@ -85,12 +88,21 @@ def select_unions(scores: jax.Array, lengths: jax.Array, page_table: jax.Array, 
     if LANES % page_size and page_size % LANES:
         raise NotImplementedError(f"takes pages of a divisor or a multiple of {LANES} positions, not of {page_size}")
     limit, block = vmem_limit(), block_of(queries)
-    rows = 8 if size > 2**15 else 32
-    padded = pl.cdiv(size, CHUNK // rows) * (CHUNK // rows)
-    # Two blocks of scores and of words, one of integers, and two lists of rows.
-    per_position = 4 * (3 * rows + 2 * WORDS + 2)
-    if per_position * padded > limit:
-        raise NotImplementedError(f"VMEM holds rows of up to {limit // per_position:,} positions, not of {size:,}")
+
+    def padded_for(rows: int) -> int:
+        unit = max(CHUNK // rows, _COMPACTED * LANES)
+        return pl.cdiv(size, unit) * unit
+
+    def bytes_of(rows: int) -> int:
+        """Two blocks of scores and of words, one of integers and of their sample, and two lists of rows."""
+        return 4 * (3 * rows + rows // SAMPLE + 2 * WORDS + 2) * padded_for(rows)
+
+    # Many rows at a time, because each pass over them ends with sums that take about 250 cycles.
+    rows = 32 if size <= 2**15 else next((rows for rows in (16, 8) if bytes_of(rows) <= limit), 8)
+    if bytes_of(rows) > limit:
+        longest = limit * size // bytes_of(rows)
+        raise NotImplementedError(f"VMEM holds rows of up to {longest:,} positions, not of {size:,}")
+    padded = padded_for(rows)
     blocks, steps = pl.cdiv(queries, block), block // rows
     lengths = jnp.pad(jnp.clip(lengths, 0, size), ((0, 0), (0, blocks * block - queries))).astype(jnp.int32)
     longest = jnp.max(lengths.reshape(batch * blocks, block), axis=1)
@@ -119,7 +131,7 @@ def select_unions(scores: jax.Array, lengths: jax.Array, page_table: jax.Array, 
                 pl.BlockSpec((None, tiles, LANES), lambda g, i, _: (g, 0, 0)),
                 pl.BlockSpec((None, 8, LANES), lambda g, i, _: (g, 0, 0)),
             ],
-            scratch_shapes=[pltpu.VMEM((rows, padded), jnp.int32)],
+            scratch_shapes=[pltpu.VMEM((rows, padded), jnp.int32), pltpu.VMEM((rows, padded // SAMPLE), jnp.int32)],
         ),
         out_shape=[
             result_like(scores, (batch * blocks, tiles, WORDS, LANES), jnp.int32),
@@ -140,52 +152,70 @@ def _seen(longest: jax.Array, block: jax.Array) -> jax.Array | int:
     return longest[block]
 
 
-def _kernel(longest, table, lengths, scores, words, rows, counts, keys, *, k, page_size):
+def _kernel(longest, table, lengths, scores, words, rows, counts, keys, sample, *, k, page_size):
     block, step = pl.program_id(0), pl.program_id(1)
-    threshold, last = search_threshold(lengths[...], scores, keys, k)
+    threshold, last, tied = search_threshold(lengths[...], scores, keys, sample, k)
 
     @pl.when(step == 0)
     def _():
         words[...] = jnp.zeros_like(words)
 
-    part = PART // keys.shape[0]
-    lane = lax.broadcasted_iota(jnp.int32, (keys.shape[0], part), 1)
+    lane = lax.broadcasted_iota(jnp.int32, threshold.shape, 1)
+    part, chunk, eights = PART // keys.shape[0], CHUNK // keys.shape[0] // LANES, keys.shape[0] // WORDS
+    bits = [jnp.left_shift(jnp.int32(1), step * eights + eight) for eight in range(eights)]
 
-    def set_bits(first, _):
-        key = keys[:, pl.ds(first, part)]
-        chosen = (key > threshold) | ((key == threshold) & (first + lane <= last))
-        for eight in range(keys.shape[0] // WORDS):
-            bit = jnp.left_shift(jnp.int32(1), step * (keys.shape[0] // WORDS) + eight)
-            bits = jnp.where(chosen[eight * WORDS : (eight + 1) * WORDS], bit, 0)
-            for tile in range(part // LANES):
-                words[lax.div(first, LANES) + tile] |= bits[:, tile * LANES : (tile + 1) * LANES]
+    def set_bits(chosen):
+        def visit(base, offset, _):
+            found = []
+            for start in range(offset, offset + part, LANES):
+                one = chosen(tile_of(keys, base, start)[...], base + start)
+                of_eight = [
+                    jnp.where(one[eight * WORDS : (eight + 1) * WORDS], bits[eight], 0) for eight in range(eights)
+                ]
+                found.append(functools.reduce(jnp.bitwise_or, of_eight))
+            of_chunk = words.at[pl.ds(pl.multiple_of(lax.div(base, LANES), chunk), chunk)]
+            here = of_chunk.at[pl.ds(offset // LANES, part // LANES)]
+            here[...] |= jnp.stack(found)
 
-    over_rows(lengths[...], set_bits, None)
+        over_rows(lengths[...], visit, None)
+
+    @pl.when(tied == 0)
+    def _():
+        set_bits(lambda key, _: key >= threshold)
+
+    @pl.when(tied != 0)
+    def _():
+        set_bits(lambda key, first: (key > threshold) | ((key == threshold) & (first + lane <= last)))
 
     @pl.when(step + 1 == pl.num_programs(1))
     def _():
         seen = _seen(longest, block)
-        turns = (seen + TILES * LANES - 1) // (TILES * LANES)
-        shape = (TILES, LANES)
+        turns = (seen + _COMPACTED * LANES - 1) // (_COMPACTED * LANES) * (_COMPACTED // TILES)
 
-        def used_in(turn):
-            """int32 `[8, 128]`: 1 where a position of a turn's registers has bits."""
-            return jnp.max(jnp.where(words[pl.ds(turn * TILES, TILES)] != 0, 1, 0), axis=1)
+        def count_used(turn, sums):
+            """Until the list takes their place, rows hold 1 where a position has bits."""
+            here = pl.ds(pl.multiple_of(turn * TILES, TILES), TILES)
+            used = jnp.max(jnp.where(words[here] != 0, 1, 0), axis=1)
+            rows[here] = used
+            return sums + used
 
-        found = lax.fori_loop(0, turns, lambda turn, sums: sums + used_in(turn), jnp.zeros(shape, jnp.int32))
+        found = lax.fori_loop(0, turns, count_used, jnp.zeros((TILES, LANES), jnp.int32))
         entries = jnp.sum(found)
         dense = entries * 4 > seen * _DENSE_QUARTERS
         numbers = jnp.where(dense, seen, entries), jnp.where(dense, 1, 0)
         counts[...] = jnp.where(lax.broadcasted_iota(jnp.int32, counts.shape, 0) == 0, *numbers)
-        pl.when(jnp.logical_not(dense))(lambda: _compact(used_in, turns, table, words, rows, page_size=page_size))
+        pl.when(jnp.logical_not(dense))(lambda: _compact(turns, table, words, rows, page_size=page_size))
 
 
-def _compact(used_in, turns, table, words, rows, *, page_size):
+def _compact(turns, table, words, rows, *, page_size):
     """Drops the words without bits, and lists the rows of the others."""
     # A register holds the words of 128 positions, and so do the numbers of a turn's eight registers.
     assert TILES == WORDS
     shape = (WORDS, LANES)
     lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+    square = (LANES, LANES)
+    earlier = lax.broadcasted_iota(jnp.int32, square, 0) <= lax.broadcasted_iota(jnp.int32, square, 1)
+    earlier = jnp.where(earlier, 1.0, 0.0)
 
     def rows_of(tile, offset):
         """Rows of the pages that hold positions `128 * tile + offset`."""
@@ -197,14 +227,13 @@ def _compact(used_in, turns, table, words, rows, *, page_size):
             found = jnp.where(offset >= page * page_size, table[0, tile * per_tile + page], found)
         return found * page_size + jnp.bitwise_and(offset, page_size - 1)
 
-    def turn(number, state):
-        filled, last_words, last_rows = state
-        moved = [words[number * TILES + tile] for tile in range(TILES)]
-        used = used_in(number)
-        upto, distance = used, 1
-        while distance < LANES:
-            upto += jnp.where(lane >= distance, pltpu.roll(upto, distance, 1), 0)
-            distance *= 2
+    def to_the_left(number):
+        """The words of eight registers without gaps, their numbers, and where in its register each word was."""
+        of_group = pl.ds(pl.multiple_of(number * TILES, TILES), TILES)
+        group, used = words.at[of_group], rows[of_group]
+        moved = [group[tile] for tile in range(TILES)]
+        # Products of zeros and ones are exact in the bfloat16 that a systolic array multiplies.
+        upto = jnp.dot(used.astype(jnp.float32), earlier, precision=lax.Precision.DEFAULT).astype(jnp.int32)
         gap, distance = jnp.where(used > 0, lane - (upto - used), 0), 1
         while distance < LANES:
             from_right = pltpu.roll(gap, LANES - distance, 1)
@@ -214,9 +243,22 @@ def _compact(used_in, turns, table, words, rows, *, page_size):
                 here = jnp.broadcast_to(arrives[tile : tile + 1], shape) > 0
                 moved[tile] = jnp.where(here, pltpu.roll(moved[tile], LANES - distance, 1), moved[tile])
             distance *= 2
+        numbers = [jnp.sum(used[tile : tile + 1]) for tile in range(TILES)]
+        return moved, numbers, lane + gap
+
+    def turn(number, state):
+        # Groups that do not depend on each other hide each other's latency.
+        groups = range(_COMPACTED // TILES)
+        compacted = [to_the_left(number * len(groups) + group) for group in groups]
+        for group in groups:
+            state = append(number * len(groups) + group, *compacted[group], state)
+        return state
+
+    def append(number, moved, numbers, places, state):
+        filled, last_words, last_rows = state
         for tile in range(TILES):
-            count = jnp.sum(used[tile : tile + 1])
-            offset = jnp.broadcast_to((lane + gap)[tile : tile + 1], shape)
+            count = numbers[tile]
+            offset = jnp.broadcast_to(places[tile : tile + 1], shape)
             found = jnp.where(lane < count, rows_of(number * TILES + tile, offset), 0)
             place, register = lax.rem(filled, LANES), lax.div(filled, LANES)
             new_words = pltpu.roll(jnp.where(lane < count, moved[tile], 0), place, 1)
@@ -234,7 +276,9 @@ def _compact(used_in, turns, table, words, rows, *, page_size):
         return filled, last_words, last_rows
 
     nothing = jnp.zeros(shape, jnp.int32)
-    filled, last_words, last_rows = lax.fori_loop(0, turns, turn, (jnp.int32(0), nothing, nothing))
+    filled, last_words, last_rows = lax.fori_loop(
+        0, lax.div(turns, _COMPACTED // TILES), turn, (jnp.int32(0), nothing, nothing)
+    )
     first = lax.div(filled, LANES)
 
     def pad(register, _):
