@@ -21,6 +21,7 @@ import types
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pallas_kernels.decode_layer import decode_projections, output_projection, route
     from pallas_kernels.dispatch import available, resolve
     from pallas_kernels.errors import ArgumentError, UnsupportedError
     from pallas_kernels.flash_attention import flash_attention, paged_flash_attention
@@ -41,16 +42,19 @@ __all__ = [
     "QuantizedMatrices",
     "UnsupportedError",
     "available",
+    "decode_projections",
     "expert_mlp",
     "flash_attention",
     "grouped_matmul",
     "hadamard",
     "indexer_scores",
+    "output_projection",
     "paged_flash_attention",
     "quantize",
     "quantized_expert_mlp",
     "quantized_grouped_matmul",
     "resolve",
+    "route",
     "select_topk",
     "sparse_attention",
     "topk_attention",
@@ -68,6 +72,7 @@ def _public(module: str, name: str) -> property:
 
 
 _MODULES = {
+    "decode_layer.api": ("decode_projections", "output_projection", "route"),
     "dispatch": ("available", "resolve"),
     "errors": ("ArgumentError", "UnsupportedError"),
     "flash_attention.api": ("flash_attention", "paged_flash_attention"),

@@ -23,7 +23,7 @@ FLOAT32 = ("float32",)
 INDEX_FLOATS = ("float8_e4m3fn", *FLOATS)
 INTEGERS = ("integers",)
 
-_AT_LEAST_ONE = {"n", "d", "k", "page_size", "in", "out", "f"}
+_AT_LEAST_ONE = {"n", "d", "k", "page_size", "in", "out", "f", "tokens", "pages", "c"}
 """Sizes that cannot be 0. Others can: then the operation has nothing to do."""
 
 

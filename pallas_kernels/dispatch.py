@@ -25,7 +25,7 @@ class Operation:
     Attributes:
       folder: folder of `pallas_kernels`. An implementation is the function with the operation's name in the folder's
         module with the implementation's name.
-      implementations: names of those that exist, best first.
+      implementations: names of those that exist, in the order in which they are tried.
     """
 
     folder: str
@@ -44,6 +44,10 @@ OPERATIONS: Mapping[str, Operation] = {
     # What these two run where matrices have fewer bits.
     "quantized_grouped_matmul": Operation("grouped_matmul", ("mosaic_gpu", "xla")),
     "quantized_expert_mlp": Operation("grouped_matmul", ("mosaic_gpu", "xla")),
+    # Their kernels run by name only, until a GPU has measured them.
+    "decode_projections": Operation("decode_layer", ("xla", "mosaic_gpu")),
+    "output_projection": Operation("decode_layer", ("xla", "mosaic_gpu")),
+    "route": Operation("decode_layer", ("xla", "mosaic_gpu")),
 }
 """Every operation, by the name of its function."""
 

@@ -112,6 +112,29 @@ class ModelShapes:
             int32(self.experts),
         )
 
+    def projection_arguments(self, tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The arrays of `decode_projections` by name, without pages."""
+        index_rows = self.index_heads * (self.index_dim + 1)
+        angles, index_angles = float32(tokens, self.head_dim // 2), float32(tokens, self.index_dim // 2)
+        return {
+            "x": spec(tokens, self.hidden),
+            "norm": spec(self.hidden),
+            "q": spec(self.heads, self.head_dim, self.hidden),
+            "k": spec(self.kv_heads, self.head_dim, self.hidden),
+            "v": spec(self.kv_heads, self.head_dim, self.hidden),
+            "index_q": spec(index_rows, self.hidden),
+            "index_k": spec(self.index_dim, self.hidden),
+            "q_norm": spec(self.head_dim),
+            "k_norm": spec(self.head_dim),
+            "index_q_norm": spec(self.index_dim),
+            "index_k_norm": spec(self.index_dim),
+            "index_k_bias": spec(self.index_dim),
+            "cos": angles,
+            "sin": angles,
+            "index_cos": index_angles,
+            "index_sin": index_angles,
+        }
+
 
 KEYE_VL_2 = ModelShapes(
     heads=32,

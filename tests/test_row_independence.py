@@ -16,6 +16,7 @@ import pytest
 
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.runtime.sampling import SamplingParams, sample, sampling_row
+from pallas_kernels.decode_layer import decode_projections, output_projection, route
 from pallas_kernels.dispatch import available
 from pallas_kernels.errors import UnsupportedError
 from pallas_kernels.flash_attention import flash_attention, paged_flash_attention
@@ -89,10 +90,35 @@ def _flash(tokens: int) -> Case:
     return flash_attention, (q, k, v, jnp.asarray([tokens, 1, tokens // 2, tokens], jnp.int32)), (), {"scale": 72**-0.5}
 
 
+def _decode_layer() -> dict[str, Case]:
+    size = 256
+    x, attended = numbers(1, ROWS, size), numbers(2, ROWS, HEADS, DIM)
+    angles = [jnp.cos(numbers(seed, ROWS, dim // 2)).astype(jnp.float32) for dim in (DIM, INDEX_DIM) for seed in (3, 4)]
+    heads = (numbers(5 + i, count, DIM, size) for i, count in enumerate((HEADS, KV_HEADS, KV_HEADS)))
+    index = numbers(8, 16 * (INDEX_DIM + 1), size), numbers(9, INDEX_DIM, size)
+    norms = (numbers(10 + i, dim) for i, dim in enumerate((DIM, DIM, INDEX_DIM, INDEX_DIM, INDEX_DIM)))
+
+    def project(x: jax.Array, *arrays: jax.Array, **kwargs: Any) -> Any:
+        angles, weights = arrays[:4], arrays[4:]
+        run: Callable[..., Any] = decode_projections
+        return run(x, *weights, *angles, **kwargs)
+
+    def output(attended: jax.Array, residual: jax.Array, weight: jax.Array, **kwargs: Any) -> Any:
+        return output_projection(attended, weight, residual, **kwargs)
+
+    weights, eps = (numbers(15, size), *heads, *index, *norms), {"eps": 1e-6}
+    return {
+        "decode_projections": (project, (x, *angles), weights, eps | {"index_heads": 16, "index_eps": 1e-6}),
+        "output_projection": (output, (attended, x), (numbers(16, size, HEADS, DIM),), {}),
+        "route": (route, (x,), (numbers(17, size), numbers(18, 32, size)), eps | {"top_k": 8}),
+    }
+
+
 CASES: dict[str, Case] = {
     **{f"{name}, decode": case for name, case in _attention(1).items()},
     **{f"{name}, prefill": case for name, case in _attention(24).items()},
     "flash_attention": _flash(64),
+    **_decode_layer(),
 }
 
 

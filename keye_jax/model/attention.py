@@ -94,6 +94,8 @@ class AttentionOptions:
     Attributes:
       attention: "sparse", the model as released, or "dense", every visible key, for comparison.
       implementation: of the kernels; operations without one of that name use "xla". None takes the best there is.
+      decode: implementation of the operations that compute what a layer does beside attention and experts in steps of
+        decode, "xla" or "mosaic_gpu": see `keye_jax.model.decode_layer`. None for single operations, as elsewhere.
       indexer_dtype: of index queries and keys, and of the pool's: "float8_e4m3fn", as the publisher serves them and
         less exact, or None for the parameters' dtype.
       cache_dtype: of the pool's keys and values: "float8_e4m3fn", with a scale for each token and head, half as large
@@ -110,6 +112,7 @@ class AttentionOptions:
     implementation: str | None = None
     indexer_dtype: Literal["float8_e4m3fn"] | None = None
     cache_dtype: Literal["float8_e4m3fn"] | None = None
+    decode: Literal["xla", "mosaic_gpu"] | None = None
     intermediates: bool = False
     selections: bool = False
     selection: Literal["indexer", "random", "recent"] = "indexer"
@@ -119,6 +122,19 @@ class AttentionOptions:
     def kernels(self) -> str:
         """Name of the implementation that comes first."""
         return self.implementation or available()[0]
+
+
+class Queries(Protocol):
+    """What attends: the fields of `AttentionInputs` of the same names."""
+
+    @property
+    def q(self) -> jax.Array: ...
+
+    @property
+    def index_q(self) -> jax.Array: ...
+
+    @property
+    def gates(self) -> jax.Array: ...
 
 
 @jax.tree_util.register_dataclass
@@ -275,7 +291,7 @@ class Attention(nnx.Module):
         return AttentionInputs(q, k, self.v_proj(x), index_q, gates, index_keys, index_scales)
 
 
-def attend_dense(inputs: AttentionInputs, keys: Keys, *, scale: float, options: AttentionOptions) -> AttentionOutput:
+def attend_dense(inputs: Queries, keys: Keys, *, scale: float, options: AttentionOptions) -> AttentionOutput:
     """Attends to all keys that each query sees.
 
     Memory: copies of the contexts of the rows that fit into `_DENSE_BYTES` together, at least one.
@@ -295,7 +311,7 @@ def attend_dense(inputs: AttentionInputs, keys: Keys, *, scale: float, options: 
 
 
 def attend_sparse(
-    inputs: AttentionInputs, keys: Keys, *, top_k: int, scale: float, index_scale: float, options: AttentionOptions
+    inputs: Queries, keys: Keys, *, top_k: int, scale: float, index_scale: float, options: AttentionOptions
 ) -> AttentionOutput:
     """Scores, selects and attends, a block of queries at a time.
 

@@ -86,6 +86,11 @@ class PagedContext:
             keys = Keys(pages, table, start, step.cache_sequence, own.count)
         return PagedContext(pages, batch), keys
 
+    def with_new_rows(self, pages: Pages) -> tuple[PagedContext, Keys]:
+        """As `append` on one device, of pages that hold the new rows already."""
+        batch = self.batch
+        return PagedContext(pages, batch), Keys(pages, batch.tables(batch.page_table), batch.start, count=batch.count)
+
     def specs(self, step: StepSharding) -> Any:
         return PagedContext(self.pages.specs((step.pages,), step), _batch_specs(self.batch, step))
 

@@ -13,6 +13,7 @@ from flax import nnx
 from keye_jax.config import KeyeConfig
 from keye_jax.model.attention import Attention, AttentionIntermediates, AttentionOptions
 from keye_jax.model.context import Context
+from keye_jax.model.decode_layer import run_decode_layer, takes_few_launches
 from keye_jax.model.embedding import Embedding
 from keye_jax.model.indexer import Indexer
 from keye_jax.model.layers import Linear, RMSNorm
@@ -73,6 +74,10 @@ class DecoderLayer(nnx.Module):
         options: AttentionOptions,
         step: StepSharding,
     ) -> tuple[jax.Array, C, LayerIntermediates | LayerLearned | None]:
+        if takes_few_launches(self, x, context, options, step):
+            found = run_decode_layer(self, x, angles, index_angles, context, options, step)
+            x, context, attention, normed, experts = found
+            return x, context, None if attention is None else LayerIntermediates(attention, normed, experts, x)
         attended, context, found = self.attention(
             self.input_norm(x), self.indexer, angles, index_angles, context, options, step
         )

@@ -50,9 +50,15 @@ class Indexer(nnx.Module):
         queries = self.q_norm(queries.reshape(*x.shape[:2], self.num_heads, self.head_dim))
         keys = self.k_norm(self.k_proj(x))
         queries, keys = apply_rope(queries, angles), apply_rope(keys[..., None, :], angles)[..., 0, :]
-        gates = gates.astype(jnp.float32)
-        if dtype is None:
-            return queries, gates, keys, None
-        queries, query_scales = quantize(hadamard(queries))
-        keys, key_scales = quantize(hadamard(keys))
-        return queries, gates * query_scales, keys, key_scales
+        return in_dtype(queries, gates.astype(jnp.float32), keys, dtype)
+
+
+def in_dtype(
+    queries: jax.Array, gates: jax.Array, keys: jax.Array, dtype: str | None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """What an `Indexer` returns, in the dtype that it is asked for; queries, gates and keys are as it has them."""
+    if dtype is None:
+        return queries, gates, keys, None
+    queries, query_scales = quantize(hadamard(queries))
+    keys, key_scales = quantize(hadamard(keys))
+    return queries, gates * query_scales, keys, key_scales

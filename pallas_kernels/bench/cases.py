@@ -358,6 +358,34 @@ def _expert_cases(token_counts: list[int]) -> Iterator[BenchCase]:
             yield BenchCase("grouped_matmul", name, products, make_product, flops=2 * work)
 
 
+def _decode_layer_cases(token_counts: list[int]) -> Iterator[BenchCase]:
+    """Bytes are those of weights."""
+    eps = {"eps": 1e-6}
+    projections = implementations("decode_projections", index_heads=MODEL.index_heads, index_eps=1e-6, **eps)
+    for tokens in token_counts:
+        shapes = MODEL.projection_arguments(tokens)
+
+        def make_projections(shapes: Any = shapes) -> Arguments:
+            return tuple(inputs.normal(i, *x.shape).astype(x.dtype) for i, x in enumerate(shapes.values()))
+
+        def make_output(tokens: int = tokens) -> Arguments:
+            heads = MODEL.heads, MODEL.head_dim
+            rows = inputs.normal(0, tokens, *heads), inputs.normal(1, MODEL.hidden, *heads)
+            return *rows, inputs.normal(2, tokens, MODEL.hidden)
+
+        def make_route(tokens: int = tokens) -> Arguments:
+            rows, norm = inputs.normal(0, tokens, MODEL.hidden), inputs.normal(1, MODEL.hidden)
+            return rows, norm, inputs.normal(2, MODEL.experts, MODEL.hidden)
+
+        name, hidden = f"{tokens:,} tokens", 2.0 * MODEL.hidden
+        weights = hidden * sum(shapes[key].size // MODEL.hidden for key in ("q", "k", "v", "index_q", "index_k"))
+        yield BenchCase("decode_projections", name, projections, make_projections, nbytes=weights)
+        outputs, heads = implementations("output_projection"), MODEL.heads * MODEL.head_dim
+        yield BenchCase("output_projection", name, outputs, make_output, nbytes=hidden * heads)
+        routes = implementations("route", top_k=MODEL.experts_per_token, **eps)
+        yield BenchCase("route", name, routes, make_route, nbytes=hidden * MODEL.experts)
+
+
 def _vision_cases(frames: int, patches: int) -> Iterator[BenchCase]:
     def make() -> Arguments:
         shape = frames, patches, MODEL.vision_heads, MODEL.vision_dim
@@ -381,6 +409,7 @@ def cases(*, quick: bool) -> list[BenchCase]:
             *_prefill_cases([8192], 64),
             *_decode_cases([(1, 8192)]),
             *_expert_cases([1, 16]),
+            *_decode_layer_cases([1]),
             *_vision_cases(1, 256),
         ]
     return [
@@ -389,5 +418,6 @@ def cases(*, quick: bool) -> list[BenchCase]:
         *_prefill_cases([32_768, 131_072], 2048),
         *_decode_cases([(1, 131_072), (8, 131_072), (64, 131_072)]),
         *_expert_cases([1, 16, 64, 2048, 16_384]),
+        *_decode_layer_cases([1, 4, 16, 64]),
         *_vision_cases(16, 1024),
     ]

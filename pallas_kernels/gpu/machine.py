@@ -4,10 +4,13 @@
 # pyright: reportAbstractUsage=false, reportCallIssue=false, reportPrivateImportUsage=false, reportArgumentType=false
 
 import contextlib
+import functools
 import typing
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -98,6 +101,10 @@ class Machine:
         base = global_pointer(ref)
         offset = arith.muli(arith.extui(self.i64, self.word(index).raw), arith.constant(self.i64, 4 * size))
         return byte_offset(base, offset)
+
+    def select_row(self, condition, a, b):
+        """Row `a` where the condition holds, else `b`. It is the same in all threads of a cluster."""
+        return arith.select(condition.raw, a, b)
 
     def _at(self, pointer, index):
         offset = arith.muli(arith.extui(self.i64, self.word(index).raw), arith.constant(self.i64, 4))
@@ -383,7 +390,9 @@ class Machine:
         return [Value(self, v) for v in operation.results]
 
 
-def launch(body, out_type, rows, cluster, threads, shared_words, teams=1, machine_type=Machine):
+def launch(
+    body, out_type, rows, cluster, threads, shared_words, teams=1, machine_type=Machine, in_place=0
+) -> typing.Any:
     """A kernel that runs `body(machine, *refs, row, rank)` in every thread of each row's team or cluster.
 
     Args:
@@ -396,6 +405,8 @@ def launch(body, out_type, rows, cluster, threads, shared_words, teams=1, machin
       teams: teams of a block. With more than one, a team works on several rows in turn, and its machine's `turn` is the
         number of rows before the current one.
       machine_type: the class of the machine.
+      in_place: how many of the arguments, the last ones, `body` also writes to. They come back behind the results, and
+        are copied only if the caller still uses what they were.
     """
     blocks = rows if teams == 1 else min(rows, MULTIPROCESSORS)
 
@@ -423,14 +434,24 @@ def launch(body, out_type, rows, cluster, threads, shared_words, teams=1, machin
         run(*refs, shared, lax.axis_index("block"), rank)
 
     clustered = {"cluster": (cluster,), "cluster_names": ("part",)} if cluster > 1 else {}
-    return plgpu.kernel(
-        kernel,
-        out_type=out_type,
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=teams * threads // 128,
-        thread_name="warpgroup",
-        scratch_types=[plgpu.SMEM((teams * shared_words,), jnp.int32)],
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        **clustered,
+    where = {"grid": (blocks,), "grid_names": ("block",), "num_threads": teams * threads // 128}
+    where |= {"thread_name": "warpgroup", **clustered}
+    scratch = [plgpu.SMEM((teams * shared_words,), jnp.int32)]
+    parameters = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
+    if not in_place:
+        return plgpu.kernel(kernel, out_type=out_type, scratch_types=scratch, compiler_params=parameters, **where)
+
+    # `plgpu.kernel` takes no arrays that are written.
+    def with_scratch(*refs):
+        pl.run_scoped(functools.partial(kernel, *refs), *scratch, collective_axes="warpgroup")
+
+    call: typing.Any = pl.kernel(
+        with_scratch, out_type=out_type, mesh=plgpu.Mesh(**where), compiler_params=parameters, name="kernel"
     )
+
+    def run(*arrays):
+        written = [jax.new_ref(x) for x in arrays[-in_place:]]
+        results = call(*arrays[:-in_place], *written)
+        return (*results, *(jax.freeze(ref) for ref in written))
+
+    return run

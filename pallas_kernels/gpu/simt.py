@@ -5,6 +5,8 @@ A kernel body is a Python function of a machine and of `Value`s. The machine loa
 unsigned 32-bit words. Addresses in shared memory are words from the start of one scratch buffer.
 """
 
+import numpy as np
+
 
 class Value:
     """A 32-bit word or a boolean of one thread."""
@@ -69,6 +71,11 @@ class Value:
 
     def max(self, other):
         return self.machine.select(self > other, self, other)
+
+
+def float_bits(value: float) -> int:
+    """The word that holds a float32 number."""
+    return int(np.float32(value).view(np.uint32))
 
 
 def warp_scan(machine, value):

@@ -22,6 +22,7 @@ class TensorMachine(Machine):
         "div": "div.full.f32",
         "exp2": "ex2.approx.ftz.f32",
         "log2": "lg2.approx.f32",
+        "rsqrt": "rsqrt.approx.f32",
     }
 
     def _emit(self, ptx, *words):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from keye_jax.quantization.quantize import VALUES, scales_dtype
 from keye_jax.quantization.schemes import FORMATS, Format, grid, standard
+from pallas_kernels.decode_layer.mosaic_gpu import decode_projections, output_projection, route
 from pallas_kernels.flash_attention.mosaic_gpu import paged_flash_attention
 from pallas_kernels.grouped_matmul.mosaic_gpu import expert_mlp, grouped_matmul, quantized_expert_mlp
 from pallas_kernels.indexer_scores.mosaic_gpu import indexer_scores
@@ -212,6 +213,36 @@ def _dense(batch: int, context: int) -> KernelCase:
     )
 
 
+def _projections(tokens: int, *, paged: bool = True, quick: bool = False) -> KernelCase:
+    arrays = MODEL.projection_arguments(tokens)
+    how = {"index_heads": MODEL.index_heads, "eps": 1e-6, "index_eps": 1e-6}
+    cache = {"kv_pages": None, "index_pages": None, "slots": None}
+    if paged:
+        pages = spec(512, PAGE_SIZE, MODEL.index_dim)
+        cache = {"kv_pages": MODEL.kv_pages(512 * PAGE_SIZE), "index_pages": pages, "slots": int32(tokens)}
+    names = [*arrays, *(name for name in cache if paged)]
+
+    def project(*given):
+        arguments: dict[str, Any] = dict.fromkeys(cache) | dict(zip(names, given, strict=True))
+        return decode_projections(**arguments, **how)
+
+    words = f"{tokens} tokens" + ("" if paged else ", no pages")
+    given = (*arrays.values(), *(x for x in cache.values() if x is not None))
+    return KernelCase("decode_projections", words, project, given, quick=quick)
+
+
+def _output(tokens: int, *, quick: bool = False) -> KernelCase:
+    weight = spec(MODEL.hidden, MODEL.heads, MODEL.head_dim)
+    arguments = spec(tokens, MODEL.heads, MODEL.head_dim), weight, spec(tokens, MODEL.hidden)
+    return KernelCase("output_projection", f"{tokens} tokens", output_projection, arguments, quick=quick)
+
+
+def _route(tokens: int, *, quick: bool = False) -> KernelCase:
+    arguments = spec(tokens, MODEL.hidden), spec(MODEL.hidden), spec(MODEL.experts, MODEL.hidden)
+    function = functools.partial(route, top_k=MODEL.experts_per_token, eps=1e-6, normalise=True)
+    return KernelCase("route", f"{tokens} tokens", function, arguments, quick=quick)
+
+
 CASES = [
     _scores(1, 2048, 131_072, quick=True),
     _scores(1, 2048, 131_072, fill=False),
@@ -246,6 +277,10 @@ CASES = [
         for tokens in [1, 16, 64, 2048, 16_384]
     ),
     *(_dense(batch, 131_072) for batch in [1, 8, 64]),
+    *(_projections(tokens, quick=tokens == 16) for tokens in [1, 4, 16, 64]),
+    *(_projections(tokens, paged=False) for tokens in [1, 16]),
+    *(_output(tokens, quick=tokens == 16) for tokens in [1, 4, 16, 64]),
+    *(_route(tokens, quick=tokens == 16) for tokens in [1, 4, 16, 64]),
 ]
 """What the released model runs, alone and in an engine."""
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from pallas_kernels.gpu.hopper import MULTIPROCESSORS
 from pallas_kernels.gpu.machine import launch
+from pallas_kernels.gpu.simt import float_bits
 from pallas_kernels.gpu.tensor_machine import TensorMachine
 from pallas_kernels.sparse_attention.mosaic_gpu.attend import check
 from pallas_kernels.sparse_attention.mosaic_gpu.gather import DIM
@@ -390,8 +391,3 @@ class SingleQuery:
                 value = op("mul", op("add", highest, op("log2", total)), float_bits(1 / _LOG2E))
                 value = machine.select(some, value, _MASKED)
                 machine.store_global(machine.row(lse, self.query, shape.heads), self.head + head, value)
-
-
-def float_bits(value: float) -> int:
-    """The word that holds a float32 number."""
-    return int(np.float32(value).view(np.uint32))

@@ -86,6 +86,11 @@ class NumpyMachine:
     def row(self, ref, index, size):
         return ref.reshape(-1, size), self.word(index).raw
 
+    def select_row(self, condition, a, b):
+        chosen = condition.raw[self.active]
+        assert chosen.all() or not chosen.any(), "a row that differs between threads"
+        return a if chosen.all() else b
+
     def load_global(self, row, index):
         array, rows = row
         index = self.word(index).raw.astype(np.int64)
@@ -297,6 +302,8 @@ class NumpyTensorMachine(NumpyMachine):
                     r = np.exp2(a)
                 case "log2":
                     r = np.log2(a)
+                case "rsqrt":
+                    r = 1 / np.sqrt(a)
                 case _:
                     raise ValueError(name)
         return self._value(r.astype(np.float32).view(U32))
