@@ -201,7 +201,7 @@ def search_threshold(
     group, chunk = SAMPLE * LANES, CHUNK // rows
 
     def convert(base, group_offset, bounds, *, whole):
-        sample = None
+        sample: Any = None
         for tile in range(SAMPLE):
             offset = group_offset + tile * LANES
             keys = _sort_key(tile_of(scores_ref, base, offset)[...])
