@@ -36,12 +36,12 @@ def main() -> int:
         if kernel not in kernels:
             parser.error(f"--kernel is {kernel!r}; it must be one of: {', '.join(kernels)}")
 
-    compiler, rows = Compiler(path), []
+    compiler, rows, known = Compiler(path), [], {}
     for number, case in enumerate(all_cases()):
         if case not in cases or (arguments.kernel and case.kernel not in arguments.kernel):
             continue
         for generation in arguments.generation or TOPOLOGIES:
-            rows.append(_row(number, case, generation, compiler, simulate=not arguments.quick))
+            rows.append(_row(number, case, generation, compiler, None if arguments.quick else known))
             print(_line(rows[-1]), file=sys.stderr, flush=True)
     compiler.close()
     _print(rows)
@@ -54,7 +54,14 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _row(number: int, case: CompileCase, generation: str, compiler: Compiler, *, simulate: bool) -> dict:
+def _row(
+    number: int, case: CompileCase, generation: str, compiler: Compiler, known: dict[tuple[str, str], int | None] | None
+) -> dict:
+    """The figures of a case.
+
+    Args:
+      known: cycles of units by name and generation, to which those of a new unit are added. None simulates nothing.
+    """
     row = {"kernel": case.kernel, "shape": case.shape, "generation": generation}
     try:
         figures = compiler.figures(number, generation)
@@ -62,8 +69,13 @@ def _row(number: int, case: CompileCase, generation: str, compiler: Compiler, *,
         return row | {"problem": str(error)[:600]}
     row |= dataclasses.asdict(figures) | {"useful_flops": case.flops, "useful_bytes": case.nbytes}
     row["cycles"] = row["seconds"] = None
-    if simulate and case.simulation and (cycles := compiler.kernel_cycles(number, generation)):
-        row["cycles"] = cycles * case.simulation.repeats * -(-case.simulation.units // figures.cores)
+    unit = case.simulation
+    if unit is None or known is None:
+        return row | {"problem": _excess(case, figures)}
+    if (key := (unit.name or f"case {number}", generation)) not in known:
+        known[key] = compiler.kernel_cycles(number, generation)
+    if cycles := known[key]:
+        row["cycles"] = cycles * unit.repeats * -(-unit.units // figures.cores)
         row["seconds"] = row["cycles"] / CLOCK_HZ[generation]
     return row | {"problem": _excess(case, figures)}
 

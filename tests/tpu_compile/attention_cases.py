@@ -102,7 +102,7 @@ def _decode(batch: int, context: int, *, quick: bool = False) -> CompileCase:
         arguments(batch, context),
         flops=batch * MODEL.top_k * PAIR_FLOPS,
         nbytes=batch * MODEL.top_k * ROW_BYTES,
-        simulation=Simulation(simulated, arguments(1, context), batch),
+        simulation=Simulation(simulated, arguments(1, context), batch, name=f"sparse decode, {context}"),
         quick=quick,
     )
 
@@ -133,7 +133,13 @@ def _dense(batch: int, queries: int, context: int, *, quick: bool = False) -> Co
         flops=batch * queries * context * PAIR_FLOPS,
         nbytes=batch * context * ROW_BYTES,
         # A block of queries, or a sequence's only query, is on one core.
-        simulation=Simulation(simulated, arguments(1, unit, keys), batch * queries // unit, repeats=context // keys),
+        simulation=Simulation(
+            simulated,
+            arguments(1, unit, keys),
+            batch * queries // unit,
+            repeats=context // keys,
+            name=f"dense, {unit} x {keys}",
+        ),
         quick=quick,
     )
 

@@ -26,12 +26,14 @@ class Simulation:
       function, arguments: the unit.
       units: number of units in the case; the cores of a device share them.
       repeats: how often a core repeats the simulated work for each unit: one core does all of a unit.
+      name: of the unit. Cases whose units have one name have the same unit, which is simulated once.
     """
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     units: int = 1
     repeats: int = 1
+    name: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

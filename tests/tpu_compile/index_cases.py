@@ -14,7 +14,7 @@ from tests.tpu_compile.cases import CompileCase, Simulation
 
 UNIT_QUERIES, UNIT_KEYS = 256, 16_384
 """Queries and keys of the unit of prefill that is simulated."""
-UNIT_POSITIONS = 65_536
+UNIT_POSITIONS = 32_768
 """Positions of the unit of thresholds and lists that is simulated."""
 PASSES, SAMPLE_PASSES = 11, 7
 """Passes of a selection's search in the simulation, over all scores and over the sample.
@@ -50,7 +50,10 @@ def _scores(batch: int, queries: int, context: int, *, quick: bool = False) -> C
         flops=2 * batch * queries * context * MODEL.index_heads * MODEL.index_dim,
         nbytes=batch * context * (2 * MODEL.index_dim + 4 * queries),
         simulation=Simulation(
-            simulated, MODEL.indexer_arguments(1, unit, keys), batch * queries // unit * (context // keys)
+            simulated,
+            MODEL.indexer_arguments(1, unit, keys),
+            batch * queries // unit * (context // keys),
+            name=f"scores, {unit} x {keys}",
         ),
         quick=quick,
     )
@@ -93,7 +96,9 @@ def _select(name: str, rows: int, context: int, *, quick: bool = False) -> Compi
         function,
         (float32(rows, context), int32(rows)),
         nbytes=4 * rows * context,
-        simulation=Simulation(simulated, (float32(unit, context), int32(unit)), -(-rows // unit)),
+        simulation=Simulation(
+            simulated, (float32(unit, context), int32(unit)), -(-rows // unit), name=f"{name}, {context}"
+        ),
         quick=quick,
     )
 
@@ -119,7 +124,10 @@ def _unions(queries: int, context: int, *, quick: bool = False) -> CompileCase:
         arguments(queries, context),
         nbytes=4 * queries * context,
         simulation=Simulation(
-            simulated, arguments(UNIT_QUERIES, UNIT_POSITIONS), queries // UNIT_QUERIES * context // UNIT_POSITIONS
+            simulated,
+            arguments(UNIT_QUERIES, UNIT_POSITIONS),
+            queries // UNIT_QUERIES * context // UNIT_POSITIONS,
+            name="thresholds and lists",
         ),
         quick=quick,
     )
