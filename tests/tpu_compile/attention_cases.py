@@ -21,8 +21,8 @@ PAIR_FLOPS = 4 * MODEL.heads * MODEL.head_dim
 """FLOPs of one query and one key: two products."""
 UNIT_KEYS = 2048
 """Keys of the unit of dense prefill that is simulated."""
-BLOCK, UNIT_ENTRIES = 256, 4096
-"""Queries of a block, and entries of its union, in the unit of sparse prefill that is simulated."""
+BLOCK, UNIT_ENTRIES, UNIT_CONTEXT = 256, 4096, 131_072
+"""Queries of a block, entries of its union, and its context, in the unit of sparse prefill that is simulated."""
 ROW_BYTES = 2 * MODEL.kv_heads * MODEL.head_dim * 2
 """Bytes of one position's keys and values."""
 
@@ -73,8 +73,9 @@ def _prefill(queries: int, context: int, union: int, *, quick: bool = False) -> 
         nbytes=queries // BLOCK * union * ROW_BYTES,
         simulation=Simulation(
             functools.partial(simulated, UNIT_ENTRIES, dense=dense),
-            arguments(BLOCK, context),
+            arguments(BLOCK, UNIT_CONTEXT),
             queries // BLOCK * (union // UNIT_ENTRIES),
+            name=f"{UNIT_ENTRIES} positions of pages" if dense else f"{UNIT_ENTRIES} entries of a union",
         ),
         quick=quick,
     )
@@ -184,7 +185,7 @@ def _splash(queries: int, context: int) -> CompileCase:
         nbytes=context * ROW_BYTES,
         # A unit is the queries of one head in one block.
         simulation=Simulation(
-            simulated, arguments(1, 1, unit, keys), MODEL.heads * (queries // unit) * (context // keys)
+            simulated, arguments(1, 1, unit, keys), MODEL.heads * (queries // unit) * (context // keys), name="splash"
         ),
     )
 
