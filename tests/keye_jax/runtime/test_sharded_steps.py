@@ -15,8 +15,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from keye_jax.config import KeyeConfig
 from keye_jax.kv_cache import PAGE_SIZE, PagePool, Pages
-from keye_jax.model.attention import AttentionOptions, select_split
+from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.keye import Keye
+from keye_jax.model.split_keys import select_split
 from keye_jax.runtime.lowering import decode_program, prefill_programs
 from keye_jax.runtime.prefill import plan_chunks
 from keye_jax.runtime.runtime import Runtime
@@ -170,7 +171,7 @@ def test_of_equal_scores_the_lower_positions_win_on_any_device():
 @pytest.mark.parametrize("devices", [2, 3, 8])
 def test_what_devices_exchange_gives_the_selection_of_one(monkeypatch, most: int, devices: int):
     """Scores of a few values, so that the last places are tied; rows of all lengths, some below `top_k`."""
-    monkeypatch.setattr("keye_jax.model.attention._EXCHANGED_BYTES", most)
+    monkeypatch.setattr("keye_jax.model.split_keys._EXCHANGED_BYTES", most)
     pages, top_k, rng = 2 * devices, 2 * PAGE_SIZE + 3, np.random.default_rng(devices)
     length = np.asarray([0, 1, PAGE_SIZE, top_k - 1, top_k + 1, pages * PAGE_SIZE - 30, pages * PAGE_SIZE], np.int32)
     scores = rng.integers(-2, 3, (len(length), 1, pages * PAGE_SIZE)).astype(np.float32)
