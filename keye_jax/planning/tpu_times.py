@@ -11,7 +11,10 @@ from keye_jax.config import KeyeConfig
 from pallas_kernels.shapes import KEYE_VL_2
 
 UNION = 2**15
-"""Positions that 256 neighbouring queries are assumed to select together at most; nobody has measured it."""
+"""Positions that 256 neighbouring queries are assumed to select together at most.
+
+Measured in 16 layers of random weights: 18,643 at 32K and 41,215 at 128K, in the mean (docs/tpu.md).
+"""
 
 _QUERIES, _POSITIONS, _ENTRIES = 2048, 2**17, 2**14
 
