@@ -37,10 +37,10 @@ class KernelTimes:
 
 
 KERNELS = {
-    "v5e": KernelTimes(7.26, 4.89, 5.45, 33.6),
+    "v5e": KernelTimes(7.26, 4.30, 5.45, 33.6),
     "v5p": KernelTimes(2.88, 1.93, 2.11, 13.7),
-    "v6e": KernelTimes(3.58, 3.85, 3.23, 19.1),
-    "tpu7x": KernelTimes(2.71, 2.9, 2.51, 15.1),
+    "v6e": KernelTimes(3.58, 3.86, 3.23, 19.1),
+    "tpu7x": KernelTimes(2.71, 2.88, 2.51, 15.1),
 }
 
 
