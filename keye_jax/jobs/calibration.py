@@ -9,13 +9,16 @@ import numpy as np
 
 from convert import buckets, mapping
 from keye_jax.engine.checkpoint import load_runtime, read_checkpoint
+from keye_jax.engine.limits import new_token_limit
 from keye_jax.engine.openai import read_chat
 from keye_jax.engine.request import Request
 from keye_jax.errors import UserError
 from keye_jax.jobs.lines import BadLine, Shard, count_lines, read_lines
 from keye_jax.quantization.calibration import MatrixInputs
 from keye_jax.runtime.calibration import Prompt, expert_inputs
+from keye_jax.runtime.device import memory_limit_bytes
 from keye_jax.runtime.runtime import Runtime
+from keye_jax.sharding import MeshRules
 
 
 class PromptCalibration:
@@ -35,7 +38,7 @@ class PromptCalibration:
           progress: called with the tokens read and the tokens of all prompts.
 
         Raises:
-          UserError: the checkpoint is not whole, or a line is no request that the model can read.
+          UserError: the checkpoint is not whole, a line is no request, or model and cache do not fit one device.
         """
         self._directory, self._progress = buckets.local(checkpoint), progress
         shown = f"--calibrate is {requests}; it must"
@@ -47,8 +50,7 @@ class PromptCalibration:
             raise UserError(f"{shown} have at least one line")
         self._config, self._processor, defaults = read_checkpoint(self._directory)
         self._requests: list[Request] = []
-        self.tokens = self._longest = 0
-        most = self._config.max_position_embeddings
+        self.tokens = self._longest = number = 0
         with requests.open("rb") as file:
             for line in read_lines(file, Shard()):
                 if isinstance(line, BadLine):
@@ -59,11 +61,15 @@ class PromptCalibration:
                         tokens = plan.num_tokens
                 except UserError as error:
                     raise UserError(f"--calibrate: line {line.number}: {error}") from error
-                if tokens > most:
-                    raise UserError(f"--calibrate: line {line.number} has {tokens:,} tokens; {most:,} is the most")
                 self._requests.append(request)
                 self.tokens += tokens
-                self._longest = max(self._longest, tokens)
+                if tokens > self._longest:
+                    self._longest, number = tokens, line.number
+        device = {"memory_limit": memory_limit_bytes(), "rules": MeshRules.single_device()}
+        try:
+            new_token_limit(self._config, self._longest, 1, dtype=self._config.dtype, **device)
+        except UserError as error:
+            raise UserError(f"--calibrate: line {number}: {error}") from error
 
     def inputs(self) -> Mapping[str, MatrixInputs]:
         """Loads the model, reads all prompts, and forgets the model."""

@@ -96,7 +96,8 @@ class AttentionOptions:
         and less exact, or None for the parameters' dtype. Attention to such keys and values is XLA's; sparse steps of
         decode have a kernel for Hopper GPUs.
       intermediates: whether layers also return what they computed on the way, which needs memory for all scores.
-      selections: whether layers of a step of decode also return the positions that they selected, in any order.
+      selections: whether layers also return the positions that they selected, in any order: of a step of decode, or of
+        a chunk of prompts, whose scores are then all in memory at once.
       selection: what sparse attention selects: the keys that score highest by the "indexer", as released, or to see
         what that is worth "random" visible keys, or the most "recent" ones.
       training: what takes the place of operations without gradients, over a packed context; None but in training.

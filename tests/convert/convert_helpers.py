@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
 from convert import mapping, synthetic
+from convert.sinks import OrbaxSink
 from keye_jax.config import KeyeConfig
 from pallas_kernels.quantized import dequantize
 
@@ -49,6 +51,19 @@ def contents(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
                 assert name not in tensors
                 tensors[name] = (str(array.dtype), array.shape, array.tobytes())
     return tensors
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
+    """Has conversions to Orbax stopped, as by Ctrl-C, when they have written so many groups of tensors."""
+    saved, save = [], OrbaxSink.write
+
+    def write(self: OrbaxSink, group: Any, arrays: Any) -> None:
+        if len(saved) == groups:
+            raise KeyboardInterrupt
+        saved.append(group)
+        save(self, group, arrays)
+
+    monkeypatch.setattr(OrbaxSink, "write", write)
 
 
 def edit(directory: Path, change: Callable[[dict[str, Any]], object], file: str = "model.safetensors") -> None:

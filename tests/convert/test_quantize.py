@@ -7,11 +7,11 @@ import pytest
 
 from convert import convert, load_params, quantize
 from convert.detect import read_config
-from convert.sinks import OrbaxSink
 from keye_jax.cli import app, run
 from keye_jax.errors import UserError
 from keye_jax.quantization.quantize import quantize as quantize_matrix
 from keye_jax.quantization.schemes import Quantization, standard
+from tests.convert.convert_helpers import stop_after
 
 
 def weight(params, layer: int, *path: str):
@@ -25,15 +25,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same(golden, tmp_path, monkeypatch)
     """Experts have the values that each matrix has alone; all else keeps its bits; a stop changes nothing."""
     source, quantization = golden / "a", Quantization(standard("int4", 32), standard("fp8"))
     whole = quantize.quantize_checkpoint(source, tmp_path / "whole", quantization)
-    saved, save = [], OrbaxSink.write
-
-    def stop_later(self, group, arrays):
-        if len(saved) == 5:
-            raise KeyboardInterrupt
-        saved.append(group)
-        save(self, group, arrays)
-
-    monkeypatch.setattr(OrbaxSink, "write", stop_later)
+    stop_after(monkeypatch, 5)
     with pytest.raises(KeyboardInterrupt):
         quantize.quantize_checkpoint(source, tmp_path / "stopped", quantization)
     monkeypatch.undo()

@@ -11,25 +11,13 @@ from pallas_kernels.gpu.machine import launch
 from pallas_kernels.gpu.tensor_machine import TensorMachine
 
 OUTPUTS = 16
-_MOST_TOKENS = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class OutputShape:
+class OutputShape(products.GroupedShape):
     """The sizes of a launch: tokens, and the matrix `[outputs, size]`."""
 
-    rows: int
-    size: int
     outputs: int
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a group."""
-        return products.group_of(self.rows, _MOST_TOKENS)
-
-    @property
-    def groups(self) -> int:
-        return -(-self.rows // self.tokens)
 
     @property
     def ahead(self) -> int:

@@ -10,6 +10,7 @@ The warps' sums are added through shared memory, in the order of the warps. So t
 sizes of the matrix alone: a token's results have the same bits in any group, alone or with others.
 """
 
+import dataclasses
 import functools
 
 from pallas_kernels.gpu.simt import float_bits
@@ -24,9 +25,26 @@ _CHUNK = 16
 _HIGH = 0xFFFF0000
 
 
-def group_of(tokens: int, most: int) -> int:
-    """Tokens that a block takes: 8, 16 or 32, at most `most`."""
-    return next((size for size in (8, 16, 32) if size >= min(tokens, most)), most)
+@dataclasses.dataclass(frozen=True)
+class GroupedShape:
+    """The sizes of a launch whose blocks take groups of tokens.
+
+    Attributes:
+      rows: tokens.
+      size: inputs.
+    """
+
+    rows: int
+    size: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a group: 8, 16 or 32."""
+        return next((tokens for tokens in (8, 16) if tokens >= self.rows), 32)
+
+    @property
+    def groups(self) -> int:
+        return -(-self.rows // self.tokens)
 
 
 def row_pitch(size: int) -> int:

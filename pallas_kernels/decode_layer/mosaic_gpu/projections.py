@@ -22,38 +22,24 @@ from pallas_kernels.gpu.tensor_machine import TensorMachine
 
 DIM, INDEX_DIM = 128, 64
 _TILES, _AHEAD, _CLUSTER = 4, 3, 2
-_MOST_TOKENS = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class ProjectionShape:
+class ProjectionShape(products.GroupedShape):
     """The sizes of a launch.
 
     Attributes:
-      rows: tokens.
-      size: inputs.
       heads, kv_heads, index_heads: of the model.
       slots: rows of the cache; None if it is written elsewhere, and a token's row has its number.
       eps, index_eps: of norms.
     """
 
-    rows: int
-    size: int
     heads: int
     kv_heads: int
     index_heads: int
     slots: int | None
     eps: float
     index_eps: float
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a group."""
-        return products.group_of(self.rows, _MOST_TOKENS)
-
-    @property
-    def groups(self) -> int:
-        return -(-self.rows // self.tokens)
 
     @property
     def first_index(self) -> int:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from convert import load_params
-from convert.sinks import OrbaxSink
 from convert.synthetic import write_checkpoint
 from keye_jax.cli import app, run
 from keye_jax.config import KeyeConfig
@@ -18,6 +17,7 @@ from keye_jax.quantization.schemes import standard
 from keye_jax.runtime.calibration import SAMPLES
 from keye_jax.runtime.prefill import Segment
 from keye_jax.testing import write_picture, write_processor_files
+from tests.convert.convert_helpers import stop_after
 from tests.keye_jax.jobs.fake import line
 from tests.near_ties import assert_leads, selection_leads
 
@@ -109,15 +109,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same(asked, tmp_path, monkeypatch, 
     assert code == 0 and "of experts for the calibration's inputs" in whole and "tokens" in err
     errors = re.findall(r"(0\.\d+)  \((0\.\d+) without calibration\)", whole)
     assert len(errors) == 6 and all(float(calibrated) < float(without) for calibrated, without in errors)
-    saved, save = [], OrbaxSink.write
-
-    def stop_later(self, group, arrays):
-        if len(saved) == 5:
-            raise KeyboardInterrupt
-        saved.append(group)
-        save(self, group, arrays)
-
-    monkeypatch.setattr(OrbaxSink, "write", stop_later)
+    stop_after(monkeypatch, 5)
     assert quantized("stopped")[0] == 130
     monkeypatch.undo()
     code, out, _ = quantized("stopped")
@@ -137,13 +129,25 @@ def test_a_stopped_run_goes_on_and_gives_the_same(asked, tmp_path, monkeypatch, 
                     np.testing.assert_array_equal(np.asarray(got["values"])[expert], made.values)
 
 
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(asked, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("keye_jax.jobs.calibration.memory_limit_bytes", lambda: 1000)
+    arguments = ("--experts", "int4", "--calibrate", str(asked / "requests.jsonl"))
+    assert run(app, ["quantize", str(asked / "model"), str(tmp_path / "q"), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert "--calibrate: line 3: the context does not fit" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "it must have at least one line"),
         (b"{}\n", "--calibrate: line 1: custom_id is None"),
         (line("a", messages=[]), "--calibrate: line 1: messages is []"),
-        (line("a", messages=[{"role": "user", "content": "x " * 9000}]), "--calibrate: line 1 has"),
+        (
+            line("a", messages=[{"role": "user", "content": "x " * 9000}]),
+            "--calibrate: line 1: the context does not fit",
+        ),
     ],
 )
 def test_files_that_hold_no_prompts(asked, tmp_path, capsys, content, message):
