@@ -57,12 +57,17 @@ def golden():
 
 @pytest.fixture(scope="module")
 def quick_to_compile():
-    """For many programs, each run once."""
+    """For many programs, each run once.
+
+    Such programs round differently, and JAX would use them in later files too: it forgets them.
+    """
     import jax
 
     jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
 
 
 @pytest.fixture
