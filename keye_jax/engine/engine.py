@@ -14,7 +14,6 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -22,24 +21,25 @@ from typing import Any, Self
 import jax
 
 from keye_jax.engine.answers import Answers
+from keye_jax.engine.arrivals import Arrivals
 from keye_jax.engine.constraint import Grammars, Masks
 from keye_jax.engine.encoding import FrameEncoder
 from keye_jax.engine.generation_config import GenerationDefaults
 from keye_jax.engine.handle import Handle
 from keye_jax.engine.hosts import Command, Hosts, MediaElsewhere, Turn
 from keye_jax.engine.job import Job, Steps
-from keye_jax.engine.media.events import Broken, Finished, MediaEvent, Pixels, Planned
+from keye_jax.engine.media.events import MediaEvent, Pixels
 from keye_jax.engine.media.frame_cache import FrameCache
-from keye_jax.engine.media.work import Prompt
 from keye_jax.engine.media.workers import MediaWorkers
 from keye_jax.engine.options import EngineOptions, scheduler_config
-from keye_jax.engine.plan import Measured, Plan, Stats
-from keye_jax.engine.request import DEFAULT_NEW_TOKENS, Request, RequestError, Result
+from keye_jax.engine.plan import Measured, Plan
+from keye_jax.engine.request import Request, RequestError, Result
 from keye_jax.engine.scheduler import Scheduler
+from keye_jax.engine.stats import EngineProgress, EngineStats
 from keye_jax.engine.stepper import DrawnTokens, Stepper
 from keye_jax.errors import UserError
 from keye_jax.page_allocator import PAGE_SIZE
-from keye_jax.processor import Processor, PromptTokens
+from keye_jax.processor import Processor
 from keye_jax.progress import Progress
 from keye_jax.runtime.encode import ENCODE_PATCHES
 from keye_jax.runtime.runtime import Runtime
@@ -50,44 +50,6 @@ TURN_BYTES = 32 << 20
 """Of frames that are taken in one turn. The rest is for the next one."""
 
 _ELSEWHERE = "process 0 takes the requests of this job"
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineStats:
-    """Counts for metrics.
-
-    Attributes:
-      scheduler: those of the scheduler: sequences, pages, tokens of prompts and of the prefix cache, preemptions.
-      compilations: programs compiled since `warmup`, which should be none.
-      steps: steps so far.
-      embedding_hits: media whose embeddings were kept.
-      requests, waiting: requests that have not ended, and those of them of which no prompt is being read, and no answer
-        is written, yet.
-      generated_tokens: of all answers so far.
-    """
-
-    scheduler: Stats
-    compilations: int
-    steps: int
-    embedding_hits: int
-    requests: int
-    waiting: int
-    generated_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineProgress:
-    """Whether an engine gets on. A watchdog may end one that is `busy` and whose `at` is too long ago.
-
-    Attributes:
-      steps: that are done.
-      at: when the last step was done, or the engine began to have work, by `time.monotonic`.
-      busy: whether there is work. Waiting for media is none.
-    """
-
-    steps: int
-    at: float
-    busy: bool
 
 
 class Engine:
@@ -144,6 +106,10 @@ class Engine:
         # Compiles grammars and reads long prompts, so that neither clients nor the devices wait for it.
         self._preparer = ThreadPoolExecutor(1, "keye-jax requests")
         self._preparing: set[int] = set()
+        self._arrivals = Arrivals(
+            *(self._jobs, self._media, self._encoder, self._answers, self._scheduler),
+            lambda grammar: self._preparer.submit(self._grammars.compile, grammar),
+        )
         self._numbers = itertools.count()
         self._steps = self._compilations = 0
         self._progress = EngineProgress(0, time.monotonic(), busy=False)
@@ -409,8 +375,8 @@ class Engine:
                 self._warm_up()
             if turn.measured:
                 answers.events.append(turn.measured)
-            self._take(turn.commands)
-            self._take_media(turn.media)
+            self._arrivals.take(turn.commands)
+            self._arrivals.take_media(turn.media)
             for job in self._encoder.advance(all_of_them=before is None):
                 answers.tell_ready(job)
             events, answers.events = answers.events, []
@@ -493,83 +459,6 @@ class Engine:
         with self._changed:
             self._warm_done, self._warm_failure = self._warm_done + 1, failure
             self._changed.notify_all()
-
-    def _take(self, commands: Sequence[Command]) -> None:
-        for number, request in commands:
-            job = self._jobs.get(number)
-            if request is None:
-                if job is not None:
-                    self._media.cancel(job.id)
-                    self._answers.cancel(job)
-                continue
-            if job is None:  # it was submitted in another process
-                job = self._jobs[number] = Job(number, request, Handle(lambda: None), time.perf_counter())
-                if request.grammar is not None:
-                    job.matcher = self._preparer.submit(self._grammars.compile, request.grammar)
-            self._media.submit(job.id, request.messages, request.options, plan=job.plan or request.plan)
-
-    def _take_media(self, events: Sequence[MediaEvent]) -> None:
-        for event in events:
-            job = self._jobs.get(event.job_id) if isinstance(event.job_id, int) else None
-            if job is None:
-                if isinstance(event, Pixels):
-                    event.release()
-            elif isinstance(event, Planned):
-                self._arrive(job, event.prompt)
-            elif isinstance(event, Pixels):
-                self._encoder.take(event)
-                job.frames_decoded += event.frames
-                job.progress("decoding frames", job.frames_decoded, job.frames)
-            elif isinstance(event, Finished):
-                job.decoded = event.decoded
-                if job.frames:
-                    job.stamp("media")
-                self._encoder.keep_all(job)
-                if event.decoded.tokens is None:
-                    self._answers.tell_ready(job)
-                else:
-                    self._restate(job, event.decoded.tokens)
-                self._answers.finish(job)
-            elif isinstance(event, Broken):
-                self._answers.fail(job, event.kind, event.message)
-
-    def _arrive(self, job: Job, prompt: Prompt) -> None:
-        """Takes note of a planned request: of what is read, and which of its media have to be decoded."""
-        job.prompt = prompt
-        job.stamp("planned")
-        limit = self._limit(job)
-        if limit is not None:
-            skip, shown = self._encoder.begin(job)
-            self._answers.begin(job, limit)
-            if job.choices:
-                self._media.decode(job.id, skip, shown)
-            else:
-                self._media.cancel(job.id)
-
-    def _restate(self, job: Job, tokens: PromptTokens) -> None:
-        """Begins again with the prompt that states the times of the frames that are shown. No token was drawn yet."""
-        assert job.prompt is not None, "it was decoded"
-        job.prompt = job.prompt.restated(tokens)
-        self._answers.take_back(job)
-        limit = self._limit(job)
-        if limit is not None:
-            self._answers.begin(job, limit)
-
-    def _limit(self, job: Job) -> int | None:
-        """Most tokens of each answer; None if the request can never run, and failed."""
-        assert job.prompt is not None, "it is planned"
-        request, length = job.request, len(job.prompt.input_ids)
-        room = self.scheduler_config.most_tokens - length
-        limit = request.max_tokens or max(1, min(DEFAULT_NEW_TOKENS, room))
-        if job.decoded is not None:
-            limit = max(1, min(limit, room))  # other times may take a few tokens more; the request was taken before
-        try:
-            self._scheduler.check(length, limit)
-        except UserError as error:
-            self._media.cancel(job.id)
-            self._answers.fail(job, "too_large", str(error))
-            return None
-        return limit
 
     def _leave(self, job: Job, outcome: Result | RequestError) -> None:
         for choice in job.choices:
