@@ -295,7 +295,7 @@ class _Job:
         return {int(key.rpartition("/")[2]): value for key, value in self._client.key_value_dir_get(folder)}
 
     def _watch(self) -> None:
-        seen, since = {}, dict.fromkeys(range(len(self.names)), time.monotonic())
+        seen, silence, last = {}, dict.fromkeys(range(len(self.names)), 0.0), time.monotonic()
         passed_on: dict[int, str] = {}
         while not self.sign.startswith((_FAILED, _ENDED)) and not self._over.wait(_SIGN_S):
             try:
@@ -309,10 +309,12 @@ class _Job:
                     self.take_passed_on(int(number))
             except Exception:
                 signs = seen  # process 0, which has the store, is the first to be missed
+            # A host too busy to let this process have its turn may keep the others waiting too, who are not lost.
+            passed, last = min(time.monotonic() - last, 2 * _SIGN_S), time.monotonic()
             for process_id, name in enumerate(self.names):
                 sign = signs.get(process_id, "")
-                if sign == _DONE or sign != seen.get(process_id, ""):
-                    since[process_id] = time.monotonic()
+                known = sign == _DONE or sign != seen.get(process_id, "")
+                silence[process_id] = 0 if known else silence[process_id] + passed
                 if process_id == self.process_id or self.sign.startswith((_FAILED, _ENDED)) or interrupts.told():
                     continue
                 if sign.startswith(_FAILED):
@@ -320,7 +322,7 @@ class _Job:
                 if sign.startswith(_ENDED):
                     code, _, why = sign.removeprefix(_ENDED).partition(" ")
                     self._end(f"{name} {why}", int(code))
-                if time.monotonic() - since[process_id] > SILENCE_S:
+                if silence[process_id] > SILENCE_S:
                     self._end(f"{name} is lost: no sign of life for {SILENCE_S:.0f} s", self._lost_code)
             seen = signs
 
