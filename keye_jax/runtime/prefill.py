@@ -79,6 +79,20 @@ class Chunk:
     done: tuple[int, ...]
     dense: bool
 
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Row and column of each token that there is, in the order of one segment's tokens."""
+        rows, columns = np.nonzero(np.arange(self.ids.shape[1]) < self.batch.count[:, None])
+        order = np.argsort(self.token[rows, columns])
+        return rows[order], columns[order]
+
+    def spread(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Values of the tokens of each of all segments, int32 `[t]`, where they stand in the chunk; -1 elsewhere."""
+        there = np.full(self.ids.shape, -1, np.int32)
+        sequence = self.batch.sequence if self.batch.sequence is not None else np.zeros(1, np.int32)
+        for row, (member, count) in enumerate(zip(sequence, self.batch.count, strict=True)):
+            there[row, :count] = values[int(self.segments[member])][self.token[row, :count]]
+        return there
+
 
 @dataclasses.dataclass(frozen=True)
 class ChunkShape:
@@ -260,10 +274,25 @@ def _fill(chunk: list[list[_Run]], segments: Sequence[Segment], shape: ChunkShap
     return Chunk(ids, token, positions, batch, named, last, tuple(done[each] for each in members), shape.dense)
 
 
-def vision_rows(input_ids: np.ndarray, config: KeyeConfig) -> np.ndarray:
-    """Row of the vision embeddings (images first, then frames) that stands at each token, int32 `[t]`; -1 for text."""
-    images, frames = input_ids == config.image_token_id, input_ids == config.video_token_id
-    rows = np.full(len(input_ids), -1, np.int32)
-    rows[images] = np.arange(np.count_nonzero(images))
-    rows[frames] = np.count_nonzero(images) + np.arange(np.count_nonzero(frames))
-    return rows
+def vision_rows(segments: Sequence[Segment], config: KeyeConfig) -> tuple[list[np.ndarray], int]:
+    """Where the embedding of each pad is, among those of all segments one after the other.
+
+    Returns:
+      of each segment int32 `[t]`, the row of each token's embedding, -1 for text; and how many embeddings there are.
+
+    Raises:
+      ValueError: a segment has more or fewer embeddings than pads.
+    """
+    rows, before = [], 0
+    for segment in segments:
+        images, frames = (segment.input_ids == token for token in (config.image_token_id, config.video_token_id))
+        count, image_count = int(np.count_nonzero(images | frames)), np.count_nonzero(images)
+        given = 0 if segment.vision_embeds is None else len(segment.vision_embeds)
+        if given != count:
+            raise ValueError(f"{given} vision embeddings for {count} pads")
+        row = np.full(len(segment.input_ids), -1, np.int32)
+        row[images] = before + np.arange(image_count)
+        row[frames] = before + np.arange(image_count, count)
+        rows.append(row)
+        before += count
+    return rows, before

@@ -286,8 +286,7 @@ class Runtime:
                 start=segment.start + first,
             )
             chunk = plan_chunk(part, tokens, step, pool.page_count, table_width)
-            there = np.arange(chunk.ids.shape[1]) < chunk.batch.count[:, None]
-            seen = self.put(np.where(there, row_of[first:end][chunk.token], -1), step.rows)
+            seen = self.put(chunk.spread([row_of[first:end]]), step.rows)
             ids = self.put(chunk.ids, step.rows)
             x = programs.embed(self.model_def, self.params, ids, vision, seen, step=step)
             logits, pool = programs.prefill_chunk(
@@ -370,10 +369,7 @@ class Runtime:
             logits, pool, found = programs.forward_with_intermediates(
                 self.model_def, self.params, x, positions, batch, pool, step=self.prefill_step, options=options
             )
-            # The tokens that there are, in their order.
-            rows, columns = np.nonzero(np.arange(planned.ids.shape[1]) < planned.batch.count[:, None])
-            order = np.argsort(planned.token[rows, columns])
-            there = rows[order], columns[order]
+            there = planned.places()
             yield logits[there], pool, jax.tree.map(lambda x, there=there: x[there], found), planned.done[0]
 
     def chunks(
@@ -381,28 +377,17 @@ class Runtime:
     ) -> Iterator[tuple[Chunk, jax.Array, jax.Array, BatchMetadata]]:
         """Each chunk with its embeddings, positions and metadata on the devices."""
         step = self.prefill_step
-        embeds, index, before = [], [], 0
-        for segment in segments:
-            found = vision_rows(segment.input_ids, self.config)
-            count = 0 if segment.vision_embeds is None else len(segment.vision_embeds)
-            if count != np.count_nonzero(found >= 0):
-                raise ValueError(f"{count} vision embeddings for {np.count_nonzero(found >= 0)} pads")
-            if segment.vision_embeds is not None:
-                given = segment.vision_embeds
-                embeds.append(given if isinstance(given, jax.Array) else self.put(given))
-            index.append(np.where(found >= 0, found + before, -1).astype(np.int32))
-            before += count
+        rows, count = vision_rows(segments, self.config)
+        given = [segment.vision_embeds for segment in segments if segment.vision_embeds is not None]
+        if count:
+            vision = jnp.concatenate([x if isinstance(x, jax.Array) else self.put(x) for x in given])
+        else:
+            vision = self.put(np.zeros((0, self.config.hidden_size), self.dtype))
         # At least one row, so that prompts of text alone can index it.
-        vision = jnp.concatenate(embeds) if before else self.put(np.zeros((0, self.config.hidden_size), self.dtype))
-        vision = jnp.pad(vision, ((0, round_up(max(1, before)) - before), (0, 0)))
+        vision = jnp.pad(vision, ((0, round_up(max(1, count)) - count), (0, 0)))
         dense_below = self.dense_below if self.options.attention == "sparse" else 0
         for chunk in plan_chunks(segments, self.prefill_chunk, step, pool.page_count, dense_below=dense_below):
-            rows = chunk.batch.sequence if chunk.batch.sequence is not None else np.zeros(1, np.int32)
-            seen = np.full(chunk.ids.shape, -1, np.int32)
-            for row, member in enumerate(rows):
-                there = slice(0, chunk.batch.count[row])
-                seen[row, there] = index[chunk.segments[member]][chunk.token[row, there]]
-            ids, seen = self.put(chunk.ids, step.rows), self.put(seen, step.rows)
+            ids, seen = self.put(chunk.ids, step.rows), self.put(chunk.spread(rows), step.rows)
             x = programs.embed(self.model_def, self.params, ids, vision, seen, step=step)
             yield chunk, x, self.put(chunk.positions, (), step.rows), jax.tree.map(self.put, chunk.batch)
 
