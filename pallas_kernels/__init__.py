@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from pallas_kernels.errors import ArgumentError, UnsupportedError
     from pallas_kernels.flash_attention import flash_attention, paged_flash_attention
     from pallas_kernels.grouped_matmul import (
+        QuantizedRows,
         expert_mlp,
         grouped_matmul,
+        quantize_rows,
         quantized_expert_mlp,
         quantized_grouped_matmul,
     )
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ArgumentError",
     "QuantizedMatrices",
+    "QuantizedRows",
     "UnsupportedError",
     "available",
     "decode_projections",
@@ -51,6 +54,7 @@ __all__ = [
     "output_projection",
     "paged_flash_attention",
     "quantize",
+    "quantize_rows",
     "quantized_expert_mlp",
     "quantized_grouped_matmul",
     "resolve",
@@ -76,6 +80,7 @@ _MODULES = {
     "dispatch": ("available", "resolve"),
     "errors": ("ArgumentError", "UnsupportedError"),
     "flash_attention.api": ("flash_attention", "paged_flash_attention"),
+    "grouped_matmul.activations": ("QuantizedRows", "quantize_rows"),
     "grouped_matmul.api": ("expert_mlp", "grouped_matmul"),
     "grouped_matmul.quantized": ("quantized_expert_mlp", "quantized_grouped_matmul"),
     "quantized": ("QuantizedMatrices",),

@@ -55,16 +55,19 @@ def group(products):
     return "\n".join(["{", *before, *wgmma, "}"])
 
 
+def wait(values, in_flight):
+    """Waits until at most `in_flight` later groups of products are running. Returns the results in `values`, usable."""
+    constraints = ",".join(["=f"] * len(values) + [str(i) for i in range(len(values))])
+    return asm(len(values), values, f"wgmma.wait_group.sync.aligned {in_flight};", constraints)
+
+
 def finish_dots(dots, in_flight, layout=FRAGMENT):
     """Waits until at most `in_flight` later products are running, and returns `dots` in a layout."""
 
     @plgpu.inline_mgpu(arg_types=(FRAGMENT,), return_type=plgpu.ShapeDtypeStruct(dots.shape, jnp.float32, layout))
     def finish(ctx, dots):
         del ctx
-        values = scalars(dots)
-        constraints = ",".join(["=f"] * len(values) + [str(i) for i in range(len(values))])
-        text = f"wgmma.wait_group.sync.aligned {in_flight};"
-        return fragment(asm(len(values), values, text, constraints), dots.shape[1]).to_layout(layout.to_mgpu())
+        return fragment(wait(scalars(dots), in_flight), dots.shape[1]).to_layout(layout.to_mgpu())
 
     return finish(dots)
 

@@ -1,14 +1,16 @@
 """Experts whose matrices have fewer bits."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from pallas_kernels.checks import INTEGERS, Array, Result, Signature
+from pallas_kernels.checks import FLOAT32, INTEGERS, Array, Result, Signature
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.errors import ArgumentError
+from pallas_kernels.grouped_matmul.activations import BLOCK, QuantizedRows
 from pallas_kernels.quantized import QuantizedMatrices
 
 _VALUES = ("float8_e4m3fn", "int8", "uint8")
@@ -28,6 +30,7 @@ _PRODUCT = Signature(
     "quantized_grouped_matmul",
     {
         "lhs": Array("rows in", gradient=False),
+        "lhs_scales": Array("rows in_blocks", FLOAT32, optional=True, gradient=False),
         **_arrays("rhs", "", "in", "out"),
         "group_sizes": Array("e", INTEGERS),
     },
@@ -38,6 +41,7 @@ _EXPERTS = Signature(
     "quantized_expert_mlp",
     {
         "lhs": Array("rows in", gradient=False),
+        "lhs_scales": Array("rows in_blocks", FLOAT32, optional=True, gradient=False),
         **_arrays("gate_up", "gate_up_", "in", "both"),
         **_arrays("down", "down_", "f", "in"),
         "group_sizes": Array("e", INTEGERS),
@@ -47,12 +51,17 @@ _EXPERTS = Signature(
 
 
 def quantized_grouped_matmul(
-    lhs: ArrayLike, rhs: QuantizedMatrices, group_sizes: ArrayLike, *, implementation: str | None = None
+    lhs: ArrayLike | QuantizedRows,
+    rhs: QuantizedMatrices,
+    group_sizes: ArrayLike,
+    *,
+    implementation: str | None = None,
 ) -> jax.Array:
     """`grouped_matmul` with matrices of fewer bits: a few at a time become numbers of the dtype of lhs. No gradient.
 
     Args:
-      lhs: `[rows, in]`, bfloat16, float16 or float32, sorted by group.
+      lhs: `[rows, in]`, bfloat16, float16 or float32, sorted by group. Of `QuantizedRows`, "xla" multiplies the numbers
+        in float32, and "mosaic_gpu" the values in float8.
       rhs: `[e, in, out]`.
       group_sizes: int32 `[e]`, as for `grouped_matmul`.
       implementation: None, "mosaic_gpu" or "xla". None is "xla". In "mosaic_gpu" scales are factors on float32 sums,
@@ -66,13 +75,14 @@ def quantized_grouped_matmul(
       UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
     implementation = implementation or "xla"  # No GPU has measured the other.
+    signature, rows = _with_rows(_PRODUCT, lhs)
     flat = _flat(_PRODUCT, "rhs", rhs, _inputs(lhs), None)
-    arrays = dict(zip(_PRODUCT.arrays, [lhs, *flat, group_sizes], strict=True))
-    return dispatch(_PRODUCT, implementation, arrays, block=rhs.block)
+    arrays = dict(zip(signature.arrays, [*rows, *flat, group_sizes], strict=True))
+    return dispatch(signature, implementation, arrays, block=rhs.block, dtype=_dtype(lhs))
 
 
 def quantized_expert_mlp(
-    lhs: ArrayLike,
+    lhs: ArrayLike | QuantizedRows,
     gate_up: QuantizedMatrices,
     down: QuantizedMatrices,
     group_sizes: ArrayLike,
@@ -82,7 +92,8 @@ def quantized_expert_mlp(
     """`expert_mlp` with matrices of fewer bits: a few at a time become numbers of the dtype of lhs. No gradient.
 
     Args:
-      lhs: `[rows, in]`, bfloat16, float16 or float32, sorted by group.
+      lhs: `[rows, in]`, as for `quantized_grouped_matmul`. Of `QuantizedRows`, what down multiplies is rounded too: to
+        the dtype of lhs, and then to float8.
       gate_up: `[e, in, 2 * f]`. The first f columns are gate, the last f are up.
       down: `[e, f, in]`.
       group_sizes: int32 `[e]`, as for `expert_mlp`.
@@ -97,16 +108,34 @@ def quantized_expert_mlp(
       UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
     implementation = implementation or "xla"  # No GPU has measured the other.
-    inputs = _inputs(lhs)
+    inputs, (signature, rows) = _inputs(lhs), _with_rows(_EXPERTS, lhs)
     flat = _flat(_EXPERTS, "gate_up", gate_up, inputs, 2 * down.shape[1])
     flat += _flat(_EXPERTS, "down", down, down.shape[1], inputs)
-    arrays = dict(zip(_EXPERTS.arrays, [lhs, *flat, group_sizes], strict=True))
-    return dispatch(_EXPERTS, implementation, arrays, gate_up_block=gate_up.block, down_block=down.block)
+    arrays = dict(zip(signature.arrays, [*rows, *flat, group_sizes], strict=True))
+    static = {"gate_up_block": gate_up.block, "down_block": down.block, "dtype": _dtype(lhs)}
+    return dispatch(signature, implementation, arrays, **static)
 
 
-def _inputs(lhs: ArrayLike) -> int | None:
+def _with_rows(signature: Signature, lhs: ArrayLike | QuantizedRows) -> tuple[Signature, list[Any]]:
+    """The signature of a call with such rows, and their arrays: values, and scales or None."""
+    if not isinstance(lhs, QuantizedRows):
+        return signature, [lhs, None]
+    inputs = _inputs(lhs)
+    if inputs is not None and (wanted := [lhs.shape[0], -(-inputs // BLOCK)]) != list(lhs.scales.shape):
+        raise ArgumentError(f"{signature.operation}: lhs has scales {list(lhs.scales.shape)}; they must be {wanted}")
+    arrays = {**signature.arrays, "lhs": Array("rows in", ("float8_e4m3fn",), gradient=False)}
+    results = tuple(dataclasses.replace(each, dtype=jnp.dtype(lhs.dtype).name) for each in signature.results)
+    return dataclasses.replace(signature, arrays=arrays, results=results), [lhs.values, lhs.scales]
+
+
+def _dtype(lhs: ArrayLike | QuantizedRows) -> Any:
+    """Of the results of `QuantizedRows`; None of an array, whose dtype they have."""
+    return jnp.dtype(lhs.dtype) if isinstance(lhs, QuantizedRows) else None
+
+
+def _inputs(lhs: ArrayLike | QuantizedRows) -> int | None:
     """The columns of lhs; None of what is no matrix, which is refused later."""
-    shape = jnp.shape(lhs)
+    shape = lhs.shape if isinstance(lhs, QuantizedRows) else jnp.shape(lhs)
     return shape[1] if len(shape) == 2 else None
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import portable
+from pallas_kernels.grouped_matmul.activations import QuantizedRows, quantize_rows
 from pallas_kernels.grouped_matmul.blocks import Blocks, group_of_row
 from pallas_kernels.grouped_matmul.groups import group_ends
 from pallas_kernels.meshes import vary_like
@@ -47,20 +48,24 @@ def expert_mlp(lhs: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes:
 
 def quantized_grouped_matmul(
     lhs: jax.Array,
+    lhs_scales: jax.Array | None,
     rhs: jax.Array,
     scales: jax.Array,
     zeros: jax.Array | None,
     group_sizes: jax.Array,
     *,
     block: tuple[int, int],
+    dtype: Any = None,
 ) -> jax.Array:
     """See `quantized.quantized_grouped_matmul`."""
-    matrices = QuantizedMatrices(rhs, scales, zeros, block)
-    return _multiply(lhs, matrices, group_ends(lhs.shape[0], group_sizes), transposed=False)
+    ends, rows = group_ends(lhs.shape[0], group_sizes), _numbers(lhs, lhs_scales, dtype)
+    out = _multiply(rows, QuantizedMatrices(rhs, scales, zeros, block), ends, transposed=False)
+    return out.astype(dtype or lhs.dtype)
 
 
 def quantized_expert_mlp(
     lhs: jax.Array,
+    lhs_scales: jax.Array | None,
     gate_up: jax.Array,
     gate_up_scales: jax.Array,
     gate_up_zeros: jax.Array | None,
@@ -71,15 +76,23 @@ def quantized_expert_mlp(
     *,
     gate_up_block: tuple[int, int],
     down_block: tuple[int, int],
+    dtype: Any = None,
 ) -> jax.Array:
     """See `quantized.quantized_expert_mlp`."""
-    ends = group_ends(lhs.shape[0], group_sizes)
+    ends, rows = group_ends(lhs.shape[0], group_sizes), _numbers(lhs, lhs_scales, dtype)
     both = _multiply(
-        lhs, QuantizedMatrices(gate_up, gate_up_scales, gate_up_zeros, gate_up_block), ends, transposed=False
+        rows, QuantizedMatrices(gate_up, gate_up_scales, gate_up_zeros, gate_up_block), ends, transposed=False
     )
     gate, up = jnp.split(both.astype(jnp.float32), 2, axis=-1)
-    inner = (jax.nn.silu(gate) * up).astype(lhs.dtype)
-    return _multiply(inner, QuantizedMatrices(down, down_scales, down_zeros, down_block), ends, transposed=False)
+    inner = (jax.nn.silu(gate) * up).astype(dtype or lhs.dtype)
+    inner = inner if lhs_scales is None else quantize_rows(inner).numbers()
+    matrices = QuantizedMatrices(down, down_scales, down_zeros, down_block)
+    return _multiply(inner, matrices, ends, transposed=False).astype(dtype or lhs.dtype)
+
+
+def _numbers(values: jax.Array, scales: jax.Array | None, dtype: Any) -> jax.Array:
+    """The rows; of those in float8 the numbers, in float32, so that neither they nor the matrices are rounded."""
+    return values if scales is None else QuantizedRows(values, scales, dtype).numbers()
 
 
 @jax.custom_vjp

@@ -169,7 +169,7 @@ def _experts(tokens: int, *, quick: bool = False) -> list[KernelCase]:
     ]
 
 
-def _quantized_experts(tokens: int, format: Format, *, quick: bool = False) -> KernelCase:
+def _quantized_experts(tokens: int, format: Format, *, float8_rows: bool = False, quick: bool = False) -> KernelCase:
     """`quantized_expert_mlp` with matrices as `keye-jax quantize` makes them."""
     rows, *shapes, sizes = MODEL.expert_arguments(tokens)
     arrays, blocks = [], []
@@ -181,9 +181,10 @@ def _quantized_experts(tokens: int, format: Format, *, quick: bool = False) -> K
         arrays += [spec(experts, *grid(block, inputs, outputs), dtype=scales_dtype(format))]
         blocks.append(block)
 
-    def run(rows, gate_up, gate_up_scales, down, down_scales, sizes):
+    def run(rows, gate_up, gate_up_scales, down, down_scales, sizes, row_scales=None):
         return quantized_expert_mlp(
             rows,
+            row_scales,
             gate_up,
             gate_up_scales,
             None,
@@ -193,10 +194,17 @@ def _quantized_experts(tokens: int, format: Format, *, quick: bool = False) -> K
             sizes,
             gate_up_block=blocks[0],
             down_block=blocks[1],
+            dtype=jnp.bfloat16,
         )
 
-    words = f"{tokens} tokens, {format}"
-    return KernelCase("quantized_expert_mlp", words, run, (rows, *arrays, sizes), quick=quick)
+    words = f"{tokens} tokens, {format}" + (" by fp8" if float8_rows else "")
+    # Of row tiles of 128: where a unit lies, stored before its steps and loaded behind them.
+    stack = 32 if float8_rows and tokens > 1024 else 0
+    arguments = (rows, *arrays, sizes)
+    if float8_rows:
+        rows = spec(*rows.shape, dtype=jnp.float8_e4m3fn)
+        arguments = (rows, *arrays, sizes, float32(rows.shape[0], rows.shape[1] // 128))
+    return KernelCase("quantized_expert_mlp", words, run, arguments, quick=quick, stack=stack)
 
 
 def _dense(batch: int, context: int) -> KernelCase:
@@ -275,6 +283,10 @@ CASES = [
         _quantized_experts(tokens, format, quick=(tokens, format) == (2048, "int4"))
         for format in FORMATS
         for tokens in [1, 16, 64, 2048, 16_384]
+    ),
+    *(
+        _quantized_experts(tokens, "fp8", float8_rows=True, quick=tokens == 16_384)
+        for tokens in [1, 64, 512, 2048, 16_384]
     ),
     *(_dense(batch, 131_072) for batch in [1, 8, 64]),
     *(_projections(tokens, quick=tokens == 16) for tokens in [1, 4, 16, 64]),

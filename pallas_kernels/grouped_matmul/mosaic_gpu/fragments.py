@@ -14,6 +14,9 @@ A product's result is [64, rows of activations]. A thread has rows g and g + 8 o
 Every number is exact in bfloat16. float8_e4m3fn has its bits moved to their places and is multiplied by 2**120; what is
 no number counts as 480. Whole numbers become the last bits of 128, whose steps are 1 in bfloat16, and 128 or more is
 subtracted.
+
+With activations in float8, weights stay in float8. A register then has four neighbouring inputs of one column, while
+memory has four columns of one input. So a thread reads four inputs and transposes 4 x 4 bytes.
 """
 
 import math
@@ -25,6 +28,8 @@ STEP = 128
 """Inputs of a tile."""
 PARTS = STEP // 16
 """Parts of a tile that one wgmma multiplies."""
+FLOAT8_PARTS = STEP // 32
+"""The same of a wgmma in float8."""
 
 _SIGN, _REST = 0x80008000, 0x07F007F0
 _TWO_TO_120 = 0x7B807B80
@@ -32,8 +37,8 @@ _128, _136 = 0x43004300, 0x43084308
 """Each twice, in bfloat16."""
 
 
-class WeightReader:
-    """What one thread of a warpgroup reads of a tile.
+class ThreadColumns:
+    """The columns of a tile that one thread reads, and the rows of activations whose sums it has.
 
     Attributes:
       half: which half of the columns the thread reads, 0 or 1.
@@ -41,31 +46,21 @@ class WeightReader:
       row: the rows of activations whose sums it has are, of each 8, this one and the next.
     """
 
-    _SWAP: typing.ClassVar = {"float8_e4m3fn": 0x4040, "int8": 0x0404}
-
-    def __init__(self, machine, kind, width, warpgroup):
-        """`kind` is the name of the values' dtype, `width` 64 or 128; `warpgroup` is the number of the 64 columns."""
-        self.machine, self.kind = machine, kind
+    def __init__(self, machine, width, warpgroup):
+        """`width` is 64 or 128; `warpgroup` is the number of the 64 columns."""
+        self.machine, self.width, self.pitch = machine, width, width // 4
         thread = machine.thread & 127
         lane, warp = thread & 31, thread >> 5
-        quad = lane & 3
-        self.half, self.row = lane >> 4, quad * 2
-        word = (lane >> 2) & 3
-        chunk = warp + warpgroup * 4
-        self.column = chunk * 16 + word * 4
-        packed = kind == "uint8"
-        self.pitch = width // 4
-        rows = STEP // 2 if packed else STEP
-        near, far = (quad, quad + 4) if packed else (self.row, self.row + 1)
-        flipped = self.half.ne(0)
+        self.quad = lane & 3
+        self.half, self.row = lane >> 4, self.quad * 2
+        self.flipped = self.half.ne(0)
+        self._word, self._chunk = (lane >> 2) & 3, warp + warpgroup * 4
+        self.column = self._chunk * 16 + self._word * 4
 
-        def address(row):
-            place = chunk ^ (((row * width) >> 7) & (width // 16 - 1))
-            return self.half * (rows * self.pitch) + row * self.pitch + place * 4 + word
-
-        self.flipped = flipped
-        self.first = address(machine.select(flipped, far, near))
-        self.second = address(machine.select(flipped, near, far))
+    def address(self, row, rows):
+        """The thread's word of a row of its half, of `rows` rows as stored."""
+        place = self._chunk ^ (((row * self.width) >> 7) & (self.width // 16 - 1))
+        return self.half * (rows * self.pitch) + row * self.pitch + place * 4 + self._word
 
     def output(self, column, half_step):
         """The first of the thread's four columns of the matrix.
@@ -74,6 +69,53 @@ class WeightReader:
           column: where the first half of the tile begins; the second half begins `half_step` columns behind it.
         """
         return self.machine.word(column) + self.half * half_step + self.column
+
+    def results(self, sums, *, fused):
+        """What a thread stores, from float32 sums `[2 products][of each 8 rows: row g, row g; row g + 8, row g + 8]`.
+
+        Args:
+          fused: whether the first half is a gate and the second half is up, of which `silu(gate) * up` is made.
+
+        Returns:
+          The offset of the first row; and for each row that the thread stores, the rows from there to it, a constant,
+          and two words with its four columns in bfloat16.
+        """
+        machine, found = self.machine, []
+        for eight in range(0, 2 * len(sums[0]), 8):
+            rows = [[each[eight // 2 + 2 * i + pair] for each in sums for i in range(2)] for pair in range(2)]
+            if fused:
+                rows = [self._silu_up(*rows)]
+            for pair, four in enumerate(rows):
+                found.append((eight + pair, [machine.pack_bfloat16(*four[i : i + 2]) for i in (0, 2)]))
+        return self.row + self.half if fused else self.row, found
+
+    def _silu_up(self, first_row, second_row):
+        """`silu(gate) * up` of the first row in lanes with a gate, and of the second row in lanes with up."""
+        machine, results = self.machine, []
+        for first, second in zip(first_row, second_row, strict=True):
+            kept, sent = machine.select(self.flipped, second, first), machine.select(self.flipped, first, second)
+            got = machine.shuffle_xor(sent, 16)
+            gate, up = machine.select(self.flipped, got, kept), machine.select(self.flipped, kept, got)
+            power = machine.float_op("exp2", machine.float_op("mul", gate, _bits(-math.log2(math.e))))
+            silu = machine.float_op("div", gate, machine.float_op("add", power, _bits(1.0)))
+            results.append(machine.float_op("mul", silu, up))
+        return results
+
+
+class WeightReader(ThreadColumns):
+    """What one thread reads of a tile whose numbers become bfloat16."""
+
+    _SWAP: typing.ClassVar = {"float8_e4m3fn": 0x4040, "int8": 0x0404}
+
+    def __init__(self, machine, kind, width, warpgroup):
+        """`kind` is the name of the values' dtype; the others are as for `ThreadColumns`."""
+        super().__init__(machine, width, warpgroup)
+        self.kind = kind
+        packed = kind == "uint8"
+        rows = STEP // 2 if packed else STEP
+        near, far = (self.quad, self.quad + 4) if packed else (self.row, self.row + 1)
+        self.first = self.address(machine.select(self.flipped, far, near), rows)
+        self.second = self.address(machine.select(self.flipped, near, far), rows)
 
     def load(self, part):
         """The words of part `part` of the tile: of its inputs 2 * c and 2 * c + 1 of each 8, with c the lane's place.
@@ -108,36 +150,41 @@ class WeightReader:
             return machine.multiply_bfloat16(small, machine.word(_TWO_TO_120))
         return machine.subtract_bfloat16((both & 0x007F007F) | _128, (both & 0x00800080) | _128)
 
-    def results(self, sums, *, fused):
-        """What a thread stores, from float32 sums `[2 products][of each 8 rows: row g, row g; row g + 8, row g + 8]`.
 
-        Args:
-          fused: whether the first half is a gate and the second half is up, of which `silu(gate) * up` is made.
+class Float8Reader(ThreadColumns):
+    """What one thread reads of a tile of float8_e4m3fn that is multiplied in float8.
 
-        Returns:
-          The offset of the first row; and for each row that the thread stores, the rows from there to it, a constant,
-          and two words with its four columns in bfloat16.
-        """
-        machine, found = self.machine, []
-        for eight in range(0, 2 * len(sums[0]), 8):
-            rows = [[each[eight // 2 + 2 * i + pair] for each in sums for i in range(2)] for pair in range(2)]
-            if fused:
-                rows = [self._silu_up(*rows)]
-            for pair, four in enumerate(rows):
-                found.append((eight + pair, [machine.pack_bfloat16(*four[i : i + 2]) for i in (0, 2)]))
-        return self.row + self.half if fused else self.row, found
+    Of each 16 inputs a thread takes four neighbours. Lanes take them in four orders: the n-th read is of input n with
+    two bits flipped, so that no two lanes of a warp read the same bank. What is no number stays none.
+    """
 
-    def _silu_up(self, first_row, second_row):
-        """`silu(gate) * up` of the first row in lanes with a gate, and of the second row in lanes with up."""
-        machine, results = self.machine, []
-        for first, second in zip(first_row, second_row, strict=True):
-            kept, sent = machine.select(self.flipped, second, first), machine.select(self.flipped, first, second)
-            got = machine.shuffle_xor(sent, 16)
-            gate, up = machine.select(self.flipped, got, kept), machine.select(self.flipped, kept, got)
-            power = machine.float_op("exp2", machine.float_op("mul", gate, _bits(-math.log2(math.e))))
-            silu = machine.float_op("div", gate, machine.float_op("add", power, _bits(1.0)))
-            results.append(machine.float_op("mul", silu, up))
-        return results
+    def __init__(self, machine, width, warpgroup):
+        super().__init__(machine, width, warpgroup)
+        later = self.quad >> 1
+        flips = later | self.half << 1
+        self.addresses = [self.address(self.quad * 4 + (flips ^ i), STEP) for i in range(4)]
+        self._pairs = [later * 0x4444 ^ selector for selector in (0x5140, 0x7362)]
+        self._halves = [self.half * 0x4444 ^ selector for selector in (0x5410, 0x7632)]
+
+    def load(self, part):
+        """The words of 32 inputs: of each 16, four."""
+        return [
+            [self.machine.load_shared_behind(each, (32 * part + 16 * i) * self.pitch) for each in self.addresses]
+            for i in range(2)
+        ]
+
+    def registers(self, words):
+        """The four registers of wgmma's left operand, of product 0 and of product 1, for what `load` returned."""
+        columns = [self._transpose(four) for four in words]
+        return [[each[2 * product + i] for each in columns for i in range(2)] for product in range(2)]
+
+    def _transpose(self, words):
+        """Four inputs of each of the four columns, in the inputs' order, from words with four columns of an input."""
+        permute, found = self.machine.permute, []
+        for pair in self._pairs:
+            low, high = permute(*words[:2], pair), permute(*words[2:], pair)
+            found += [permute(low, high, half) for half in self._halves]
+        return found
 
 
 def spread_columns(four, rows, product):

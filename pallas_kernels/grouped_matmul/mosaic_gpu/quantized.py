@@ -11,6 +11,9 @@ sums are multiplied by the scales of their outputs and added to those before. So
 numbers in the same order, whatever the tiling and wherever the row lies.
 
 With `gate_up_silu` a gate and its up are in the registers of two lanes of a warp, which exchange half of them.
+
+With rows in float8 both operands stay float8, and the tensor cores multiply twice as fast. A step's products are scaled
+by the weights' block and by the row.
 """
 
 # The types of Pallas' decorators and transforms are not yet complete.
@@ -18,6 +21,7 @@ With `gate_up_silu` a gate and its up are in the registers of two lanes of a war
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +31,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.hopper import SHARED_BYTES
 from pallas_kernels.gpu.wgmma import FRAGMENT, ROWS, finish_dots
+from pallas_kernels.grouped_matmul.activations import QuantizedRows, quantize_rows
 from pallas_kernels.grouped_matmul.mosaic_gpu.fragments import STEP
-from pallas_kernels.grouped_matmul.mosaic_gpu.steps import add_scaled, load_scales, release, start_products, store
+from pallas_kernels.grouped_matmul.mosaic_gpu.steps import (
+    add_float8_products,
+    add_scaled,
+    load_scales,
+    release,
+    start_products,
+    store,
+)
 from pallas_kernels.grouped_matmul.mosaic_gpu.units import MAX_GROUPS, Units, num_blocks
 
-_SLAB = 64
-"""Activations of one 128-byte swizzled row."""
-_SLABS = STEP // _SLAB
+_SLAB_BYTES = 128
+"""Bytes of activations in one swizzled row."""
+_FEWEST_SCALES = 32
+"""Least number of rows' scales that a copy takes: one byte for each thread of the producer."""
 _COLUMNS = 64
 """Columns that a consumer takes of each half of a column tile."""
 
@@ -44,7 +57,7 @@ class QuantizedConfig:
 
     Attributes:
       consumers: consumer warpgroups per block, 1 or 2. A column tile has two halves of 64 columns for each.
-      rows: rows of a row tile, 8, 16, 32 or 64.
+      rows: rows of a row tile, 8, 16, 32 or 64; of rows in float8 128 too.
     """
 
     consumers: int
@@ -66,18 +79,22 @@ class Scales:
 
 def quantized_grouped_matmul(
     lhs: jax.Array,
+    lhs_scales: jax.Array | None,
     rhs: jax.Array,
     scales: jax.Array,
     zeros: jax.Array | None,
     group_sizes: jax.Array,
     *,
     block: tuple[int, int],
+    dtype: Any = None,
     config: QuantizedConfig | None = None,
 ) -> jax.Array:
     """See `quantized.quantized_grouped_matmul`. Scales are factors on float32 sums, and are not rounded.
 
     Args:
-      lhs: bfloat16 `[rows, in]`, in a multiple of 128.
+      lhs: bfloat16 `[rows, in]`, in a multiple of 128; or float8_e4m3fn, with lhs_scales, for rhs of float8_e4m3fn with
+        at least 64 outputs a scale, where what is no number stays none.
+      lhs_scales: float32 `[rows, in / 128]`, or None.
       rhs: float8_e4m3fn or int8 `[e, in, out]`, or uint8 `[e, in / 2, out]`, out a multiple of 128. A float8 that is no
         number counts as 480 with its sign.
       scales: bfloat16, float16 or float32 `[e, row blocks, column blocks]`.
@@ -85,6 +102,7 @@ def quantized_grouped_matmul(
       group_sizes: int32 `[e]`.
       block: inputs and outputs that share a scale. Inputs are all, or a multiple of 128; outputs are 1, all, or a
         multiple of 64.
+      dtype: bfloat16 where lhs has scales.
       config: tiling, chosen from the shapes if None. It changes no bit of the result.
 
     Returns:
@@ -93,11 +111,13 @@ def quantized_grouped_matmul(
     Raises:
       NotImplementedError: dtypes, sizes or blocks that the kernel does not take.
     """
-    return _call(lhs, rhs, scales, zeros, group_sizes, block, fused=False, config=config)
+    rows = _rows(lhs, lhs_scales, dtype)
+    return _call(rows, rhs, scales, zeros, group_sizes, block, fused=False, config=config)
 
 
 def quantized_expert_mlp(
     lhs: jax.Array,
+    lhs_scales: jax.Array | None,
     gate_up: jax.Array,
     gate_up_scales: jax.Array,
     gate_up_zeros: jax.Array | None,
@@ -108,20 +128,29 @@ def quantized_expert_mlp(
     *,
     gate_up_block: tuple[int, int],
     down_block: tuple[int, int],
+    dtype: Any = None,
 ) -> jax.Array:
     """See `quantized.quantized_expert_mlp`; arguments as for `quantized_grouped_matmul`. Two launches."""
-    inner = _call(lhs, gate_up, gate_up_scales, gate_up_zeros, group_sizes, gate_up_block, fused=True, config=None)
-    return _call(inner, down, down_scales, down_zeros, group_sizes, down_block, fused=False, config=None)
+    rows = _rows(lhs, lhs_scales, dtype)
+    inner = _call(rows, gate_up, gate_up_scales, gate_up_zeros, group_sizes, gate_up_block, fused=True)
+    inner = inner if lhs_scales is None else quantize_rows(inner)
+    return _call(inner, down, down_scales, down_zeros, group_sizes, down_block, fused=False)
 
 
-def default_config(rows: int, groups: int, columns: int, fused: bool, blocks: int) -> QuantizedConfig:
-    """A tiling for these sizes: not measured yet. `columns` are the output's.
+def _rows(lhs: jax.Array, scales: jax.Array | None, dtype: Any) -> jax.Array | QuantizedRows:
+    return lhs if scales is None else QuantizedRows(lhs, scales, dtype)
+
+
+def default_config(
+    rows: int, groups: int, columns: int, fused: bool, blocks: int, most_rows: int = 64
+) -> QuantizedConfig:
+    """A tiling for these sizes: not measured yet. `columns` are the output's, `most_rows` a row tile's.
 
     Raises:
       NotImplementedError: no column tile divides the columns.
     """
     each = rows / groups
-    tile = next((tile for tile, most in ((8, 2), (16, 6), (32, 16)) if each <= most), 64)
+    tile = next((tile for tile, most in ((8, 2), (16, 6), (32, 16), (64, 64)) if each <= most), most_rows)
     narrow = _COLUMNS if fused else 2 * _COLUMNS
     if columns % narrow:
         raise NotImplementedError(f"the output's columns ({columns}) must be a multiple of {narrow}")
@@ -130,25 +159,35 @@ def default_config(rows: int, groups: int, columns: int, fused: bool, blocks: in
     return QuantizedConfig(2 if wide else 1, tile)
 
 
-def _call(lhs, rhs, scales, zeros, group_sizes, block, *, fused, config):
+def _call(lhs, rhs, scales, zeros, group_sizes, block, *, fused, config=None):
     (rows, k), (groups, _, n) = lhs.shape, rhs.shape
     if lhs.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"only bfloat16 activations, not {lhs.dtype}")
+        raise NotImplementedError(f"only bfloat16 rows, not {lhs.dtype}")
     if zeros is not None:
         raise NotImplementedError("no matrices with zero points")
     if not 1 <= groups <= MAX_GROUPS:
         raise NotImplementedError(f"at most {MAX_GROUPS} groups, not {groups}")
     if rows == 0 or k == 0 or k % STEP:
         raise NotImplementedError(f"needs a row, and a multiple of {STEP} contracted elements, not {lhs.shape}")
-    layout = _scales_layout(k, n, block)
+    layout, float8 = _scales_layout(k, n, block), isinstance(lhs, QuantizedRows)
+    if float8 and (rhs.dtype != jnp.float8_e4m3fn or layout.outputs == 1):
+        raise NotImplementedError(
+            f"rows in float8 need matrices in float8_e4m3fn with a scale for {_COLUMNS} outputs at least, "
+            f"not {rhs.dtype} with one for {layout.outputs}"
+        )
     columns = n // 2 if fused else n
-    blocks = num_blocks()
-    config = config or default_config(rows, groups, columns, fused, blocks)
+    blocks, most_rows = num_blocks(), 128 if float8 else 64
+    config = config or default_config(rows, groups, columns, fused, blocks, most_rows)
     tile = config.consumers * _COLUMNS * (1 if fused else 2)
-    if config.consumers not in (1, 2) or config.rows not in (8, 16, 32, 64) or columns % tile:
+    fits = config.rows in (8, 16, 32, 64, most_rows) and columns % tile == 0
+    if config.consumers not in (1, 2) or not fits:
         raise NotImplementedError(f"{config} does not fit {columns} columns")
-    run = _build(rows, k, groups, columns, fused, rhs.dtype, layout, config, blocks)
-    return run(group_sizes, lhs, rhs, scales)
+    run = _build(rows, k, groups, columns, fused, rhs.dtype, float8, layout, config, blocks)
+    if not float8:
+        return run(group_sizes, lhs, rhs, scales)
+    # Neighbouring rows' scales are copied together; TMA wants lines of a multiple of 16 bytes.
+    row_scales = jnp.pad(lhs.scales.T, ((0, 0), (0, max(-rows % 4, _FEWEST_SCALES - rows))))
+    return run(group_sizes, lhs.values, rhs, scales, row_scales)
 
 
 def _scales_layout(k: int, n: int, block: tuple[int, int]) -> Scales:
@@ -161,9 +200,15 @@ def _scales_layout(k: int, n: int, block: tuple[int, int]) -> Scales:
 
 
 @functools.lru_cache
-def _build(rows, k, groups, columns, fused, dtype, layout, config, blocks):
-    """Returns the kernel `(group_sizes, lhs, rhs, scales) -> out` for these sizes."""
+def _build(rows, k, groups, columns, fused, dtype, float8, layout, config, blocks):
+    """Returns the kernel `(group_sizes, lhs, rhs, scales) -> out` for these sizes.
+
+    With `float8`, lhs is float8_e4m3fn and the kernel takes its scales `[in / 128, rows or more]` behind the others.
+    """
     bf16, dtype = jnp.dtype(jnp.bfloat16), jnp.dtype(dtype)
+    lhs_dtype = jnp.dtype(jnp.float8_e4m3fn) if float8 else bf16
+    slab = _SLAB_BYTES // lhs_dtype.itemsize
+    slabs = STEP // slab
     consumers, tile_rows = config.consumers, config.rows
     width = consumers * _COLUMNS
     stored_rows = STEP // 2 if dtype == jnp.uint8 else STEP
@@ -173,20 +218,24 @@ def _build(rows, k, groups, columns, fused, dtype, layout, config, blocks):
     lhs_boxes = (8, tile_rows) if tile_rows > 8 else (8,)
 
     units = Units(rows, groups, tile_rows, columns // column_step, blocks)
-    stage_bytes = 2 * stored_rows * width + tile_rows * STEP * bf16.itemsize
-    free_bytes = SHARED_BYTES - pl.cdiv(4 * units.table_size, 1024) * 1024 - 512
+    scale_rows = max(tile_rows, _FEWEST_SCALES)
+    stage_bytes = 2 * stored_rows * width + tile_rows * STEP * lhs_dtype.itemsize + 4 * scale_rows * float8
+    # Each array begins at a multiple of 1,024 bytes.
+    free_bytes = SHARED_BYTES - pl.cdiv(4 * units.table_size, 1024) * 1024 - 512 - 1024 * float8
     stages = min(free_bytes // stage_bytes, 2 * k_steps, 16)
 
     weight_transforms = (plgpu.SwizzleTransform(width),)
-    lhs_transforms = (plgpu.TilingTransform((8, _SLAB)), plgpu.SwizzleTransform(128))
-    lhs_shape = (stages, _SLABS, tile_rows, _SLAB)
+    lhs_transforms = (plgpu.TilingTransform((8, slab)), plgpu.SwizzleTransform(_SLAB_BYTES))
+    lhs_shape = (stages, slabs, tile_rows, slab)
     # The same memory as tiles, for wgmma, and as plain rows, where a copy can begin at any row.
     lhs_views = plgpu.RefUnion(
-        plgpu.SMEM(lhs_shape, bf16, transforms=lhs_transforms),
-        plgpu.SMEM(lhs_shape, bf16, transforms=(plgpu.SwizzleTransform(128),)),
+        plgpu.SMEM(lhs_shape, lhs_dtype, transforms=lhs_transforms),
+        plgpu.SMEM(lhs_shape, lhs_dtype, transforms=(plgpu.SwizzleTransform(_SLAB_BYTES),)),
     )
 
-    def body(sizes, lhs, rhs, scales, out, lhs_views, weights, table, full, free, ready):
+    def body(sizes, lhs, rhs, scales, *refs):
+        row_scales, own_scales = refs[0], refs[-1]  # With float8.
+        out, lhs_views, weights, table, full, free, ready = refs[float8 : float8 + 7]
         lhs_smem, lhs_rows = lhs_views
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
 
@@ -201,7 +250,7 @@ def _build(rows, k, groups, columns, fused, dtype, layout, config, blocks):
         @pl.when(warpgroup == consumers)
         def _produce():
             if consumers > 1:
-                plgpu.set_max_registers(40, action="decrease")
+                plgpu.set_max_registers(24 if float8 else 40, action="decrease")
 
             @pl.loop(0, my_units)
             def _unit(index):
@@ -220,22 +269,26 @@ def _build(rows, k, groups, columns, fused, dtype, layout, config, blocks):
                                 weights.at[slot, half],
                                 full.at[slot],
                             )
-                        for slab in range(_SLABS):
+                        for number in range(slabs):
                             for i, box in enumerate(lhs_boxes):
                                 fits = None
                                 if len(lhs_boxes) > 1:
                                     fits = (left <= box) if i == 0 else (left > lhs_boxes[0])
                                 plgpu.copy_gmem_to_smem(
-                                    lhs.at[pl.ds(row, box), pl.ds(step * STEP + slab * _SLAB, _SLAB)],
-                                    lhs_rows.at[slot, slab, pl.ds(0, box)],
+                                    lhs.at[pl.ds(row, box), pl.ds(step * STEP + number * slab, slab)],
+                                    lhs_rows.at[slot, number, pl.ds(0, box)],
                                     full.at[slot],
                                     predicate=fits,
                                 )
+                        if float8:
+                            plgpu.copy_gmem_to_smem(
+                                row_scales.at[step, pl.ds(row, scale_rows)], own_scales.at[slot], full.at[slot]
+                            )
 
         @pl.when(warpgroup < consumers)
         def _consume():
             if consumers > 1:
-                plgpu.set_max_registers(232, action="increase")
+                plgpu.set_max_registers(240 if float8 else 232, action="increase")
             for slot in range(stages):
                 plgpu.barrier_arrive(free.at[slot])
             nothing = plgpu.layout_cast(jnp.zeros((ROWS, tile_rows), jnp.float32), FRAGMENT)
@@ -250,6 +303,25 @@ def _build(rows, k, groups, columns, fused, dtype, layout, config, blocks):
                     return load_scales(
                         scales, warpgroup, group, at, column, half_step, layout.outputs, width, tile_rows
                     )
+
+                def multiply_float8(step, totals):
+                    slot = lax.rem(index * k_steps + step, jnp.int32(stages))
+                    own = factors(step)
+                    plgpu.barrier_wait(full.at[slot])
+                    totals = add_float8_products(
+                        totals,
+                        own,
+                        weights.at[slot],
+                        lhs_smem.at[slot],
+                        own_scales.at[slot],
+                        warpgroup,
+                        weight_transforms,
+                        lhs_transforms,
+                        tile_rows,
+                    )
+                    release()
+                    plgpu.barrier_arrive(free.at[slot])
+                    return totals
 
                 def multiply(step, totals):
                     slot = lax.rem(index * k_steps + step, jnp.int32(stages))
@@ -266,8 +338,9 @@ def _build(rows, k, groups, columns, fused, dtype, layout, config, blocks):
 
                 @pl.when(group < groups)
                 def _():
-                    totals = lax.fori_loop(0, k_steps, multiply, (nothing, nothing))
-                    if layout.inputs is None:
+                    step = multiply_float8 if float8 else multiply
+                    totals = lax.fori_loop(0, k_steps, step, (nothing, nothing))
+                    if layout.inputs is None and not float8:
                         totals = tuple(
                             add_scaled(nothing, each, own) for each, own in zip(totals, factors(0), strict=True)
                         )
@@ -288,9 +361,10 @@ def _build(rows, k, groups, columns, fused, dtype, layout, config, blocks):
             lhs_views,
             plgpu.SMEM((stages, 2, stored_rows, width), dtype, transforms=weight_transforms),
             plgpu.SMEM((units.table_size,), jnp.int32),
-            plgpu.Barrier(num_arrivals=2 + _SLABS * len(lhs_boxes), num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2 + slabs * len(lhs_boxes) + float8, num_barriers=stages),
             plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
             plgpu.Barrier(),
+            *([plgpu.SMEM((stages, scale_rows), jnp.float32)] if float8 else []),
         ],
         compiler_params=plgpu.CompilerParams(
             approx_math=True,

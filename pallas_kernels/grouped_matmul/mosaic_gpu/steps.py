@@ -13,8 +13,15 @@ from jaxlib.mlir.dialects import math as mlir_math
 from pallas_kernels.gpu.mlir import byte_offset, const, global_pointer
 from pallas_kernels.gpu.simt import Value
 from pallas_kernels.gpu.tensor_machine import TensorMachine
-from pallas_kernels.gpu.wgmma import FRAGMENT, ROWS, asm, fragment, group, scalars
-from pallas_kernels.grouped_matmul.mosaic_gpu.fragments import PARTS, WeightReader, spread_columns
+from pallas_kernels.gpu.wgmma import FRAGMENT, ROWS, asm, fragment, group, scalars, wait
+from pallas_kernels.grouped_matmul.mosaic_gpu.fragments import (
+    FLOAT8_PARTS,
+    PARTS,
+    Float8Reader,
+    ThreadColumns,
+    WeightReader,
+    spread_columns,
+)
 
 _SPLAT = plgpu.Layout.WG_SPLAT
 
@@ -52,30 +59,77 @@ def start_products(weights, lhs, warpgroup, weight_transforms, lhs_transforms, r
     def start(_, weights, lhs, warpgroup):
         machine = _Thread(weights)
         reader = WeightReader(machine, kind, width, Value(machine, warpgroup.registers.item()))
-        slabs = [_descriptors(utils.memref_slice(lhs, i), rows) for i in range(ir.MemRefType(lhs.type).shape[0])]
-        descriptors = [each for slab in slabs for each in slab]
+        descriptors = _descriptors(lhs, rows)
         words = [reader.load(part) for part in range(PARTS)]
         return tuple(
-            _products([reader.registers(each, product) for each in words], descriptors, rows) for product in range(2)
+            fragment(_products([reader.registers(each, product) for each in words], descriptors, rows, "bf16"), rows)
+            for product in range(2)
         )
 
     return start(weights, lhs, jnp.asarray(warpgroup, jnp.int32))
 
 
-def _descriptors(slab, rows):
-    """wgmma's descriptors of a slab `[rows, 64]` of the right operand, for each 16 of the 64."""
-    (base, (_, stride)), _, _ = mma_utils.create_descriptor(
-        utils.memref_transpose(slab, (1, 0, 3, 2)),
-        swizzle=128,
-        large_tile=(64, 64),
-        group_size=(64, rows),
-        logical_k_major=True,
-    )
-    return [arith.addi(base, const(i * stride[0] >> 4, 64)) if i else base for i in range(4)]
+def add_float8_products(totals, factors, weights, lhs, row_scales, warpgroup, weight_transforms, lhs_transforms, rows):
+    """Adds both products of a step, in float8, times the scales of weights and rows to the totals.
+
+    The second product starts when the first one has been added: registers hold one float32 sum beside the totals.
+
+    Args:
+      totals: two `[64, rows]` in the layout `FRAGMENT`.
+      factors: the scales of the weights, of the same shapes and layout; the same for all that a thread has.
+      weights: float8_e4m3fn `[2, STEP, width]`, a tile as `fragments` says.
+      lhs: float8_e4m3fn `[1, rows, STEP]`.
+      row_scales: float32 `[rows]`.
+      warpgroup: number of the 64 columns of each half.
+    """
+    width = weights.shape[-1]
+    result = plgpu.ShapeDtypeStruct((ROWS, rows), jnp.float32, FRAGMENT)
+    references = (plgpu.RefType(weight_transforms), plgpu.RefType(lhs_transforms), plgpu.RefType())
+
+    @plgpu.inline_mgpu(arg_types=(*references, _SPLAT) + (FRAGMENT,) * 4, return_type=(result, result))
+    def add(_, weights, lhs, row_scales, warpgroup, *arrays):
+        machine, f32 = _Thread(weights), ir.F32Type.get()
+        reader = Float8Reader(machine, width, Value(machine, warpgroup.registers.item()))
+        descriptors = _descriptors(lhs, rows)
+        left = [reader.registers(reader.load(part)) for part in range(FLOAT8_PARTS)]
+        own_scales = utils.getelementptr(utils.memref_ptr(row_scales), [reader.row.raw], f32)
+        new = []
+        for product, (before, factor) in enumerate(zip(arrays[:2], arrays[2:], strict=True)):
+            sums = wait(_products([each[product] for each in left], descriptors, rows, "e4m3"), 0)
+            factor, added = scalars(factor)[0], []
+            for eight, four in enumerate(zip(*[iter(zip(scalars(before), sums, strict=True))] * 4, strict=True)):
+                pair = llvm.load(ir.VectorType.get((2,), f32), byte_offset(own_scales, const(32 * eight)), alignment=8)
+                scales = [arith.mulf(factor, llvm.extractelement(pair, const(i))) for i in range(2)]
+                added += [mlir_math.fma(s, scales[i % 2], t) for i, (t, s) in enumerate(four)]
+            new.append(fragment(added, rows))
+        return tuple(new)
+
+    return add(weights, lhs, row_scales, jnp.asarray(warpgroup, jnp.int32), *totals, *factors)
 
 
-def _products(registers, descriptors, rows):
-    """The sum of products of left operands in registers, four words each, and right operands in shared memory."""
+def _descriptors(lhs, rows):
+    """wgmma's descriptors of the right operand `[slabs, rows, 128 bytes]`, for each 32 bytes of a row."""
+    slabs, *_, width = ir.MemRefType(lhs.type).shape
+    found = []
+    for slab in range(slabs):
+        (base, (_, stride)), _, _ = mma_utils.create_descriptor(
+            utils.memref_transpose(utils.memref_slice(lhs, slab), (1, 0, 3, 2)),
+            swizzle=128,
+            large_tile=(width, width),
+            group_size=(width, rows),
+            logical_k_major=True,
+        )
+        found += [arith.addi(base, const(i * stride[0] >> 4, 64)) if i else base for i in range(4)]
+    return found
+
+
+def _products(registers, descriptors, rows, kind):
+    """The sum of products of left operands in registers, four words each, and right operands in shared memory.
+
+    Args:
+      kind: of the numbers, as PTX names it: "bf16" or "e4m3".
+    """
+    depth, transposed = (16, ", 0") if kind == "bf16" else (32, "")
     count = rows // 2
     result = "{" + ", ".join(f"${i}" for i in range(count)) + "}"
     operands, kinds, lines = [], [], []
@@ -85,10 +139,10 @@ def _products(registers, descriptors, rows):
         kinds += ["r"] * 4 + ["l"]
         names = ", ".join(f"${at + i}" for i in range(4))
         lines.append(
-            f"wgmma.mma_async.sync.aligned.m64n{rows}k16.f32.bf16.bf16 {result}, {{{names}}}, ${at + 4}, "
-            f"{'p' if lines else 'q'}, 1, 1, 0;"
+            f"wgmma.mma_async.sync.aligned.m64n{rows}k{depth}.f32.{kind}.{kind} {result}, {{{names}}}, ${at + 4}, "
+            f"{'p' if lines else 'q'}, 1, 1{transposed};"
         )
-    return fragment(asm(count, operands, group(lines), ",".join(["=f"] * count + kinds)), rows)
+    return asm(count, operands, group(lines), ",".join(["=f"] * count + kinds))
 
 
 def add_scaled(totals, sums, factors):
@@ -133,7 +187,7 @@ def load_scales(scales, warpgroup, group, block, column, half_step, outputs, wid
     def load(_, scales, *numbers):
         machine = _Thread(scales)
         warpgroup, group, block, column = (Value(machine, x.registers.item()) for x in numbers)
-        reader = WeightReader(machine, "int8", width, warpgroup)
+        reader = ThreadColumns(machine, width, warpgroup)
         _, row_blocks, column_blocks = ir.MemRefType(scales.type).shape
         kind, f32 = ir.MemRefType(scales.type).element_type, ir.F32Type.get()
         at = (group * row_blocks + block) * column_blocks + reader.output(column, half_step) // outputs
@@ -160,7 +214,7 @@ def store(out, totals, warpgroup, row, count, column, half_step, width, fused):
     def run(_, out, first, second, *numbers):
         machine = _Thread(out)
         warpgroup, row, count, column = (Value(machine, x.registers.item()) for x in numbers)
-        reader = WeightReader(machine, "int8", width, warpgroup)
+        reader = ThreadColumns(machine, width, warpgroup)
         products = [[Value(machine, arith.bitcast(machine.i32, x)) for x in scalars(each)] for each in (first, second)]
         own_row, results = reader.results(products, fused=fused)
         own_column = reader.output(column, 0 if fused else half_step)

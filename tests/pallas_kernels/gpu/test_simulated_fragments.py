@@ -4,7 +4,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.grouped_matmul.mosaic_gpu.fragments import PARTS, STEP, WeightReader, spread_columns
+from pallas_kernels.grouped_matmul.mosaic_gpu.fragments import (
+    FLOAT8_PARTS,
+    PARTS,
+    STEP,
+    Float8Reader,
+    ThreadColumns,
+    WeightReader,
+    spread_columns,
+)
 from pallas_kernels.quantized import INT4_ZERO, unpack_nibbles
 from tests.pallas_kernels.gpu.numpy_machine import NumpyTensorMachine
 
@@ -75,6 +83,35 @@ def test_registers_hold_the_numbers(kind, width):
     assert seen.min() > 0
 
 
+@pytest.mark.parametrize("width", [64, 128])
+def test_registers_hold_the_bytes_for_products_in_float8(width):
+    """Every byte of a tile, where wgmma takes its left operand in float8."""
+    tile = tile_of("float8_e4m3fn", width)
+    words = swizzled(tile).view(np.uint32)
+    thread = np.arange(128)
+    warp, g, c = thread // 32, thread % 32 // 4, thread % 4
+    seen = np.zeros(tile.shape, int)
+    for warpgroup in range(width // 64):
+        machine = NumpyTensorMachine(128, 1, words.size)
+        machine.memory[0] = words
+        reader = Float8Reader(machine, width, warpgroup)
+        half, column = reader.half.raw.astype(int), reader.column.raw.astype(int)
+        for part in range(FLOAT8_PARTS):
+            for product, registers in enumerate(reader.registers(reader.load(part))):
+                for i, register in enumerate(registers):
+                    four = np.ascontiguousarray(register.raw).view(np.uint8).reshape(128, 4)
+                    # Register i has row g + 8 * (i % 2) of its product, which is this of the thread's columns.
+                    own = column + 2 * product + i % 2
+                    for j in range(4):
+                        inputs = 32 * part + 16 * (i // 2) + 4 * c + j
+                        np.testing.assert_array_equal(four[:, j], tile[half, inputs, own])
+                        seen[half, inputs, own] += 1
+        # The columns of wgmma's rows 16 * warp + g and + 8 are the same for all four threads of a quad.
+        np.testing.assert_array_equal(half, g // 4)
+        np.testing.assert_array_equal(column, 64 * warpgroup + 16 * warp + g % 4 * 4)
+    assert (seen == 1).all()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("width", [64, 128])
 def test_results_are_stored_where_they_belong(width, fused):
@@ -87,7 +124,7 @@ def test_results_are_stored_where_they_belong(width, fused):
     out, stored = np.zeros((rows, width if fused else 2 * width)), np.zeros((rows, width if fused else 2 * width), int)
     for warpgroup in range(width // 64):
         machine = NumpyTensorMachine(128, 1, 1)
-        reader = WeightReader(machine, "int8", width, warpgroup)
+        reader = ThreadColumns(machine, width, warpgroup)
         half, column = reader.half.raw.astype(int), reader.column.raw.astype(int)
         # As wgmma gives its result, [products, 64, rows].
         result = np.full((2, 64, rows), np.nan, np.float32)
@@ -126,5 +163,14 @@ def test_lanes_of_a_warp_read_different_banks(kind, width):
     for warpgroup in range(width // 64):
         reader = WeightReader(NumpyTensorMachine(128, 1, words.size), kind, width, warpgroup)
         for address in (reader.first, reader.second):
+            banks = np.sort(address.raw.reshape(4, 32) % 32, axis=1)
+            np.testing.assert_array_equal(banks, np.tile(np.arange(32), (4, 1)))
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_lanes_of_a_warp_read_different_banks_of_float8(width):
+    words = swizzled(tile_of("float8_e4m3fn", width)).view(np.uint32)
+    for warpgroup in range(width // 64):
+        for address in Float8Reader(NumpyTensorMachine(128, 1, words.size), width, warpgroup).addresses:
             banks = np.sort(address.raw.reshape(4, 32) % 32, axis=1)
             np.testing.assert_array_equal(banks, np.tile(np.arange(32), (4, 1)))

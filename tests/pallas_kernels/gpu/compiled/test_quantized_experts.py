@@ -7,17 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from keye_jax.quantization.schemes import FORMATS, standard
+from keye_jax.quantization.schemes import FORMATS, Format, standard
 from keye_jax.quantization.weights import random_arrays
-from pallas_kernels import QuantizedMatrices, expert_mlp, grouped_matmul, quantized_expert_mlp
+from pallas_kernels import QuantizedMatrices, expert_mlp, grouped_matmul, quantize_rows, quantized_expert_mlp
 from pallas_kernels.grouped_matmul.mosaic_gpu.quantized import QuantizedConfig, quantized_grouped_matmul
 
-TILINGS = [QuantizedConfig(consumers, rows) for consumers in (1, 2) for rows in (8, 16, 32, 64)]
+KINDS: dict[str, tuple[Format, bool]] = {**{format: (format, False) for format in FORMATS}, "fp8 by fp8": ("fp8", True)}
+"""Formats of the matrices, and whether rows are in float8 too."""
+TILINGS = {
+    kind: [QuantizedConfig(n, rows) for n in (1, 2) for rows in (8, 16, 32, 64) + (128,) * float8]
+    for kind, (_, float8) in KINDS.items()
+}
 EVERY_VALUE = {"fp8": jnp.float8_e4m3fn, "int8": jnp.int8, "int4": jnp.uint8}
 
 
-def matrices(format, experts, inputs, outputs, parts=1):
+def matrices(kind, experts, inputs, outputs, parts=1):
     """Random matrices whose scales differ, and their numbers in bfloat16."""
+    format = KINDS[kind][0]
     scheme = standard(format)
     block = scheme.block(inputs, outputs, parts=parts)
     stored = (experts, inputs // 2 if format == "int4" else inputs, outputs)
@@ -28,9 +34,18 @@ def matrices(format, experts, inputs, outputs, parts=1):
     return made, made.take(jnp.arange(experts), jnp.bfloat16)
 
 
-def product(lhs, rhs, sizes, config=None):
-    sizes = jnp.asarray(sizes, jnp.int32)
-    return quantized_grouped_matmul(lhs, rhs.values, rhs.scales, None, sizes, block=rhs.block, config=config)
+def product(kind, lhs, rhs, sizes, config=None):
+    sizes, how = jnp.asarray(sizes, jnp.int32), {"block": rhs.block, "dtype": lhs.dtype, "config": config}
+    lhs_scales = None
+    if KINDS[kind][1]:
+        small = quantize_rows(lhs)
+        lhs, lhs_scales = small.values, small.scales
+    return quantized_grouped_matmul(lhs, lhs_scales, rhs.values, rhs.scales, None, sizes, **how)
+
+
+def given(kind, rows):
+    """The numbers that are multiplied."""
+    return quantize_rows(rows).numbers().astype(rows.dtype) if KINDS[kind][1] else rows
 
 
 def rows_of(count, width, seed=0):
@@ -43,15 +58,16 @@ def check_rows(got, want, limit=1e-2):
     assert (np.linalg.norm(got - want, axis=1) <= limit * np.linalg.norm(want, axis=1) + 1e-6).all()
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("config", TILINGS, ids=str)
-def test_ragged(format, config):
+@pytest.mark.parametrize(("kind", "config"), [(kind, each) for kind in KINDS for each in TILINGS[kind]], ids=str)
+def test_ragged(kind, config):
     sizes = [3, 0, 130, 64, 1, 200, 8, 9]
-    rhs, numbers = matrices(format, 8, 384, 512)
+    rhs, numbers = matrices(kind, 8, 384, 512)
     # Rows of no group must not be used.
     lhs = rows_of(sum(sizes) + 50, 384).at[sum(sizes) :].set(jnp.nan)
-    got = product(lhs, rhs, sizes, config)
-    want = grouped_matmul(jnp.nan_to_num(lhs), numbers, jnp.asarray(sizes, jnp.int32), implementation="xla")
+    got = product(kind, lhs, rhs, sizes, config)
+    want = grouped_matmul(
+        given(kind, jnp.nan_to_num(lhs)), numbers, jnp.asarray(sizes, jnp.int32), implementation="xla"
+    )
     check_rows(got, want)
     assert (got[sum(sizes) :] == 0).all()
 
@@ -63,36 +79,51 @@ def test_every_value(format):
     kind = EVERY_VALUE[format]
     values = jax.lax.bitcast_convert_type(jnp.asarray(stored.reshape(1, -1, 128)), kind)
     rhs = QuantizedMatrices(values, jnp.ones((1, 1, 128)), None, (128, 1))
-    got = product(jnp.eye(128, dtype=jnp.bfloat16), rhs, [128])
+    got = product(format, jnp.eye(128, dtype=jnp.bfloat16), rhs, [128])
     want = np.asarray(rhs.take(jnp.arange(1), jnp.float32)[0])
     signs = np.where(stored.reshape(want.shape) & 128, -480, 480) if format == "fp8" else 0
     np.testing.assert_array_equal(np.asarray(got, np.float32), np.where(np.isnan(want), signs, want))
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_tilings_and_places_change_no_bit(format):
-    rhs, _ = matrices(format, 4, 512, 512)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tilings_and_places_change_no_bit(kind):
+    rhs, _ = matrices(kind, 4, 512, 512)
     sizes, lhs = [70, 5, 0, 1], rows_of(76, 512)
-    want = np.asarray(product(lhs, rhs, sizes, TILINGS[0]).astype(jnp.float32))
-    for config in TILINGS[1:]:
-        np.testing.assert_array_equal(np.asarray(product(lhs, rhs, sizes, config).astype(jnp.float32)), want)
+    want = np.asarray(product(kind, lhs, rhs, sizes, TILINGS[kind][0]).astype(jnp.float32))
+    for config in TILINGS[kind][1:]:
+        np.testing.assert_array_equal(np.asarray(product(kind, lhs, rhs, sizes, config).astype(jnp.float32)), want)
     for row, group in ((0, 0), (69, 0), (72, 1), (75, 3)):
-        alone = product(lhs[row : row + 1], rhs, np.eye(4, dtype=int)[group])
+        alone = product(kind, lhs[row : row + 1], rhs, np.eye(4, dtype=int)[group])
         np.testing.assert_array_equal(np.asarray(alone[0].astype(jnp.float32)), want[row])
 
 
-@pytest.mark.parametrize("format", FORMATS)
+def test_every_value_in_float8():
+    """The identity times all bytes of float8 that are numbers: exact."""
+    stored = np.arange(128 * 128).astype(np.uint8)
+    stored[stored & 127 == 127] = 0
+    values = jax.lax.bitcast_convert_type(jnp.asarray(stored.reshape(1, 128, 128)), jnp.float8_e4m3fn)
+    rhs = QuantizedMatrices(values, jnp.full((1, 1, 1), 0.5), None, (128, 128))
+    got = product("fp8 by fp8", jnp.eye(128, dtype=jnp.bfloat16), rhs, [128])
+    np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(values[0], np.float32) / 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [1, 16, 64, 2048])
-def test_model_shapes(format, tokens):
+def test_model_shapes(kind, tokens):
     rng = np.random.default_rng(0)
     chosen = np.argpartition(rng.gumbel(size=(tokens, 128)), 8, axis=1)[:, :8]
     sizes = jnp.asarray(np.bincount(chosen.ravel(), minlength=128), jnp.int32)
     (gate_up, gate_up_numbers), (down, down_numbers) = (
-        matrices(format, 128, 2048, 1536, 2),
-        matrices(format, 128, 768, 2048),
+        matrices(kind, 128, 2048, 1536, 2),
+        matrices(kind, 128, 768, 2048),
     )
     lhs = rows_of(tokens * 8, 2048)
-    run = functools.partial(quantized_expert_mlp, implementation="mosaic_gpu")
-    got = jax.jit(run)(lhs, gate_up, down, sizes)
-    check_rows(got, expert_mlp(lhs, gate_up_numbers, down_numbers, sizes), 2e-2)
-    assert (got == jax.jit(run)(lhs, gate_up, down, sizes)).all()
+    rows = quantize_rows(lhs) if KINDS[kind][1] else lhs
+    run = jax.jit(functools.partial(quantized_expert_mlp, implementation="mosaic_gpu"))
+    got = run(rows, gate_up, down, sizes)
+    if KINDS[kind][1]:
+        want = quantized_expert_mlp(rows, gate_up, down, sizes, implementation="xla")
+    else:
+        want = expert_mlp(lhs, gate_up_numbers, down_numbers, sizes)
+    check_rows(got, want, 2e-2)
+    assert (got == run(rows, gate_up, down, sizes)).all()
