@@ -112,6 +112,7 @@ def test_nothing_is_dense_unless_asked_for(keye, config, monkeypatch):
         (("--packed", "64"), "--packed has '64'; it must be sequences x tokens"),
         (("--packed", "1x64"), "--packed has 1x64; it must have at least 2 prompts"),
         (("--prefill", "1024K"), "1,048,576 tokens are more than this model takes"),
+        (("--activation-dtype", "float8_e4m3fn"), "it takes experts in fp8, and this model's are of all bits"),
         (("--json", "nowhere/figures.json"), "there is no directory 'nowhere'"),
         (("--json", "."), "--json is '.'; it is a directory"),
     ],
