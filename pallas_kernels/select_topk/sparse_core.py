@@ -120,7 +120,8 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int) -> jax.Array:
         ),
         name="select_topk",
     )
-    out = kernel(lengths, scores)
+    # The compiler aborts where it fuses the kernel with what takes its result, such as a loop that stacks results.
+    out = lax.optimization_barrier(kernel(lengths, scores))
     return out[:, :k].reshape(*leading, k)
 
 

@@ -1,8 +1,10 @@
 """Index scores and selection."""
 
+import dataclasses
 import functools
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.indexer_scores import mosaic_tpu as scores_kernel
@@ -113,8 +115,20 @@ def _on_sparse_cores(rows: int, context: int, *, quick: bool = False) -> Compile
         (float32(rows, context), int32(rows)),
         nbytes=4 * rows * (context + MODEL.top_k),
         quick=quick,
-        scratch=10**6,
+        scratch=10**7,
         generations=("v5p", "v6e", "tpu7x"),
+    )
+
+
+def _in_a_loop() -> CompileCase:
+    """What `jax.vmap` makes of a kernel, which stacks the results of its turns."""
+
+    def function(scores, lengths):
+        return jax.lax.map(lambda arrays: sparse_core.select_topk(*arrays, k=MODEL.top_k), (scores, lengths))
+
+    arguments = float32(2, 8, 131_072), int32(2, 8)
+    return dataclasses.replace(
+        _on_sparse_cores(8, 131_072), shape="8 x 128K, in a loop", function=function, arguments=arguments, quick=True
     )
 
 
@@ -175,4 +189,5 @@ CASES = [
     _on_sparse_cores(64, 131_072, quick=True),
     _on_sparse_cores(64, 262_144),
     _on_sparse_cores(2048, 131_072),
+    _in_a_loop(),
 ]
