@@ -42,6 +42,7 @@ RUNS_ON: Mapping[str, str] = {
     "mosaic_gpu": "an NVIDIA GPU of compute capability 9.0",
     "cudnn": "an NVIDIA GPU of compute capability 8.0 or more",
     "mosaic_tpu": "a TPU",
+    "sparse_core": "a TPU v5p, v6e or 7x",
     "xla": "any device",
 }
 """What an implementation needs, in words."""

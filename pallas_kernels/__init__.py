@@ -4,8 +4,8 @@ Every operation is one function of this package, with `implementation=None`: the
 supports the arguments runs. A name forces one; `dispatch.OPERATIONS` lists the names an operation has.
 
 An operation's folder shows its platforms: `api.py` is the public function, `xla.py` the portable implementation, and
-`mosaic_gpu`, `cudnn` and `mosaic_tpu` are a file or a folder each. `gpu/` and `tpu.py` hold what the kernels of one
-platform share. `shapes.py` holds the sizes of the released model.
+`mosaic_gpu`, `cudnn`, `mosaic_tpu` and `sparse_core` are a file or a folder each. `gpu/` and `tpu.py` hold what the
+kernels of one platform share. `shapes.py` holds the sizes of the released model.
 
 Dimensions in docstrings: b batch, t query, s key position, n heads, k key/value heads, d head dim, e experts, f expert
 hidden size, p pages, m pages of one sequence.

@@ -14,7 +14,7 @@ from pallas_kernels.errors import ArgumentError, UnsupportedError
 from pallas_kernels.kernel_call import DEVICES, PLATFORMS, call_kernel
 from pallas_kernels.meshes import call_on_explicit_mesh, explicit_devices, explicit_mesh, vary_like
 
-IMPLEMENTATIONS = ("mosaic_gpu", "cudnn", "mosaic_tpu", "xla")
+IMPLEMENTATIONS = ("mosaic_gpu", "cudnn", "mosaic_tpu", "sparse_core", "xla")
 """Names of implementations, best first."""
 
 
@@ -34,11 +34,12 @@ class Operation:
 
 OPERATIONS: Mapping[str, Operation] = {
     "indexer_scores": Operation("indexer_scores"),
-    "select_topk": Operation("select_topk"),
+    # The SparseCores' kernel runs by name only, until a TPU has measured it.
+    "select_topk": Operation("select_topk", ("mosaic_gpu", "mosaic_tpu", "xla", "sparse_core")),
     "sparse_attention": Operation("sparse_attention"),
     "topk_attention": Operation("topk_attention"),
     "flash_attention": Operation("flash_attention", ("cudnn", "mosaic_tpu", "xla")),
-    "paged_flash_attention": Operation("flash_attention", IMPLEMENTATIONS),
+    "paged_flash_attention": Operation("flash_attention", ("mosaic_gpu", "cudnn", "mosaic_tpu", "xla")),
     "grouped_matmul": Operation("grouped_matmul"),
     "expert_mlp": Operation("grouped_matmul"),
     # What these two run where matrices have fewer bits.
@@ -60,9 +61,17 @@ def available() -> tuple[str, ...]:
         "mosaic_gpu": capability == (9, 0),
         "cudnn": capability >= (8, 0),
         "mosaic_tpu": jax.default_backend() == "tpu",
+        "sparse_core": jax.default_backend() == "tpu" and _has_sparse_cores(),
         "xla": True,
     }
     return tuple(name for name in IMPLEMENTATIONS if runs[name])
+
+
+def _has_sparse_cores() -> bool:
+    """Whether programs run on the SparseCores of the default device, a TPU."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pltpu.get_tpu_info().sparse_core is not None
 
 
 def _cuda_capability() -> tuple[int, int]:

@@ -13,20 +13,26 @@ from jax.interpreters import mlir
 from pallas_kernels.errors import UnsupportedError
 from pallas_kernels.meshes import vary_like
 
-PLATFORMS = {"mosaic_gpu": ("gpu", "cuda"), "cudnn": ("gpu", "cuda"), "mosaic_tpu": ("tpu",)}
+PLATFORMS = {
+    "mosaic_gpu": ("gpu", "cuda"),
+    "cudnn": ("gpu", "cuda"),
+    "mosaic_tpu": ("tpu",),
+    "sparse_core": ("tpu",),
+}
 """Names that JAX has for the platform that runs an implementation."""
 
 DEVICES = {
     "mosaic_gpu": "Hopper GPUs",
     "cudnn": "NVIDIA GPUs from Ampere on",
     "mosaic_tpu": "TPUs",
+    "sparse_core": "TPUs of the generations v5p, v6e and tpu7x",
 }
 """The devices that run an implementation, in words."""
 
 
 def interpreted(name: str) -> bool:
     """Whether kernels of this implementation are interpreted: inside `pltpu.force_tpu_interpret_mode`."""
-    return name == "mosaic_tpu" and jax_config.pallas_tpu_interpret_mode_context_manager.value is not None
+    return "tpu" in PLATFORMS[name] and jax_config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
 def call_kernel(

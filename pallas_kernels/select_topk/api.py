@@ -17,7 +17,7 @@ def select_topk(scores: ArrayLike, lengths: ArrayLike, k: int, *, implementation
       scores: float32 `[..., s]`.
       lengths: int32 `[...]`, from 0 to s. Numbers out of that range count as the nearest in it.
       k: number of positions to select from each row, at least 1.
-      implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
+      implementation: None, "mosaic_gpu", "mosaic_tpu", "xla" or "sparse_core", which only its name chooses.
 
     Returns:
       int32 `[..., k]`: positions in ascending order, then -1 where a row has fewer than k.

@@ -12,6 +12,13 @@ from pallas_kernels.dispatch import available
 from pallas_kernels.errors import UnsupportedError
 from pallas_kernels.topk_attention.mosaic_tpu import attention as union_attention
 from tests.pallas_kernels.attention_oracle import FORMS
+from tests.pallas_kernels.subcore_machine import SubcoreInfo, simulated_subcores
+
+SIMULATED = ("mosaic_tpu", "sparse_core")
+"""Implementations whose kernels a CPU runs in an interpreter or a machine of NumPy."""
+
+SUBCORES = SubcoreInfo(num_cores=2, num_subcores=4, num_lanes=8, vmem_capacity_bytes=2**17)
+"""Fewer subcores than a TPU's, with less memory: long rows need teams of several, and a team has several rows."""
 
 INTERPRETED = {
     "test_sparse_attention.py": {
@@ -46,11 +53,20 @@ INTERPRETED = {
             "test_long_rows[mosaic_tpu-ties]",
             "test_scores_that_share_their_leading_bits[mosaic_tpu]",
             "test_infinities[mosaic_tpu]",
+            "test_long_rows[sparse_core-ties]",
+            "test_random[sparse_core-64]",
+            "test_many_ties[sparse_core]",
+            "test_lengths_about_k[sparse_core-64]",
+            "test_zeros_of_both_signs_are_equal[sparse_core]",
+            "test_infinities[sparse_core]",
+            "test_leading_axes[sparse_core]",
         },
     },
     "test_out_of_range.py": {
         "TestSelectTopk": {
             "test_scores_that_are_no_numbers_count_as_infinity[mosaic_tpu]",
+            "test_scores_that_are_no_numbers_count_as_infinity[sparse_core]",
+            "test_lengths_out_of_range_are_the_nearest_in_range[sparse_core]",
             "test_lengths_out_of_range_are_the_nearest_in_range[mosaic_tpu]",
         },
         "TestSparseAttention": {
@@ -78,20 +94,27 @@ INTERPRETED = {
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without a TPU and `--interpret-all`, leaves out the tests of `mosaic_tpu` that are not in `INTERPRETED`."""
-    if "mosaic_tpu" in available() or config.getoption("interpret_all"):
-        return
+    """Without a TPU and `--interpret-all`, leaves out the tests of kernels for TPUs that are not in `INTERPRETED`.
+
+    Only selections run on SparseCores.
+    """
+    all_of_them = "mosaic_tpu" in available() or config.getoption("interpret_all")
 
     def chosen(item):
-        if getattr(item, "callspec", None) is None or item.callspec.params.get("implementation") != "mosaic_tpu":
-            return True
-        return item.name in INTERPRETED.get(item.path.name, {}).get(item.parent.name, ())
+        name = item.callspec.params.get("implementation") if hasattr(item, "callspec") else None
+        if name not in SIMULATED or (name == "sparse_core" and item.parent.name != "TestSelectTopk"):
+            return name != "sparse_core"
+        return all_of_them or item.name in INTERPRETED.get(item.path.name, {}).get(item.parent.name, ())
 
     left_out = [item for item in items if not chosen(item)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if chosen(item)]
     for item in items:
-        if "mosaic_tpu" in item.name and item.path.name in ("test_out_of_range.py", "test_topk_attention.py"):
+        if (
+            not all_of_them
+            and "mosaic_tpu" in item.name
+            and item.path.name in ("test_out_of_range.py", "test_topk_attention.py")
+        ):
             item.add_marker(pytest.mark.slow)
 
 
@@ -106,15 +129,15 @@ def pytest_pyfunc_call():
         pytest.skip(str(error))
 
 
-@pytest.fixture(params=(*available(), "mosaic_tpu") if jax.default_backend() == "cpu" else available())
+@pytest.fixture(params=(*available(), *SIMULATED) if jax.default_backend() == "cpu" else available())
 def implementation(request):
     """Each name in turn. On a CPU, kernels for TPUs are interpreted: memories, copies and semaphores are simulated."""
-    interpreted = request.param == "mosaic_tpu" and "mosaic_tpu" not in available()
     with contextlib.ExitStack() as stack:
-        if interpreted:
+        if request.param in SIMULATED and request.param not in available():
             stack.enter_context(pltpu.force_tpu_interpret_mode())
             # Each row that is copied takes the interpreter milliseconds, and small unions would be padded to 1,024.
             stack.enter_context(mock.patch.object(union_attention, "_CHUNK", 128))
+            stack.enter_context(simulated_subcores(SUBCORES))
         yield request.param
 
 

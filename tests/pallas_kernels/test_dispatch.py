@@ -24,7 +24,7 @@ def attend(implementation):
 
 
 def test_an_unknown_implementation_is_refused():
-    message = "select_topk is 'cuda'; it must be one of: mosaic_gpu, cudnn, mosaic_tpu, xla"
+    message = "select_topk is 'cuda'; it must be one of: mosaic_gpu, cudnn, mosaic_tpu, sparse_core, xla"
     with pytest.raises(ValueError, match=message):
         select_topk(jnp.zeros((1, 4)), jnp.array([4]), 2, implementation="cuda")
     with pytest.raises(ValueError, match=message):

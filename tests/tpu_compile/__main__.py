@@ -41,6 +41,8 @@ def main() -> int:
         if case not in cases or (arguments.kernel and case.kernel not in arguments.kernel):
             continue
         for generation in arguments.generation or TOPOLOGIES:
+            if case.generations and generation not in case.generations:
+                continue
             rows.append(_row(number, case, generation, compiler, None if arguments.quick else known))
             print(_line(rows[-1]), file=sys.stderr, flush=True)
     compiler.close()

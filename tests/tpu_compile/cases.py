@@ -50,6 +50,7 @@ class CompileCase:
       donated: numbers of the arguments whose memory the results take over.
       quick: whether `make test` compiles it too.
       scratch: most bytes of HBM that it may take beyond arguments and results.
+      generations: those that it is compiled for; none means all.
     """
 
     kernel: str
@@ -62,6 +63,7 @@ class CompileCase:
     donated: tuple[int, ...] = ()
     quick: bool = False
     scratch: int = HBM_SCRATCH_BYTES
+    generations: tuple[str, ...] = ()
 
 
 def all_cases() -> list[CompileCase]:

@@ -1,12 +1,15 @@
 """Index scores and selection."""
 
+import dataclasses
 import functools
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.indexer_scores import mosaic_tpu as scores_kernel
 from pallas_kernels.select_topk import mosaic_tpu as select_kernel
+from pallas_kernels.select_topk import sparse_core
 from pallas_kernels.shapes import KEYE_VL_2 as MODEL
 from pallas_kernels.shapes import PAGE_SIZE, float32, int32
 from pallas_kernels.topk_attention.mosaic_tpu import unions as unions_kernel
@@ -103,6 +106,32 @@ def _select(name: str, rows: int, context: int, *, quick: bool = False) -> Compi
     )
 
 
+def _on_sparse_cores(rows: int, context: int, *, quick: bool = False) -> CompileCase:
+    """A program for SparseCores, of which the compiler estimates nothing. Scratch shows that it copies no scores."""
+    return CompileCase(
+        "select_topk_sparse_core",
+        f"{rows} x {context // 1024}K",
+        functools.partial(sparse_core.select_topk, k=MODEL.top_k),
+        (float32(rows, context), int32(rows)),
+        nbytes=4 * rows * (context + MODEL.top_k),
+        quick=quick,
+        scratch=10**7,
+        generations=("v5p", "v6e", "tpu7x"),
+    )
+
+
+def _in_a_loop() -> CompileCase:
+    """What `jax.vmap` makes of a kernel, which stacks the results of its turns."""
+
+    def function(scores, lengths):
+        return jax.lax.map(lambda arrays: sparse_core.select_topk(*arrays, k=MODEL.top_k), (scores, lengths))
+
+    arguments = float32(2, 8, 131_072), int32(2, 8)
+    return dataclasses.replace(
+        _on_sparse_cores(8, 131_072), shape="8 x 128K, in a loop", function=function, arguments=arguments, quick=True
+    )
+
+
 def _unions(queries: int, context: int, *, quick: bool = False) -> CompileCase:
     """Thresholds and lists of blocks of 256 queries."""
 
@@ -155,4 +184,10 @@ CASES = [
     _select("select_topk", 64, 131_072),
     _select("select_topk", 64, 262_144),
     _select("select_topk", 2048, 131_072),
+    _on_sparse_cores(1, 131_072),
+    _on_sparse_cores(8, 131_072),
+    _on_sparse_cores(64, 131_072, quick=True),
+    _on_sparse_cores(64, 262_144),
+    _on_sparse_cores(2048, 131_072),
+    _in_a_loop(),
 ]
