@@ -124,18 +124,24 @@ def _score(
             """Starts the copies of a step's tiles of which the query sees something."""
             first = of_sequence * (step // page_size)
 
-            def copy(page: Any, _: Any = None) -> None:
+            def copy(page: Any) -> None:
                 target = buffer.at[slot, pl.ds(page * page_rows, page_rows)]
                 pltpu.make_async_copy(keys.at[tables[ahead][0, first + page]], target, done.at[slot]).start()
 
+            def copy_tile(tile: Any, _: Any = None) -> None:
+                for page in range(tile_pages):
+                    copy(tile * tile_pages + page)
+
             count = _seen_tiles(seen_from(sequence, of_sequence), tiles)
+            # Without a loop a copy takes fewer cycles. Where that is rare it is not worth the code.
+            whole = count == tiles if ahead == _BUFFERS - 1 else False
 
-            @pl.when(count == tiles)
+            @pl.when(whole)
             def _() -> None:
-                for page in range(tiles * tile_pages):
-                    copy(page)
+                for tile in range(tiles):
+                    copy_tile(tile)
 
-            pl.when(count < tiles)(lambda: lax.fori_loop(0, count * tile_pages, copy, None))
+            pl.when(jnp.logical_not(whole))(lambda: lax.fori_loop(0, count, copy_tile, None))
 
         @pl.when(number == 0)
         def _() -> None:
