@@ -36,7 +36,7 @@ _BUFFERS = 3
 
 def _seen_tiles(seen: jax.Array, tiles: int) -> jax.Array | int:
     """How many tiles of a step have positions up to `seen`."""
-    return jnp.clip(lax.div(seen + TILE, TILE), 0, tiles)
+    return lax.div(jnp.clip(seen, -1, tiles * TILE - 1) + TILE, TILE)
 
 
 def decode_scores(
@@ -49,14 +49,14 @@ def decode_scores(
     *,
     page_size: int,
 ) -> jax.Array:
-    """Scores of every key for one query of each sequence.
+    """Scores of every key for one query of each sequence, -inf after its own position.
 
     Args:
       q: bfloat16 `[b, n, d]`.
       gates: float32 `[b, n]`, scaled.
       keys: `[p, page_size * d / 128, 128]`, bfloat16 or float8.
       page_table: int32 `[b, m]`, from 0 to p - 1.
-      query_start: int32 `[b]`, the last position that each query sees.
+      query_start: int32 `[b]`, each query's position.
       key_scales: float32 `[p, page_size]`, or None.
 
     Returns:
@@ -76,7 +76,7 @@ def decode_scores(
         gates[:, :, None],
         keys,
         table[:, None],
-        query_start,
+        jnp.clip(query_start, -1, length - 1),
         scales,
         step=step,
         page_size=page_size,
@@ -133,15 +133,15 @@ def _score(
                     copy(tile * tile_pages + page)
 
             count = _seen_tiles(seen_from(sequence, of_sequence), tiles)
-            # Without a loop a copy takes fewer cycles. Where that is rare it is not worth the code.
-            whole = count == tiles if ahead == _BUFFERS - 1 else False
+            # Without a loop a copy takes fewer cycles. At the beginning that is not worth the code.
+            unrolled = count == tiles if ahead == _BUFFERS - 1 else False
 
-            @pl.when(whole)
+            @pl.when(unrolled)
             def _() -> None:
                 for tile in range(tiles):
                     copy_tile(tile)
 
-            pl.when(jnp.logical_not(whole))(lambda: lax.fori_loop(0, count, copy_tile, None))
+            pl.when(jnp.logical_not(unrolled))(lambda: lax.fori_loop(0, count, copy_tile, None))
 
         @pl.when(number == 0)
         def _() -> None:
