@@ -20,6 +20,10 @@ from keye_jax.sharding.mesh_rules import MeshRules
 from keye_jax.sharding.step import StepSharding, spec
 from pallas_kernels.indexer_scores import quantize
 from pallas_kernels.paging import scaled
+from pallas_kernels.portable import on_tpus
+
+_ROW = 128
+"""Elements of a row of index keys."""
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +34,9 @@ class Pages:
     Attributes:
       kv: `[..., 2 * kv_heads, head_dim]`; a token's row holds its keys, then its values, of all heads. Where heads are
         split over devices, each device's part of a row is like that: its keys, then its values.
-      index_keys: `[..., indexer_head_dim]`.
+      index_keys: `[..., indexer_head_dim]`. In the pages of a pool several positions share a row of 128 elements:
+        `[pages, PAGE_SIZE * indexer_head_dim / 128, 128]`, the same bytes. A TPU pads rows to 128, or else puts pages
+        where a page's keys are not together. `index_pages` has them as `[pages, PAGE_SIZE, indexer_head_dim]`.
       index_scales: float32 `[...]`, a factor on each index key; None unless they are float8.
       kv_scales: float32 `[..., 2 * kv_heads]`, a factor on each head's key and value, in the order of `kv`; None unless
         they are float8.
@@ -45,6 +51,11 @@ class Pages:
     def count(self) -> int:
         """How many pages there are."""
         return self.kv.shape[0]
+
+    @property
+    def index_pages(self) -> jax.Array:
+        """The index keys of pages, `[pages, PAGE_SIZE, indexer_head_dim]`."""
+        return self.index_keys.reshape(self.count, PAGE_SIZE, -1)
 
     def in_cache_dtype(self, cache_dtype: str | None) -> Pages:
         """Rows of new tokens as a cache keeps them: keys and values in "float8_e4m3fn" with scales, or as they are.
@@ -66,8 +77,10 @@ class Pages:
         """
 
         def scatter(stored: jax.Array, new: jax.Array) -> jax.Array:
-            flat = stored.reshape(self.count * PAGE_SIZE, *stored.shape[2:])
-            return flat.at[slots].set(new.astype(stored.dtype), mode="drop").reshape(stored.shape)
+            new = new.astype(stored.dtype)
+            if stored.shape[2:] == new.shape[2:]:
+                return _write_rows(stored, slots, new)
+            return on_tpus(_write_parts_of_rows, _write_rows, stored, slots, new)
 
         return jax.tree.map(scatter, self, rows)
 
@@ -76,6 +89,29 @@ class Pages:
         others = jax.tree.map(lambda _: spec(*leading), self)
         kv: Any = spec(*(leading[i] if i < len(leading) else () for i in range(2)), step.kv_heads)
         return dataclasses.replace(others, kv=kv, kv_scales=None if self.kv_scales is None else kv)
+
+
+def _write_rows(stored: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
+    """Pages `[p, ...]` with `new [b, t, ...]` at `slots [b, t]` of them."""
+    flat = stored.reshape(-1, *new.shape[2:])
+    return flat.at[slots].set(new, mode="drop").reshape(stored.shape)
+
+
+def _write_parts_of_rows(stored: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
+    """`_write_rows` where several positions share a row of `stored`, without another view of the pages.
+
+    On a TPU any other view is a copy of all pages. Positions that share a row are written one after the other.
+    """
+    rows = stored.reshape(-1, stored.shape[-1])
+    dim = new.shape[-1]
+    per_row = rows.shape[1] // dim
+    wide = jnp.tile(new, per_row)
+    for part in range(per_row):
+        own = jnp.arange(rows.shape[1]) // dim == part
+        place = jnp.where(slots % per_row == part, slots // per_row, len(rows))
+        old = rows.at[place].get(mode="fill", fill_value=0)
+        rows = rows.at[place].set(jnp.where(own, wide, old), mode="drop")
+    return rows.reshape(stored.shape)
 
 
 @jax.tree_util.register_dataclass
@@ -113,10 +149,13 @@ class PagePool:
           cache_dtype: of keys and values, "float8_e4m3fn"; None for `dtype`.
         """
         dtype, rows = dtype or config.jax_dtype, 2 * config.num_key_value_heads
+        index_dim = config.sa_config.indexer_head_dim
+        # Positions whose index keys share a row.
+        shared = _ROW // index_dim if _ROW % index_dim == 0 and PAGE_SIZE * index_dim % _ROW == 0 else 1
         layers = tuple(
             Pages(
                 kv=jnp.zeros((pages, PAGE_SIZE, rows, config.head_dim), cache_dtype or dtype),
-                index_keys=jnp.zeros((pages, PAGE_SIZE, config.sa_config.indexer_head_dim), indexer_dtype or dtype),
+                index_keys=jnp.zeros((pages, PAGE_SIZE // shared, shared * index_dim), indexer_dtype or dtype),
                 index_scales=jnp.zeros((pages, PAGE_SIZE), jnp.float32) if indexer_dtype else None,
                 kv_scales=jnp.zeros((pages, PAGE_SIZE, rows), jnp.float32) if cache_dtype else None,
             )

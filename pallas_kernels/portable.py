@@ -20,10 +20,19 @@ def on_gpus(gpu: Callable[..., Any], elsewhere: Callable[..., Any], *arrays: Any
       gpu, elsewhere: functions of the arrays, with results of the same shapes and dtypes.
       arrays: trees of arrays; all vary over the same mesh axes.
     """
+    return _by_platform({"cuda": gpu, "rocm": gpu}, elsewhere, arrays)
+
+
+def on_tpus(tpu: Callable[..., Any], elsewhere: Callable[..., Any], *arrays: Any) -> Any:
+    """`tpu(*arrays)` in a program for TPUs, `elsewhere(*arrays)` in others; as `on_gpus`."""
+    return _by_platform({"tpu": tpu}, elsewhere, arrays)
+
+
+def _by_platform(functions: dict[str, Callable[..., Any]], elsewhere: Callable[..., Any], arrays: Any) -> Any:
     leaves = jax.tree.leaves(arrays)
 
     def varying(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arrays: vary_like(function(*arrays), *leaves)
 
-    gpu, elsewhere = varying(gpu), varying(elsewhere)
-    return jax.lax.platform_dependent(*arrays, cuda=gpu, rocm=gpu, default=elsewhere)
+    branches = {platform: varying(function) for platform, function in functions.items()}
+    return jax.lax.platform_dependent(*arrays, **branches, default=varying(elsewhere))

@@ -340,7 +340,7 @@ def attend_sparse(
             scores = indexer_scores(
                 index_q,
                 gates,
-                pages.index_keys,
+                pages.index_pages,
                 table,
                 # A shard that a sequence has not reached is scored as if it held one key, which is not looked at.
                 jnp.maximum(start, 0) if keys.split else start,

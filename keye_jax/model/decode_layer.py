@@ -129,7 +129,7 @@ def _project(
     """
     attention, indexer, pages, batch = layer.attention, layer.indexer, context.pages, context.batch
     writes = pages.kv_scales is None and pages.index_scales is None
-    cache = (pages.kv, pages.index_keys, batch.slots(batch.page_table, pages.count, 1)[:, 0]) if writes else ()
+    cache = (pages.kv, pages.index_pages, batch.slots(batch.page_table, pages.count, 1)[:, 0]) if writes else ()
     q, index_q, gates, kv, index_keys = decode_projections(
         tokens,
         layer.input_norm.weight[...],
@@ -154,7 +154,7 @@ def _project(
         implementation=options.decode,
     )
     if writes:
-        context, keys = context.with_new_rows(Pages(kv, index_keys))
+        context, keys = context.with_new_rows(Pages(kv, index_keys.reshape(pages.index_keys.shape)))
         return _Queries(q[:, None], index_q[:, None], gates[:, None]), context, keys
     with jax.named_scope("indexer"):
         index_q, gates, index_keys, scales = in_dtype(index_q, gates, index_keys, options.indexer_dtype)

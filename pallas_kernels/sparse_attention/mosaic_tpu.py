@@ -3,7 +3,8 @@
 The keys and values of all heads of a position are one contiguous row of its page, a `[2 * k, d]` tile. So a selected
 position costs one copy. Eight entries of a list whose rows are neighbours cost one copy together. A list is cut into
 steps. While a step is multiplied, the copies of the step after the next one are started, which may be the next
-query's. Row numbers are trusted: checks of their bounds would cost more than the copies.
+query's. Row numbers are trusted: checks of their bounds would cost more than the copies. A kernel before finds them: it
+looks positions up in the page table by permutations of lanes, for which XLA would take longer than attention does.
 
 A step's rows are one matrix `[step * 2 * k, d]` as they lie in memory, and all heads are multiplied by all of it. A
 mask keeps the logits of a head's own keys, and a shift by k lanes turns a key's weight into its value's. Without a
@@ -15,15 +16,16 @@ One query alone fills few rows of a matrix unit. For prefill, where neighbouring
 """
 
 import functools
+import itertools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import paging
 from pallas_kernels.tpu import LANES, MASKED, check_attention, precision, result_like
 
 _STEP = 128
@@ -35,6 +37,8 @@ TURN = _RING * _STEP
 """Most entries of a turn of the loop."""
 _RUN = 8
 """Neighbouring positions that are one copy."""
+_LISTS = 8
+"""Lists that one grid step looks up."""
 
 
 def sparse_attention(
@@ -59,21 +63,19 @@ def sparse_attention(
     if LANES % width:
         raise NotImplementedError(f"takes rows of keys and values whose number divides {LANES}, not {width}")
     total = batch * queries
-    unit = max(LANES // width, _RUN)
-    step = min(_STEP, pl.cdiv(top_k, _RING * unit) * unit)
-    lists = indices.reshape(total, top_k)
-    lists = jnp.where((lists >= 0) & (lists < page_table.shape[1] * page_size), lists, -1)
-    lists = jnp.pad(lists, ((0, 0), (0, -top_k % (_RING * step))), constant_values=-1)
-    valid, length = lists >= 0, lists.shape[1]
-    table = jnp.clip(page_table, 0, kv.shape[0] - 1)
-    slots = paging.slots(table, jnp.maximum(lists, 0).reshape(batch, queries, -1), page_size).reshape(total, -1)
+    step = min(_STEP, pl.next_power_of_2(pl.cdiv(top_k, _RING)))
+    step = max(step, LANES // width, _RUN)
+    lists = jnp.where((indices >= 0) & (indices < page_table.shape[1] * page_size), indices, -1)
+    lists = jnp.pad(lists, ((0, 0), (0, 0), (0, -top_k % max(_RING * step, LANES))), constant_values=-1)
+    length = lists.shape[2]
     # Turns behind the last valid entry are neither copied nor multiplied.
-    used = jnp.max(jnp.where(valid, jnp.arange(length) + 1, 0), axis=-1)
+    used = jnp.max(jnp.where(lists >= 0, jnp.arange(length) + 1, 0), axis=-1).reshape(total)
+    rows = _look_up(lists.reshape(batch, queries, -1, LANES), jnp.clip(page_table, 0, kv.shape[0] - 1), page_size)
     out, lse = _attend(
         q.reshape(total, heads, dim),
         kv.reshape(-1, width, dim),
-        _mark_runs(slots)[:, None],
-        jnp.repeat(valid.astype(jnp.float32), width, axis=1).reshape(total, -1, LANES),
+        rows.reshape(total, 1, length),
+        lists.reshape(total, -1, LANES),
         jnp.maximum(pl.cdiv(used, _RING * step), 1).astype(jnp.int32),
         step=step,
         scale=scale,
@@ -81,11 +83,55 @@ def sparse_attention(
     return out.reshape(q.shape), lse[..., 0].reshape(q.shape[:3])
 
 
-def _mark_runs(slots: jax.Array) -> jax.Array:
-    """`slots [r, l]` of rows with `-1 - first` for the first of each group of eight that are neighbours."""
-    groups = slots.reshape(slots.shape[0], -1, _RUN)
-    runs = jnp.all(groups == groups[..., :1] + jnp.arange(_RUN), axis=-1, keepdims=True)
-    return jnp.where(runs & (jnp.arange(_RUN) == 0), -1 - groups, groups).reshape(slots.shape)
+@functools.partial(jax.jit, static_argnames="page_size")
+def _look_up(lists: jax.Array, page_table: jax.Array, page_size: int) -> jax.Array:
+    """Rows of the flattened pages that hold the positions of lists, with marked runs.
+
+    Args:
+      lists: int32 `[b, t, l / 128, 128]`; -1 counts as 0.
+      page_table: int32 `[b, m]`.
+
+    Returns:
+      the shape of lists; `-1 - row` for the first of each group of eight that are neighbours.
+    """
+    batch, queries = lists.shape[:2]
+    table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % LANES))).reshape(batch, -1, LANES)
+    # Lists of one grid step: of as many sequences, or of one.
+    sequences, per_sequence = (min(batch, _LISTS), 1) if queries == 1 else (1, min(queries, _LISTS))
+
+    def kernel(lists: Any, table: Any, out: Any) -> None:
+        for sequence, query in itertools.product(range(sequences), range(per_sequence)):
+            position = jnp.maximum(lists[sequence, query], 0)
+            page, lane = lax.div(position, page_size), lax.broadcasted_iota(jnp.int32, position.shape, 1)
+            table_row, table_lane = lax.div(page, LANES), lax.rem(page, LANES)
+
+            def look(row: Any, found: jax.Array, *, table_row=table_row, table_lane=table_lane, sequence=sequence):
+                entries = jnp.broadcast_to(table[sequence, pl.ds(row, 1)], found.shape)
+                entries = jnp.take_along_axis(entries, table_lane, axis=1, mode="promise_in_bounds")
+                return jnp.where(table_row == row, entries, found)
+
+            pages = lax.fori_loop(0, table.shape[1], look, jnp.zeros_like(position), unroll=True)
+            rows = pages * page_size + lax.rem(position, page_size)
+            # Of a group, lane by lane, whether a row is the next of the one before; then whether all are.
+            place = lax.rem(lane, _RUN)
+            run = ((place == 0) | (rows == pltpu.roll(rows, 1, 1) + 1)).astype(jnp.int32)
+            for shift in (1, 2, 4):
+                run &= pltpu.roll(run, LANES - shift, 1)
+            out[sequence, query] = jnp.where((run > 0) & (place == 0), -1 - rows, rows)
+
+    def of(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda i, j: (i, j, 0, 0))
+
+    lists_of_step = of(sequences, per_sequence, *lists.shape[2:])
+    return pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(batch, sequences), pl.cdiv(queries, per_sequence)),
+        in_specs=[lists_of_step, pl.BlockSpec((sequences, *table.shape[1:]), lambda i, j: (i, 0, 0))],
+        out_specs=lists_of_step,
+        out_shape=result_like(lists, lists.shape, jnp.int32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        name="page_rows",
+    )(lists, table)
 
 
 def _turns(turns: Any, row: jax.Array) -> jax.Array | int:
@@ -97,7 +143,7 @@ def _attend(
     q: jax.Array,
     rows: jax.Array,
     slots: jax.Array,
-    valid: jax.Array,
+    lists: jax.Array,
     turns: jax.Array,
     *,
     step: int,
@@ -105,8 +151,7 @@ def _attend(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of q `[r, n, d]` to `rows [slots, 2 * k, d]`, and log-sum-exps `[r, n, 128]`, the same in all lanes.
 
-    `slots [r, 1, l]` has rows with marked runs, and `valid [r, l * 2 * k / 128, 128]` a number above 0 for each
-    row of an entry that counts.
+    `slots [r, 1, l]` has rows with marked runs, and `lists [r, l / 128, 128]` numbers from 0 for entries that count.
     """
     total, heads, dim = q.shape
     width, length = rows.shape[1], slots.shape[2]
@@ -114,9 +159,9 @@ def _attend(
     # A device of two cores shares the queries.
     parts = math.gcd(total, 2)
     part = total // parts
-    dot = functools.partial(jax.lax.dot_general, precision=precision(q.dtype), preferred_element_type=jnp.float32)
+    dot = functools.partial(lax.dot_general, precision=precision(q.dtype), preferred_element_type=jnp.float32)
 
-    def kernel(turns, q, here, following, valid, rows, out, lse, *scratch):
+    def kernel(turns, q, here, following, lists, rows, out, lse, *scratch):
         *buffers, logits, acc, largest, weight, done = scratch
         row = pl.program_id(0) * part + pl.program_id(1)
         last_turn = _turns(turns, row) - 1
@@ -147,17 +192,23 @@ def _attend(
         def matrix(slot: int) -> jax.Array:
             return buffers[slot][...].reshape(step * width, dim)
 
-        head = jax.lax.broadcasted_iota(jnp.int32, (heads, LANES), 0)
-        lane = jax.lax.broadcasted_iota(jnp.int32, (heads, LANES), 1)
-        own = jax.lax.rem(lane, width) == jax.lax.div(head, heads // kv_heads)
+        head = lax.broadcasted_iota(jnp.int32, (heads, LANES), 0)
+        lane = lax.broadcasted_iota(jnp.int32, (heads, LANES), 1)
+        own = lax.rem(lane, width) == lax.div(head, heads // kv_heads)
+        # The entry of each lane of a step's tiles, counted from the step's first.
+        shape = max(tiles, 8), LANES
+        entry = lax.broadcasted_iota(jnp.int32, shape, 0) * (LANES // width)
+        entry = lax.rem(entry + lax.div(lax.broadcasted_iota(jnp.int32, shape, 1), width), step)
 
         def multiply_keys(number: jax.Array | int, slot: int) -> None:
             dots = dot(q[0], matrix(slot), (((1,), (1,)), ((), ()))) * scale
-            counts = valid[0, pl.ds(number * tiles, tiles)] > 0
+            first = number * step
+            entries = jnp.broadcast_to(lists[0, pl.ds(lax.div(first, LANES), 1)], entry.shape)
+            counts = jnp.take_along_axis(entries, lax.rem(first, LANES) + entry, axis=1, mode="promise_in_bounds")
             for tile in range(tiles):
                 of_tile = dots[:, tile * LANES : (tile + 1) * LANES]
                 logits[slot % 2, :, tile * LANES : (tile + 1) * LANES] = jnp.where(
-                    own & counts[tile : tile + 1], of_tile, MASKED
+                    own & (counts[tile : tile + 1] >= 0), of_tile, MASKED
                 )
 
         def multiply_values(slot: int, keep: jax.Array | bool) -> None:
@@ -190,7 +241,7 @@ def _attend(
             for slot in range(_AHEAD):
                 start(here, slot * step, slot)
 
-        jax.lax.fori_loop(0, last_turn, lambda number, _: turn(number, last=False), None)
+        lax.fori_loop(0, last_turn, lambda number, _: turn(number, last=False), None)
         turn(last_turn, last=True)
         multiply_values(_RING - 1, True)
 
@@ -221,7 +272,7 @@ def _attend(
                 of_row(heads, dim),
                 of_row(1, length, space=pltpu.SMEM),
                 of_row(1, length, space=pltpu.SMEM, ahead=1),
-                of_row(*valid.shape[1:]),
+                of_row(*lists.shape[1:]),
                 pl.BlockSpec(memory_space=pltpu.HBM),
             ],
             out_specs=[of_row(heads, dim), of_row(heads, LANES)],
@@ -245,4 +296,4 @@ def _attend(
             transcendentals=elements,
         ),
         name="sparse_attention",
-    )(turns, q, slots, slots, valid, rows)
+    )(turns, q, slots, slots, lists, rows)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from keye_jax import kv_cache
 from keye_jax.config import KeyeConfig
 from keye_jax.kv_cache import PAGE_SIZE, BatchMetadata, PagePool, Pages, bytes_per_token
 from keye_jax.runtime.memory import index_row_bytes, kv_row_bytes
@@ -61,10 +63,31 @@ def test_new_tokens_go_to_their_pages_and_others_stay(golden, indexer_dtype: str
     written[3, PAGE_SIZE - 1] = written[0, 0] = written[1, 5] = True
     np.testing.assert_array_equal(np.asarray(layer.kv[..., 0, 0]), written * 1.0)
     np.testing.assert_array_equal(np.asarray(layer.kv[..., -1, -1]), written * 2.0)
-    np.testing.assert_array_equal(np.asarray(layer.index_keys[..., 0], np.float32), written * 3.0)
+    np.testing.assert_array_equal(np.asarray(layer.index_pages[..., 0], np.float32), written * 3.0)
     if layer.index_scales is not None:
         np.testing.assert_array_equal(np.asarray(layer.index_scales), written * 0.5)
     assert (layer.index_scales is not None) == (indexer_dtype is not None)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("dim", [16, 64])
+def test_parts_of_rows_are_written_as_whole_rows_are(dim: int, dtype):
+    """Neighbours that share a row, rows in any order, both parts of a row alone, and slots behind the pages."""
+    rng = np.random.default_rng(0)
+    stored = jnp.asarray(rng.normal(size=(3, PAGE_SIZE * dim // 128, 128)), dtype)
+    new = jnp.asarray(rng.normal(size=(2, 6, dim)), dtype)
+    slots = jnp.asarray([[4, 5, 6, 191, 192, 7], [64, 131, 192, 63, 0, 129]], jnp.int32)
+    got = kv_cache._write_parts_of_rows(stored, slots, new)
+    expected = np.asarray(stored, np.float32).reshape(-1, dim)
+    here = np.asarray(slots) < 3 * PAGE_SIZE
+    expected[np.asarray(slots)[here]] = np.asarray(new, np.float32)[here]
+    np.testing.assert_array_equal(np.asarray(got, np.float32).reshape(-1, dim), expected)
+    np.testing.assert_array_equal(np.asarray(kv_cache._write_rows(stored, slots, new), np.float32), got)
+
+
+def test_the_released_models_index_keys_have_rows_of_128(released):
+    pool = jax.eval_shape(lambda: PagePool.create(released, 5))
+    assert pool.layers[0].index_keys.shape == (5, PAGE_SIZE // 2, 128)
 
 
 def test_rows_name_their_sequences_and_what_is_elsewhere_is_dropped(golden):

@@ -80,6 +80,7 @@ CASES = {  # batch, queries, heads, dim, length, page size, starts
     "decode, odd number of pages": (2, 1, 16, 64, 1984, 64, [1983, 5]),
     "decode, 64 heads of 128": (2, 1, 64, 128, 2048, 64, [2047, 100]),
     "decode, several steps of keys": (2, 1, 16, 64, 9024, 64, [9023, 0]),
+    "decode, past the end": (2, 1, 16, 64, 1984, 64, [5000, 1983]),
     "decode, 12 heads": (2, 1, 12, 64, 2048, 64, [2047, 100]),
 }
 
@@ -96,6 +97,23 @@ class TestBfloat16:
     @pytest.mark.parametrize("case", ["of the model", "decode"])
     def test_gates_of_bfloat16(self, rng, case, implementation):
         self.check(rng, CASES[case], jnp.bfloat16, implementation)
+
+    @pytest.mark.parametrize("queries", [1, 40])
+    def test_keys_behind_the_query_may_be_nan(self, rng, queries, implementation):
+        """They may be another sequence's."""
+        q, gates, keys = make(rng, queries=queries, length=640)
+        for start in (0, 300, 555):
+            keys[0, start + queries :] = np.nan
+            arrays = (
+                jnp.asarray(q, jnp.bfloat16),
+                jnp.asarray(gates),
+                jnp.asarray(keys.reshape(10, 64, 64), jnp.bfloat16),
+            )
+            where = np.arange(10, dtype=np.int32)[None], np.array([start], np.int32)
+            got = np.asarray(run(*arrays, *where, scale=0.125, implementation=implementation))
+            seen = np.arange(640) <= start + np.arange(queries)[:, None]
+            np.testing.assert_array_equal(np.isfinite(got[0]), seen)
+            keys[0] = rng.normal(size=keys.shape[1:])
 
     @staticmethod
     def check(rng, case, gate_dtype, implementation):

@@ -36,6 +36,17 @@ class TestSparseAttention:
         inputs = random_inputs(rng, form, batch=4, queries=1, length=500)
         self.check(inputs, self.choose(rng, inputs, 64), form, implementation)
 
+    def test_runs_of_neighbouring_positions(self, rng, form, implementation):
+        """At all alignments, across pages, in falling order too, with gaps of one position and an entry of -1."""
+        inputs = random_inputs(rng, form, batch=2, queries=2, length=900)
+        indices = np.full((2, 2, 128), -1, np.int32)
+        for row, size in zip(np.ndindex(2, 2), (2, 8, 9, 64), strict=True):
+            runs = [np.arange(start, start + size) for start in range(59, 890 - size, size + 1)]
+            chosen = np.concatenate(runs[::-1] if size == 8 else runs)[:128]
+            indices[row][: len(chosen)] = chosen
+        indices[1, 1, 17] = -1
+        self.check(inputs, indices, form, implementation)
+
     def test_nothing_selected(self, rng, form, implementation):
         inputs = random_inputs(rng, form, queries=3, length=100)
         indices = self.choose(rng, inputs, 16)

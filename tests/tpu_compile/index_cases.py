@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
+from typing import Any
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.indexer_scores import mosaic_tpu as scores_kernel
+from pallas_kernels.indexer_scores.mosaic_tpu import decode as decode_kernel
 from pallas_kernels.select_topk import mosaic_tpu as select_kernel
 from pallas_kernels.select_topk import sparse_core
 from pallas_kernels.shapes import KEYE_VL_2 as MODEL
-from pallas_kernels.shapes import PAGE_SIZE, float32, int32
+from pallas_kernels.shapes import PAGE_SIZE, float32, int32, spec
 from pallas_kernels.topk_attention.mosaic_tpu import unions as unions_kernel
 from tests.tpu_compile.cases import CompileCase, Simulation
 
@@ -26,35 +28,43 @@ The real numbers depend on the scores. A model of the search in NumPy took 8 to 
 keys at 128K."""
 
 
+def _score_arguments(batch: int, queries: int, context: int, dtype: Any = jnp.bfloat16) -> tuple[Any, ...]:
+    """The arguments of `_score`: index keys lie in rows of 128, as in the runtime's pool."""
+    q, gates, keys, table, start = MODEL.indexer_arguments(batch, queries, context, dtype)
+    rows = spec(keys.shape[0], PAGE_SIZE * MODEL.index_dim // 128, 128, dtype=dtype)
+    return q, gates, rows, table, start
+
+
+def _score(q, gates, rows, table, start, key_scales=None):
+    keys = rows.reshape(-1, PAGE_SIZE, MODEL.index_dim)
+    return scores_kernel.indexer_scores(q, gates, keys, table, start, scale=MODEL.index_scale, key_scales=key_scales)
+
+
 def _float8_scores(batch: int, queries: int, context: int) -> CompileCase:
-    q, gates, keys, table, start = MODEL.indexer_arguments(batch, queries, context, jnp.float8_e4m3fn)
-
-    def function(q, gates, keys, scales, table, start):
-        return scores_kernel.indexer_scores(q, gates, keys, table, start, scale=MODEL.index_scale, key_scales=scales)
-
+    arguments = _score_arguments(batch, queries, context, jnp.float8_e4m3fn)
+    scales = float32(batch * context // PAGE_SIZE, PAGE_SIZE)
     shape = f"{batch} x {queries} queries, {context // 1024}K, float8"
-    arguments = q, gates, keys, float32(*keys.shape[:2]), table, start
-    return CompileCase("indexer_scores", shape, function, arguments, quick=True)
+    return CompileCase("indexer_scores", shape, _score, (*arguments, scales), quick=True)
 
 
 def _scores(batch: int, queries: int, context: int, *, quick: bool = False) -> CompileCase:
-    function = functools.partial(scores_kernel.indexer_scores, scale=MODEL.index_scale)
     unit, keys = min(queries, UNIT_QUERIES), context if queries == 1 else UNIT_KEYS
 
     def simulated(*arguments):
-        with mock.patch.object(scores_kernel, "_query_start", lambda *_: keys - unit):
-            return function(*arguments)
+        prefill = mock.patch.object(scores_kernel, "_query_start", lambda *_: keys - unit)
+        with prefill, mock.patch.object(decode_kernel, "_seen_tiles", lambda _, tiles: tiles):
+            return _score(*arguments)
 
     return CompileCase(
         "indexer_scores",
         f"{batch} x {queries} queries, {context // 1024}K",
-        function,
-        MODEL.indexer_arguments(batch, queries, context),
+        _score,
+        _score_arguments(batch, queries, context),
         flops=2 * batch * queries * context * MODEL.index_heads * MODEL.index_dim,
         nbytes=batch * context * (2 * MODEL.index_dim + 4 * queries),
         simulation=Simulation(
             simulated,
-            MODEL.indexer_arguments(1, unit, keys),
+            _score_arguments(1, unit, keys),
             batch * queries // unit * (context // keys),
             name=f"scores, {unit} x {keys}",
         ),

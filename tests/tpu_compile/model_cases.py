@@ -44,7 +44,7 @@ def _decoder_layer(
     rows = batch * pages, PAGE_SIZE, 2 * CONFIG.num_key_value_heads
     kv: Any = spec(*rows, CONFIG.head_dim, dtype=cache_dtype or jnp.bfloat16)
     kv_scales: Any = float32(*rows) if cache_dtype else None
-    index_keys: Any = spec(batch * pages, PAGE_SIZE, CONFIG.sa_config.indexer_head_dim)
+    index_keys: Any = spec(batch * pages, PAGE_SIZE * CONFIG.sa_config.indexer_head_dim // 128, 128)
     page_table: Any = int32(batch, pages)
     per_sequence: Any = int32(batch)
     arguments = (

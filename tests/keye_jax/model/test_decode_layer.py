@@ -66,7 +66,7 @@ def test_float8_pages(dtypes: dict[str, Any]):
     _, got, _, _ = step_of(AttentionOptions(decode="xla", **dtypes), layers=1)
     for row in ACTIVE:
         page, offset = tables[row][LENGTHS[row] // 64], LENGTHS[row] % 64
-        for values, scales in (("kv", "kv_scales"), ("index_keys", "index_scales")):
+        for values, scales in (("kv", "kv_scales"), ("index_pages", "index_scales")):
             rows = []
             for pool in (got, wanted):
                 pages = pool.layers[0]

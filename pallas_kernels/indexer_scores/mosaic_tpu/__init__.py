@@ -3,8 +3,7 @@
 A grid step scores a block of queries against a step of keys. The keys' pages are copied one by one, through the page
 table, to one of two buffers. The next step's pages are copied while a step is computed. Queries are in rows, in the
 order [head, query], and keys in lanes, so the sum over heads adds whole vector registers. Gates are spread over lanes
-once per block of queries. With one query per sequence, as in decode, the heads alone are the rows, and their sum runs
-within registers.
+once per block of queries. One query per sequence, as in decode, has a kernel of its own: `decode`.
 
 A TPU's memory has rows of 128 elements, so two keys of 64 share a row. They are separated in registers
 (`_one_key_a_row`), which costs little beside the products of 16 heads. The products fill half of a 128 x 128 systolic
@@ -22,12 +21,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.indexer_scores.mosaic_tpu import decode
 from pallas_kernels.tpu import LANES, result_like, vmem_limit
 
 _TILE = 256  # Keys of one product: the width of the larger systolic arrays.
 _QUERIES = 256  # Queries of one block.
-_PREFILL_KEYS, _DECODE_KEYS = 4096, 8192  # Keys of one step; while it is computed, the next step's keys are copied.
-_PREFILL_UNROLL, _DECODE_UNROLL = 2, 16  # Tiles of keys.
+_KEYS = 4096  # Keys of one step; while it is computed, the next step's keys are copied.
+_UNROLL = 2  # Tiles of keys.
 
 
 def indexer_scores(
@@ -57,40 +57,43 @@ def indexer_scores(
         raise NotImplementedError(f"takes keys of 64 or 128 elements, not of {dim}")
     rows = page_size * dim // LANES
     least = 32 // keys.dtype.itemsize  # Rows of a tile of memory.
-    if rows % least or _PREFILL_KEYS % page_size:
-        raise NotImplementedError(
-            f"takes pages of {least * LANES // dim} to {_PREFILL_KEYS} positions, not of {page_size}"
-        )
+    most = decode.TILE if queries == 1 else _KEYS
+    if rows % least or most % page_size:
+        raise NotImplementedError(f"takes pages of {least * LANES // dim} to {most} positions, not of {page_size}")
     q = q.astype(jnp.bfloat16)  # Holds float8 exactly.
-    block = 1 if queries == 1 else min(_QUERIES, pl.cdiv(queries, 16) * 16)
+    # The same bytes as rows of 128, the unit of copies and registers.
+    keys = keys.reshape(-1, rows, LANES)
+    table, query_start = jnp.clip(page_table, 0, keys.shape[0] - 1), query_start.astype(jnp.int32)
+    if queries == 1:
+        gates = weights[:, 0].astype(jnp.float32) * scale
+        scores = decode.decode_scores(q[:, 0], gates, keys, table, query_start, key_scales, page_size=page_size)
+        return scores[:, None]
+    block = min(_QUERIES, pl.cdiv(queries, 16) * 16)
     blocks = pl.cdiv(queries, block)
     padding = (0, block * blocks - queries)
     q = jnp.pad(jnp.swapaxes(q, 1, 2), ((0, 0), (0, 0), padding, (0, LANES - dim)))
     gates = jnp.pad(weights.astype(jnp.float32) * scale, ((0, 0), padding, (0, 0)))
-    if block == 1:
-        q, gates = q.reshape(batch, 1, heads, LANES), jnp.swapaxes(gates, 1, 2)
     length = pages * page_size
-    step = min(_DECODE_KEYS if block == 1 else _PREFILL_KEYS, pl.cdiv(length, _TILE) * _TILE)
-    unroll = _DECODE_UNROLL if block == 1 else _PREFILL_UNROLL
-    table = jnp.pad(jnp.clip(page_table, 0, keys.shape[0] - 1), ((0, 0), (0, -pages % (step // page_size))))
+    step = min(_KEYS, pl.cdiv(length, _TILE) * _TILE)
+    table = jnp.pad(table, ((0, 0), (0, -pages % (step // page_size))))
     # A position's scale is its score's. They are few bytes, so XLA puts them into the order of positions.
     scales = [] if key_scales is None else [key_scales.astype(jnp.float32)[table].reshape(batch, 1, -1)]
     call = pl.pallas_call(
-        functools.partial(_kernel, page_size=page_size, step=step, block=block, dim=dim, unroll=unroll),
+        functools.partial(_kernel, page_size=page_size, step=step, block=block, dim=dim),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, blocks, pl.cdiv(length, step)),
             in_specs=[
                 pl.BlockSpec((None, 1, table.shape[1]), lambda b, i, j, start: (b, 0, 0), memory_space=pltpu.SMEM),
-                pl.BlockSpec((None, *_block_of(q, block)), lambda b, i, j, start: (b, 0, i, 0)),
-                pl.BlockSpec((None, *_block_of(gates, block)), lambda b, i, j, start: (b, i, 0)),
+                pl.BlockSpec((None, heads, block, LANES), lambda b, i, j, start: (b, 0, i, 0)),
+                pl.BlockSpec((None, block, heads), lambda b, i, j, start: (b, i, 0)),
                 pl.BlockSpec(memory_space=pltpu.HBM),
                 *[pl.BlockSpec((None, 1, step), lambda b, i, j, start: (b, 0, j)) for _ in scales],
             ],
             out_specs=pl.BlockSpec((None, block, step), lambda b, i, j, start: (b, i, j)),
             scratch_shapes=[
                 pltpu.VMEM((2, step * dim // LANES, LANES), keys.dtype),
-                pltpu.VMEM((heads, block, LANES) if block > 1 else (1, heads, LANES), jnp.float32),
+                pltpu.VMEM((heads, block, LANES), jnp.float32),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
@@ -108,16 +111,7 @@ def indexer_scores(
         ),
         name="indexer_scores",
     )
-    # The same bytes as rows of 128, the unit of copies and registers.
-    keys = keys.reshape(-1, rows, LANES)
-    return call(query_start.astype(jnp.int32), table[:, None], q, gates, keys, *scales)
-
-
-def _block_of(array: jax.Array, block: int) -> tuple[int, ...]:
-    """The sizes of `array` after the first axis, with `block` queries."""
-    if block == 1:
-        return array.shape[1:]
-    return (block, array.shape[2]) if array.ndim == 3 else (array.shape[1], block, array.shape[3])
+    return call(query_start, table[:, None], q, gates, keys, *scales)
 
 
 def _query_start(start_ref, b):
@@ -135,7 +129,6 @@ def _kernel(
     step,
     block,
     dim,
-    unroll,
 ):
     *scales, out_ref, buffer, spread, arrived = refs
     b, i, j = (pl.program_id(axis) for axis in range(3))
@@ -175,7 +168,7 @@ def _kernel(
         pltpu.make_async_copy(whole, whole, arrived.at[slot]).wait()
         tiles = step // _TILE
 
-        @pl.loop(0, tiles, unroll=math.gcd(tiles, unroll))
+        @pl.loop(0, tiles, unroll=math.gcd(tiles, _UNROLL))
         def _(tile):
             first = pl.multiple_of(tile * _TILE, _TILE)
             keys = buffer[slot, pl.ds(pl.multiple_of(first * dim // LANES, _TILE // 2), _TILE * dim // LANES)]
@@ -190,7 +183,7 @@ def _kernel(
             )
             dots = jnp.maximum(dots.reshape(*spread.shape[:2], _TILE), 0.0)
             parts = [dots[..., lanes : lanes + LANES] * spread[...] for lanes in range(0, _TILE, LANES)]
-            scores = jnp.concatenate([jnp.sum(part, axis=0 if block > 1 else 1) for part in parts], axis=1)
+            scores = jnp.concatenate([jnp.sum(part, axis=0) for part in parts], axis=1)
             for scale in scales:
                 scores *= scale[:, pl.ds(first, _TILE)]
             positions = j * step + first + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
