@@ -55,12 +55,17 @@ def main() -> int:
 
 
 def _row(
-    number: int, case: CompileCase, generation: str, compiler: Compiler, known: dict[tuple[str, str], int | None] | None
+    number: int,
+    case: CompileCase,
+    generation: str,
+    compiler: Compiler,
+    known: dict[tuple[str, str], tuple[int, int] | None] | None,
 ) -> dict:
     """The figures of a case.
 
     Args:
-      known: cycles of units by name and generation, to which those of a new unit are added. None simulates nothing.
+      known: `Compiler.kernel_cycles` of units by name and generation, to which those of a new unit are added. None
+        simulates nothing.
     """
     row = {"kernel": case.kernel, "shape": case.shape, "generation": generation}
     try:
@@ -75,7 +80,8 @@ def _row(
     if (key := (unit.name or f"case {number}", generation)) not in known:
         known[key] = compiler.kernel_cycles(number, generation)
     if cycles := known[key]:
-        row["cycles"] = cycles * unit.repeats * -(-unit.units // figures.cores)
+        once, repeated = cycles
+        row["cycles"] = (once + (unit.repeats - 1) * repeated) * -(-unit.units // figures.cores)
         row["seconds"] = row["cycles"] / CLOCK_HZ[generation]
     return row | {"problem": _excess(case, figures)}
 

@@ -88,12 +88,18 @@ class Compiler:
         """
         return self._call(False, _compile, case, generation)
 
-    def kernel_cycles(self, case: int, generation: str) -> int | None:
-        """Simulated cycles of the Pallas kernels of one unit of the case; None if the compiler gives none."""
+    def kernel_cycles(self, case: int, generation: str) -> tuple[int, int] | None:
+        """Simulated cycles of the Pallas kernels of one unit of the case, and of what is repeated of it.
+
+        None if the compiler gives none.
+        """
+        unit = all_cases()[case].simulation
         try:
-            return self._call(True, _simulate, case, generation)
-        except (RuntimeError, TimeoutError):
+            cycles = self._call(True, _simulate, case, generation, False)
+            less = self._call(True, _simulate, case, generation, True) if unit and unit.less_work else 0
+        except RuntimeError:
             return None
+        return None if cycles is None or less is None else (cycles, cycles - less)
 
     def _call(self, simulates: bool, function, *arguments):
         if simulates not in self._workers:
@@ -175,11 +181,12 @@ def _compile(case: int, generation: str) -> Figures:
     )
 
 
-def _simulate(case: int, generation: str) -> int | None:
+def _simulate(case: int, generation: str, less_work: bool) -> int | None:
     unit = all_cases()[case].simulation
-    if unit is None:
+    arguments = unit and (unit.less_work if less_work else unit.arguments)
+    if unit is None or arguments is None:
         return None
-    program, _ = _compile_for(generation, unit.function, unit.arguments)
+    program, _ = _compile_for(generation, unit.function, arguments)
     kernels = set(re.findall(r'%?([\w.-]+) = [^\n]*custom_call_target="tpu_custom_call"', program.as_text() or ""))
     found = []
     for report in Path(_reports.name).glob("*_static_llo_profile.textproto"):
