@@ -203,15 +203,18 @@ def _attend(
         def split() -> None:
             """Takes a chunk's heads apart, and transposes values."""
             for first in range(0, 2 * kv_heads, 2):
-                for head, rows in enumerate(_two_heads(pages.at[buffer], first), first):
+                for head, found in enumerate(_two_heads(pages.at[buffer], first), first):
                     part, place = divmod(head % kv_heads, pack)
                     some = slice(place * dim, (place + 1) * dim)
                     if head < kv_heads:
-                        keys[part, :, some] = rows
+                        keys[part, :, some] = found
                     else:
-                        values[part, some] = jnp.transpose(rows)
+                        values[part, some] = jnp.transpose(found)
 
         def rows_of(step: jax.Array | int) -> tuple[Any, Any]:
+            """The part of a step, and its first row."""
+            if rows == tile:
+                return step, 0
             first = step % (rows // tile) * tile
             return step // (rows // tile), first if isinstance(first, int) else pl.multiple_of(first, tile)
 
@@ -307,6 +310,7 @@ def _attend(
                 pltpu.VMEM((parts, depth, chunk), kv.dtype),
                 pltpu.VMEM((parts, depth, rows), jnp.float32),
                 *[pltpu.VMEM((parts, 1, rows), jnp.float32)] * 2,
+                # Scores of two tiles. The last eight rows hold the largest scores.
                 *[pltpu.VMEM((chunk + 8, tile), jnp.float32)] * 2,
                 pltpu.SemaphoreType.DMA((_BUFFERS,)),
             ],
