@@ -6,6 +6,11 @@ our kernel a block of queries streams the pages through VMEM once for all key he
 side by side. It copies the next two chunks' pages while it multiplies the current chunk. The vision encoder's keys are
 contiguous, so it uses splash attention.
 
+Scores are transposed: keys lie in sublanes and rows in lanes. So a row's maximum and sum need no exchange of lanes, and
+the product of values and weights has as many columns as there are rows, which fills a matrix unit of 256 x 256. With
+weights times values, the head's 128 elements would fill half of it. A tile's scores are computed while the tile
+before it goes through the softmax.
+
 In decode a key head has few rows, and a product takes the time that its keys take to get into the matrix unit. So one
 product takes all key heads. A query's row is zero where other heads' keys are, and its own head's values are picked
 from the result. Zeros add nothing to the time: without them a unit of 256 x 256 would be half empty.
@@ -22,6 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from pallas_kernels import paging
+from pallas_kernels.kernel_call import interpreted
 from pallas_kernels.meshes import varying_axes
 from pallas_kernels.tpu import LANES, MASKED, check_attention, precision, result_like, vmem_limit
 
@@ -29,12 +35,12 @@ _QUERIES = 256
 """Queries that share one reading of the pages."""
 _ROWS = 512
 """Rows that are multiplied at once. A row is one head of one query."""
+_KEYS = 512
+"""Keys that are multiplied at once."""
 _CHUNK = 1024
 """Positions copied at once."""
 _BUFFERS = 3
 """Chunks in VMEM: one is multiplied, one is arriving, and the copies of one are waiting behind it."""
-_UNROLL = 2
-"""Tiles of rows in one turn of the loop over them, for the compiler to overlap."""
 _PACKED_ROWS = 128
 """Most rows of all heads together for which one product takes all key heads."""
 _SPLASH_BLOCK = 512
@@ -123,6 +129,27 @@ def _query_start(start: Any, sequence: jax.Array) -> jax.Array | int:
     return start[sequence]
 
 
+def _two_heads(rows: Any, first: int) -> list[jax.Array]:
+    """Heads `first` and `first + 1`, `[n, d]` each, of a reference to rows `[n, heads, d]`; `first` is even."""
+    # The interpreter cannot read a reference as words.
+    if rows.dtype != jnp.bfloat16 or interpreted("mosaic_tpu"):
+        return [rows[:, first], rows[:, first + 1]]
+    n, heads, dim = rows.shape
+    words = rows.bitcast(jnp.uint32).reshape(n * heads // 2, dim)
+    return _halves(words[pl.ds(first // 2, n, stride=heads // 2)])
+
+
+def _halves(words: jax.Array) -> list[jax.Array]:
+    """Two bfloat16 arrays of one of uint32, as a TPU packs two rows: the first in the low bits."""
+    halves = words << 16, words & jnp.uint32(0xFFFF0000)
+    return [jax.lax.bitcast_convert_type(half, jnp.float32).astype(jnp.bfloat16) for half in halves]
+
+
+def _eight_rows(combine: Any, x: jax.Array) -> jax.Array:
+    """`[8, m]` of `[n, m]`: row i combines the rows whose number is i modulo 8."""
+    return functools.reduce(combine, [x[n : n + 8] for n in range(0, x.shape[0], 8)])
+
+
 @functools.partial(jax.jit, static_argnames=("group", "block", "chunk", "context", "scale"))
 def _attend(
     q: jax.Array,
@@ -143,14 +170,14 @@ def _attend(
     """
     batch, blocks, parts, rows, depth = q.shape
     page_size, kv_heads, dim = kv.shape[1], kv.shape[2] // 2, kv.shape[3]
-    pack, width = kv_heads // parts, 2 * kv_heads * dim
+    pack = kv_heads // parts
     turns, chunk_pages = table.shape[1] * page_size // chunk, chunk // page_size
     tile = min(rows, _ROWS)
     steps = parts * (rows // tile)
     exponent = scale * math.log2(math.e)
     dot = functools.partial(jax.lax.dot_general, precision=precision(kv.dtype), preferred_element_type=jnp.float32)
 
-    def kernel(query_start, table, q, kv, out, lse, pages, flat, acc, largest, total, done):
+    def kernel(query_start, table, q, kv, out, lse, pages, keys, values, acc, largest, total, even, odd, done):
         sequence, turn = pl.program_id(0), pl.program_id(2)
         first_query = _query_start(query_start, sequence) + pl.program_id(1) * block
         # A query that sees nothing also gets one turn, with all keys masked.
@@ -173,32 +200,71 @@ def _attend(
             total[...] = jnp.zeros_like(total)
             largest[...] = jnp.full_like(largest, MASKED)
 
-        def multiply(masked: bool) -> None:
-            def multiply_rows(step: jax.Array, _: None) -> None:
-                part, first = jax.lax.div(step, rows // tile), jax.lax.rem(step, rows // tile) * tile
-                some = pl.ds(pl.multiple_of(first, tile), tile)
-                key = flat[:, pl.ds(pl.multiple_of(part * depth, depth), depth)]
-                value = flat[:, pl.ds(pl.multiple_of((parts + part) * depth, depth), depth)]
-                logits = dot(q[0, 0, part, some], key, (((1,), (1,)), ((), ())))
-                if masked:
-                    row = first + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
-                    query = jax.lax.div(jax.lax.rem(row, block * group), group)
-                    position = turn * chunk + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-                    last = jnp.minimum(first_query + query, context - 1)
-                    logits = jnp.where(position <= last, logits, MASKED)
-                tiles = [logits[:, lanes : lanes + LANES] for lanes in range(0, chunk, LANES)]
-                old = largest[part, some]
-                new = jnp.maximum(old, jnp.max(functools.reduce(jnp.maximum, tiles), axis=1, keepdims=True))
-                weights = [jnp.exp2((tile - new) * exponent) for tile in tiles]
-                correction = jnp.exp2((old - new) * exponent)
-                attended = dot(jnp.concatenate(weights, axis=1).astype(value.dtype), value, (((1,), (0,)), ((), ())))
-                wide = [correction] * (depth // LANES) if depth % LANES == 0 else [correction[:, :1]]
-                acc[part, some] = acc[part, some] * jnp.concatenate(wide, axis=1) + attended
-                # The total is kept per lane. The lanes are added at the end.
-                total[part, some] = total[part, some] * correction + functools.reduce(jnp.add, weights)
-                largest[part, some] = new
+        def split() -> None:
+            """Takes a chunk's heads apart, and transposes values."""
+            for first in range(0, 2 * kv_heads, 2):
+                for head, found in enumerate(_two_heads(pages.at[buffer], first), first):
+                    part, place = divmod(head % kv_heads, pack)
+                    some = slice(place * dim, (place + 1) * dim)
+                    if head < kv_heads:
+                        keys[part, :, some] = found
+                    else:
+                        values[part, some] = jnp.transpose(found)
 
-            jax.lax.fori_loop(0, steps, multiply_rows, None, unroll=math.gcd(steps, _UNROLL))
+        def rows_of(step: jax.Array | int) -> tuple[Any, Any]:
+            """The part of a step, and its first row."""
+            if rows == tile:
+                return step, 0
+            first = step % (rows // tile) * tile
+            return step // (rows // tile), first if isinstance(first, int) else pl.multiple_of(first, tile)
+
+        def score(step: jax.Array | int, first_key: int, target: Any, masked: bool) -> None:
+            """Writes the scores of a tile of rows and `_KEYS` keys, and the largest of every eighth key."""
+            part, first = rows_of(step)
+            some = pl.ds(first_key, min(_KEYS, chunk - first_key))
+            scores = dot(keys[part, some], q[0, 0, part, pl.ds(first, tile)], (((1,), (1,)), ((), ())))
+            if masked:
+                row = first + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+                query = jax.lax.div(jax.lax.rem(row, block * group), group)
+                position = turn * chunk + first_key + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+                scores = jnp.where(position <= jnp.minimum(first_query + query, context - 1), scores, MASKED)
+            found = _eight_rows(jnp.maximum, scores)
+            target[some] = scores
+            target[chunk:] = jnp.maximum(target[chunk:], found) if first_key else found
+
+        def multiply(masked: bool) -> None:
+            def attend(step: jax.Array | int, source: Any, target: Any = None) -> None:
+                """Attention of the rows whose scores are in `source`. The next rows' scores go to `target`."""
+                part, first = rows_of(step)
+                some = pl.ds(first, tile)
+                old = largest[part, :, some]
+                new = jnp.maximum(old, jnp.max(source[chunk:], axis=0, keepdims=True))
+                correction = jnp.exp2((old - new) * exponent)
+                attended, sums = acc[part, :, some] * correction, jnp.zeros((8, tile), jnp.float32)
+                for first_key in range(0, chunk, _KEYS):
+                    if target is not None:
+                        score(step + 1, first_key, target, masked)
+                    of = pl.ds(first_key, min(_KEYS, chunk - first_key))
+                    weights = jnp.exp2((source[of] - new) * exponent)
+                    sums += _eight_rows(jnp.add, weights)
+                    attended += dot(values[part, :, of], weights.astype(kv.dtype), (((1,), (0,)), ((), ())))
+                acc[part, :, some] = attended
+                total[part, :, some] = total[part, :, some] * correction + jnp.sum(sums, axis=0, keepdims=True)
+                largest[part, :, some] = new
+
+            def attend_twice(pair: jax.Array, _: None) -> None:
+                attend(2 * pair, even, odd)
+                attend(2 * pair + 1, odd, even)
+
+            split()
+            for first_key in range(0, chunk, _KEYS):
+                score(0, first_key, even, masked)
+            jax.lax.fori_loop(0, (steps - 1) // 2, attend_twice, None)
+            if steps % 2:
+                attend(steps - 1, even)
+            else:
+                attend(steps - 2, even, odd)
+                attend(steps - 1, odd)
 
         @pl.when(turn < count)
         def _():
@@ -206,7 +272,6 @@ def _attend(
             whole = pages.at[buffer]
             pltpu.make_async_copy(whole, whole, done.at[buffer]).wait()
             pl.when(turn + _BUFFERS - 1 < count)(lambda: start(turn + _BUFFERS - 1))
-            flat[...] = pages[buffer].reshape(chunk, width)
             all_visible = (turn + 1) * chunk <= jnp.minimum(first_query + 1, context)
             pl.when(all_visible)(lambda: multiply(False))
             pl.when(jnp.logical_not(all_visible))(lambda: multiply(True))
@@ -214,12 +279,12 @@ def _attend(
         @pl.when(turn + 1 == count)
         def _():
             def finish(part: jax.Array, _: None) -> None:
-                weight, found = jnp.sum(total[part], axis=1, keepdims=True), largest[part] > MASKED / 2
-                size = rows // pack
-                diagonal = [acc[part, n * size : (n + 1) * size, n * dim : (n + 1) * dim] for n in range(pack)]
-                attended = jnp.concatenate(diagonal, axis=0) / weight
-                out[0, 0, part] = jnp.where(found if dim == LANES else found[:, :1], attended, 0.0).astype(out.dtype)
-                lse[0, 0, part] = jnp.transpose(jnp.where(found, largest[part] * scale + jnp.log(weight), -jnp.inf))[:1]
+                found = largest[part] > MASKED / 2
+                head = jax.lax.broadcasted_iota(jnp.int32, (dim, rows), 1) // (rows // pack)
+                own = [jnp.where(head == n, acc[part, n * dim : (n + 1) * dim], 0.0) for n in range(pack)]
+                attended = jnp.where(found, functools.reduce(jnp.add, own) / total[part], 0.0)
+                out[0, 0, part] = jnp.transpose(attended).astype(out.dtype)
+                lse[0, 0, part] = jnp.where(found, largest[part] * scale + jnp.log(total[part]), -jnp.inf)
 
             jax.lax.fori_loop(0, parts, finish, None)
 
@@ -241,10 +306,12 @@ def _attend(
             out_specs=[of_block(parts, rows, dim), of_block(parts, 1, rows)],
             scratch_shapes=[
                 pltpu.VMEM((_BUFFERS, chunk, 2 * kv_heads, dim), kv.dtype),
-                pltpu.VMEM((chunk, width), kv.dtype),
-                pltpu.VMEM((parts, rows, depth), jnp.float32),
-                pltpu.VMEM((parts, rows, LANES), jnp.float32),
-                pltpu.VMEM((parts, rows, LANES), jnp.float32),
+                pltpu.VMEM((parts, chunk, depth), kv.dtype),
+                pltpu.VMEM((parts, depth, chunk), kv.dtype),
+                pltpu.VMEM((parts, depth, rows), jnp.float32),
+                *[pltpu.VMEM((parts, 1, rows), jnp.float32)] * 2,
+                # Scores of two tiles. The last eight rows hold the largest scores.
+                *[pltpu.VMEM((chunk + 8, tile), jnp.float32)] * 2,
                 pltpu.SemaphoreType.DMA((_BUFFERS,)),
             ],
         ),
@@ -259,7 +326,7 @@ def _attend(
         ),
         cost_estimate=pl.CostEstimate(
             flops=4 * pairs * depth,
-            bytes_accessed=batch * blocks * turns * chunk * width * kv.dtype.itemsize,
+            bytes_accessed=batch * blocks * turns * chunk * 2 * kv_heads * dim * kv.dtype.itemsize,
             transcendentals=pairs,
         ),
         name="paged_flash_attention",

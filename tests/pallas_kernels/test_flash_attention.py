@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.flash_attention import flash_attention, paged_flash_attention, xla
+from pallas_kernels.flash_attention import flash_attention, mosaic_tpu, paged_flash_attention, xla
 from tests.pallas_kernels.attention_oracle import SCALE, assert_close, attention, random_inputs
 from tests.pallas_kernels.paged import to_pages
 
@@ -27,6 +29,10 @@ class TestPagedFlashAttention:
         """As on a device whose part of the cache its sequence has not reached."""
         self.check(random_inputs(rng, form, batch=4, queries=1, length=700), [100, -1, 650, -1], form, implementation)
 
+    def test_an_odd_number_of_tiles(self, rng, form, implementation):
+        """The kernel for TPUs takes tiles of 64 queries of one key head in pairs."""
+        self.check(random_inputs(rng, form, queries=192, length=1300, kv_heads=1), [1108], form, implementation)
+
     @pytest.mark.parametrize("factor", [-1, 0])
     def test_scales_that_are_not_positive(self, rng, factor, form, implementation):
         inputs = random_inputs(rng, form, queries=3, length=90)
@@ -42,6 +48,19 @@ class TestPagedFlashAttention:
         got = run_paged(*arrays, scale=factor * SCALE, implementation=implementation)
         visible = np.arange(k.shape[1]) <= (start[:, None] + np.arange(q.shape[1]))[..., None]
         assert_close(got, attention(factor * q, k, v, visible), atol)
+
+
+def test_words_of_a_tpu_hold_two_heads(rng):
+    """The compiled kernel reads keys as words. The interpreter does not, so this is what tests their order."""
+    rows = jnp.asarray(rng.normal(size=(16, 128)), jnp.bfloat16)
+
+    def kernel(rows, first, second):
+        first[...], second[...] = mosaic_tpu._halves(pltpu.bitcast(rows[...], jnp.uint32))
+
+    with pltpu.force_tpu_interpret_mode():
+        halves = pl.pallas_call(kernel, out_shape=[jax.ShapeDtypeStruct((8, 128), rows.dtype)] * 2)(rows)
+    for half, expected in zip(halves, (rows[::2], rows[1::2]), strict=True):
+        np.testing.assert_array_equal(half, expected)
 
 
 class TestFlashAttention:

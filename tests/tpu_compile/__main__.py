@@ -6,13 +6,14 @@ import argparse
 import dataclasses
 import json
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from tests.tpu_compile.cases import CompileCase, all_cases
-from tests.tpu_compile.compiler import CLOCK_HZ, TOPOLOGIES, Compiler, Figures, library
+from tests.tpu_compile.compiler import CLOCK_HZ, TOPOLOGIES, Compiler, Cycles, Figures, library
 
 
 def main() -> int:
@@ -36,15 +37,29 @@ def main() -> int:
         if kernel not in kernels:
             parser.error(f"--kernel is {kernel!r}; it must be one of: {', '.join(kernels)}")
 
-    compiler, rows, known = Compiler(path), [], {}
-    for number, case in enumerate(all_cases()):
-        if case not in cases or (arguments.kernel and case.kernel not in arguments.kernel):
-            continue
-        for generation in arguments.generation or TOPOLOGIES:
-            if case.generations and generation not in case.generations:
-                continue
-            rows.append(_row(number, case, generation, compiler, None if arguments.quick else known))
-            print(_line(rows[-1]), file=sys.stderr, flush=True)
+    compiler, tasks = Compiler(path), []
+    # One thread's process compiles while the other's simulates.
+    with ThreadPoolExecutor(1) as compiling, ThreadPoolExecutor(1) as simulating:
+        try:
+            known: dict[tuple[str, str], Future[Cycles | None]] = {}
+            for number, case in enumerate(all_cases()):
+                if case not in cases or (arguments.kernel and case.kernel not in arguments.kernel):
+                    continue
+                for generation in arguments.generation or TOPOLOGIES:
+                    if case.generations and generation not in case.generations:
+                        continue
+                    figures = compiling.submit(compiler.figures, number, generation)
+                    key = case.simulation and (case.simulation.name or f"case {number}", generation)
+                    if key and key not in known and not arguments.quick:
+                        known[key] = simulating.submit(compiler.kernel_cycles, number, generation)
+                    tasks.append((case, generation, figures, known.get(key) if key else None))
+            rows = []
+            for task in tasks:
+                rows.append(_row(*task))
+                print(_line(rows[-1]), file=sys.stderr, flush=True)
+        finally:
+            for executor in (compiling, simulating):
+                executor.shutdown(wait=False, cancel_futures=True)
     compiler.close()
     _print(rows)
     if arguments.json:
@@ -57,28 +72,21 @@ def main() -> int:
 
 
 def _row(
-    number: int, case: CompileCase, generation: str, compiler: Compiler, known: dict[tuple[str, str], int | None] | None
+    case: CompileCase, generation: str, compiled: Future[Figures], simulated: Future[Cycles | None] | None
 ) -> dict:
-    """The figures of a case.
-
-    Args:
-      known: cycles of units by name and generation, to which those of a new unit are added. None simulates nothing.
-    """
+    """The figures of a case. `simulated` is that of its unit, which other cases may share."""
     row = {"kernel": case.kernel, "shape": case.shape, "generation": generation}
     try:
-        figures = compiler.figures(number, generation)
+        figures = compiled.result()
     except RuntimeError as error:
         return row | {"problem": str(error)[:600]}
     row |= dataclasses.asdict(figures) | {"useful_flops": case.flops, "useful_bytes": case.nbytes}
-    row["cycles"] = row["seconds"] = None
-    unit = case.simulation
-    if unit is None or known is None:
-        return row | {"problem": _excess(case, figures)}
-    if (key := (unit.name or f"case {number}", generation)) not in known:
-        known[key] = compiler.kernel_cycles(number, generation)
-    if cycles := known[key]:
-        row["cycles"] = cycles * unit.repeats * -(-unit.units // figures.cores)
+    row["cycles"] = row["seconds"] = row["simulation_seconds"] = None
+    unit, cycles = case.simulation, simulated and simulated.result()
+    if unit and cycles:
+        row["cycles"] = (cycles.unit + (unit.repeats - 1) * cycles.repeated) * -(-unit.units // figures.cores)
         row["seconds"] = row["cycles"] / CLOCK_HZ[generation]
+        row["simulation_seconds"] = cycles.seconds
     return row | {"problem": _excess(case, figures)}
 
 
@@ -102,6 +110,7 @@ def _cells(row: dict) -> list[str]:
         f"{row['vmem'] / 2**20:.1f} of {row['vmem_capacity'] / 2**20:.0f}",
         f"{row['scratch'] / 1e6:.1f}",
         f"{row['compile_seconds']:.1f}",
+        f"{row['simulation_seconds']:.1f}" if row["simulation_seconds"] else "",
     ]
 
 
@@ -110,7 +119,20 @@ def _line(row: dict) -> str:
 
 
 def _print(rows: list[dict]) -> None:
-    table = Table("kernel", "shape", "for", "cycles", "ms", "roofline ms", "GFLOP", "MB", "VMEM MiB", "scratch MB", "s")
+    table = Table(
+        "kernel",
+        "shape",
+        "for",
+        "cycles",
+        "ms",
+        "roofline ms",
+        "GFLOP",
+        "MB",
+        "VMEM MiB",
+        "scratch MB",
+        "compile s",
+        "simulate s",
+    )
     for column in table.columns[3:]:
         column.justify = "right"
     for row in rows:

@@ -11,7 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 from pallas_kernels.flash_attention import mosaic_tpu as dense
 from pallas_kernels.grouped_matmul import mosaic_tpu as experts
 from pallas_kernels.shapes import KEYE_VL_2 as MODEL
-from pallas_kernels.shapes import int32, spec
+from pallas_kernels.shapes import PAGE_SIZE, int32, spec
 from pallas_kernels.sparse_attention import mosaic_tpu as listed
 from pallas_kernels.topk_attention.mosaic_tpu import attention as unions
 from pallas_kernels.topk_attention.mosaic_tpu import unions as lists
@@ -19,8 +19,8 @@ from tests.tpu_compile.cases import CompileCase, Simulation
 
 PAIR_FLOPS = 4 * MODEL.heads * MODEL.head_dim
 """FLOPs of one query and one key: two products."""
-UNIT_KEYS = 2048
-"""Keys of the unit of dense prefill that is simulated."""
+STEP_KEYS = 2048
+"""Keys that are repeated of the unit of dense prefill. The simulated units have twice as many, and so many."""
 BLOCK, UNIT_ENTRIES, UNIT_CONTEXT = 256, 4096, 131_072
 """Queries of a block, entries of its union, and its context, in the unit of sparse prefill that is simulated."""
 ROW_BYTES = 2 * MODEL.kv_heads * MODEL.head_dim * 2
@@ -120,10 +120,11 @@ def _dense(batch: int, queries: int, context: int, *, quick: bool = False) -> Co
         )
 
     function = functools.partial(dense.paged_flash_attention, scale=MODEL.scale)
-    unit, keys = min(queries, 256), UNIT_KEYS if queries > 1 else 8 * UNIT_KEYS
+    unit, keys = min(queries, 256), STEP_KEYS if queries > 1 else 4 * STEP_KEYS
 
     def simulated(*arguments):
-        with mock.patch.object(dense, "_query_start", lambda *_: keys - unit):
+        context = arguments[2].shape[1] * PAGE_SIZE
+        with mock.patch.object(dense, "_query_start", lambda *_: context - unit):
             return function(*arguments)
 
     return CompileCase(
@@ -136,10 +137,11 @@ def _dense(batch: int, queries: int, context: int, *, quick: bool = False) -> Co
         # A block of queries, or a sequence's only query, is on one core.
         simulation=Simulation(
             simulated,
-            arguments(1, unit, keys),
+            arguments(1, unit, 2 * keys),
             batch * queries // unit,
-            repeats=context // keys,
+            repeats=context // keys - 1,
             name=f"dense, {unit} x {keys}",
+            less_work=arguments(1, unit, keys),
         ),
         quick=quick,
     )
@@ -175,7 +177,7 @@ def _splash(queries: int, context: int) -> CompileCase:
         keys = spec(kv_heads, context, MODEL.head_dim)
         return spec(heads, queries, MODEL.head_dim), keys, keys
 
-    unit, keys = 1024, UNIT_KEYS
+    unit, keys = 1024, STEP_KEYS
     return CompileCase(
         "splash_attention",
         f"1 x {queries} queries, {context // 1024}K",
@@ -185,7 +187,12 @@ def _splash(queries: int, context: int) -> CompileCase:
         nbytes=context * ROW_BYTES,
         # A unit is the queries of one head in one block.
         simulation=Simulation(
-            simulated, arguments(1, 1, unit, keys), MODEL.heads * (queries // unit) * (context // keys), name="splash"
+            simulated,
+            arguments(1, 1, unit, 2 * keys),
+            MODEL.heads * (queries // unit),
+            repeats=context // keys - 1,
+            name="splash",
+            less_work=arguments(1, 1, unit, keys),
         ),
     )
 

@@ -26,6 +26,8 @@ class Simulation:
       function, arguments: the unit.
       units: number of units in the case; the cores of a device share them.
       repeats: how often a core repeats the simulated work for each unit: one core does all of a unit.
+      less_work: arguments of the same unit with fewer keys. If given, only what these keys add is repeated: its start,
+        its end and its masks are counted once.
       name: of the unit. Cases whose units have one name have the same unit, which is simulated once.
     """
 
@@ -34,6 +36,7 @@ class Simulation:
     units: int = 1
     repeats: int = 1
     name: str = ""
+    less_work: tuple[Any, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
