@@ -293,19 +293,19 @@ class Runtime:
             seen = self.put(chunk.spread([row_of[first:end]]), step.rows)
             ids = self.put(chunk.ids, step.rows)
             x = programs.embed(self.model_def, self.params, ids, vision, seen, step=step)
-            logits, pool = programs.prefill_chunk(
-                self.model_def,
-                self.params,
-                x,
-                self.put(chunk.positions, (), step.rows),
-                jax.tree.map(self.put, chunk.batch),
-                self.put(chunk.last),
-                pool,
-                step=step,
-                options=self.chunk_options(dense=dense),
-            )
+            positions, batch = self.put(chunk.positions, (), step.rows), jax.tree.map(self.put, chunk.batch)
+            logits, pool = self._read(x, positions, batch, chunk.last, pool, dense=dense)
         assert logits is not None, "a segment has no tokens"
         return logits, pool
+
+    def _read(
+        self, x: jax.Array, positions: jax.Array, batch: BatchMetadata, last: np.ndarray, pool: PagePool, *, dense: bool
+    ) -> tuple[jax.Array, PagePool]:
+        """Logits of each segment's last token in a chunk, and the pool, which is donated."""
+        weights, last_there, options = (self.model_def, self.params), self.put(last), self.chunk_options(dense=dense)
+        return programs.prefill_chunk(
+            *weights, x, positions, batch, last_there, pool, step=self.prefill_step, options=options
+        )
 
     def _vision_rows(self, tokens: int, embeds: np.ndarray | jax.Array | None) -> jax.Array:
         """Embeddings of pads in `[tokens, embed]`, with zeros behind them."""
@@ -338,17 +338,7 @@ class Runtime:
             planned, x, positions, batch = chunk
             # Before this one is read: a loop whose end devices decide keeps this thread until they are there.
             chunk = next(chunks, None)
-            found, pool = programs.prefill_chunk(
-                self.model_def,
-                self.params,
-                x,
-                positions,
-                batch,
-                self.put(planned.last),
-                pool,
-                step=self.prefill_step,
-                options=self.chunk_options(dense=planned.dense),
-            )
+            found, pool = self._read(x, positions, batch, planned.last, pool, dense=planned.dense)
             for member, (segment, upto) in enumerate(zip(planned.segments, planned.done, strict=False)):
                 if upto == len(segments[segment].input_ids):
                     logits[segment] = found[member]
