@@ -21,7 +21,7 @@ PAIR_FLOPS = 4 * MODEL.heads * MODEL.head_dim
 """FLOPs of one query and one key: two products."""
 UNIT_KEYS = 2048
 """Keys of the unit of dense prefill that is simulated."""
-BLOCK, UNIT_ENTRIES, UNIT_CONTEXT = 256, 4096, 131_072
+BLOCK, UNIT_ENTRIES, UNIT_CONTEXT = 256, 8192, 131_072
 """Queries of a block, entries of its union, and its context, in the unit of sparse prefill that is simulated."""
 ROW_BYTES = 2 * MODEL.kv_heads * MODEL.head_dim * 2
 """Bytes of one position's keys and values."""
@@ -52,8 +52,9 @@ def _prefill(queries: int, context: int, union: int, *, quick: bool = False) -> 
         )
 
     def simulated(entries, *arguments, dense):
+        turns = entries // 1024
         fixed = {
-            "_turns": lambda *_: (entries // 1024 - 2, entries // 1024),
+            "_turns": lambda *_: (turns - 2, turns),
             "_dense": lambda *_: dense,
             # The simulation loses semaphores in a loop.
             "_for_each_turn": lambda first, end, body, _: [body(turn, None) for turn in range(first, end)],
