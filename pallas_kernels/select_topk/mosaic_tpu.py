@@ -28,8 +28,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import LANES, result_like, vmem_limit
 
-CHUNK = 8 * 8192  # Scores of one turn of a pass's loop, over all rows side by side.
-_PART = 8 * 512  # Scores of one vector of counts: few enough for registers, enough to be independent.
+CHUNK = 8 * 4096  # Scores of one turn of a pass's loop, over all rows side by side.
+PART = 8 * 512  # Scores of one vector of counts: few enough for registers, enough to be independent.
 SAMPLE = 8  # One of so many scores is in a row's sample.
 _DEVIATIONS = 3.0  # From the sample's k-th highest to both ends of the bracket that it predicts.
 _LEAD = 0.4  # Standard deviations of a count by which a guess aims beyond k.
@@ -136,11 +136,6 @@ def _threshold_kernel(lengths_ref, scores_ref, threshold_ref, last_ref, keys_ref
     threshold_ref[...], last_ref[...] = threshold[:, :1], last[:, :1]
 
 
-def part_of(rows: int) -> int:
-    """Positions of rows that are counted in one vector."""
-    return max(_PART // rows, LANES)
-
-
 def over_rows(lengths: jax.Array, visit: Callable, start: Any, *, first_turn: Any = 0, part: int = 0) -> Any:
     """In a kernel: applies `carry = visit(base, offset, carry)` to all parts of rows, up to the longest row's end.
 
@@ -150,9 +145,9 @@ def over_rows(lengths: jax.Array, visit: Callable, start: Any, *, first_turn: An
         so one address serves the chunk.
       start: the first carry.
       first_turn: chunks that are left out.
-      part: positions of a part; 0 means `part_of(rows)`.
+      part: positions of a part; 0 means `PART // rows`.
     """
-    chunk, part = CHUNK // lengths.shape[0], part or part_of(lengths.shape[0])
+    chunk, part = CHUNK // lengths.shape[0], part or PART // lengths.shape[0]
 
     def turn(i, carry):
         for offset in range(0, chunk, part):
@@ -201,7 +196,7 @@ def search_threshold(
             chosen = [condition(tile_of(keys_ref, base, offset)[...], base + offset) for offset in offsets]
             return tuple(total + jnp.where(one, 1, 0) for total, one in zip(sums, chosen, strict=True))
 
-        return sum_of_lanes(over_rows(lengths, visit, (jnp.zeros(shape, jnp.int32),) * (part_of(rows) // LANES)))
+        return sum_of_lanes(over_rows(lengths, visit, (jnp.zeros(shape, jnp.int32),) * (PART // rows // LANES)))
 
     group, chunk = SAMPLE * LANES, CHUNK // rows
 

@@ -1,9 +1,10 @@
 """Attention of blocks of neighbouring queries to the union of what they select, gathered by row copies.
 
 The keys and values of all heads of a position are one contiguous row of its page, a `[2 * k, d]` tile, so an entry of a
-union is one copy. A turn multiplies 1,024 rows for all queries of the block, and the next turn's rows are copied
+union is one copy. A turn multiplies 1,024 rows for all queries of the block, and the next two turns' rows are copied
 meanwhile. To start a copy takes the scalar unit some instructions. They are spread over the products of the turn, which
-leave it idle. Row numbers are trusted: checks of their bounds would cost more than the copies.
+leave it idle. Places in a list and in a buffer are constants but for a tile's address, which saves most of them. Row
+numbers are trusted: checks of their bounds would cost more than the copies.
 
 A block's queries are side by side for each head. So the mask of a turn is computed once from the union's words, and
 serves all heads. Two heads of a key head are multiplied at once.
