@@ -145,7 +145,7 @@ def _attend(
             for copy in lists(turn):
                 copy.wait()
 
-        def copy_rows(turn: jax.Array | int, tile: jax.Array | int, lanes: range) -> None:
+        def copy_rows(turn: jax.Array | int, tile: Any, lanes: range) -> None:
             """Starts the copies of some of a tile's 128 rows."""
             slot = jax.lax.rem(turn, _RING)
             # Only the tile's address is computed at run time: one for all its rows.

@@ -33,7 +33,7 @@ _MOST_QUERIES = 32 * WORDS
 _DENSE_EIGHTHS = 7
 """A block gets no list if its queries selected more eighths of the positions that they see.
 
-Estimates of the compiler for both ways meet at 0.77 on v5e, and at about all positions elsewhere."""
+The compiler's estimates of both ways meet at about all positions."""
 TILES = 8
 """Registers of 128 positions that are compacted side by side.
 
