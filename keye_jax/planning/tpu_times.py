@@ -37,10 +37,10 @@ class KernelTimes:
 
 
 KERNELS = {
-    "v5e": KernelTimes(7.26, 4.30, 5.45, 33.6),
-    "v5p": KernelTimes(2.88, 1.93, 2.11, 13.7),
-    "v6e": KernelTimes(3.58, 3.86, 3.23, 19.1),
-    "tpu7x": KernelTimes(2.71, 2.88, 2.51, 15.1),
+    "v5e": KernelTimes(6.58, 4.30, 4.02, 33.6),
+    "v5p": KernelTimes(2.64, 1.93, 1.65, 13.7),
+    "v6e": KernelTimes(3.00, 3.86, 2.32, 19.1),
+    "tpu7x": KernelTimes(2.27, 2.88, 1.89, 15.1),
 }
 
 
@@ -64,7 +64,7 @@ def kernel_seconds(generation: str, queries: float, context: int) -> float:
       context: positions.
     """
     times = KERNELS[generation]
-    # A block of queries reads whole pages where its union is more than three quarters of them.
-    few = min(context, UNION) * 4 <= context * 3
+    # A block of queries reads whole pages where its union is more than seven eighths of them.
+    few = min(context, UNION) * 8 <= context * 7
     attention = times.attention * UNION / _ENTRIES if few else times.pages * context / _POSITIONS
     return ((times.scores + times.unions) * context / _POSITIONS + attention) * queries / _QUERIES * 1e-3

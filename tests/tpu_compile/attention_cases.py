@@ -20,9 +20,10 @@ from tests.tpu_compile.cases import CompileCase, Simulation
 PAIR_FLOPS = 4 * MODEL.heads * MODEL.head_dim
 """FLOPs of one query and one key: two products."""
 STEP_KEYS = 2048
-"""Keys that are repeated of the unit of dense prefill. The simulated units have twice as many, and so many."""
+"""Keys that are repeated of the unit of dense prefill. Units of this number and of twice as many are simulated."""
 BLOCK, UNIT_ENTRIES, UNIT_CONTEXT = 256, 4096, 131_072
-"""Queries of a block, entries of its union, and its context, in the unit of sparse prefill that is simulated."""
+"""Of sparse prefill: queries of a block, entries of its union that are repeated, and its context. Units of this number
+of entries and of twice as many are simulated."""
 ROW_BYTES = 2 * MODEL.kv_heads * MODEL.head_dim * 2
 """Bytes of one position's keys and values."""
 
@@ -52,11 +53,12 @@ def _prefill(queries: int, context: int, union: int, *, quick: bool = False) -> 
         )
 
     def simulated(entries, *arguments, dense):
+        turns = entries // 1024
         fixed = {
-            "_turns": lambda *_: entries // 1024,
+            "_turns": lambda *_: (turns - 2, turns),
             "_dense": lambda *_: dense,
             # The simulation loses semaphores in a loop.
-            "_for_each_turn": lambda count, body, _: [body(turn, None) for turn in range(count)],
+            "_for_each_turn": lambda first, end, body, _: [body(turn, None) for turn in range(first, end)],
             # These sums at the end of a block are too many for tpu7x's model of the unit that adds lanes.
             "_sum_of_lanes": lambda x: x[:, :1],
         }
@@ -72,10 +74,14 @@ def _prefill(queries: int, context: int, union: int, *, quick: bool = False) -> 
         flops=queries * MODEL.top_k * PAIR_FLOPS,
         nbytes=queries // BLOCK * union * ROW_BYTES,
         simulation=Simulation(
-            functools.partial(simulated, UNIT_ENTRIES, dense=dense),
+            functools.partial(simulated, 2 * UNIT_ENTRIES, dense=dense),
             arguments(BLOCK, UNIT_CONTEXT),
-            queries // BLOCK * (union // UNIT_ENTRIES),
+            queries // BLOCK,
+            repeats=union // UNIT_ENTRIES - 1,
             name=f"{UNIT_ENTRIES} positions of pages" if dense else f"{UNIT_ENTRIES} entries of a union",
+            less_work=Simulation(
+                functools.partial(simulated, UNIT_ENTRIES, dense=dense), arguments(BLOCK, UNIT_CONTEXT)
+            ),
         ),
         quick=quick,
     )
@@ -141,7 +147,7 @@ def _dense(batch: int, queries: int, context: int, *, quick: bool = False) -> Co
             batch * queries // unit,
             repeats=context // keys - 1,
             name=f"dense, {unit} x {keys}",
-            less_work=arguments(1, unit, keys),
+            less_work=Simulation(simulated, arguments(1, unit, keys)),
         ),
         quick=quick,
     )
@@ -192,7 +198,7 @@ def _splash(queries: int, context: int) -> CompileCase:
             MODEL.heads * (queries // unit),
             repeats=context // keys - 1,
             name="splash",
-            less_work=arguments(1, 1, unit, keys),
+            less_work=Simulation(simulated, arguments(1, 1, unit, keys)),
         ),
     )
 

@@ -26,8 +26,8 @@ class Simulation:
       function, arguments: the unit.
       units: number of units in the case; the cores of a device share them.
       repeats: how often a core repeats the simulated work for each unit: one core does all of a unit.
-      less_work: arguments of the same unit with fewer keys. If given, only what these keys add is repeated: its start,
-        its end and its masks are counted once.
+      less_work: the same unit with fewer keys. If given, only what the other keys add is repeated: start, end and masks
+        are counted once for each unit.
       name: of the unit. Cases whose units have one name have the same unit, which is simulated once.
     """
 
@@ -36,7 +36,7 @@ class Simulation:
     units: int = 1
     repeats: int = 1
     name: str = ""
-    less_work: tuple[Any, ...] | None = None
+    less_work: Simulation | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pallas_kernels.shapes import PAGE_SIZE, float32, int32, spec
 from pallas_kernels.topk_attention.mosaic_tpu import unions as unions_kernel
 from tests.tpu_compile.cases import CompileCase, Simulation
 
-UNIT_QUERIES, UNIT_KEYS = 256, 16_384
+UNIT_QUERIES, UNIT_KEYS = 256, 32_768
 """Queries and keys of the unit of prefill that is simulated."""
 UNIT_POSITIONS = 32_768
 """Positions of the unit of thresholds and lists that is simulated."""

@@ -26,8 +26,9 @@ from pallas_kernels.tpu import LANES, result_like, vmem_limit
 
 _TILE = 256  # Keys of one product: the width of the larger systolic arrays.
 _QUERIES = 256  # Queries of one block.
+_PRODUCT_QUERIES = 64  # Queries of one product: registers hold their sums over heads.
 _KEYS = 4096  # Keys of one step; while it is computed, the next step's keys are copied.
-_UNROLL = 2  # Tiles of keys.
+_UNROLL = 8  # Tiles of keys.
 
 
 def indexer_scores(
@@ -173,22 +174,25 @@ def _kernel(
             first = pl.multiple_of(tile * _TILE, _TILE)
             keys = buffer[slot, pl.ds(pl.multiple_of(first * dim // LANES, _TILE // 2), _TILE * dim // LANES)]
             keys = keys.astype(jnp.bfloat16) if dim == LANES else _one_key_a_row(keys)
-            q = q_ref[...].reshape(-1, LANES)
-            dots = lax.dot_general(
-                q,
-                keys,
-                (((1,), (1,)), ((), ())),
-                precision=lax.Precision.DEFAULT,
-                preferred_element_type=jnp.float32,
-            )
-            dots = jnp.maximum(dots.reshape(*spread.shape[:2], _TILE), 0.0)
-            parts = [dots[..., lanes : lanes + LANES] * spread[...] for lanes in range(0, _TILE, LANES)]
-            scores = jnp.concatenate([jnp.sum(part, axis=0) for part in parts], axis=1)
-            for scale in scales:
-                scores *= scale[:, pl.ds(first, _TILE)]
-            positions = j * step + first + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-            visible = positions <= first_query + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-            out_ref[:, pl.ds(first, _TILE)] = jnp.where(visible, scores, -jnp.inf)
+            of_keys = [scale[:, pl.ds(first, _TILE)] for scale in scales]
+            for row in range(0, block, _PRODUCT_QUERIES):
+                of_queries = pl.ds(row, min(_PRODUCT_QUERIES, block - row))
+                dots = lax.dot_general(
+                    q_ref[:, of_queries].reshape(-1, LANES),
+                    keys,
+                    (((1,), (1,)), ((), ())),
+                    precision=lax.Precision.DEFAULT,
+                    preferred_element_type=jnp.float32,
+                )
+                gates = spread[:, of_queries]
+                dots = jnp.maximum(dots.reshape(*gates.shape[:2], _TILE), 0.0)
+                parts = [dots[..., lanes : lanes + LANES] * gates for lanes in range(0, _TILE, LANES)]
+                scores = jnp.concatenate([jnp.sum(part, axis=0) for part in parts], axis=1)
+                for scale in of_keys:
+                    scores *= scale
+                positions = j * step + first + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+                visible = positions <= first_query + row + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+                out_ref[of_queries, pl.ds(first, _TILE)] = jnp.where(visible, scores, -jnp.inf)
 
 
 def _one_key_a_row(pairs: jax.Array) -> jax.Array:

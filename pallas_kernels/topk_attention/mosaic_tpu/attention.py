@@ -1,9 +1,10 @@
 """Attention of blocks of neighbouring queries to the union of what they select, gathered by row copies.
 
 The keys and values of all heads of a position are one contiguous row of its page, a `[2 * k, d]` tile, so an entry of a
-union is one copy. A turn multiplies 1,024 rows for all queries of the block, and the next turn's rows are copied
+union is one copy. A turn multiplies 1,024 rows for all queries of the block, and the next two turns' rows are copied
 meanwhile. To start a copy takes the scalar unit some instructions. They are spread over the products of the turn, which
-leave it idle. Row numbers are trusted: checks of their bounds would cost more than the copies.
+leave it idle. Places in a list and in a buffer are constants but for a tile's address, which saves most of them. Row
+numbers are trusted: checks of their bounds would cost more than the copies.
 
 A block's queries are side by side for each head. So the mask of a turn is computed once from the union's words, and
 serves all heads. Two heads of a key head are multiplied at once.
@@ -14,6 +15,7 @@ A block without a list walks all pages, in whole pages, under the same mask.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -28,6 +30,9 @@ from pallas_kernels.tpu import LANES, MASKED, check_attention, precision, result
 _CHUNK = TILES * LANES
 """Entries of a union that are multiplied at once; lists are padded to a multiple of it."""
 _UNROLL = 2
+_AHEAD = 2
+"""Turns whose rows are on their way while one is multiplied."""
+_RING = 1 + _AHEAD
 
 
 def union_attention(
@@ -75,16 +80,20 @@ def union_attention(
     return out.reshape(batch, -1, heads, dim)[:, :queries], lse.reshape(batch, -1, heads)[:, :queries]
 
 
-def _turns(entries: Any, block: jax.Array, chunk: int) -> jax.Array | int:
-    """Turns of a block: one at least, with rows that nobody selected."""
-    return jnp.maximum(jax.lax.div(entries[block] + chunk - 1, chunk), 1)
+def _turns(entries: Any, block: jax.Array, chunk: int) -> tuple[Any, Any]:
+    """The first turn of a block that starts no copies, and the number of turns.
+
+    There is one turn at least, with rows that nobody selected.
+    """
+    turns = jnp.maximum(jax.lax.div(entries[block] + chunk - 1, chunk), 1)
+    return jnp.maximum(turns - _AHEAD, 0), turns
 
 
 def _dense(dense: Any, block: jax.Array) -> jax.Array | int:
     return dense[block]
 
 
-_for_each_turn = functools.partial(jax.lax.fori_loop, 0)
+_for_each_turn = jax.lax.fori_loop
 
 
 def _sum_of_lanes(x: jax.Array) -> jax.Array:
@@ -108,7 +117,9 @@ def _attend(
     kv_heads = kv.shape[1] // 2
     blocks, group, tiles = all_blocks // table.shape[0], heads // kv_heads, chunk // LANES
     all_tiles = unions.words.shape[1]
-    at_once = chunk // heads  # Copies that are started beside the products of a head.
+    unroll = math.gcd(heads, _UNROLL)
+    steps = heads // unroll
+    tiles_a_step = tiles // steps  # Tiles whose copies are started beside the products of a step's heads.
     dot = functools.partial(jax.lax.dot_general, precision=precision(kv.dtype), preferred_element_type=jnp.float32)
 
     def kernel(
@@ -116,11 +127,11 @@ def _attend(
         out, lse, numbers, members, buffers, kv_of, bias, acc, largest, total, listed, done,
     ):  # fmt: skip
         block = pl.program_id(0)
-        count, all_positions = _turns(entries, block, chunk), _dense(dense, block)
+        (behind, count), all_positions = _turns(entries, block, chunk), _dense(dense, block)
 
         def lists(turn: jax.Array | int) -> list[Any]:
             # One turn's lists are copied that nobody needs, perhaps from behind the end.
-            slot, here = jax.lax.rem(turn, 2), pl.ds(jnp.minimum(turn * tiles, all_tiles - tiles), tiles)
+            slot, here = jax.lax.rem(turn, _RING), pl.ds(jnp.minimum(turn * tiles, all_tiles - tiles), tiles)
             return [
                 pltpu.make_async_copy(rows.at[block, here], numbers.at[slot], listed.at[0, slot]),
                 pltpu.make_async_copy(words.at[block, here], members.at[slot], listed.at[1, slot]),
@@ -134,24 +145,25 @@ def _attend(
             for copy in lists(turn):
                 copy.wait()
 
-        def copy_rows(turn: jax.Array | int, first: jax.Array | int, number: int) -> None:
-            slot = jax.lax.rem(turn, 2)
-            for i in range(number):
-                entry = first + i
-                row = numbers[slot, jax.lax.div(entry, LANES), jax.lax.rem(entry, LANES)]
-                target = buffers.at[slot, pl.ds(entry, 1)]
-                pltpu.make_async_copy(kv.at[pl.ds(row, 1)], target, done.at[slot]).start()
+        def copy_rows(turn: jax.Array | int, tile: Any, lanes: range) -> None:
+            """Starts the copies of some of a tile's 128 rows."""
+            slot = jax.lax.rem(turn, _RING)
+            # Only the tile's address is computed at run time: one for all its rows.
+            targets = buffers.at[slot, pl.ds(pl.multiple_of(tile * LANES, LANES), LANES)]
+            for lane in lanes:
+                source = kv.at[pl.ds(numbers[slot, tile, lane], 1)]
+                pltpu.make_async_copy(source, targets.at[pl.ds(lane, 1)], done.at[slot]).start()
 
         def copy_pages(turn: jax.Array | int) -> None:
-            slot, pages = jax.lax.rem(turn, 2), chunk // page_size
+            slot, pages = jax.lax.rem(turn, _RING), chunk // page_size
             for page in range(pages):
                 source = kv.at[pl.ds(table[0, turn * pages + page] * page_size, page_size)]
                 target = buffers.at[slot, pl.ds(page * page_size, page_size)]
                 pltpu.make_async_copy(source, target, done.at[slot]).start()
 
         def attend(turn: jax.Array | int, *, copies: str) -> None:
-            """Multiplies a turn's rows, and starts the next turn's copies."""
-            slot, following = jax.lax.rem(turn, 2), turn + 1
+            """Multiplies a turn's rows, and starts the copies of the turn after the next."""
+            slot, following = jax.lax.rem(turn, _RING), turn + _AHEAD
             if copies == "pages":
                 copy_pages(following)
             whole = buffers.at[slot]
@@ -161,19 +173,28 @@ def _attend(
                     bit = jnp.bitwise_and(jax.lax.shift_right_logical(members[slot, tile], eight), 1)
                     lanes = pl.ds(tile * LANES, LANES)
                     bias[pl.ds(eight * WORDS, WORDS), lanes] = jnp.where(bit != 0, 0.0, MASKED)
-            values = buffers[slot].reshape(chunk, 2 * kv_heads * dim)
-            for head in range(2 * kv_heads):
-                kv_of[head] = values[:, head * dim : (head + 1) * dim]
+            for first in range(0, chunk, LANES):
+                # Few rows at a time, which registers hold.
+                values = buffers[slot, first : first + LANES].reshape(LANES, 2 * kv_heads * dim)
+                for head in range(2 * kv_heads):
+                    kv_of[head, first : first + LANES] = values[:, head * dim : (head + 1) * dim]
             if copies != "none":
-                # The next turn's lists are here before the ones behind it take the place of this turn's.
+                # The lists behind these take the place of this turn's.
                 wait_for_lists(following)
                 load_lists(following + 1)
             if copies == "rows":
-                copy_rows(following, heads * at_once, chunk - heads * at_once)
+                for tile in range(steps * tiles_a_step, tiles):
+                    copy_rows(following, tile, range(LANES))
 
-            def attend_head(head: jax.Array, _: None) -> None:
-                if copies == "rows":
-                    copy_rows(following, head * at_once, at_once)
+            def attend_heads(step: jax.Array, _: None) -> None:
+                for i in range(unroll):
+                    if copies == "rows":
+                        for tile in range(tiles_a_step):
+                            lanes = range(i * LANES // unroll, (i + 1) * LANES // unroll)
+                            copy_rows(following, step * tiles_a_step + tile, lanes)
+                    attend_head(step * unroll + i)
+
+            def attend_head(head: jax.Array) -> None:
                 key, value = kv_of[jax.lax.div(head, group)], kv_of[kv_heads + jax.lax.div(head, group)]
                 dots = dot(q[0, head], key, (((1,), (1,)), ((), ()))) * scale
                 logits = []
@@ -190,27 +211,35 @@ def _attend(
                 total[head] = total[head] * correction + functools.reduce(jnp.add, weights)
                 largest[head] = new
 
-            jax.lax.fori_loop(0, heads, attend_head, None, unroll=_UNROLL if heads % _UNROLL == 0 else 1)
+            jax.lax.fori_loop(0, steps, attend_heads, None)
 
         acc[...] = jnp.zeros_like(acc)
         total[...] = jnp.zeros_like(total)
         largest[...] = jnp.full_like(largest, MASKED)
-        load_lists(0)
-        wait_for_lists(0)
-        load_lists(1)
+        for turn in range(_RING):
+            load_lists(turn)
+
+        for turn in range(_AHEAD):
+            wait_for_lists(turn)
+
+            @pl.when((all_positions == 0) & (turn < count))
+            def _(turn: int = turn) -> None:
+                jax.lax.fori_loop(0, tiles, lambda tile, _: copy_rows(turn, tile, range(LANES)), None)
+
+            @pl.when((all_positions != 0) & (turn < count))
+            def _(turn: int = turn) -> None:
+                copy_pages(turn)
 
         @pl.when(all_positions == 0)
-        def _():
-            jax.lax.fori_loop(0, chunk // tiles, lambda i, _: copy_rows(0, i * tiles, tiles), None)
-            _for_each_turn(count - 1, lambda turn, _: attend(turn, copies="rows"), None)
+        def _() -> None:
+            _for_each_turn(0, behind, lambda turn, _: attend(turn, copies="rows"), None)
 
         @pl.when(all_positions != 0)
-        def _():
-            copy_pages(0)
-            _for_each_turn(count - 1, lambda turn, _: attend(turn, copies="pages"), None)
+        def _() -> None:
+            _for_each_turn(0, behind, lambda turn, _: attend(turn, copies="pages"), None)
 
-        attend(count - 1, copies="none")
-        wait_for_lists(count)
+        _for_each_turn(behind, count, lambda turn, _: attend(turn, copies="none"), None)
+        wait_for_lists(behind + _AHEAD)
 
         def finish(head: jax.Array, _: None) -> None:
             weight, found = _sum_of_lanes(total[head]), largest[head] > MASKED / 2
@@ -240,16 +269,16 @@ def _attend(
             ],
             out_specs=[of_block(heads, queries, dim), of_block(heads, 1, queries)],
             scratch_shapes=[
-                pltpu.SMEM((2, tiles, LANES), jnp.int32),
-                pltpu.VMEM((2, tiles, WORDS, LANES), jnp.int32),
-                pltpu.VMEM((2, chunk, 2 * kv_heads, dim), kv.dtype),
+                pltpu.SMEM((_RING, tiles, LANES), jnp.int32),
+                pltpu.VMEM((_RING, tiles, WORDS, LANES), jnp.int32),
+                pltpu.VMEM((_RING, chunk, 2 * kv_heads, dim), kv.dtype),
                 pltpu.VMEM((2 * kv_heads, chunk, dim), kv.dtype),
                 pltpu.VMEM((queries // pack, chunk), jnp.float32),
                 pltpu.VMEM((heads, queries, dim), jnp.float32),
                 pltpu.VMEM(state, jnp.float32),
                 pltpu.VMEM(state, jnp.float32),
-                pltpu.SemaphoreType.DMA((2, 2)),
-                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA((2, _RING)),
+                pltpu.SemaphoreType.DMA((_RING,)),
             ],
         ),
         out_shape=[

@@ -30,10 +30,10 @@ from pallas_kernels.tpu import LANES, result_like, vmem_limit
 WORDS = 8
 """Words of 32 bits for a block's queries at each position: the rows of a vector register."""
 _MOST_QUERIES = 32 * WORDS
-_DENSE_QUARTERS = 3
-"""A block gets no list if its queries selected more quarters of the positions that they see.
+_DENSE_EIGHTHS = 7
+"""A block gets no list if its queries selected more eighths of the positions that they see.
 
-By the compiler's estimates, reading whole pages is then cheaper than copying rows."""
+The compiler's estimates of both ways meet at about all positions."""
 TILES = 8
 """Registers of 128 positions that are compacted side by side.
 
@@ -201,7 +201,7 @@ def _kernel(longest, table, lengths, scores, words, rows, counts, keys, sample, 
 
         found = lax.fori_loop(0, turns, count_used, jnp.zeros((TILES, LANES), jnp.int32))
         entries = jnp.sum(found)
-        dense = entries * 4 > seen * _DENSE_QUARTERS
+        dense = entries * 8 > seen * _DENSE_EIGHTHS
         numbers = jnp.where(dense, seen, entries), jnp.where(dense, 1, 0)
         counts[...] = jnp.where(lax.broadcasted_iota(jnp.int32, counts.shape, 0) == 0, *numbers)
         pl.when(jnp.logical_not(dense))(lambda: _compact(turns, table, words, rows, page_size=page_size))
