@@ -112,7 +112,6 @@ def test_nothing_is_dense_unless_asked_for(keye, config, monkeypatch):
         (("--packed", "64"), "--packed has '64'; it must be sequences x tokens"),
         (("--packed", "1x64"), "--packed has 1x64; it must have at least 2 prompts"),
         (("--prefill", "1024K"), "1,048,576 tokens are more than this model takes"),
-        (("--activation-dtype", "float8_e4m3fn"), "it takes experts in fp8, and this model's are of all bits"),
         (("--json", "nowhere/figures.json"), "there is no directory 'nowhere'"),
         (("--json", "."), "--json is '.'; it is a directory"),
     ],
@@ -122,6 +121,13 @@ def test_mistakes_are_one_sentence(keye, config, arguments, message):
     assert code == 2
     assert message in err
     assert "Traceback" not in out + err
+
+
+def test_activations_in_float8_are_refused_without_experts_in_fp8(keye, config):
+    nothing = "bench", "--config", config, "--prefill", "", "--decode", "", "--packed", "", "--unrelated", ""
+    code, _, err = keye(*nothing, "--activation-dtype", "float8_e4m3fn")
+    assert code == 2 and err.count("\n") == 1
+    assert "it takes experts in fp8, and this model's are of all bits" in err
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers(keye, config, monkeypatch):
