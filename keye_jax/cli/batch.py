@@ -107,6 +107,7 @@ def batch(
     key_options |= {"attention": model.attention, "implementation": model.implementation, "sharding": model.sharding}
     key_options |= {name: settings[name] for name in ("dense_below", "prefill_chunk", "dtype")}
     key_options |= {"indexer_dtype": model.indexer_dtype, "cache_dtype": model.cache_dtype}
+    key_options |= {"activation_dtype": model.activation_dtype}
     outstanding = concurrency or 2 * rows * (ray or 1)
     opener = functools.partial(
         open_engine,

@@ -21,6 +21,7 @@ from keye_jax.runtime import distributed
 if TYPE_CHECKING:
     from keye_jax.bench.timing import Timing
     from keye_jax.config import KeyeConfig
+    from keye_jax.model.attention import AttentionOptions
     from keye_jax.runtime.runtime import Runtime
     from keye_jax.sharding import MeshRules
 
@@ -54,6 +55,7 @@ def bench(
     ] = False,
     experts: options.Experts = None,
     cache_dtype: options.CacheDtype = None,
+    activation_dtype: options.ActivationDtype = None,
     dense_below: options.DenseBelow = 0,
     implementation: options.Implementation = None,
     prefill_chunk: options.PrefillChunk = None,
@@ -120,13 +122,15 @@ def bench(
     for tokens in (*lengths, *(each for _, each in batches + together)):
         if tokens > sizes.max_position_embeddings:
             raise UserError(f"{tokens:,} tokens are more than this model takes, {sizes.max_position_embeddings:,}")
-    chosen = {_DENSE: options.attention_options("dense", implementation, None, cache_dtype)} if dense else {}
-    chosen[_SPARSE] = options.attention_options("sparse", implementation, None, cache_dtype)
+    how_computed = implementation, None, cache_dtype, activation_dtype
+    chosen = {_DENSE: options.attention_options("dense", *how_computed)} if dense else {}
+    chosen[_SPARSE] = options.attention_options("sparse", *how_computed)
     if fp8:
         chosen[_FP8] = dataclasses.replace(chosen[_SPARSE], indexer_dtype="float8_e4m3fn")
+    chosen[_SPARSE].check(sizes)
     rules = options.mesh_rules(sharding, sizes)
     _refuse_if_weights_do_not_fit(sizes, rules)
-    _print_setting(sizes, rules, cache_dtype)
+    _print_setting(sizes, rules, chosen[_SPARSE])
 
     model = shard_params(random_model(sizes, rules=rules), rules)  # once, for all runtimes
     how = {"prefill_chunk": chunk, "dense_below": below, "rules": rules}
@@ -317,7 +321,7 @@ def _device(rules: MeshRules) -> str:
     return f"each of {rules.devices} devices" if rules.devices > 1 else "the device"
 
 
-def _print_setting(config: KeyeConfig, rules: MeshRules, cache_dtype: str | None) -> None:
+def _print_setting(config: KeyeConfig, rules: MeshRules, options: AttentionOptions) -> None:
     import jax
 
     from keye_jax.runtime.memory import weight_bytes
@@ -330,7 +334,8 @@ def _print_setting(config: KeyeConfig, rules: MeshRules, cache_dtype: str | None
         f"{count}{jax.devices()[0].device_kind}, {config.num_hidden_layers} layers, {each / 1e9:.1f} GB of "
         f"random {config.dtype} weights{detail}"
         + (f"; {config.quantization}" if config.quantization else "")
-        + (f"; a cache of {cache_dtype}" if cache_dtype else ""),
+        + (f"; a cache of {options.cache_dtype}" if options.cache_dtype else "")
+        + (f"; prompts' experts multiply {options.activation_dtype}" if options.activation_dtype else ""),
         flush=True,
     )
 

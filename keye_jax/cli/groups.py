@@ -77,6 +77,7 @@ class ModelGroup:
     dense_below: options.DenseBelow = 0
     indexer_dtype: options.IndexerDtype = None
     cache_dtype: options.CacheDtype = None
+    activation_dtype: options.ActivationDtype = None
     prefill_chunk: options.PrefillChunk = None
     dtype: options.Dtype = "checkpoint"
     verify_checksums: options.VerifyChecksums = False
@@ -90,7 +91,7 @@ class ModelGroup:
         """The arguments of `load_runtime` but its mesh. Raises UserError for a value that is not allowed."""
         return {
             "attention": options.attention_options(
-                self.attention, self.implementation, self.indexer_dtype, self.cache_dtype
+                self.attention, self.implementation, self.indexer_dtype, self.cache_dtype, self.activation_dtype
             ),
             "prefill_chunk": options.prefill_chunk_size(self.prefill_chunk),
             "dense_below": options.dense_limit(self.dense_below),

@@ -48,6 +48,13 @@ CacheDtype = Annotated[
     str | None,
     typer.Option(help="'float8_e4m3fn': keys and values of half the size, less exact; the weights' dtype if left out."),
 ]
+ActivationDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="'float8_e4m3fn': experts in fp8 multiply activations in fp8 where prompts are read, less exact; the "
+        "weights' dtype if left out."
+    ),
+]
 Experts = Annotated[
     str | None, typer.Option(help="Bits of the experts: 'fp8', 'int8' or 'int4'; as they are if left out.")
 ]
@@ -115,7 +122,11 @@ def mesh_rules(sharding: str | None, config: KeyeConfig) -> MeshRules:
 
 
 def attention_options(
-    attention: str, implementation: str | None, indexer_dtype: str | None = None, cache_dtype: str | None = None
+    attention: str,
+    implementation: str | None,
+    indexer_dtype: str | None = None,
+    cache_dtype: str | None = None,
+    activation_dtype: str | None = None,
 ) -> AttentionOptions:
     """Checked attention options. Raises UserError for an unknown name."""
     from keye_jax.model.attention import AttentionOptions
@@ -129,7 +140,9 @@ def attention_options(
         raise UserError(f"--indexer-dtype is {indexer_dtype!r}; it must be 'float8_e4m3fn' or left out")
     if cache_dtype not in (None, "float8_e4m3fn"):
         raise UserError(f"--cache-dtype is {cache_dtype!r}; it must be 'float8_e4m3fn' or left out")
-    return AttentionOptions(attention, implementation, indexer_dtype, cache_dtype)
+    if activation_dtype not in (None, "float8_e4m3fn"):
+        raise UserError(f"--activation-dtype is {activation_dtype!r}; it must be 'float8_e4m3fn' or left out")
+    return AttentionOptions(attention, implementation, indexer_dtype, cache_dtype, activation_dtype=activation_dtype)
 
 
 def dense_limit(value: int) -> int:

@@ -21,6 +21,7 @@ def verify(
     implementation: options.Implementation = None,
     indexer_dtype: options.IndexerDtype = None,
     cache_dtype: options.CacheDtype = None,
+    activation_dtype: options.ActivationDtype = None,
     prefill_chunk: options.PrefillChunk = None,
     dtype: options.Dtype = "float32",
     verify_checksums: options.VerifyChecksums = False,
@@ -36,7 +37,7 @@ def verify(
     Prints the largest absolute error of each array and whether the selected sets and experts are identical. Exits
     with 1 if anything is beyond the tolerance.
     """
-    chosen = options.attention_options(attention, implementation, indexer_dtype, cache_dtype)
+    chosen = options.attention_options(attention, implementation, indexer_dtype, cache_dtype, activation_dtype)
     chunk = options.prefill_chunk_size(prefill_chunk)
     cast = options.parameter_dtype(dtype)
     if not atol >= 0:
@@ -61,6 +62,7 @@ def verify(
     directory = buckets.local(checkpoint)
     kind = kind_of(directory)
     config = read_config(directory)
+    chosen.check(config)
     rules = options.mesh_rules(sharding, config)
     shardings = parameter_shardings(config, rules)
     params = load_params(directory, config, dtype=cast, shardings=shardings, verify_checksums=verify_checksums)
@@ -70,6 +72,7 @@ def verify(
     how = f"{attention} attention" + (f" and a {indexer_dtype} indexer" if indexer_dtype else "")
     how += f" and a {cache_dtype} cache" if cache_dtype else ""
     how += " and weights of fewer bits" if config.quantization else ""
+    how += f" and activations in {activation_dtype}" if activation_dtype else ""
     where = f" on {rules.devices} devices" if rules.devices > 1 else ""
     table = Table(
         "array", "compared", "result", "", title=f"{buckets.shown(directory)} ({kind}, {runtime.dtype}, {how}{where})"

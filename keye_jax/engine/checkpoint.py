@@ -67,8 +67,9 @@ def load_runtime(
       verify_checksums: as for `convert.load_params`.
 
     Raises:
-      UserError: the checkpoint is not whole.
+      UserError: the checkpoint is not whole, or cannot be computed so.
     """
+    attention.check(config)
     rules = rules or MeshRules.single_device()
     shardings = parameter_shardings(config, rules)
     params = load_params(directory, config, dtype=dtype, shardings=shardings, verify_checksums=verify_checksums)

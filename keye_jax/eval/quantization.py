@@ -2,14 +2,16 @@
 
 Each checkpoint directory has `golden.npz` beside it, as docs/correctness.md describes. Prints a table of how far the
 model agrees with the arrays: with all bits in float32 and in bfloat16, and in float32 with each format of the experts,
-of attention too, and of the cache. Weights of fewer bits are replaced by the numbers they stand for, so one program
-serves all. Behind it is what an fp8 cache alone does to the outputs of attention.
+of attention too, of the cache, and of what experts multiply. Weights of fewer bits are replaced by the numbers they
+stand for, so one program serves all but the last. Behind it is what an fp8 cache alone does to the outputs of
+attention.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import numpy as np
 
 from convert import load_params, mapping
 from convert.detect import read_config
+from convert.quantize import quantize_checkpoint
 from keye_jax.config import KeyeConfig
 from keye_jax.eval.parity import Agreement, agreement
 from keye_jax.model.attention import AttentionOptions
@@ -41,6 +44,7 @@ SCHEMES: Mapping[str, Quantization] = {
 
 _ALL_BITS, _EXACT = Quantization(), AttentionOptions()
 _FLOAT8_CACHE = AttentionOptions(cache_dtype="float8_e4m3fn")
+_FLOAT8_ACTIVATIONS = AttentionOptions(activation_dtype="float8_e4m3fn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +61,7 @@ CASES: Mapping[str, Case] = {
     **{name: Case(each) for name, each in SCHEMES.items()},
     "cache fp8": Case(options=_FLOAT8_CACHE),
     "experts int4, cache fp8": Case(SCHEMES["experts int4"], options=_FLOAT8_CACHE),
+    "experts and activations fp8": Case(SCHEMES["experts fp8"], options=_FLOAT8_ACTIVATIONS),
 }
 
 
@@ -103,9 +108,17 @@ def _arrays(checkpoint: Path) -> dict[str, np.ndarray]:
 
 
 def _runtime(checkpoint: Path, case: Case) -> Runtime:
-    config = read_config(checkpoint)
-    params = load_params(checkpoint, config, dtype=case.dtype)
-    replace_weights(params, config, case.quantization)
+    if case.options.activation_dtype is not None:
+        # Only weights that are stored in fewer bits multiply such activations.
+        with tempfile.TemporaryDirectory() as folder:
+            small = Path(folder) / "small"
+            quantize_checkpoint(checkpoint, small, case.quantization)
+            config = read_config(small)
+            params = load_params(small, config, dtype=case.dtype)
+    else:
+        config = read_config(checkpoint)
+        params = load_params(checkpoint, config, dtype=case.dtype)
+        replace_weights(params, config, case.quantization)
     return Runtime(Keye.from_params(config, params), config, options=case.options)
 
 
@@ -132,7 +145,7 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+", type=Path, help="directories with golden.npz beside the weights")
     arguments = parser.parse_args()
     enable_compilation_cache()
-    print("| checkpoint | weights, cache | logits' error | greedy | experts | selected |")
+    print("| checkpoint | weights, cache, activations | logits' error | greedy | experts | selected |")
     print("|---|---|---|---|---|---|")
     for checkpoint in arguments.checkpoints:
         for name, case in CASES.items():

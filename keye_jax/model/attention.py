@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from keye_jax.config import KeyeConfig
+from keye_jax.errors import UserError
 from keye_jax.kv_cache import PAGE_SIZE, Pages
 from keye_jax.model.context import Context, Keys, PackedContext
 from keye_jax.model.indexer import Indexer
@@ -95,6 +96,8 @@ class AttentionOptions:
       cache_dtype: of the pool's keys and values: "float8_e4m3fn", with a scale for each token and head, half as large
         and less exact, or None for the parameters' dtype. Attention to such keys and values is XLA's; sparse steps of
         decode have a kernel for Hopper GPUs.
+      activation_dtype: of what experts in float8 multiply in steps that read prompts: "float8_e4m3fn", with a scale for
+        each token and 128 inputs, less exact; None for the activations as they are. Steps of decode never round them.
       intermediates: whether layers also return what they computed on the way, which needs memory for all scores.
       selections: whether layers also return the positions that they selected, in any order: of a step of decode, or of
         a chunk of prompts, whose scores are then all in memory at once.
@@ -108,6 +111,7 @@ class AttentionOptions:
     indexer_dtype: Literal["float8_e4m3fn"] | None = None
     cache_dtype: Literal["float8_e4m3fn"] | None = None
     decode: Literal["xla", "mosaic_gpu"] | None = None
+    activation_dtype: Literal["float8_e4m3fn"] | None = None
     intermediates: bool = False
     selections: bool = False
     selection: Literal["indexer", "random", "recent"] = "indexer"
@@ -117,6 +121,15 @@ class AttentionOptions:
     def kernels(self) -> str:
         """Name of the implementation that comes first."""
         return self.implementation or available()[0]
+
+    def check(self, config: KeyeConfig) -> None:
+        """Raises UserError if a model cannot be computed so."""
+        experts = config.quantization.experts
+        if self.activation_dtype is not None and (experts is None or experts.format != "fp8"):
+            has = "of all bits" if experts is None else f"in {experts.format}"
+            raise UserError(
+                f"--activation-dtype is {self.activation_dtype!r}; it takes experts in fp8, and this model's are {has}"
+            )
 
 
 class Queries(Protocol):

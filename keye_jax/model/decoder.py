@@ -83,7 +83,14 @@ class DecoderLayer(nnx.Module):
         )
         x = step.constrain(x + attended, step.rows)
         normed, valid = self.post_attention_norm(x), context.batch.valid(x.shape[1])
-        mixed, experts = self.moe(normed, valid, step, implementation=options.implementation, training=options.training)
+        mixed, experts = self.moe(
+            normed,
+            valid,
+            step,
+            activation_dtype=options.activation_dtype if step.reads_prompts else None,
+            implementation=options.implementation,
+            training=options.training,
+        )
         x = x + mixed
         if options.training is not None:
             return x, context, LayerLearned(found, options.training.balance(self.moe, normed, experts, valid))

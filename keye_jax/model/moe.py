@@ -15,7 +15,7 @@ from keye_jax.model.layers import Linear, param
 from keye_jax.quantization.weights import expert_param
 from keye_jax.sharding.step import StepSharding
 from pallas_kernels.dispatch import resolve
-from pallas_kernels.grouped_matmul import expert_mlp, quantized_expert_mlp
+from pallas_kernels.grouped_matmul import QuantizedRows, expert_mlp, quantize_rows, quantized_expert_mlp
 from pallas_kernels.quantized import QuantizedMatrices
 
 _FEW_TOKENS, _FEW_ROWS = 64, 512
@@ -63,6 +63,7 @@ class MoE(nnx.Module):
         valid: jax.Array,
         step: StepSharding,
         *,
+        activation_dtype: str | None = None,
         implementation: str | None,
         training: Training | None = None,
     ) -> tuple[jax.Array, jax.Array]:
@@ -72,6 +73,7 @@ class MoE(nnx.Module):
           x: `[b, t, embed]`.
           valid: bool `[b, t]`.
           step: how the arrays lie over devices.
+          activation_dtype: of what experts of fewer bits multiply, "float8_e4m3fn", or None for that of x.
           training: whose operations are used, if the layer is trained.
 
         Returns:
@@ -81,7 +83,7 @@ class MoE(nnx.Module):
             if training is not None:
                 mix = functools.partial(training.mix_experts, num_experts=self.num_experts)
                 return run_experts(self, x, valid, mix, step, differentiable=True)
-            mix = functools.partial(mix_experts, implementation=implementation)
+            mix = functools.partial(mix_experts, activation_dtype=activation_dtype, implementation=implementation)
             return run_experts(self, x, valid, mix, step)
 
 
@@ -93,6 +95,7 @@ def mix_experts(
     down: jax.Array | QuantizedMatrices,
     *,
     rows_at_once: int | None = None,
+    activation_dtype: str | None = None,
     implementation: str | None,
 ) -> jax.Array:
     """Weighted sums of what each token's experts give.
@@ -106,6 +109,7 @@ def mix_experts(
       gate_up, down: `[e, embed, 2 * f]` and `[e, f, embed]`.
       rows_at_once: of the `tokens * k` rows, this number of those whose experts are here is worked on in one turn of
         a loop, whose length the routing decides. None for one turn for all.
+      activation_dtype: of what matrices of fewer bits multiply, "float8_e4m3fn", or None for that of x.
       implementation: of the kernels; "xla" runs where the operation has none of that name.
 
     Returns:
@@ -119,8 +123,11 @@ def mix_experts(
     group_sizes = jnp.sum(flat == jnp.arange(num_experts)[:, None], axis=-1, dtype=jnp.int32)
     weights = jnp.where(experts < num_experts, weights, 0.0)
 
+    # Before rows are gathered, which then are half as long.
+    tokens_in = x if activation_dtype is None else quantize_rows(x)
+
     def mix(order: jax.Array, row_of: jax.Array, group_sizes: jax.Array, weights: jax.Array) -> jax.Array:
-        out = _run_matrices(take_rows(x, order // k), gate_up, down, group_sizes, implementation)
+        out = _run_matrices(_take_tokens(tokens_in, order // k), gate_up, down, group_sizes, implementation)
         # One term for each of the few experts: XLA gathers and adds in one pass, without an array of all terms.
         terms = (weights[:, i, None] * out[row_of[:, i]] for i in range(k))
         return functools.reduce(jnp.add, terms).astype(x.dtype)
@@ -149,7 +156,7 @@ def mix_experts(
 
 
 def _run_matrices(
-    rows: jax.Array,
+    rows: jax.Array | QuantizedRows,
     gate_up: jax.Array | QuantizedMatrices,
     down: jax.Array | QuantizedMatrices,
     group_sizes: jax.Array,
@@ -160,6 +167,7 @@ def _run_matrices(
         implementation = resolve("quantized_expert_mlp", preferred)
         return quantized_expert_mlp(rows, gate_up, down, group_sizes, implementation=implementation)
     assert isinstance(gate_up, jax.Array) and isinstance(down, jax.Array), "both or none have fewer bits"
+    assert isinstance(rows, jax.Array), "matrices of all bits multiply no float8"
     return expert_mlp(rows, gate_up, down, group_sizes, implementation=resolve("expert_mlp", preferred))
 
 
@@ -185,9 +193,16 @@ def sort_rows(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(jnp.where(place == at[:, None], at, 0), axis=-1), place
 
 
+def _take_tokens(x: jax.Array | QuantizedRows, rows: jax.Array) -> jax.Array | QuantizedRows:
+    if isinstance(x, QuantizedRows):
+        return QuantizedRows(take_rows(x.values, rows), x.scales[rows], x.dtype)
+    return take_rows(x, rows)
+
+
 def take_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
-    """`x[rows]` of `[n, width]`; 16-bit elements are gathered in pairs, which takes a GPU 0.7 of the time."""
-    if x.dtype.itemsize != 2 or x.shape[1] % 2:
+    """`x[rows]` of `[n, width]`; small elements are gathered as words: 0.7 of a GPU's time for bfloat16."""
+    each = 4 // x.dtype.itemsize
+    if each == 1 or x.shape[1] % each:
         return x[rows]
-    pairs = jax.lax.bitcast_convert_type(x.reshape(len(x), -1, 2), jnp.uint32)
-    return jax.lax.bitcast_convert_type(pairs[rows], x.dtype).reshape(len(rows), -1)
+    words = jax.lax.bitcast_convert_type(x.reshape(len(x), -1, each), jnp.uint32)
+    return jax.lax.bitcast_convert_type(words[rows], x.dtype).reshape(len(rows), -1)

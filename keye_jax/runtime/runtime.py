@@ -70,7 +70,11 @@ class Runtime:
         Args:
           prefill_chunk: what suits the device if left out.
           rules: all on one device if left out.
+
+        Raises:
+          UserError: the model cannot be computed with these options.
         """
+        options.check(config)
         self.config, self.options, self.dense_below = config, options, dense_below
         self.rules = rules or MeshRules.single_device()
         self.prefill_chunk = prefill_chunk or PREFILL_CHUNK.get(self.rules.platform, _SMALL_PREFILL_CHUNK)

@@ -132,6 +132,7 @@ def test_a_shard_of_the_environment(batch, tmp_path, monkeypatch):
         (("--dense-below", 64), "begun with dense_below 0 (now 64)"),
         (("--rows", 8), "begun with rows 32 (now 8)"),
         (("--cache-dtype", "float8_e4m3fn"), 'begun with cache_dtype null (now "float8_e4m3fn")'),
+        (("--activation-dtype", "float8_e4m3fn"), 'begun with activation_dtype null (now "float8_e4m3fn")'),
     ],
 )
 def test_resuming_with_other_options_is_refused(batch, arguments, message):

@@ -123,6 +123,13 @@ def test_mistakes_are_one_sentence(keye, config, arguments, message):
     assert "Traceback" not in out + err
 
 
+def test_activations_in_float8_are_refused_without_experts_in_fp8(keye, config):
+    nothing = "bench", "--config", config, "--prefill", "", "--decode", "", "--packed", "", "--unrelated", ""
+    code, _, err = keye(*nothing, "--activation-dtype", "float8_e4m3fn")
+    assert code == 2 and err.count("\n") == 1
+    assert "it takes experts in fp8, and this model's are of all bits" in err
+
+
 def test_what_does_not_fit_is_refused_with_the_numbers(keye, config, monkeypatch):
     weights = 2**20 * 64
     monkeypatch.setattr("keye_jax.runtime.memory.weight_bytes", lambda config, rules: weights)

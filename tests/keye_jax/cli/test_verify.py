@@ -56,8 +56,8 @@ def test_a_float8_indexer_is_held_to_the_selected_sets(keye, model):
     assert "text_logits" in next(line for line in out.splitlines() if line.startswith("not compared with"))
 
 
-@pytest.mark.parametrize("option", ["--indexer-dtype", "--cache-dtype"])
-def test_another_dtype_of_the_indexer_or_the_cache_is_refused(keye, golden, option):
+@pytest.mark.parametrize("option", ["--indexer-dtype", "--cache-dtype", "--activation-dtype"])
+def test_another_dtype_is_refused(keye, golden, option):
     code, out, err = keye(
         *("verify", "--checkpoint", golden / "a", "--golden", golden / "a" / "golden.npz", option, "int4")
     )
@@ -73,6 +73,15 @@ def test_a_float8_cache_is_held_to_how_far_the_model_agrees(keye, golden):
     assert code == 0, out + err
     assert "6 passed, 0 failed" in out and out.count("agreement") == 4
     assert "text_hidden" in next(line for line in out.splitlines() if line.startswith("not compared with"))
+
+
+def test_activations_in_float8_are_refused_without_experts_in_fp8(keye, golden):
+    code, out, err = keye(
+        *("verify", "--checkpoint", golden / "a", "--golden", golden / "a" / "golden.npz"),
+        *("--activation-dtype", "float8_e4m3fn"),
+    )
+    assert (code, out) == (2, "")
+    assert "it takes experts in fp8, and this model's are of all bits" in err and err.count("\n") == 1
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def test_rows_are_sorted_stably(size):
     np.testing.assert_array_equal(np.asarray(order)[np.asarray(place)], np.arange(size))
 
 
-@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 6), ("bfloat16", 5), ("float32", 6)])
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 6), ("bfloat16", 5), ("float32", 6), ("float8_e4m3fn", 8)])
 def test_rows_are_taken_bit_for_bit(dtype, width):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(7, width)), dtype).at[0, 0].set(jnp.nan)
     rows = jnp.asarray([3, 0, 6, 3])

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,14 +15,25 @@ from convert import convert, load_params
 from convert.detect import read_config
 from convert.quantize import quantize_checkpoint
 from keye_jax.config import KeyeConfig
+from keye_jax.errors import UserError
+from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.keye import Keye
 from keye_jax.model.params import parameter_shardings
 from keye_jax.quantization.schemes import Quantization, standard
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.sharding import MeshRules, ShardingConfig
 from tests.convert.convert_helpers import edit, numbers_of
-from tests.keye_jax.golden_models import GOLDEN, Trace
-from tests.keye_jax.runtime.sharded_helpers import assert_safe, assert_same, prefill_and_decode
+from tests.keye_jax.golden_models import (
+    GOLDEN,
+    Trace,
+    float8,
+    golden_model,
+    random_ids,
+    text,
+    traced,
+    traced_decode,
+)
+from tests.keye_jax.runtime.sharded_helpers import TOKENS, assert_safe, assert_same, prefill_and_decode
 from tests.keye_jax.runtime.test_sharded_meshes import PRESETS, on_eight
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -92,3 +104,29 @@ def test_presets(path, checkpoint, expected):
     params = load_params(checkpoint, config, shardings=parameter_shardings(config, rules))
     model, config = model_of(config, params)
     assert_same(prefill_and_decode(Runtime(model, config, rules=rules, prefill_chunk=16), SEED), expected)
+
+
+def test_prompts_alone_multiply_activations_in_float8(tmp_path):
+    """With the same pages, a step of decode is the same with and without."""
+    quantize_checkpoint(GOLDEN / "b", tmp_path / "fp8", Quantization(standard("fp8")))
+    config = read_config(tmp_path / "fp8")
+    model, config = model_of(config, load_params(tmp_path / "fp8", config))
+    exact = Runtime(model, config)
+    rounded = Runtime(model, config, options=AttentionOptions(activation_dtype="float8_e4m3fn"))
+    ids, prompts = random_ids(TOKENS, SEED), []
+    for runtime in (exact, rounded):
+        pool, tables = runtime.new_cache(1, TOKENS + 1)
+        with float8():
+            trace, pool = traced(runtime, text(ids, tables[0]), pool)
+        prompts.append(trace.hidden[0])
+    assert 1e-3 < np.linalg.norm(prompts[1] - prompts[0]) / np.linalg.norm(prompts[0]) < 0.1
+    given = np.asarray([7]), np.asarray([TOKENS]), tables
+    answers = [traced_decode(runtime, *given, jax.tree.map(jnp.copy, pool))[0] for runtime in (exact, rounded)]
+    np.testing.assert_allclose(answers[1].hidden, answers[0].hidden, rtol=1e-5, atol=1e-5)
+
+
+def test_activations_in_float8_need_experts_in_fp8(checkpoint):
+    options = AttentionOptions(activation_dtype="float8_e4m3fn")
+    for config, has in ((golden_model("b")[1], "of all bits"), (read_config(checkpoint), "in int4")):
+        with pytest.raises(UserError, match=f"it takes experts in fp8, and this model's are {has}"):
+            options.check(config)
