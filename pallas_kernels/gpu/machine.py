@@ -199,6 +199,10 @@ class Machine:
     def add_shared(self, address, value):
         utils.inline_ptx("red.shared.add.u32 [$0], $1;", self._shared_at(address), self.word(value).raw)
 
+    def max_shared(self, address, value):
+        """Makes a word of shared memory the larger of it and another one, atomically."""
+        utils.inline_ptx("red.shared.max.u32 [$0], $1;", self._shared_at(address), self.word(value).raw)
+
     def fetch_add_shared(self, address, value):
         """Adds to a word of shared memory, atomically. Returns the word before the addition."""
         return Value(

@@ -36,6 +36,11 @@ class TensorMachine(Machine):
         """One word of two float32 numbers, rounded to bfloat16."""
         return self._emit("cvt.rn.bf16x2.f32 $0, $1, $2;", high, low)
 
+    def pack_float8(self, *four):
+        """One word of four float32 numbers, rounded to float8_e4m3fn; larger ones become 448."""
+        first, second = "cvt.rn.satfinite.e4m3x2.f32 a, $2, $1;", "cvt.rn.satfinite.e4m3x2.f32 b, $4, $3;"
+        return self._emit(f"{{ .reg .b16 a, b; {first} {second} mov.b32 $0, {{a, b}}; }}", *four)
+
     def halves(self, low, high, which):
         """One word of the low halves (`which` is 0) or the high halves (`which` is 1) of two words."""
         return self._emit(f"prmt.b32 $0, $1, $2, {0x7632 if which else 0x5410};", low, high)

@@ -7,7 +7,7 @@ import numpy as np
 from pallas_kernels.checks import Array, Signature
 from pallas_kernels.errors import ArgumentError
 
-_SMALLEST = 1e-4
+SMALLEST = 1e-4
 """Least magnitude that a vector is scaled for."""
 
 _HADAMARD, _QUANTIZE = (Signature(name, {"x": Array("... d")}, ()) for name in ("hadamard", "quantize"))
@@ -53,7 +53,7 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
       ArgumentError: x is no array of bfloat16, float16 or float32.
     """
     x = _QUANTIZE.check(x=x)[0]["x"]
-    largest = jnp.maximum(jnp.max(jnp.abs(x), axis=-1).astype(jnp.float32), _SMALLEST)
+    largest = jnp.maximum(jnp.max(jnp.abs(x), axis=-1).astype(jnp.float32), SMALLEST)
     # 448 is 1.75 * 2 ** 8. The exponent goes up by one if the mantissa is above 1.75: exact, unlike a logarithm.
     bits = jax.lax.bitcast_convert_type(largest, jnp.int32)
     exponents = ((bits + 0x1FFFFF) >> 23) - 8

@@ -19,10 +19,13 @@ With activations in float8, weights stay in float8. A register then has four nei
 memory has four columns of one input. So a thread reads four inputs and transposes 4 x 4 bytes.
 """
 
+import functools
 import math
 import typing
 
 import numpy as np
+
+from pallas_kernels.indexer_scores.quantize import SMALLEST
 
 STEP = 128
 """Inputs of a tile."""
@@ -100,6 +103,27 @@ class ThreadColumns:
             silu = machine.float_op("div", gate, machine.float_op("add", power, _bits(1.0)))
             results.append(machine.float_op("mul", silu, up))
         return results
+
+    def largest(self, words):
+        """The largest magnitude of the four bfloat16 numbers of two words, as the bits of a float32 number."""
+        machine, found = self.machine, []
+        for word in words:
+            magnitudes = word & 0x7FFF7FFF
+            found += [magnitudes << 16, magnitudes & 0x7FFF0000]
+        return functools.reduce(lambda a, b: machine.select(a < b, b, a), found)
+
+    def to_float8(self, words, largest):
+        """The four bfloat16 numbers of two words in float8, one word, and their scale's bits: see `quantize`.
+
+        Args:
+          largest: the largest magnitude of all that share the scale, as `largest` gives it.
+        """
+        machine = self.machine
+        largest = machine.select(largest < _bits(SMALLEST), machine.word(_bits(SMALLEST)), largest)
+        exponent = ((largest + 0x1FFFFF) >> 23) - 8
+        inverse = (machine.word(254) - exponent) << 23
+        numbers = [part for word in words for part in (word << 16, word & 0xFFFF0000)]
+        return machine.pack_float8(*(machine.float_op("mul", x, inverse) for x in numbers)), exponent << 23
 
 
 class WeightReader(ThreadColumns):

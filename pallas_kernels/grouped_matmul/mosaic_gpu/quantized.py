@@ -13,7 +13,8 @@ numbers in the same order, whatever the tiling and wherever the row lies.
 With `gate_up_silu` a gate and its up are in the registers of two lanes of a warp, which exchange half of them.
 
 With rows in float8 both operands stay float8, and the tensor cores multiply twice as fast. A step's products are scaled
-by the weights' block and by the row.
+by the weights' block and by the row. `gate_up_silu` then writes float8 too: both consumers together have 128 columns of
+a row, for which there is one scale.
 """
 
 # The types of Pallas' decorators and transforms are not yet complete.
@@ -31,7 +32,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.hopper import SHARED_BYTES
 from pallas_kernels.gpu.wgmma import FRAGMENT, ROWS, finish_dots
-from pallas_kernels.grouped_matmul.activations import QuantizedRows, quantize_rows
 from pallas_kernels.grouped_matmul.mosaic_gpu.fragments import STEP
 from pallas_kernels.grouped_matmul.mosaic_gpu.steps import (
     add_float8_products,
@@ -40,6 +40,7 @@ from pallas_kernels.grouped_matmul.mosaic_gpu.steps import (
     release,
     start_products,
     store,
+    store_float8,
 )
 from pallas_kernels.grouped_matmul.mosaic_gpu.units import MAX_GROUPS, Units, num_blocks
 
@@ -111,8 +112,8 @@ def quantized_grouped_matmul(
     Raises:
       NotImplementedError: dtypes, sizes or blocks that the kernel does not take.
     """
-    rows = _rows(lhs, lhs_scales, dtype)
-    return _call(rows, rhs, scales, zeros, group_sizes, block, fused=False, config=config)
+    row_scales = _scales_of_rows(lhs, lhs_scales, dtype)
+    return _call(lhs, row_scales, rhs, scales, zeros, group_sizes, block, fused=False, config=config)
 
 
 def quantized_expert_mlp(
@@ -131,14 +132,23 @@ def quantized_expert_mlp(
     dtype: Any = None,
 ) -> jax.Array:
     """See `quantized.quantized_expert_mlp`; arguments as for `quantized_grouped_matmul`. Two launches."""
-    rows = _rows(lhs, lhs_scales, dtype)
-    inner = _call(rows, gate_up, gate_up_scales, gate_up_zeros, group_sizes, gate_up_block, fused=True)
-    inner = inner if lhs_scales is None else quantize_rows(inner)
-    return _call(inner, down, down_scales, down_zeros, group_sizes, down_block, fused=False)
+    row_scales = _scales_of_rows(lhs, lhs_scales, dtype)
+    gate_up_arrays = gate_up, gate_up_scales, gate_up_zeros
+    inner = _call(lhs, row_scales, *gate_up_arrays, group_sizes, gate_up_block, fused=True)
+    inner, row_scales = (inner, None) if lhs_scales is None else inner
+    return _call(inner, row_scales, down, down_scales, down_zeros, group_sizes, down_block, fused=False)
 
 
-def _rows(lhs: jax.Array, scales: jax.Array | None, dtype: Any) -> jax.Array | QuantizedRows:
-    return lhs if scales is None else QuantizedRows(lhs, scales, dtype)
+def _scales_of_rows(lhs: jax.Array, scales: jax.Array | None, dtype: Any) -> jax.Array | None:
+    """As the kernel takes and writes them, those of neighbouring rows together: float32 `[in / 128, rows or more]`."""
+    if (lhs.dtype if scales is None else dtype) != jnp.bfloat16:
+        raise NotImplementedError(f"only bfloat16 rows, not {lhs.dtype if scales is None else dtype}")
+    return None if scales is None else jnp.pad(scales.T, ((0, 0), (0, _scale_columns(len(lhs)) - len(lhs))))
+
+
+def _scale_columns(rows: int) -> int:
+    """Rows with room for one copy, and so that lines are of a multiple of 16 bytes, as TMA wants them."""
+    return max(rows + -rows % 4, _FEWEST_SCALES)
 
 
 def default_config(
@@ -159,17 +169,15 @@ def default_config(
     return QuantizedConfig(2 if wide else 1, tile)
 
 
-def _call(lhs, rhs, scales, zeros, group_sizes, block, *, fused, config=None):
+def _call(lhs, row_scales, rhs, scales, zeros, group_sizes, block, *, fused, config=None):
     (rows, k), (groups, _, n) = lhs.shape, rhs.shape
-    if lhs.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"only bfloat16 rows, not {lhs.dtype}")
     if zeros is not None:
         raise NotImplementedError("no matrices with zero points")
     if not 1 <= groups <= MAX_GROUPS:
         raise NotImplementedError(f"at most {MAX_GROUPS} groups, not {groups}")
     if rows == 0 or k == 0 or k % STEP:
         raise NotImplementedError(f"needs a row, and a multiple of {STEP} contracted elements, not {lhs.shape}")
-    layout, float8 = _scales_layout(k, n, block), isinstance(lhs, QuantizedRows)
+    layout, float8 = _scales_layout(k, n, block), row_scales is not None
     if float8 and (rhs.dtype != jnp.float8_e4m3fn or layout.outputs == 1):
         raise NotImplementedError(
             f"rows in float8 need matrices in float8_e4m3fn with a scale for {_COLUMNS} outputs at least, "
@@ -178,16 +186,14 @@ def _call(lhs, rhs, scales, zeros, group_sizes, block, *, fused, config=None):
     columns = n // 2 if fused else n
     blocks, most_rows = num_blocks(), 128 if float8 else 64
     config = config or default_config(rows, groups, columns, fused, blocks, most_rows)
+    if fused and float8:  # A scale is for the columns of both consumers.
+        config = dataclasses.replace(config, consumers=2)
     tile = config.consumers * _COLUMNS * (1 if fused else 2)
     fits = config.rows in (8, 16, 32, 64, most_rows) and columns % tile == 0
     if config.consumers not in (1, 2) or not fits:
         raise NotImplementedError(f"{config} does not fit {columns} columns")
     run = _build(rows, k, groups, columns, fused, rhs.dtype, float8, layout, config, blocks)
-    if not float8:
-        return run(group_sizes, lhs, rhs, scales)
-    # Neighbouring rows' scales are copied together; TMA wants lines of a multiple of 16 bytes.
-    row_scales = jnp.pad(lhs.scales.T, ((0, 0), (0, max(-rows % 4, _FEWEST_SCALES - rows))))
-    return run(group_sizes, lhs.values, rhs, scales, row_scales)
+    return run(group_sizes, lhs, rhs, scales, *([row_scales] if float8 else []))
 
 
 def _scales_layout(k: int, n: int, block: tuple[int, int]) -> Scales:
@@ -203,13 +209,14 @@ def _scales_layout(k: int, n: int, block: tuple[int, int]) -> Scales:
 def _build(rows, k, groups, columns, fused, dtype, float8, layout, config, blocks):
     """Returns the kernel `(group_sizes, lhs, rhs, scales) -> out` for these sizes.
 
-    With `float8`, lhs is float8_e4m3fn and the kernel takes its scales `[in / 128, rows or more]` behind the others.
+    With `float8`, lhs is float8_e4m3fn and the kernel takes its scales `[in / 128, rows or more]` behind the others. If
+    it is `fused` too, out and such scales of out are returned. Those of rows behind the last group may be anything.
     """
     bf16, dtype = jnp.dtype(jnp.bfloat16), jnp.dtype(dtype)
     lhs_dtype = jnp.dtype(jnp.float8_e4m3fn) if float8 else bf16
     slab = _SLAB_BYTES // lhs_dtype.itemsize
     slabs = STEP // slab
-    consumers, tile_rows = config.consumers, config.rows
+    consumers, tile_rows, rounds = config.consumers, config.rows, float8 and fused
     width = consumers * _COLUMNS
     stored_rows = STEP // 2 if dtype == jnp.uint8 else STEP
     k_steps = k // STEP
@@ -221,7 +228,7 @@ def _build(rows, k, groups, columns, fused, dtype, float8, layout, config, block
     scale_rows = max(tile_rows, _FEWEST_SCALES)
     stage_bytes = 2 * stored_rows * width + tile_rows * STEP * lhs_dtype.itemsize + 4 * scale_rows * float8
     # Each array begins at a multiple of 1,024 bytes.
-    free_bytes = SHARED_BYTES - pl.cdiv(4 * units.table_size, 1024) * 1024 - 512 - 1024 * float8
+    free_bytes = SHARED_BYTES - pl.cdiv(4 * units.table_size, 1024) * 1024 - 512 - 1024 * (float8 + rounds)
     stages = min(free_bytes // stage_bytes, 2 * k_steps, 16)
 
     weight_transforms = (plgpu.SwizzleTransform(width),)
@@ -234,8 +241,11 @@ def _build(rows, k, groups, columns, fused, dtype, float8, layout, config, block
     )
 
     def body(sizes, lhs, rhs, scales, *refs):
-        row_scales, own_scales = refs[0], refs[-1]  # With float8.
-        out, lhs_views, weights, table, full, free, ready = refs[float8 : float8 + 7]
+        # With float8, `row_scales` comes first. With `rounds`, a second result follows the first.
+        row_scales, out, out_scales = refs[0], refs[float8], refs[float8 + 1]
+        lhs_views, weights, table, full, free, ready, *others = refs[float8 + 1 + rounds :]
+        own_scales: Any = others[0] if float8 else None
+        maxima = others[1] if rounds else None
         lhs_smem, lhs_rows = lhs_views
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
 
@@ -344,15 +354,23 @@ def _build(rows, k, groups, columns, fused, dtype, float8, layout, config, block
                         totals = tuple(
                             add_scaled(nothing, each, own) for each, own in zip(totals, factors(0), strict=True)
                         )
-                    store(out, totals, warpgroup, row, left, column, half_step, width, fused)
+                    if rounds:
+                        store_float8(out, out_scales, maxima, totals, warpgroup, row, left, column, width)
+                    else:
+                        store(out, totals, warpgroup, row, left, column, half_step, width, fused)
 
-                @pl.when(group == groups)
-                def _():
-                    store(out, (nothing, nothing), warpgroup, row, left, column, half_step, width, fused)
+                if not rounds:
 
+                    @pl.when(group == groups)
+                    def _():
+                        store(out, (nothing, nothing), warpgroup, row, left, column, half_step, width, fused)
+
+    out_type = jax.ShapeDtypeStruct((rows, columns), lhs_dtype if rounds else bf16)
+    if rounds:
+        out_type = out_type, jax.ShapeDtypeStruct((columns // width, _scale_columns(rows)), jnp.float32)
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((rows, columns), bf16),
+        out_type=out_type,
         grid=(blocks,),
         grid_names=("block",),
         num_threads=consumers + 1,
@@ -365,6 +383,7 @@ def _build(rows, k, groups, columns, fused, dtype, float8, layout, config, block
             plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
             plgpu.Barrier(),
             *([plgpu.SMEM((stages, scale_rows), jnp.float32)] if float8 else []),
+            *([plgpu.SMEM((tile_rows,), jnp.int32)] if rounds else []),
         ],
         compiler_params=plgpu.CompilerParams(
             approx_math=True,

@@ -215,23 +215,72 @@ def store(out, totals, warpgroup, row, count, column, half_step, width, fused):
         machine = _Thread(out)
         warpgroup, row, count, column = (Value(machine, x.registers.item()) for x in numbers)
         reader = ThreadColumns(machine, width, warpgroup)
-        products = [[Value(machine, arith.bitcast(machine.i32, x)) for x in scalars(each)] for each in (first, second)]
-        own_row, results = reader.results(products, fused=fused)
-        own_column = reader.output(column, 0 if fused else half_step)
-        pitch = ir.MemRefType(out.type).shape[1]
-        element = arith.addi(
-            arith.muli(arith.extui(machine.i64, (row + own_row).raw), const(pitch, 64)),
-            arith.extui(machine.i64, own_column.raw),
-        )
-        base = byte_offset(global_pointer(out), arith.muli(element, const(2, 64)))
-        room = (count - own_row).raw
+        own_row, results = reader.results(_words(machine, first, second), fused=fused)
+        base, pitch = _own_place(out, row + own_row, reader.output(column, 0 if fused else half_step))
         for offset, words in results:
-            utils.inline_ptx(
-                "st.global.v2.b32 [$0], {$1, $2};",
-                byte_offset(base, const(2 * offset * pitch, 64)),
-                *(word.raw for word in words),
-                predicate=arith.cmpi(arith.CmpIPredicate.sgt, room, const(offset)),
-                has_side_effects=True,
-            )
+            fits = arith.cmpi(arith.CmpIPredicate.sgt, (count - own_row).raw, const(offset))
+            _store_words(byte_offset(base, const(offset * pitch, 64)), words, fits)
 
     run(out, *totals, *(jnp.asarray(x, jnp.int32) for x in (warpgroup, row, count, column)))
+
+
+def store_float8(out, scales, maxima, totals, warpgroup, row, count, column, width):
+    """As a fused `store`, rounded to float8 as `quantize_rows` rounds what `store` writes; by two warpgroups together.
+
+    Args:
+      out: float8_e4m3fn `[all rows, columns]`; `column` is a multiple of 128, and `width` is 128.
+      scales: float32 `[columns / 128, all rows or more]`.
+      maxima: int32 `[rows of a tile]` in shared memory.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3 + (FRAGMENT, FRAGMENT) + (_SPLAT,) * 4)
+    def run(_, out, scales, maxima, first, second, *numbers):
+        machine = _Thread(maxima)
+        warpgroup, row, count, column = (Value(machine, x.registers.item()) for x in numbers)
+        reader = ThreadColumns(machine, width, warpgroup)
+        own_row, results = reader.results(_words(machine, first, second), fused=True)
+        _sync_consumers()  # All have read the maxima of the tile before.
+        rows = ir.MemRefType(maxima.type).shape[0]
+        with machine.when(machine.thread < rows):
+            machine.store_shared(machine.thread, 0)
+        _sync_consumers()
+        for offset, words in results:
+            machine.max_shared(own_row + offset, reader.largest(words))
+        _sync_consumers()
+        base, pitch = _own_place(out, row + own_row, reader.output(column, 0))
+        scale_base, _ = _own_place(scales, column // width, row + own_row)
+        leads = reader.column.eq(0)
+        for offset, words in results:
+            largest = machine.load_shared_behind(own_row, offset)
+            value, scale = reader.to_float8(words, largest)
+            fits = Value(machine, arith.cmpi(arith.CmpIPredicate.sgt, (count - own_row).raw, const(offset)))
+            _store_words(byte_offset(base, const(offset * pitch, 64)), [value], fits.raw)
+            _store_words(byte_offset(scale_base, const(4 * offset, 64)), [scale], (fits & leads).raw)
+
+    run(out, scales, maxima, *totals, *(jnp.asarray(x, jnp.int32) for x in (warpgroup, row, count, column)))
+
+
+def _words(machine, *products):
+    """Float32 sums as words of a machine."""
+    return [[Value(machine, arith.bitcast(machine.i32, x)) for x in scalars(each)] for each in products]
+
+
+def _own_place(array, row, column):
+    """A pointer to an element of an array `[rows, columns]` in global memory, and the bytes of a row."""
+    kind = ir.MemRefType(array.type)
+    size, i64 = utils.bytewidth(kind.element_type), ir.IntegerType.get_signless(64)
+    pitch = size * kind.shape[1]
+    row, column = (arith.extui(i64, x.raw) for x in (row, column))
+    offset = arith.addi(arith.muli(row, const(pitch, 64)), arith.muli(column, const(size, 64)))
+    return byte_offset(global_pointer(array), offset), pitch
+
+
+def _store_words(pointer, words, predicate):
+    places = [f"${i + 1}" for i in range(len(words))]
+    form = "st.global.b32 [$0], $1;" if len(words) == 1 else f"st.global.v2.b32 [$0], {{{', '.join(places)}}};"
+    utils.inline_ptx(form, pointer, *(word.raw for word in words), predicate=predicate, has_side_effects=True)
+
+
+def _sync_consumers():
+    """Barrier of two consumer warpgroups. Barriers below 9 are Mosaic's."""
+    utils.inline_ptx("bar.sync 9, 256;", has_side_effects=True, convergent=True)

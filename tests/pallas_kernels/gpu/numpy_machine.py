@@ -169,6 +169,10 @@ class NumpyMachine:
         at = self.active
         np.add.at(self.memory, (self.block[at], self._where(address)[at]), self.word(value).raw[at])
 
+    def max_shared(self, address, value):
+        at = self.active
+        np.maximum.at(self.memory, (self.block[at], self._where(address)[at]), self.word(value).raw[at])
+
     def fetch_add_shared(self, address, value):
         where, value, before = self._where(address), self.word(value).raw, np.zeros(self.active.size, U32)
         for lane in np.flatnonzero(self.active):
@@ -314,6 +318,10 @@ class NumpyTensorMachine(NumpyMachine):
             for w in (low, high)
         )
         return self._value(low | high << U32(16))
+
+    def pack_float8(self, *four):
+        numbers = np.stack([self.word(w).raw.view(np.float32) for w in four], 1)
+        return self._value(np.clip(numbers, -448, 448).astype(ml_dtypes.float8_e4m3fn).view(U32)[:, 0])
 
     def halves(self, low, high, which):
         shift = U32(16 * which)

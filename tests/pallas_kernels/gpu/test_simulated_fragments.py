@@ -1,9 +1,11 @@
 """A NumPy machine reads tiles of weights of fewer bits as the Hopper kernel of experts does, bit by bit."""
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
+from pallas_kernels.grouped_matmul.activations import quantize_rows
 from pallas_kernels.grouped_matmul.mosaic_gpu.fragments import (
     FLOAT8_PARTS,
     PARTS,
@@ -154,6 +156,27 @@ def test_results_are_stored_where_they_belong(width, fused):
     wanted = (gate / (1 + np.exp(-gate)) * up).T if fused else np.concatenate([gate.T, up.T], axis=1)
     assert (stored == 1).all()
     np.testing.assert_allclose(out, wanted, rtol=5e-3)
+
+
+def test_rows_are_rounded_to_float8():
+    """Threads have four numbers each of rows of 128: those of `quantize_rows`, bit by bit."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(8, 128)) * 2.0 ** rng.integers(-30, 31, (8, 1))
+    rows[0], rows[1, 5], rows[2, 7], rows[3] = 0, 448, -450, rows[3] * 1e-30
+    rows[1, 6:], rows[2, 8:] = 1e-3, 447
+    rows = rows.astype(ml_dtypes.bfloat16)
+    machine = NumpyTensorMachine(256, 1, 8)
+    machine.memory[:] = 0
+    columns = ThreadColumns(machine, 128, 0)
+    words = np.ascontiguousarray(rows).view(np.uint32).reshape(256, 2)
+    words = [machine._value(words[:, i]) for i in range(2)]
+    row = machine.thread >> 5
+    machine.max_shared(row, columns.largest(words))
+    value, scale = columns.to_float8(words, machine.load_shared(row))
+    wanted = quantize_rows(jnp.asarray(rows))
+    np.testing.assert_array_equal(value.raw.view(np.uint8).reshape(8, 128), np.asarray(wanted.values).view(np.uint8))
+    scales = np.repeat(np.asarray(wanted.scales), 32)
+    np.testing.assert_array_equal(np.ascontiguousarray(scale.raw).view(np.float32), scales)
 
 
 @pytest.mark.parametrize("width", [64, 128])
