@@ -362,8 +362,8 @@ def attend_sparse(
                     selected = select_topk(scores, lengths, top_k, implementation=implementation)
             with jax.named_scope("attention"):
                 how = {"scale": scale, "kv_scales": pages.kv_scales}
-                # Of kernels, only one for single queries takes scales.
-                takes = pages.kv_scales is None or q.shape[1] == 1
+                # Of kernels, only that of Hopper GPUs for single queries takes scales.
+                takes = pages.kv_scales is None or (q.shape[1] == 1 and preferred != "mosaic_tpu")
                 how["implementation"] = resolve("sparse_attention", preferred) if takes else "xla"
                 out, lse = sparse_attention(q, pages.kv, selected, table, **how)
         else:
