@@ -85,8 +85,8 @@ class Chunk:
         order = np.argsort(self.token[rows, columns])
         return rows[order], columns[order]
 
-    def spread(self, values: Sequence[np.ndarray]) -> np.ndarray:
-        """Values of the tokens of each of all segments, int32 `[t]`, where they stand in the chunk; -1 elsewhere."""
+    def lay_out(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Values int32 `[t]` of each segment's tokens, where the tokens stand in the chunk, `[b, t]`; -1 elsewhere."""
         there = np.full(self.ids.shape, -1, np.int32)
         sequence = self.batch.sequence if self.batch.sequence is not None else np.zeros(1, np.int32)
         for row, (member, count) in enumerate(zip(sequence, self.batch.count, strict=True)):

@@ -275,7 +275,7 @@ class Runtime:
         """
         pads = np.isin(segment.input_ids, (self.config.image_token_id, self.config.video_token_id))
         row_of = np.where(pads, np.cumsum(pads) - 1, -1).astype(np.int32)
-        vision = self._vision_rows(tokens, segment.vision_embeds)
+        vision = self._pad_embeds(tokens, segment.vision_embeds)
         step, count = self.prefill_step, len(segment.input_ids)
         below = self.dense_below if self.options.attention == "sparse" else 0
         cut = int(np.clip(below - segment.start, 0, count))
@@ -290,7 +290,7 @@ class Runtime:
                 start=segment.start + first,
             )
             chunk = plan_chunk(part, tokens, step, pool.page_count, table_width)
-            seen = self.put(chunk.spread([row_of[first:end]]), step.rows)
+            seen = self.put(chunk.lay_out([row_of[first:end]]), step.rows)
             ids = self.put(chunk.ids, step.rows)
             x = programs.embed(self.model_def, self.params, ids, vision, seen, step=step)
             positions, batch = self.put(chunk.positions, (), step.rows), jax.tree.map(self.put, chunk.batch)
@@ -307,7 +307,7 @@ class Runtime:
             *weights, x, positions, batch, last_there, pool, step=self.prefill_step, options=options
         )
 
-    def _vision_rows(self, tokens: int, embeds: np.ndarray | jax.Array | None) -> jax.Array:
+    def _pad_embeds(self, tokens: int, embeds: np.ndarray | jax.Array | None) -> jax.Array:
         """Embeddings of pads in `[tokens, embed]`, with zeros behind them."""
         if embeds is None or not len(embeds):
             if tokens not in self._no_vision:
@@ -381,7 +381,7 @@ class Runtime:
         vision = jnp.pad(vision, ((0, round_up(max(1, count)) - count), (0, 0)))
         dense_below = self.dense_below if self.options.attention == "sparse" else 0
         for chunk in plan_chunks(segments, self.prefill_chunk, step, pool.page_count, dense_below=dense_below):
-            ids, seen = self.put(chunk.ids, step.rows), self.put(chunk.spread(rows), step.rows)
+            ids, seen = self.put(chunk.ids, step.rows), self.put(chunk.lay_out(rows), step.rows)
             x = programs.embed(self.model_def, self.params, ids, vision, seen, step=step)
             yield chunk, x, self.put(chunk.positions, (), step.rows), jax.tree.map(self.put, chunk.batch)
 
