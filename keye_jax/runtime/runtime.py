@@ -96,8 +96,9 @@ class Runtime:
         """
         sharding = self.placement(*dimensions)
         if sharding is None:
-            return jnp.asarray(array)
-        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+            # `jnp.asarray` compiles a program for each new shape. `device_put` may share the host's memory: hence a copy.
+            return jax.device_put(np.array(array))
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: np.array(array[part]))
 
     def placement(self, *dimensions: Axes) -> jax.sharding.Sharding | None:
         """Where an array lies whose dimensions are split over these mesh axes; None for the default device.
