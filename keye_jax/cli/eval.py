@@ -40,11 +40,19 @@ def shapes(
             "indexers with new random weights ('untrained'); may be repeated."
         ),
     ] = None,
+    conversation: Annotated[
+        bool,
+        typer.Option(
+            "--conversation",
+            help="Ask a clip's six questions one after the other in one conversation, and score all but the first. "
+            "There are no thresholds then.",
+        ),
+    ] = False,
 ) -> int:
     """Ask about clips of coloured shapes, a clock and a word, which are drawn, compressed and read like any video.
 
-    Prints the score of each kind of question beside that of a guess without the video. Exits with 1 if a score is
-    beyond its threshold.
+    Each question is asked in a conversation of its own. Prints the score of each kind of question beside that of a
+    guess without the video. Exits with 1 if a score is beyond its threshold.
     """
     chosen = list(dict.fromkeys(selection or ["indexer"]))
     for each in chosen:
@@ -62,8 +70,9 @@ def shapes(
 
     from convert import buckets
     from keye_jax.config import KeyeConfig
-    from keye_jax.eval.shapes import answers, failures, guesses, open_engine, scores, write_clips
+    from keye_jax.eval.shapes import answers, failures, later_answers, open_engine, scores, write_clips
     from keye_jax.runtime.compilation_cache import enable_compilation_cache
+    from keye_jax.train.shapes.score import guessing_scores
 
     enable_compilation_cache()
     checkpoint = buckets.local(checkpoint)
@@ -74,24 +83,27 @@ def shapes(
             *(Path(directory), videos, seed, config.sa_config.topk),
             progress=lambda done, total: bars("drawing clips", done, total),
         )
+        ask = later_answers if conversation else answers
         for each in chosen:
             with open_engine(checkpoint, each) as engine:
-                asked = answers(engine, clips, lambda done, total, each=each: bars(f"asking, {each}", done, total))
+                asked = ask(engine, clips, lambda done, total, each=each: bars(f"asking, {each}", done, total))
                 given[each] = list(asked)
             found[each] = scores(given[each])
 
-    guess = guesses(clips)
+    questions = [answer.question for answer in given[chosen[0]]]
+    guess = guessing_scores(questions)
     table = Table("question", "asked", "guess", *chosen, title=f"{checkpoint}, {len(clips)} clips, seed {seed}")
     for kind in guess:
-        count = sum(question.kind == kind for clip in clips for question in clip.questions)
+        count = sum(question.kind == kind for question in questions)
         table.add_row(kind, f"{count:,}", f"{guess[kind]:.3f}", *(f"{found[each][kind]:.3f}" for each in chosen))
     rich.print(table)
-    wrong = failures(found)
+    wrong = [] if conversation else failures(found)
     for sentence in wrong:
         print(sentence)
     if json_file is not None:
         result = {
-            **{"videos": videos, "seed": seed, "guess": guess, "scores": found, "failures": wrong},
+            **{"videos": videos, "seed": seed, "conversation": conversation},
+            **{"guess": guess, "scores": found, "failures": wrong},
             "answers": {each: [answer.to_dict() for answer in given[each]] for each in chosen},
         }
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -29,7 +29,7 @@ from keye_jax.runtime.runtime import Runtime
 from keye_jax.runtime.sampling import SamplingParams
 from keye_jax.train.shapes.questions import KINDS, Question, ask
 from keye_jax.train.shapes.scene import HELD_OUT, SIDE, SceneOptions, make_scene
-from keye_jax.train.shapes.score import guessing_scores, mean_scores, score
+from keye_jax.train.shapes.score import mean_scores, score
 from keye_jax.train.shapes.video import write_video
 
 UNTRAINED = "untrained"
@@ -167,12 +167,12 @@ def answers(engine: Engine, clips: Sequence[Clip], progress: Progress = lambda d
     while waiting or reading or asked:
         while waiting and len(reading) < _CLIPS_AT_ONCE:
             clip = waiting.popleft()
-            reading.append((clip, _submit(engine, clip, clip.questions[0])))
+            reading.append((clip, _submit(engine, _opening(clip, clip.questions[0]))))
         if reading and len(asked) < _QUESTIONS * _CLIPS_AT_ONCE:
             # The first question reads the video, and the others find its prefix in the cache.
             clip, first = reading.popleft()
             _said(clip, clip.questions[0], first)
-            later = [(clip, question, _submit(engine, clip, question)) for question in clip.questions[1:]]
+            later = [(clip, each, _submit(engine, _opening(clip, each))) for each in clip.questions[1:]]
             asked += [(clip, clip.questions[0], first), *later]
             continue
         clip, question, handle = asked.popleft()
@@ -182,9 +182,41 @@ def answers(engine: Engine, clips: Sequence[Clip], progress: Progress = lambda d
         yield Answer(clip.path.name, question, said, score(question, said))
 
 
-def _submit(engine: Engine, clip: Clip, question: Question) -> Handle:
+def later_answers(
+    engine: Engine, clips: Sequence[Clip], progress: Progress = lambda done, total: None
+) -> Iterator[Answer]:
+    """Asks a clip's questions one after the other in one conversation, greedily. Gives all answers but the first.
+
+    Raises:
+      UserError: the engine cannot answer a question.
+    """
+    waiting = collections.deque(clip for clip in clips if len(clip.questions) > 1)
+    total, done = sum(len(clip.questions) - 1 for clip in waiting), 0
+    asked: collections.deque[tuple[Clip, int, list[dict[str, Any]], Handle]] = collections.deque()
+    while waiting or asked:
+        while waiting and len(asked) < _CLIPS_AT_ONCE:
+            clip = waiting.popleft()
+            messages = _opening(clip, clip.questions[0])
+            asked.append((clip, 0, messages, _submit(engine, messages)))
+        clip, turn, messages, handle = asked.popleft()
+        said = _said(clip, clip.questions[turn], handle)
+        if turn + 1 < len(clip.questions):
+            question = {"role": "user", "content": clip.questions[turn + 1].text}
+            messages = [*messages, {"role": "assistant", "content": said}, question]
+            asked.append((clip, turn + 1, messages, _submit(engine, messages)))
+        if turn > 0:
+            done += 1
+            progress(done, total)
+            yield Answer(clip.path.name, clip.questions[turn], said, score(clip.questions[turn], said))
+
+
+def _opening(clip: Clip, question: Question) -> list[dict[str, Any]]:
+    """The messages of a conversation that begins with this question."""
     content = [{"type": "video", "video": str(clip.path)}, {"type": "text", "text": question.text}]
-    messages = [{"role": "user", "content": content}]
+    return [{"role": "user", "content": content}]
+
+
+def _submit(engine: Engine, messages: list[dict[str, Any]]) -> Handle:
     return engine.submit(Request(messages, sampling=_GREEDY, max_tokens=_ANSWER_TOKENS))
 
 
@@ -199,11 +231,6 @@ def _said(clip: Clip, question: Question, handle: Handle) -> str:
 def scores(given: Sequence[Answer]) -> dict[str, float]:
     """The mean score of each kind."""
     return mean_scores([answer.question for answer in given], [answer.score for answer in given])
-
-
-def guesses(clips: Sequence[Clip]) -> dict[str, float]:
-    """The mean score of each kind of somebody who does not see the videos; see `guessing_scores`."""
-    return guessing_scores([question for clip in clips for question in clip.questions])
 
 
 def failures(found: Mapping[str, Mapping[str, float]]) -> list[str]:

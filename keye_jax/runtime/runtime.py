@@ -96,7 +96,7 @@ class Runtime:
         """
         sharding = self.placement(*dimensions)
         if sharding is None:
-            # `jnp.asarray` compiles a program for each new shape. `device_put` may share the host's memory: hence a copy.
+            # `jnp.asarray` compiles a program for each new shape, and `device_put` may share the host's memory.
             return jax.device_put(np.array(array))
         return jax.make_array_from_callback(array.shape, sharding, lambda part: np.array(array[part]))
 

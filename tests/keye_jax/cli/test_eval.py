@@ -25,6 +25,19 @@ def test_a_random_model_is_below_the_thresholds(keye, tmp_path):
     assert [sentence for sentence in result["failures"] if sentence in out] == result["failures"]
 
 
+@pytest.mark.slow
+def test_questions_of_one_conversation(keye, tmp_path):
+    """All but the first question are counted, and a clip with one question is not asked about."""
+    pytest.importorskip("av", reason="clips are written with PyAV")
+    code, out, err = keye("eval", "shapes", "--videos", 2, "--conversation", "--json", tmp_path / "scores.json")
+    assert code == 0, out + err
+    result = json.loads((tmp_path / "scores.json").read_text())
+    given = result["answers"]["indexer"]
+    assert [answer["clip"] for answer in given].count("clip_00000.mp4") == 5 and len(given) == 2 * 5
+    assert result["conversation"] and result["failures"] == []
+    assert "needle" not in result["scores"]["indexer"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
