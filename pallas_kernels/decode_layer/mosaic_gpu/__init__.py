@@ -19,6 +19,21 @@ _MOST_INPUTS = 2048
 
 def decode_projections(
     x: jax.Array,
+    norm: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    index_q: jax.Array,
+    index_k: jax.Array,
+    q_norm: jax.Array,
+    k_norm: jax.Array,
+    index_q_norm: jax.Array,
+    index_k_norm: jax.Array,
+    index_k_bias: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    index_cos: jax.Array,
+    index_sin: jax.Array,
     kv_pages: jax.Array | None,
     index_pages: jax.Array | None,
     slots: jax.Array | None,
@@ -26,21 +41,21 @@ def decode_projections(
     index_heads: int,
     eps: float,
     index_eps: float,
-    **others: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """See `api.decode_projections`.
 
     Args:
       x: bfloat16 `[tokens, in]`, at most 64 tokens; `in` a multiple of 256 up to 2,048.
+      q, k, v: heads of 128 dimensions.
+      index_q, index_k: at most 32 heads of 64 dimensions.
       kv_pages, index_pages: bfloat16.
-      others: the other arrays, in order. Heads have 128 dimensions, those of the indexer 64, and are at most 32.
 
     Raises:
       NotImplementedError: dtypes or sizes that the kernel does not take. The device is not checked.
     """
     _check(x, most_inputs=_MOST_INPUTS)
-    heads, dim, _ = others["q"].shape
-    index_dim = others["index_k"].shape[0]
+    heads, dim, _ = q.shape
+    index_dim = index_k.shape[0]
     if (dim, index_dim) != (DIM, INDEX_DIM) or index_heads > 32:
         raise NotImplementedError(
             f"takes heads of {DIM}, and in the indexer at most 32 of {INDEX_DIM}, "
@@ -51,11 +66,9 @@ def decode_projections(
         if kv_pages.dtype != x.dtype or index_pages.dtype != x.dtype:
             raise NotImplementedError(f"takes bf16 pages, not {kv_pages.dtype} and {index_pages.dtype}")
         pages, rows = (slots, kv_pages, index_pages), kv_pages.shape[0] * kv_pages.shape[1]
-    shape = ProjectionShape(
-        len(x), x.shape[1], heads, others["k"].shape[0], index_heads, rows, float(eps), float(index_eps)
-    )
-    out = project((x, *others.values()), pages, shape)
-    return tuple(out)
+    shape = ProjectionShape(len(x), x.shape[1], heads, len(k), index_heads, rows, float(eps), float(index_eps))
+    weights = norm, q, k, v, index_q, index_k, q_norm, k_norm, index_q_norm, index_k_norm, index_k_bias
+    return tuple(project((x, *weights, cos, sin, index_cos, index_sin), pages, shape))
 
 
 def output_projection(attended: jax.Array, weight: jax.Array, residual: jax.Array) -> jax.Array:

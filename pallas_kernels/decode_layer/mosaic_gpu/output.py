@@ -1,4 +1,7 @@
-"""The output projection of attention and the residual, in one launch: 16 outputs a block."""
+"""The output projection of attention and the residual, in one launch.
+
+A cluster of two blocks takes 16 outputs, and each block half of the inputs: more blocks have more weights on their way.
+"""
 
 import dataclasses
 import functools
@@ -21,8 +24,13 @@ class OutputShape(products.GroupedShape):
 
     @property
     def ahead(self) -> int:
-        """Steps whose weights and tokens are on their way: as many as registers hold."""
+        """Steps whose weights and tokens are on their way: as many as registers hold beside another block."""
         return 64 // (8 + self.tokens // 2)
+
+    @property
+    def parts(self) -> int:
+        """Blocks that divide the inputs; by the matrix alone, since sums are added in their order."""
+        return 2 if self.size % (2 * products.STEP) == 0 else 1
 
 
 def project_output(attended: jax.Array, weight: jax.Array, residual: jax.Array, shape: OutputShape) -> jax.Array:
@@ -31,17 +39,16 @@ def project_output(attended: jax.Array, weight: jax.Array, residual: jax.Array, 
         functools.partial(output_body, shape=shape),
         jax.ShapeDtypeStruct(residual.shape, residual.dtype),
         shape.outputs // OUTPUTS * shape.groups,
-        1,
+        shape.parts,
         products.THREADS,
-        products.sums_words(1, shape.tokens),
+        products.sums_words(1, shape.tokens, shape.parts),
         machine_type=TensorMachine,
     )(attended, weight, residual)
 
 
 def output_body(machine, attended, weight, residual, out, block, rank, *, shape):
-    """Runs in each thread of a block, whose number is `block`."""
-    del rank
-    block = machine.word(block)
+    """Runs in each thread of cluster number `block`; `rank` is the block's number in it."""
+    block, rank = machine.word(block), machine.word(rank)
     tile = block // shape.groups
     first, start = (block - tile * shape.groups) * shape.tokens, tile * OUTPUTS
     words = shape.size // 2
@@ -58,16 +65,17 @@ def output_body(machine, attended, weight, residual, out, block, rank, *, shape)
 
     matrix = machine.row(weight, 0, shape.outputs * words)
     rows = [[start + lane_row, start + lane_row + 8]]
-    product = TileProduct(machine, matrix, rows, shape.size, shape.tokens, shape.ahead, load_tokens)
+    how = {"parts": shape.parts, "rank": rank}
+    product = TileProduct(machine, matrix, rows, shape.size, shape.tokens, shape.ahead, load_tokens, **how)
     product.share(product.sums(), 0)
-    machine.barrier()
+    machine.cluster_barrier()
 
     pairs = OUTPUTS // 2
     for begin in range(0, shape.tokens * pairs, products.THREADS):
         index = machine.thread + begin
         token = index // pairs
         pair = index - token * pairs
-        exists = (token < shape.tokens) & (first + token < shape.rows)
+        exists = rank.eq(0) & (token < shape.tokens) & (first + token < shape.rows)
         row, token = machine.select(exists, first + token, 0), token.min(shape.tokens - 1)
         with machine.when(exists):
             sums = products.rounded(machine, *(product.total(0, token, pair * 2 + i) for i in range(2)))

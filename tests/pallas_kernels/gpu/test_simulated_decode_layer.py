@@ -8,19 +8,21 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from pallas_kernels import decode_projections, kernel_call, output_projection, route
 from pallas_kernels.decode_layer import xla
-from pallas_kernels.decode_layer.mosaic_gpu import output, products, projections, routing
-from tests.pallas_kernels.gpu.numpy_machine import NumpyTensorMachine
+from pallas_kernels.decode_layer.mosaic_gpu import output, projections, routing
+from tests.pallas_kernels.gpu.numpy_machine import numpy_launch
 
 BF16, PAGE_SIZE = ml_dtypes.bfloat16, 16
 HEADS, KV_HEADS, INDEX_HEADS, EPS, INDEX_EPS = 2, 1, 3, 1e-6, 1e-5
 
 
-def run(body, shape, blocks, cluster, words, arrays):
-    """Runs all clusters, with what shared memory holds at the beginning left to chance."""
-    for block in range(blocks):
-        machine = NumpyTensorMachine(products.THREADS, cluster, words, block)
-        body(machine, *(x.view(np.uint32) for x in arrays), machine.word(block), machine.rank, shape=shape)
+@pytest.fixture(autouse=True)
+def in_numpy(monkeypatch, quick_to_compile):
+    """Lets the public functions run their kernels in a NumPy machine."""
+    monkeypatch.setattr(kernel_call, "interpreted", lambda name: True)
+    for module in (output, projections, routing):
+        monkeypatch.setattr(module, "launch", numpy_launch)
 
 
 def numbers(rng, *shape):
@@ -58,21 +60,11 @@ def projection_arguments(rows, size):
     }
 
 
-def projected(arrays, pages=None):
+def projected(arrays, cache=None):
     """Queries, the indexer's, its gates, and rows of keys and values and of index keys, or pages with them."""
-    (rows, size), slots = arrays["x"].shape, None
-    out = [np.full((rows, HEADS, 128), 7, BF16), np.full((rows, INDEX_HEADS, 64), 7, BF16)]
-    out.append(np.full((rows, INDEX_HEADS), 7, np.float32))
-    if pages is None:
-        cache = [np.full((rows, 2 * KV_HEADS, 128), 7, BF16), np.full((rows, 64), 7, BF16)]
-        order = [*arrays.values(), *out, *cache]
-    else:
-        *cache, places = pages
-        slots = cache[0].shape[0] * PAGE_SIZE
-        order = [*arrays.values(), places.astype(np.int32), *cache, *out]
-    shape = projections.ProjectionShape(rows, size, HEADS, KV_HEADS, INDEX_HEADS, slots, EPS, INDEX_EPS)
-    run(projections.projections_body, shape, shape.clusters, 2, shape.words, order)
-    return [*out, *cache]
+    how = {"index_heads": INDEX_HEADS, "eps": EPS, "index_eps": INDEX_EPS}
+    out = decode_projections(**arrays, **(cache or {}), **how, implementation="mosaic_gpu")
+    return [np.asarray(x) for x in out]
 
 
 def expected_projections(arrays):
@@ -111,8 +103,9 @@ def test_rows_go_to_their_places_in_pages():
     arrays = projection_arguments(rows, 256)
     rng = np.random.default_rng(1)
     before = numbers(rng, pages, PAGE_SIZE, 2 * KV_HEADS, 128), numbers(rng, pages, PAGE_SIZE, 64)
-    places = np.array([PAGE_SIZE * pages, 7, PAGE_SIZE * pages - 1, -1, 0])
-    *_, kv, index_keys = projected(arrays, (*(x.copy() for x in before), places))
+    places = np.array([PAGE_SIZE * pages, 7, PAGE_SIZE * pages - 1, -1, 0], np.int32)
+    cache = {"kv_pages": before[0], "index_pages": before[1], "slots": places}
+    *_, kv, index_keys = projected(arrays, cache)
     *_, new_kv, new_keys = projected(arrays)
     wanted = [x.reshape(-1, *x.shape[2:]).copy() for x in before]
     for row in (1, 2, 4):
@@ -121,19 +114,17 @@ def test_rows_go_to_their_places_in_pages():
     np.testing.assert_array_equal(index_keys.reshape(wanted[1].shape), wanted[1])
 
 
-@pytest.mark.parametrize("rows", [1, 8, 13, 40])
-def test_output_projection(rows):
-    rng, size, outputs = np.random.default_rng(rows), 512, 48
+@pytest.mark.parametrize(("rows", "size"), [(1, 1024), (8, 768), (13, 512), (40, 512)])
+def test_output_projection(rows, size):
+    """Inputs are divided between two blocks where both get whole steps."""
+    rng, outputs = np.random.default_rng(rows), 48
     attended, weight = numbers(rng, rows, size), (numbers(rng, outputs, size) * size**-0.5).astype(BF16)
     residual = numbers(rng, rows, outputs)
 
     def project(first, count):
-        out, shape = np.full((count, outputs), 7, BF16), output.OutputShape(count, size, outputs)
         part = slice(first, first + count)
-        given = [attended[part].copy(), weight, residual[part].copy(), out]
-        words = products.sums_words(1, shape.tokens)
-        run(output.output_body, shape, outputs // output.OUTPUTS * shape.groups, 1, words, given)
-        return out
+        given = attended[part].reshape(count, 4, -1), weight.reshape(outputs, 4, -1), residual[part]
+        return np.asarray(output_projection(*given, implementation="mosaic_gpu"))
 
     out = project(0, rows)
     wanted = residual.astype(np.float64) + attended.astype(np.float64) @ weight.astype(np.float64).T
@@ -149,12 +140,8 @@ class Routed:
 
 
 def routed(x, norm, router, top_k=5, normalise=True):
-    (rows, size), experts = x.shape, len(router)
-    out = Routed(np.full(x.shape, 7, BF16), np.full((rows, top_k), 77, np.int32), np.full((rows, top_k), 7, np.float32))
-    shape = routing.RouteShape(rows, size, experts, top_k, EPS, normalise)
-    arrays = [x, norm, router, out.normed, out.experts, out.weights]
-    run(routing.route_body, shape, shape.groups, shape.cluster, shape.words, arrays)
-    return out
+    out = route(x, norm, router, top_k=top_k, eps=EPS, normalise=normalise, implementation="mosaic_gpu")
+    return Routed(*(np.asarray(x) for x in out))
 
 
 class TestRoute:
