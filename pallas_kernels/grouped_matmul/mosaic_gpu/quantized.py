@@ -34,6 +34,7 @@ from pallas_kernels.gpu.hopper import SHARED_BYTES
 from pallas_kernels.gpu.wgmma import FRAGMENT, ROWS, finish_dots
 from pallas_kernels.grouped_matmul.mosaic_gpu.fragments import STEP
 from pallas_kernels.grouped_matmul.mosaic_gpu.steps import (
+    SCALES_START,
     add_float8_products,
     add_scaled,
     load_scales,
@@ -46,8 +47,8 @@ from pallas_kernels.grouped_matmul.mosaic_gpu.units import MAX_GROUPS, Units, nu
 
 _SLAB_BYTES = 128
 """Bytes of activations in one swizzled row."""
-_FEWEST_SCALES = 32
-"""Least number of rows' scales that a copy takes: one byte for each thread of the producer."""
+_SCALES_STEP = 32
+"""The number of rows' scales that a copy takes is a multiple: a byte for each thread of the producer."""
 _COLUMNS = 64
 """Columns that a consumer takes of each half of a column tile."""
 
@@ -148,7 +149,7 @@ def _scales_of_rows(lhs: jax.Array, scales: jax.Array | None, dtype: Any) -> jax
 
 def _scale_columns(rows: int) -> int:
     """Rows with room for one copy, and so that lines are of a multiple of 16 bytes, as TMA wants them."""
-    return max(rows + -rows % 4, _FEWEST_SCALES)
+    return max(rows + -rows % SCALES_START, _SCALES_STEP)
 
 
 def default_config(
@@ -225,7 +226,8 @@ def _build(rows, k, groups, columns, fused, dtype, float8, layout, config, block
     lhs_boxes = (8, tile_rows) if tile_rows > 8 else (8,)
 
     units = Units(rows, groups, tile_rows, columns // column_step, blocks)
-    scale_rows = max(tile_rows, _FEWEST_SCALES)
+    # The first row may be up to SCALES_START - 1 places behind the start of a copy.
+    scale_rows = pl.cdiv(tile_rows + SCALES_START - 1, _SCALES_STEP) * _SCALES_STEP
     stage_bytes = 2 * stored_rows * width + tile_rows * STEP * lhs_dtype.itemsize + 4 * scale_rows * float8
     # Each array begins at a multiple of 1,024 bytes.
     free_bytes = SHARED_BYTES - pl.cdiv(4 * units.table_size, 1024) * 1024 - 512 - 1024 * (float8 + rounds)
@@ -291,8 +293,9 @@ def _build(rows, k, groups, columns, fused, dtype, float8, layout, config, block
                                     predicate=fits,
                                 )
                         if float8:
+                            start = row - lax.rem(row, jnp.int32(SCALES_START))
                             plgpu.copy_gmem_to_smem(
-                                row_scales.at[step, pl.ds(row, scale_rows)], own_scales.at[slot], full.at[slot]
+                                row_scales.at[step, pl.ds(start, scale_rows)], own_scales.at[slot], full.at[slot]
                             )
 
         @pl.when(warpgroup < consumers)
@@ -324,6 +327,7 @@ def _build(rows, k, groups, columns, fused, dtype, float8, layout, config, block
                         weights.at[slot],
                         lhs_smem.at[slot],
                         own_scales.at[slot],
+                        row,
                         warpgroup,
                         weight_transforms,
                         lhs_transforms,

@@ -23,6 +23,8 @@ from pallas_kernels.grouped_matmul.mosaic_gpu.fragments import (
     spread_columns,
 )
 
+SCALES_START = 4
+"""Copies of rows' scales begin at a multiple of this row, 16 bytes: at others TMA fails as an illegal instruction."""
 _SPLAT = plgpu.Layout.WG_SPLAT
 
 
@@ -69,7 +71,9 @@ def start_products(weights, lhs, warpgroup, weight_transforms, lhs_transforms, r
     return start(weights, lhs, jnp.asarray(warpgroup, jnp.int32))
 
 
-def add_float8_products(totals, factors, weights, lhs, row_scales, warpgroup, weight_transforms, lhs_transforms, rows):
+def add_float8_products(
+    totals, factors, weights, lhs, row_scales, row, warpgroup, weight_transforms, lhs_transforms, rows
+):
     """Adds both products of a step, in float8, times the scales of weights and rows to the totals.
 
     The second product starts when the first one has been added: registers hold one float32 sum beside the totals.
@@ -79,32 +83,37 @@ def add_float8_products(totals, factors, weights, lhs, row_scales, warpgroup, we
       factors: the scales of the weights, of the same shapes and layout; the same for all that a thread has.
       weights: float8_e4m3fn `[2, STEP, width]`, a tile as `fragments` says.
       lhs: float8_e4m3fn `[1, rows, STEP]`.
-      row_scales: float32 `[rows]`.
+      row_scales: float32 `[rows or more]`, from the last multiple of `SCALES_START` up to `row` on.
+      row: the tile's first row.
       warpgroup: number of the 64 columns of each half.
     """
     width = weights.shape[-1]
     result = plgpu.ShapeDtypeStruct((ROWS, rows), jnp.float32, FRAGMENT)
     references = (plgpu.RefType(weight_transforms), plgpu.RefType(lhs_transforms), plgpu.RefType())
 
-    @plgpu.inline_mgpu(arg_types=(*references, _SPLAT) + (FRAGMENT,) * 4, return_type=(result, result))
-    def add(_, weights, lhs, row_scales, warpgroup, *arrays):
+    @plgpu.inline_mgpu(arg_types=(*references, _SPLAT, _SPLAT) + (FRAGMENT,) * 4, return_type=(result, result))
+    def add(_, weights, lhs, row_scales, *others):
         machine, f32 = _Thread(weights), ir.F32Type.get()
-        reader = Float8Reader(machine, width, Value(machine, warpgroup.registers.item()))
+        (row, warpgroup), arrays = (Value(machine, x.registers.item()) for x in others[:2]), others[2:]
+        reader = Float8Reader(machine, width, warpgroup)
         descriptors = _descriptors(lhs, rows)
         left = [reader.registers(reader.load(part)) for part in range(FLOAT8_PARTS)]
-        own_scales = utils.getelementptr(utils.memref_ptr(row_scales), [reader.row.raw], f32)
+        own_scales = utils.getelementptr(
+            utils.memref_ptr(row_scales), [(reader.row + (row & SCALES_START - 1)).raw], f32
+        )
         new = []
         for product, (before, factor) in enumerate(zip(arrays[:2], arrays[2:], strict=True)):
             sums = wait(_products([each[product] for each in left], descriptors, rows, "e4m3"), 0)
             factor, added = scalars(factor)[0], []
             for eight, four in enumerate(zip(*[iter(zip(scalars(before), sums, strict=True))] * 4, strict=True)):
-                pair = llvm.load(ir.VectorType.get((2,), f32), byte_offset(own_scales, const(32 * eight)), alignment=8)
-                scales = [arith.mulf(factor, llvm.extractelement(pair, const(i))) for i in range(2)]
+                places = [byte_offset(own_scales, const(32 * eight + 4 * i)) for i in range(2)]
+                scales = [arith.mulf(factor, llvm.load(f32, place)) for place in places]
                 added += [mlir_math.fma(s, scales[i % 2], t) for i, (t, s) in enumerate(four)]
             new.append(fragment(added, rows))
         return tuple(new)
 
-    return add(weights, lhs, row_scales, jnp.asarray(warpgroup, jnp.int32), *totals, *factors)
+    numbers = (jnp.asarray(x, jnp.int32) for x in (row, warpgroup))
+    return add(weights, lhs, row_scales, *numbers, *totals, *factors)
 
 
 def _descriptors(lhs, rows):
