@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,9 @@ from pallas_kernels.bench import inputs
 from pallas_kernels.bench.inputs import CLUSTERED, NEIGHBOURS, UNRELATED
 from pallas_kernels.bench.timing import Arguments
 from pallas_kernels.dispatch import OPERATIONS, available
+from pallas_kernels.grouped_matmul import quantize_rows, quantized_expert_mlp
 from pallas_kernels.indexer_scores import hadamard, indexer_scores, quantize
+from pallas_kernels.quantized import QuantizedMatrices
 from pallas_kernels.select_topk import select_topk
 from pallas_kernels.shapes import KEYE_VL_2 as MODEL
 from pallas_kernels.topk_attention import topk_attention
@@ -328,12 +331,17 @@ def _ragged_mlp(lhs: jax.Array, gate_up: jax.Array, down: jax.Array, sizes: jax.
     return jax.lax.ragged_dot((jax.nn.silu(gate) * up).astype(lhs.dtype), down, sizes)
 
 
+def _expert_sizes(tokens: int) -> np.ndarray:
+    """Random routing: the rows of each expert."""
+    rng = np.random.default_rng(tokens)
+    chosen = np.argsort(rng.random((tokens, MODEL.experts)), axis=1)[:, : MODEL.experts_per_token]
+    return np.bincount(chosen.ravel(), minlength=MODEL.experts).astype(np.int32)
+
+
 def _expert_cases(token_counts: list[int]) -> Iterator[BenchCase]:
     product, mlp = (implementations(name) for name in ("grouped_matmul", "expert_mlp"))
     for tokens in token_counts:
-        rng = np.random.default_rng(tokens)
-        chosen = np.argsort(rng.random((tokens, MODEL.experts)), axis=1)[:, : MODEL.experts_per_token]
-        sizes = np.bincount(chosen.ravel(), minlength=MODEL.experts).astype(np.int32)
+        sizes = _expert_sizes(tokens)
 
         def make_mlp(tokens: int = tokens, sizes: np.ndarray = sizes) -> Arguments:
             rows = inputs.normal(0, tokens * MODEL.experts_per_token, MODEL.hidden)
@@ -356,6 +364,47 @@ def _expert_cases(token_counts: list[int]) -> Iterator[BenchCase]:
             products = product if many else product | {baseline: _ragged_dot}
             yield BenchCase("expert_mlp", name, mlps, make_mlp, flops=3 * work)
             yield BenchCase("grouped_matmul", name, products, make_product, flops=2 * work)
+
+
+_QUANTIZED_BLOCKS: Mapping[str, tuple[int | None, int]] = {"fp8": (128, 128), "int8": (None, 1), "int4": (128, 1)}
+"""Inputs and outputs that share a scale, None for all, as `keye-jax quantize` writes them."""
+
+
+@functools.cache
+def _quantized_mlps(kind: str, *, float8_rows: bool) -> dict[str, Callable[..., Any]]:
+    def mlp(rows: Any, gate_up: Any, gate_up_scales: Any, down: Any, down_scales: Any, sizes: Any, **how: Any) -> Any:
+        inputs, outputs = _QUANTIZED_BLOCKS[kind]
+        both = QuantizedMatrices(gate_up, gate_up_scales, None, (inputs or MODEL.hidden, outputs))
+        last = QuantizedMatrices(down, down_scales, None, (inputs or MODEL.expert_hidden, outputs))
+        return quantized_expert_mlp(quantize_rows(rows) if float8_rows else rows, both, last, sizes, **how)
+
+    names = implementations("quantized_expert_mlp")
+    return {name: functools.partial(mlp, implementation=name) for name in names}
+
+
+def _quantized_expert_cases(token_counts: list[int]) -> Iterator[BenchCase]:
+    """Bytes are those of values. With rows in float8 the rounding of the first ones counts."""
+    for tokens, kind in itertools.product(token_counts, _QUANTIZED_BLOCKS):
+        sizes = _expert_sizes(tokens)
+
+        def make(tokens: int = tokens, kind: str = kind, sizes: np.ndarray = sizes) -> Arguments:
+            rows = inputs.normal(0, tokens * MODEL.experts_per_token, MODEL.hidden)
+            gate_up = inputs.quantized(1, kind, *_QUANTIZED_BLOCKS[kind], MODEL.hidden, 2 * MODEL.expert_hidden)
+            down = inputs.quantized(2, kind, *_QUANTIZED_BLOCKS[kind], MODEL.expert_hidden, MODEL.hidden)
+            return rows, *gate_up, *down, jnp.asarray(sizes)
+
+        numbers = 3.0 * MODEL.hidden * MODEL.expert_hidden
+        nbytes = numbers * int(np.count_nonzero(sizes)) * (0.5 if kind == "int4" else 1)
+        flops = 2 * numbers * tokens * MODEL.experts_per_token
+        for float8_rows in (False, True) if kind == "fp8" and tokens > 64 else (False,):
+            name = f"{tokens:,} tokens, {kind}" + ", rows in float8" * float8_rows
+            mlps = _quantized_mlps(kind, float8_rows=float8_rows)
+            few = tokens <= 64
+            yield BenchCase(
+                *("quantized_expert_mlp", name, mlps, make),
+                flops=None if few else flops,
+                nbytes=nbytes if few else None,
+            )
 
 
 def _decode_layer_cases(token_counts: list[int]) -> Iterator[BenchCase]:
@@ -409,6 +458,7 @@ def cases(*, quick: bool) -> list[BenchCase]:
             *_prefill_cases([8192], 64),
             *_decode_cases([(1, 8192)]),
             *_expert_cases([1, 16]),
+            *_quantized_expert_cases([1]),
             *_decode_layer_cases([1]),
             *_vision_cases(1, 256),
         ]
@@ -418,6 +468,7 @@ def cases(*, quick: bool) -> list[BenchCase]:
         *_prefill_cases([32_768, 131_072], 2048),
         *_decode_cases([(1, 131_072), (8, 131_072), (64, 131_072)]),
         *_expert_cases([1, 16, 64, 2048, 16_384]),
+        *_quantized_expert_cases([1, 16, 64, 2048, 16_384]),
         *_decode_layer_cases([1, 4, 16, 64]),
         *_vision_cases(16, 1024),
     ]

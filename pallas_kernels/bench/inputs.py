@@ -30,6 +30,27 @@ def normal(seed: int, *shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
     return jnp.tile(part, (-(-shape[0] // rows),) + (1,) * (len(shape) - 1))[: shape[0]]
 
 
+def quantized(
+    seed: int, kind: str, rows: int | None, columns: int, inputs: int, outputs: int
+) -> tuple[jax.Array, jax.Array]:
+    """Values and scales of one matrix for each expert; see `QuantizedMatrices`.
+
+    Args:
+      kind: "fp8", "int8" or "int4".
+      rows, columns: inputs and outputs that share a scale; None for all inputs.
+      inputs, outputs: of a matrix.
+    """
+    if kind == "fp8":
+        values = (normal(seed, MODEL.experts, inputs, outputs) * 64).astype(jnp.float8_e4m3fn)
+    elif kind == "int8":
+        values = (normal(seed, MODEL.experts, inputs, outputs) * 40).astype(jnp.int8)
+    else:
+        values = jax.random.bits(jax.random.key(seed), (MODEL.experts, inputs // 2, outputs), jnp.uint8)
+    grid = MODEL.experts, inputs // (rows or inputs), outputs // columns
+    scales = jax.random.uniform(jax.random.key(seed + 1), grid, minval=0.5, maxval=2.0) * inputs**-0.5 / 64
+    return values, scales.astype(jnp.float32 if kind == "fp8" else jnp.bfloat16)
+
+
 def page_table(batch: int, context: int) -> jax.Array:
     """int32 `[batch, context / PAGE_SIZE]`: all page numbers, in random order."""
     pages = batch * context // PAGE_SIZE

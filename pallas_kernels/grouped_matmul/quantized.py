@@ -64,8 +64,8 @@ def quantized_grouped_matmul(
         in float32, and "mosaic_gpu" the values in float8.
       rhs: `[e, in, out]`.
       group_sizes: int32 `[e]`, as for `grouped_matmul`.
-      implementation: None, "mosaic_gpu" or "xla". None is "xla". In "mosaic_gpu" scales are factors on float32 sums,
-        so the matrices' numbers are not rounded.
+      implementation: None for the best one that this machine has, "mosaic_gpu" or "xla". In "mosaic_gpu" scales are
+        factors on float32 sums, so the matrices' numbers are not rounded.
 
     Returns:
       `[rows, out]` in the dtype of lhs. Rows behind the last group are zeros.
@@ -74,7 +74,6 @@ def quantized_grouped_matmul(
       ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.
       UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
-    implementation = implementation or "xla"  # No GPU has measured the other.
     signature, rows = _with_rows(_PRODUCT, lhs)
     flat = _flat(_PRODUCT, "rhs", rhs, _inputs(lhs), None)
     arrays = dict(zip(signature.arrays, [*rows, *flat, group_sizes], strict=True))
@@ -97,8 +96,8 @@ def quantized_expert_mlp(
       gate_up: `[e, in, 2 * f]`. The first f columns are gate, the last f are up.
       down: `[e, f, in]`.
       group_sizes: int32 `[e]`, as for `expert_mlp`.
-      implementation: None, "mosaic_gpu" or "xla". None is "xla". In "mosaic_gpu" scales are factors on float32 sums,
-        so the matrices' numbers are not rounded.
+      implementation: None for the best one that this machine has, "mosaic_gpu" or "xla". In "mosaic_gpu" scales are
+        factors on float32 sums, so the matrices' numbers are not rounded.
 
     Returns:
       `[rows, in]` in the dtype of lhs. Rows behind the last group are zeros.
@@ -107,7 +106,6 @@ def quantized_expert_mlp(
       ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.
       UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
-    implementation = implementation or "xla"  # No GPU has measured the other.
     inputs, (signature, rows) = _inputs(lhs), _with_rows(_EXPERTS, lhs)
     flat = _flat(_EXPERTS, "gate_up", gate_up, inputs, 2 * down.shape[1])
     flat += _flat(_EXPERTS, "down", down, down.shape[1], inputs)
