@@ -127,11 +127,8 @@ def compile_side_by_side(traced: Sequence[jax.stages.Traced], progress: Progress
 
 def _draw_program(runtime: Runtime, rows: int, width: int, heat: bool) -> jax.stages.Traced:
     logits: Any = _shape(runtime, (rows, runtime.config.vocab_size), jnp.float32)
-    drawing: Any = _shape(runtime, (rows,), jnp.bool_)
     state = _state_shape(runtime, rows, width, heat)
-    return programs.draw.trace(
-        logits, state, drawing, step=runtime.decode_step, implementation=runtime.options.implementation
-    )
+    return programs.draw.trace(logits, state, step=runtime.decode_step, implementation=runtime.options.implementation)
 
 
 def workspace_bytes(traced: Iterable[jax.stages.Traced]) -> int:
