@@ -429,7 +429,7 @@ class Runtime:
         """Arguments of `programs.set_row`."""
 
         def put(value: np.ndarray, idle: np.ndarray, there: jax.Array) -> jax.Array:
-            return there if np.array_equal(value, idle) else self.put(value)
+            return there if value is idle or np.array_equal(value, idle) else self.put(value)
 
         width, heat_tokens = state.page_table.shape[1], state.heat.shape[1]
         found = active_row(**values, table_width=width, heat_tokens=heat_tokens, vocab=self.config.vocab_size)
