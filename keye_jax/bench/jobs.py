@@ -158,6 +158,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=32, help="width of the engine's batch")
     parser.add_argument("--cache-tokens", type=int, default=65536, help="tokens that the page pool holds")
     parser.add_argument("--prefill-chunk", type=int, help="tokens of a large chunk")
+    parser.add_argument("--prompts-together", type=int, default=1, help="small chunks that one step reads")
     parser.add_argument("--traced-lines", type=int, default=128, help="lines of a second job, under the profiler")
     arguments = parser.parse_args()
     config = KeyeConfig.from_file(arguments.config)
@@ -165,7 +166,11 @@ def main() -> int:
         config = dataclasses.replace(config, num_hidden_layers=arguments.layers)
     runtime = Runtime(random_model(config), config, prefill_chunk=arguments.prefill_chunk)
     options = EngineOptions(
-        rows=arguments.rows, cache_tokens=arguments.cache_tokens, chunks_between=arguments.rows, prefix_cache=False
+        rows=arguments.rows,
+        cache_tokens=arguments.cache_tokens,
+        prompts_together=arguments.prompts_together,
+        chunks_between=arguments.rows,
+        prefix_cache=False,
     )
     asked = tuple(arguments.words), arguments.tokens
     with tempfile.TemporaryDirectory(prefix="keye-jax-") as folder:

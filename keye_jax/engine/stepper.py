@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from keye_jax.engine.constraint import Constraint
-from keye_jax.engine.plan import Placed, Plan, SchedulerConfig
+from keye_jax.engine.plan import PROGRAMS, Placed, Plan, Program, Read, SchedulerConfig
 from keye_jax.kv_cache import PagePool
 from keye_jax.page_allocator import PAGE_SIZE
 from keye_jax.progress import Progress
@@ -140,25 +140,14 @@ class Stepper:
             self._restore(placed, sequence(placed.id))
         for placed in plan.grow:
             self._state = runtime.set_pages(self._state, placed.row, np.asarray(placed.pages, np.int32))
-        if plan.read is not None:
-            read, data = plan.read, sequence(plan.read.id)
-            tokens = slice(read.start, read.start + read.count)
-            pads = slice(data.pads_before[tokens.start], data.pads_before[tokens.stop])
-            segment = Segment(
-                data.input_ids[tokens],
-                data.positions[:, tokens],
-                np.asarray(read.pages, np.int32),
-                data.embeds[pads],
-                read.start,
-            )
-            size = self.config.large if read.program == "large" else self.config.small
-            logits, self._pool = runtime.read_chunk(
-                segment, self._pool, tokens=size, table_width=self.config.table_width
-            )
-            for begin in plan.begin:
+        if plan.program is not None:
+            segments = [_segment(read, sequence(read.id)) for read in plan.reads]
+            logits = self._read(plan.program, segments)
+            lasts = [place for place, read in enumerate(plan.reads) if read.last]
+            for place, begin in zip(lasts, plan.begin, strict=True):
                 # The draw counts the prompt's last token as read.
-                values = self._row_values(Placed(*begin[:3]), data, length=begin.prompt_tokens - 1)
-                self._state, first = runtime.begin_row(logits, self._state, begin.row, **values)
+                values = self._row_values(Placed(*begin[:3]), sequence(begin.id), length=begin.prompt_tokens - 1)
+                self._state, first = runtime.begin_row(logits, place, self._state, begin.row, **values)
                 drawn.add(((0, begin.id),), first)
         if plan.decode:
             constraints = {row: self._constraints[row] for row, _ in plan.rows if row in self._constraints}
@@ -171,6 +160,14 @@ class Stepper:
                 self._state, self._pool = runtime.decode_and_sample(self._state, self._pool)
             drawn.add(plan.rows, runtime.drawn(self._state))
         return drawn
+
+    def _read(self, program: Program, segments: Sequence[Segment]) -> jax.Array:
+        """Reads chunks with one of the two programs; returns their logits, float32 `[s, vocab]`."""
+        tokens, sequences = self.config.chunk_shape(program)
+        logits, self._pool = self.runtime.read_chunk(
+            segments, self._pool, tokens=tokens, sequences=sequences, table_width=self.config.table_width
+        )
+        return logits
 
     def _allow(self, masks: dict[int, np.ndarray]) -> None:
         """Says what rows may draw, unless the devices know."""
@@ -234,7 +231,7 @@ class Stepper:
             rows=config.rows,
             pages=self._pool.page_count,
             table_width=config.table_width,
-            chunks=(config.large, config.small),
+            chunks=[config.chunk_shape(program) for program in PROGRAMS],
             images=sizes,
             normalisation=self._normalisation,
             heat=self._counts_heat,
@@ -248,17 +245,13 @@ class Stepper:
             dummy, np.zeros((3, 1), np.int32), 0, np.zeros(2, int), np.zeros((0, 1)), SamplingParams(), {}
         )
         starts = {0, runtime.dense_below} if runtime.options.attention == "sparse" else {0}
-        logits = None
-        for size in (config.large, config.small):
-            for start in starts:
-                segment = Segment(dummy, data.positions, np.zeros(config.table_width, np.int32), None, start)
-                logits, self._pool = runtime.read_chunk(
-                    segment, self._pool, tokens=size, table_width=self.config.table_width
-                )
-        assert logits is not None, "there are two sizes of chunks"
         values = self._row_values(Placed("", 0, ()), data, length=0)
         self._state = runtime.set_row(self._state, 0, **values)
-        self._state, _ = runtime.begin_row(logits, self._state, 0, **values)
+        for program in PROGRAMS:
+            for start in starts:
+                segment = Segment(dummy, data.positions, np.zeros(config.table_width, np.int32), None, start)
+                logits = self._read(program, [segment])
+                self._state, _ = runtime.begin_row(logits, 0, self._state, 0, **values)
         self._state = runtime.set_pages(self._state, 0, dummy)
         everything = np.full(self._state.sampling.allowed.shape[1], 0xFFFFFFFF, np.uint32)
         read, self._state, self._pool = runtime.decode(self._state, self._pool)
@@ -316,3 +309,16 @@ class Stepper:
     @property
     def _counts_heat(self) -> bool:
         return self._state.heat.shape[1] > 0
+
+
+def _segment(read: Read, data: SequenceData) -> Segment:
+    """The tokens of a chunk."""
+    tokens = slice(read.start, read.start + read.count)
+    pads = slice(data.pads_before[tokens.start], data.pads_before[tokens.stop])
+    return Segment(
+        data.input_ids[tokens],
+        data.positions[:, tokens],
+        np.asarray(read.pages, np.int32),
+        data.embeds[pads],
+        read.start,
+    )

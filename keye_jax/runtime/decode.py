@@ -141,21 +141,25 @@ def widen(narrowed: Any, wide: WideValues) -> DecodeState:
     return dataclasses.replace(narrowed, sampling=sampling, heat=wide.heat)
 
 
-def pack_row(number: int, row: DecodeState) -> np.ndarray:
-    """The number of a row and its values but `WideValues` as one array, int32 `[n]`: one transfer to the devices."""
-    words = [np.asarray([number], np.int32)]
+def pack_row(number: int, row: DecodeState, place: int = 0) -> np.ndarray:
+    """The number of a row and its values but `WideValues` as one array, int32 `[n]`: one transfer to the devices.
+
+    Args:
+      place: the place of its logits among those of the prompts that were read with its own.
+    """
+    words = [np.asarray([number, place], np.int32)]
     for value in map(np.atleast_1d, jax.tree.leaves(narrow(row))):
         words.append(value.astype(np.int32) if value.dtype == bool else value.view(np.int32))
     return np.concatenate(words)
 
 
-def unpack_row(packed: jax.Array, wide: WideValues, state: DecodeState) -> tuple[jax.Array, DecodeState]:
-    """Number and values of a row of `state` from what `pack_row` returned."""
+def unpack_row(packed: jax.Array, wide: WideValues, state: DecodeState) -> tuple[jax.Array, jax.Array, DecodeState]:
+    """Number, place and values of a row of `state` from what `pack_row` returned."""
     like, tree = jax.tree.flatten(narrow(state))
-    values, first = [], 1
+    values, first = [], 2
     for x in like:
         count = int(np.prod(x.shape[1:]))
         words = packed[first : first + count].reshape(x.shape[1:])
         values.append(words != 0 if x.dtype == bool else jax.lax.bitcast_convert_type(words, x.dtype))
         first += count
-    return packed[0], widen(jax.tree.unflatten(tree, values), wide)
+    return packed[0], packed[1], widen(jax.tree.unflatten(tree, values), wide)

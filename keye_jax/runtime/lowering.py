@@ -17,7 +17,7 @@ from keye_jax.progress import Progress
 from keye_jax.runtime import programs
 from keye_jax.runtime.decode import idle_row
 from keye_jax.runtime.encode import images_at_once
-from keye_jax.runtime.prefill import ChunkShape, packed_shape, single_shape
+from keye_jax.runtime.prefill import ChunkShape, fixed_shape, packed_shape, single_shape
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.sharding.collectives import Axes
 
@@ -79,7 +79,7 @@ def engine_programs(
     rows: int,
     pages: int,
     table_width: int,
-    chunks: Sequence[int],
+    chunks: Sequence[tuple[int, int]],
     images: Sequence[int],
     normalisation: tuple[jax.Array, jax.Array],
     heat: bool = False,
@@ -90,15 +90,15 @@ def engine_programs(
       rows: of the batch.
       pages: of the pool.
       table_width: columns of page tables.
-      chunks: tokens of the chunks that `read_chunk` reads.
+      chunks: tokens and sequences of the shapes in which `read_chunk` reads.
       images: patches that images are padded to.
       normalisation: what `Runtime.pixel_normalisation` returned.
       heat: as for `Runtime.new_state`.
     """
     sparse = runtime.options.attention == "sparse"
     shapes = [
-        dataclasses.replace(single_shape(tokens, table_width, tokens, runtime.prefill_step), dense=dense)
-        for tokens in chunks
+        dataclasses.replace(fixed_shape(tokens, sequences, table_width, runtime.prefill_step), dense=dense)
+        for tokens, sequences in chunks
         for dense in ((True, False) if sparse and runtime.dense_below else (False,))
     ]
     return [

@@ -55,6 +55,11 @@ class Segment:
     vision_embeds: jax.Array | np.ndarray | None = None
     start: int = 0
 
+    def part(self, first: int, end: int) -> Segment:
+        """Its tokens `first` to `end - 1`, with all embeddings."""
+        tokens, positions = self.input_ids[first:end], self.positions[:, first:end]
+        return dataclasses.replace(self, input_ids=tokens, positions=positions, start=self.start + first)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chunk:
@@ -206,16 +211,25 @@ def plan_chunks(
             yield from _chunks(shared, segments, shape, step, pool_pages)
 
 
-def plan_chunk(segment: Segment, tokens: int, step: StepSharding, pool_pages: int, table_width: int) -> Chunk:
-    """One chunk of a fixed shape that reads all of a segment, which may be shorter.
+def fixed_shape(tokens: int, sequences: int, table_width: int, step: StepSharding) -> ChunkShape:
+    """The shape of a step that reads at most `tokens` tokens of each of at most so many sequences.
+
+    On several devices together it reads one sequence.
+    """
+    if sequences == 1:
+        return single_shape(tokens, table_width, tokens, step)
+    assert step.size(step.query_sequence) * step.size(step.batch) == 1, "several sequences are read on one device"
+    return ChunkShape(sequences, tokens, sequences, table_width)
+
+
+def plan_chunk(segments: Sequence[Segment], shape: ChunkShape, step: StepSharding, pool_pages: int) -> Chunk:
+    """One chunk of a shape of `fixed_shape` that reads all of some segments.
 
     Args:
-      tokens: of the shape, on all devices together: those that a step reads of a longer prompt.
       pool_pages: as for `plan_chunks`.
-      table_width: columns of the page table.
     """
-    shape = single_shape(tokens, table_width, tokens, step)
-    (chunk,) = _chunks([(0, 0, len(segment.input_ids))], [segment], shape, step, pool_pages)
+    spans = [(index, 0, len(segment.input_ids)) for index, segment in enumerate(segments)]
+    (chunk,) = _chunks(spans, segments, shape, step, pool_pages)
     return chunk
 
 
@@ -299,6 +313,16 @@ def _fill(chunk: list[list[_Run]], segments: Sequence[Segment], shape: ChunkShap
         arrays["sequence"] = sequence
     batch = BatchMetadata(**arrays)
     return Chunk(ids, token, positions, batch, named, last, tuple(done[each] for each in members), shape.dense)
+
+
+def pad_rows(segments: Sequence[Segment], config: KeyeConfig) -> list[np.ndarray]:
+    """As `vision_rows`, of embeddings that are in the order of the pads."""
+    rows, before = [], 0
+    for segment in segments:
+        pads = np.isin(segment.input_ids, (config.image_token_id, config.video_token_id))
+        rows.append(np.where(pads, before + np.cumsum(pads) - 1, -1).astype(np.int32))
+        before += np.count_nonzero(pads)
+    return rows
 
 
 def vision_rows(segments: Sequence[Segment], config: KeyeConfig) -> tuple[list[np.ndarray], int]:

@@ -302,7 +302,7 @@ def unpack_drawn(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
 @functools.partial(jax.jit, donate_argnames="state")
 def set_row(state: DecodeState, packed: jax.Array, wide: WideValues) -> DecodeState:
     """The state with a sequence in a row, from what `pack_row` and `wide_values` gave of it."""
-    row, values = unpack_row(packed, wide, state)
+    row, _, values = unpack_row(packed, wide, state)
     return jax.tree.map(lambda x, value: x.at[row].set(value), state, values)
 
 
@@ -316,10 +316,10 @@ def begin_row(
     step: StepSharding,
     implementation: str | None,
 ) -> tuple[DecodeState, jax.Array]:
-    """`set_row` of a sequence that then draws from `logits`, float32 `[1, vocab]`; and `drawn` of its row alone."""
-    row, values = unpack_row(packed, wide, state)
+    """`set_row` of a sequence that then draws from its logits among float32 `[n, vocab]`; and `drawn` of it alone."""
+    row, place, values = unpack_row(packed, wide, state)
     alone = jax.tree.map(lambda x: x[None], values)
-    alone = _draw(logits, alone, alone.active, step=step, implementation=implementation)
+    alone = _draw(logits[place][None], alone, alone.active, step=step, implementation=implementation)
     return jax.tree.map(lambda x, value: x.at[row].set(value[0]), state, alone), drawn(alone, step=step)
 
 
@@ -331,7 +331,7 @@ def clear_rows(state: DecodeState, rows: jax.Array, idle: jax.Array, wide: WideV
       idle, wide: what `pack_row` and `wide_values` gave of an idle row. Of `wide` nothing is written: idle rows have no
         use for it, and a row that begins brings its own.
     """
-    _, values = unpack_row(idle, wide, state)
+    *_, values = unpack_row(idle, wide, state)
     written = jax.tree.map(
         lambda x, value: jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), value, x), narrow(state), narrow(values)
     )

@@ -27,7 +27,16 @@ from keye_jax.progress import Progress
 from keye_jax.runtime import programs
 from keye_jax.runtime.decode import DecodeState, WideValues, active_row, idle_row, pack_row, wide_values
 from keye_jax.runtime.encode import ImageBatch, batch_images, image_batch
-from keye_jax.runtime.prefill import Chunk, Segment, plan_chunk, plan_chunks, round_up, vision_rows
+from keye_jax.runtime.prefill import (
+    Chunk,
+    Segment,
+    fixed_shape,
+    pad_rows,
+    plan_chunk,
+    plan_chunks,
+    round_up,
+    vision_rows,
+)
 from keye_jax.sharding.collectives import Axes
 from keye_jax.sharding.mesh_rules import MeshRules
 from keye_jax.sharding.step import StepSharding
@@ -260,38 +269,34 @@ class Runtime:
     # Prefill.
 
     def read_chunk(
-        self, segment: Segment, pool: PagePool, *, tokens: int, table_width: int
+        self, segments: Sequence[Segment], pool: PagePool, *, tokens: int, sequences: int = 1, table_width: int
     ) -> tuple[jax.Array, PagePool]:
-        """Reads new tokens of one sequence in a step of a fixed shape.
+        """Reads new tokens of one sequence, or of several, in a step of a fixed shape.
 
         Args:
-          segment: of at most `tokens` tokens. Its `vision_embeds` are those of its own pads, a NumPy array, in the
-            order of the pads.
+          segments: each of at most `tokens` tokens. `vision_embeds` are those of its own pads, a NumPy array, in the
+            order of the pads. A segment may need pages that another one writes.
           pool: donated.
-          tokens: of the shape, on all devices together.
+          tokens: of each sequence in the shape, on all devices together.
+          sequences: of the shape. More than 1 are read on one device only, and without `dense_below`.
           table_width: columns of the page table, of the shape.
 
         Returns:
-          float32 `[1, vocab]` logits of the last token, and the pool.
+          float32 `[sequences, vocab]` logits of each segment's last token, and the pool.
         """
-        pads = np.isin(segment.input_ids, (self.config.image_token_id, self.config.video_token_id))
-        row_of = np.where(pads, np.cumsum(pads) - 1, -1).astype(np.int32)
-        vision = self._pad_embeds(tokens, segment.vision_embeds)
-        step, count = self.prefill_step, len(segment.input_ids)
+        rows = pad_rows(segments, self.config)
+        vision = self._pad_embeds(tokens * sequences, [segment.vision_embeds for segment in segments])
+        shape = fixed_shape(tokens, sequences, table_width, self.prefill_step)
         below = self.dense_below if self.options.attention == "sparse" else 0
-        cut = int(np.clip(below - segment.start, 0, count))
-        logits = None
-        for first, end, dense in ((0, cut, True), (cut, count, False)):
-            if first == end:
+        assert not below or sequences == 1, "parts of several prompts that attend to all keys are not read together"
+        cut, logits = int(np.clip(below - segments[0].start, 0, tokens)), None
+        for first, end, dense in ((0, cut, True), (cut, tokens, False)):
+            parts = [segment.part(first, end) for segment in segments]
+            if not len(parts[0].input_ids):
                 continue
-            part = dataclasses.replace(
-                segment,
-                input_ids=segment.input_ids[first:end],
-                positions=segment.positions[:, first:end],
-                start=segment.start + first,
-            )
-            chunk = plan_chunk(part, tokens, step, pool.page_count, table_width)
-            logits, pool = self._read(self._chunk_inputs(chunk, [row_of[first:end]], vision), pool, dense=dense)
+            chunk = plan_chunk(parts, shape, self.prefill_step, pool.page_count)
+            inputs = self._chunk_inputs(chunk, [row[first:end] for row in rows], vision)
+            logits, pool = self._read(inputs, pool, dense=dense)
         assert logits is not None, "a segment has no tokens"
         return logits, pool
 
@@ -299,29 +304,26 @@ class Runtime:
         self, chunk: Chunk, rows: Sequence[np.ndarray], vision: jax.Array
     ) -> tuple[jax.Array, jax.Array, BatchMetadata, jax.Array]:
         """See `programs.chunk_inputs`; `rows` are for `Chunk.pack`."""
-        tokens, others = chunk.pack(rows)
-        there = self.put(tokens, (), self.prefill_step.rows), self.put(others)
-        return programs.chunk_inputs(
-            *(self.model_def, self.params, *there, vision), sequences=len(chunk.segments), step=self.prefill_step
-        )
+        (tokens, others), step = chunk.pack(rows), self.prefill_step
+        arrays = self.put(tokens, (), step.rows), self.put(others), vision
+        return programs.chunk_inputs(self.model_def, self.params, *arrays, sequences=len(chunk.segments), step=step)
 
     def _read(
         self, inputs: tuple[jax.Array, jax.Array, BatchMetadata, jax.Array], pool: PagePool, *, dense: bool
     ) -> tuple[jax.Array, PagePool]:
         """Logits of each segment's last token in a chunk, and the pool, which is donated."""
-        options = self.chunk_options(dense=dense)
-        return programs.prefill_chunk(
-            self.model_def, self.params, *inputs, pool, step=self.prefill_step, options=options
-        )
+        how: dict[str, Any] = {"step": self.prefill_step, "options": self.chunk_options(dense=dense)}
+        return programs.prefill_chunk(self.model_def, self.params, *inputs, pool, **how)
 
-    def _pad_embeds(self, tokens: int, embeds: np.ndarray | jax.Array | None) -> jax.Array:
+    def _pad_embeds(self, tokens: int, embeds: Sequence[np.ndarray | jax.Array | None]) -> jax.Array:
         """Embeddings of pads in `[tokens, embed]`, with zeros behind them."""
-        if embeds is None or not len(embeds):
-            if tokens not in self._no_vision:
-                self._no_vision[tokens] = self.put(np.zeros((tokens, self.config.hidden_size), self.dtype))
+        given = [each for each in embeds if each is not None and len(each)]
+        if not given and tokens in self._no_vision:
             return self._no_vision[tokens]
         vision = np.zeros((tokens, self.config.hidden_size), self.dtype)
-        vision[: len(embeds)] = embeds
+        if not given:
+            return self._no_vision.setdefault(tokens, self.put(vision))
+        vision[: sum(map(len, given))] = np.concatenate(given)
         return self.put(vision)
 
     def prefill(
@@ -411,21 +413,19 @@ class Runtime:
         return programs.set_row(state, *self._put_row(state, row, values))
 
     def begin_row(
-        self, logits: jax.Array, state: DecodeState, row: int, **values: Any
+        self, logits: jax.Array, place: int, state: DecodeState, row: int, **values: Any
     ) -> tuple[DecodeState, jax.Array]:
-        """`set_row`, and the row draws the first token of its answer.
+        """`set_row`, and the row draws the first token of its answer; returns the state and `drawn` of this row alone.
 
         Args:
-          logits: float32 `[1, vocab]`, of the prompt's last token, which is the row's token.
-          state: donated.
-
-        Returns:
-          the state, and what `drawn` returns, of this row alone.
+          logits: float32 `[n, vocab]`; those at `place` are of the prompt's last token, which is the row's token.
         """
         how: dict[str, Any] = {"step": self.decode_step, "implementation": self.options.implementation}
-        return programs.begin_row(logits, state, *self._put_row(state, row, values), **how)
+        return programs.begin_row(logits, state, *self._put_row(state, row, values, place), **how)
 
-    def _put_row(self, state: DecodeState, row: int, values: Mapping[str, Any]) -> tuple[jax.Array, WideValues]:
+    def _put_row(
+        self, state: DecodeState, row: int, values: Mapping[str, Any], place: int = 0
+    ) -> tuple[jax.Array, WideValues]:
         """Arguments of `programs.set_row`."""
 
         def put(value: np.ndarray, idle: np.ndarray, there: jax.Array) -> jax.Array:
@@ -434,7 +434,7 @@ class Runtime:
         width, heat_tokens = state.page_table.shape[1], state.heat.shape[1]
         found = active_row(**values, table_width=width, heat_tokens=heat_tokens, vocab=self.config.vocab_size)
         idle, _, wide = self._idle_row(state)
-        return self.put(pack_row(row, found)), jax.tree.map(put, wide_values(found), wide_values(idle), wide)
+        return self.put(pack_row(row, found, place)), jax.tree.map(put, wide_values(found), wide_values(idle), wide)
 
     def clear_rows(self, state: DecodeState, rows: Sequence[int]) -> DecodeState:
         """The state with some rows idle. The state is donated."""
