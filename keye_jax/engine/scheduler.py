@@ -12,7 +12,8 @@ The life of a sequence:
                          offloaded
 
 - A waiting sequence has nothing. It gets its row and its pages when its first chunk is read.
-- A reading sequence has a part of its prompt in its pages. A step reads one chunk of one sequence.
+- A reading sequence has a part of its prompt in its pages. A step reads one chunk of one sequence, or small
+  ones of several.
 - A running sequence draws one token a step.
 - An offloaded one has its pages in host memory, because pages ran short (`optimistic`). It comes back before others
   are admitted, and is never read again.
