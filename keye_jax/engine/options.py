@@ -24,9 +24,9 @@ class EngineOptions:
         out (`keye_jax.engine.memory`).
       max_context: most tokens of a sequence; what the model's positions allow if left out.
       small_chunk: tokens of a small chunk of a prompt, and of a block of the prefix cache.
-      prompts_together: most small chunks, of different prompts, that one step reads, on one device and without
-        `dense_below`. More than 1 suits jobs of many short prompts: experts are read once for all of them. A short
-        prompt that is alone takes longer, since the step has the same shape.
+      prompts_together: most small chunks that one step reads, at most `prefill_chunk / small_chunk`; 1 on several
+        devices and with `dense_below`. More than 1 suits jobs of many short prompts: experts are read once for all of
+        them. A short prompt that is alone takes longer, since the step has the same shape.
       chunks_between, decodes_between, target_gap_ms, optimistic, prefix_cache: as in `SchedulerConfig`.
       media_workers: processes that decode media; 0 for a thread of this process, where a crash is not contained.
       media_bytes: shared memory for decoded frames that are not encoded yet.

@@ -76,7 +76,7 @@ class SchedulerConfig:
         return -(-pages_for(self.most_tokens) // self.turns) * self.turns
 
     def chunk_shape(self, program: Program) -> tuple[int, int]:
-        """Tokens of a chunk that a program reads, and how many chunks of different prompts it reads together."""
+        """Tokens of a chunk that a program reads, and how many chunks it reads together."""
         return (self.large, 1) if program == "large" else (self.small, self.prompts_together)
 
     def next_chunk(self, prompt_tokens: int, done: int) -> tuple[Program, int]:
