@@ -97,8 +97,8 @@ class Device:
             assert row and row.request.arrival.id == placed.id
             assert placed.pages[: len(row.pages)] == row.pages and len(placed.pages) > len(row.pages)
             self._join(placed.row, Row(row.request, placed.pages, self._take(placed.row).length))
-        if plan.read:
-            request, read = self.requests[plan.read.id], plan.read
+        for read in plan.reads:
+            request = self.requests[read.id]
             self.check(request, read.pages, read.start)
             tokens = np.arange(read.start, read.start + read.count)
             text = request.expected[tokens]
@@ -153,15 +153,16 @@ class Trace:
 
     def _config(self) -> SchedulerConfig:
         choose = self.random.choice
-        homes, small = choose((1, 2)), choose((1, 2)) * PAGE_SIZE
+        homes, small, chunks = choose((1, 2)), choose((1, 2)) * PAGE_SIZE, choose((1, 2, 4))
         return SchedulerConfig(
             rows=homes * choose((1, 2, 4, 8)),
             pages_per_shard=choose((8, 8, 16, 40)),
             max_context=choose((500, 1000, 2000)),
             homes=homes,
             turns=choose((1, 2)),
-            large=choose((1, 2, 4)) * small,
+            large=chunks * small,
             small=small,
+            prompts_together=choose((1, chunks)),
             chunks_between=choose((1, 1, 2, 3)),
             decodes_between=choose((1, 1, 2, 5)),
             target_gap_ms=choose((None, None, 20.0, 100.0)),
@@ -244,11 +245,15 @@ class Trace:
         for name, tokens in plan.cached:
             assert self.requests[name].read is None, "a sequence is admitted twice"
             self.requests[name].read = tokens
-        if plan.read:
-            self._check_read(plan.read, bool(running))
+        if plan.reads:
+            most = self.config.chunk_shape(plan.reads[0].program)[1]
+            assert len(plan.reads) <= most and len({read.program for read in plan.reads}) == 1
+            self._check_gap(bool(running))
+        for read in plan.reads:
+            self._check_read(read)
         self.device.run(plan)
+        assert [begin.id for begin in plan.begin] == [read.id for read in plan.reads if read.last]
         for begin in plan.begin:
-            assert plan.read and plan.read.last and plan.read.id == begin.id
             self._draw(begin.id)
         counting = {row.request.arrival.id for row in self.device.rows if row and not row.request.how}
         if plan.decode:
@@ -287,14 +292,17 @@ class Trace:
             if row:
                 self.device.check(request, row.pages, row.length)
 
-    def _check_read(self, read: Read, running: bool) -> None:
-        """A chunk is the next one of its prompt, as it is read alone, and there is no decoding too few before it."""
+    def _check_read(self, read: Read) -> None:
+        """A chunk is the next one of its prompt, as it is read alone."""
         request = self.requests[read.id]
         assert not request.how and read.start == request.read
         assert (read.program, read.start, read.count) in request.chunks, "alone it is read in other chunks"
         request.read = read.start + read.count
         assert request.read <= request.ready, "a chunk is not ready"
         assert read.last == (request.read == request.arrival.prompt_tokens)
+
+    def _check_gap(self, running: bool) -> None:
+        """Before a step that reads there is no decoding too few."""
         if running and self.decodes:
             assert self.decodes >= self.config.decodes_between, "chunks come too often"
         for row in self.device.rows:
@@ -311,7 +319,7 @@ class Trace:
             and any(start == request.read and start + count <= request.ready for _, start, count in request.chunks)
             for request in self.requests.values()
         )
-        self.overdue = self.overdue + 1 if pending and not plan.read else 0
+        self.overdue = self.overdue + 1 if pending and not plan.reads else 0
         most = MOST_DECODES if self.config.target_gap_ms else self.config.decodes_between
         assert self.overdue <= most, "a prompt waits too long"
 

@@ -265,3 +265,34 @@ def _assert_same_bits(got: Any, expected: Any, what: str) -> None:
         np.asarray(x, np.float32 if jnp.issubdtype(x.dtype, jnp.floating) else None) for x in (got, expected)
     )
     assert np.array_equal(got, expected, equal_nan=got.dtype.kind == "f"), f"{what}: {np.abs(got - expected).max()}"
+
+    def test_prompts_read_together(self, runtime: Runtime):
+        """A chunk of one text among chunks of others, in any row, and beside the chunk that it follows."""
+        texts, chunk = [random_ids(120, seed) for seed in range(3)], 64
+        parts = [(0, 0, 64), (1, 0, 40), (0, 64, 120), (2, 0, 1)]
+
+        def read(*steps: tuple[int, ...]) -> tuple[dict[int, np.ndarray], list[np.ndarray]]:
+            """Logits of these of the parts, and the pages of all texts, after steps that read so many together."""
+            pool, tables = runtime.new_cache(3, 128)
+            found = {}
+            for step in steps:
+                segments = [
+                    text(texts[row], tables[row], start, end=end) for row, start, end in (parts[i] for i in step)
+                ]
+                logits, pool = runtime.read_chunk(
+                    segments, pool, tokens=chunk, sequences=4, table_width=tables.shape[1]
+                )
+                found |= dict(zip(step, np.asarray(logits), strict=False))
+            kept = [
+                np.asarray(layer.kv[tables].reshape(3, -1, *layer.kv.shape[2:]), np.float32) for layer in pool.layers
+            ]
+            return found, kept
+
+        alone, expected = read((0,), (1,), (2,), (3,))
+        for steps in (((0, 1, 2, 3),), ((3, 0, 2, 1),), ((1, 3), (0, 2))):
+            found, pages = read(*steps)
+            for part, logits in found.items():
+                _assert_same_bits(logits, alone[part], f"part {part} of {steps}")
+            for mine, other in zip(pages, expected, strict=True):
+                for row, _, end in parts[1:]:
+                    _assert_same_bits(mine[row, :end], other[row, :end], f"pages of text {row} of {steps}")

@@ -108,6 +108,8 @@ def batch(
     key_options |= {name: settings[name] for name in ("dense_below", "prefill_chunk", "dtype")}
     key_options |= {"indexer_dtype": model.indexer_dtype, "cache_dtype": model.cache_dtype}
     key_options |= {"activation_dtype": model.activation_dtype}
+    if engine.prompts_together != 1:
+        key_options["prompts_together"] = engine.prompts_together
     outstanding = concurrency or 2 * rows * (ray or 1)
     opener = functools.partial(
         open_engine,

@@ -116,6 +116,9 @@ class EngineGroup:
         bool,
         typer.Option("--optimistic", help="Begin more answers than the cache surely holds; some may pause."),
     ] = False
+    prompts_together: Annotated[
+        int, typer.Option(help="Small chunks of prompts that one step reads; 8 suits many short prompts.")
+    ] = 1
     media_workers: Annotated[int, typer.Option(help="Processes that decode videos and images.")] = 2
     frame_cache: Annotated[Path | None, typer.Option(help="Folder that keeps decoded frames between runs.")] = None
 
@@ -128,6 +131,7 @@ class EngineGroup:
         shared = {} if tokens is None else {"cache_tokens": options.tokens("--cache-tokens", tokens)}
         return EngineOptions(
             optimistic=self.optimistic,
+            prompts_together=self.prompts_together,
             media_workers=self.media_workers,
             frame_cache=self.frame_cache,
             **shared,

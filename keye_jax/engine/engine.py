@@ -382,10 +382,10 @@ class Engine:
             events, answers.events = answers.events, []
             plan = self._scheduler.step(events)
             answers.note_cached(plan.cached)
-            if plan.read is not None:
-                job, read = answers.job(plan.read.id), plan.read
+            for read in plan.reads:
+                job = answers.job(read.id)
                 job.progress("reading the prompt", read.start + read.count, len(job.choices[0].data.input_ids))
-            if plan.read is not None and before is not None and self.options.target_gap_ms is not None:
+            if plan.reads and before is not None and self.options.target_gap_ms is not None:
                 # Queueing a chunk may hold this thread until it is nearly read. The devices idle for it meanwhile.
                 started = self._complete(*before, started)
                 before = None
@@ -414,8 +414,8 @@ class Engine:
         self._answers.deliver(drawn.fetch())
         ended = time.perf_counter()
         self._note_progress(steps=1)
-        if plan.read or plan.decode:
-            self._measured = Measured(ended - started, plan.read.program if plan.read else None, plan.decode)
+        if plan.reads or plan.decode:
+            self._measured = Measured(ended - started, plan.program, plan.decode)
         return ended
 
     def _gather(self, *, wait: bool) -> Turn:

@@ -24,6 +24,9 @@ class EngineOptions:
         out (`keye_jax.engine.memory`).
       max_context: most tokens of a sequence; what the model's positions allow if left out.
       small_chunk: tokens of a small chunk of a prompt, and of a block of the prefix cache.
+      prompts_together: most small chunks that one step reads, at most `prefill_chunk / small_chunk`; 1 on several
+        devices and with `dense_below`. More than 1 suits jobs of many short prompts: experts are read once for all of
+        them. A short prompt that is alone takes longer, since the step has the same shape.
       chunks_between, decodes_between, target_gap_ms, optimistic, prefix_cache: as in `SchedulerConfig`.
       media_workers: processes that decode media; 0 for a thread of this process, where a crash is not contained.
       media_bytes: shared memory for decoded frames that are not encoded yet.
@@ -42,6 +45,7 @@ class EngineOptions:
     cache_tokens: int | None = None
     max_context: int | None = None
     small_chunk: int = 512
+    prompts_together: int = 1
     chunks_between: int = 1
     decodes_between: int = 1
     target_gap_ms: float | None = None
@@ -101,6 +105,9 @@ def scheduler_config(runtime: Runtime, options: EngineOptions, most_patches: int
     # A small chunk is no larger than what a step reads, but at least a page.
     small = min(options.small_chunk, max(PAGE_SIZE, chunk // PAGE_SIZE * PAGE_SIZE))
     large = max(small, chunk // small * small)
+    if options.prompts_together > 1 and (runtime.rules.sharding() is not None or runtime.dense_below):
+        together = f"prompts_together is {options.prompts_together}"
+        raise UserError(f"{together}; it must be 1 on several devices, and where prompts are dense below a position")
     context = options.max_context or positions
     pages = pages_per_shard(
         runtime,
@@ -120,6 +127,7 @@ def scheduler_config(runtime: Runtime, options: EngineOptions, most_patches: int
         turns=turns,
         large=large,
         small=small,
+        prompts_together=options.prompts_together,
         chunks_between=options.chunks_between,
         decodes_between=options.decodes_between,
         target_gap_ms=options.target_gap_ms,

@@ -10,6 +10,8 @@ from keye_jax.engine.pages import Program
 from keye_jax.errors import UserError
 from keye_jax.page_allocator import PAGE_SIZE, pages_for
 
+PROGRAMS: tuple[Program, ...] = ("large", "small")
+
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
@@ -23,7 +25,9 @@ class SchedulerConfig:
       large, small: tokens that the two programs read at once. A prompt is read in large chunks as far as they are full,
         then in small ones. A small chunk is also a block of the prefix index. `small` is a multiple of `PAGE_SIZE`,
         `large` one of `small`.
-      chunks_between: most chunks between two decode steps while sequences run (K).
+      prompts_together: most small chunks that one step reads, at most `large / small`. All small chunks are read by the
+        program for so many, whether there are others or not.
+      chunks_between: most steps that read between two decode steps while sequences run (K).
       decodes_between: least decode steps between two runs of chunks while sequences run (D).
       target_gap_ms: milliseconds between two tokens of an answer, which neither their mean nor 19 in 20 of them are to
         exceed. It raises D by what steps were measured to take. None leaves D as it is.
@@ -39,6 +43,7 @@ class SchedulerConfig:
     turns: int = 1
     large: int = 8192
     small: int = 512
+    prompts_together: int = 1
     chunks_between: int = 1
     decodes_between: int = 1
     target_gap_ms: float | None = None
@@ -54,6 +59,9 @@ class SchedulerConfig:
             value = getattr(self, name)
             if value < 1 or value % unit:
                 raise UserError(f"{name} is {value}; it must be a positive multiple of {unit}")
+        most = self.large // self.small
+        if not 1 <= self.prompts_together <= most:
+            raise UserError(f"prompts_together is {self.prompts_together}; it must be from 1 to {most}, large / small")
         if self.target_gap_ms is not None and not self.target_gap_ms > 0:
             raise UserError(f"target_gap_ms is {self.target_gap_ms}; it must be above 0")
 
@@ -66,6 +74,10 @@ class SchedulerConfig:
     def table_width(self) -> int:
         """Columns of page tables: pages of the longest sequence, the same number on each shard that holds it."""
         return -(-pages_for(self.most_tokens) // self.turns) * self.turns
+
+    def chunk_shape(self, program: Program) -> tuple[int, int]:
+        """Tokens of a chunk that a program reads, and how many chunks it reads together."""
+        return (self.large, 1) if program == "large" else (self.small, self.prompts_together)
 
     def next_chunk(self, prompt_tokens: int, done: int) -> tuple[Program, int]:
         """The chunk that is read after `done` tokens of a prompt: its program, and how many tokens it has.
@@ -198,9 +210,9 @@ class Plan:
         hold tokens.
       restore: sequences that come back. The first of the pages, as many as were offloaded, are to be filled.
       grow: running sequences that have more pages than before.
-      read: a chunk to read.
-      begin: the sequence whose prompt is read by `read`, if that is the last chunk. It draws its first token from the
-        chunk's logits, and takes its row.
+      reads: chunks to read together: one, or small ones. A later one may need what earlier ones write.
+      begin: the sequences whose last chunks are in `reads`, in that order. Each draws its first token from its chunk's
+        logits, and takes its row.
       rows: `(row, id)` of those that decode, each of which draws one token; if there are none, the step decodes
         nothing. What other active rows draw, such as one that begins and wanted one token, does not count.
       ended: sequences that draw their last token, the one of number `max_tokens`, in this step.
@@ -211,11 +223,16 @@ class Plan:
     offload: tuple[Placed, ...] = ()
     restore: tuple[Placed, ...] = ()
     grow: tuple[Placed, ...] = ()
-    read: Read | None = None
+    reads: tuple[Read, ...] = ()
     begin: tuple[Begin, ...] = ()
     rows: tuple[tuple[int, str], ...] = ()
     ended: tuple[str, ...] = ()
     cached: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def program(self) -> Program | None:
+        """What reads the chunks; None if there are none."""
+        return self.reads[0].program if self.reads else None
 
     @property
     def decode(self) -> bool:

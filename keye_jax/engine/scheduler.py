@@ -12,7 +12,8 @@ The life of a sequence:
                          offloaded
 
 - A waiting sequence has nothing. It gets its row and its pages when its first chunk is read.
-- A reading sequence has a part of its prompt in its pages. A step reads one chunk of one sequence.
+- A reading sequence has a part of its prompt in its pages. A step reads one chunk of one sequence, or small
+  ones of several.
 - A running sequence draws one token a step.
 - An offloaded one has its pages in host memory, because pages ran short (`optimistic`). It comes back before others
   are admitted, and is never read again.
@@ -140,10 +141,10 @@ class Scheduler:
         clear = self._apply(events)
         offload, grow = self._grow()
         restore = () if offload else self._restore()
-        read, begin, cached = self._read()
-        rows, ended = self._decode(reads=read is not None)
+        reads, begin, cached = self._read()
+        rows, ended = self._decode(reads=bool(reads))
         self._step += 1
-        return Plan(clear, offload, restore, grow, read, begin, rows, ended, cached)
+        return Plan(clear, offload, restore, grow, reads, begin, rows, ended, cached)
 
     @property
     def stats(self) -> Stats:
@@ -273,34 +274,39 @@ class Scheduler:
 
     # Reading.
 
-    def _read(self) -> tuple[Read | None, tuple[Begin, ...], tuple[tuple[str, int], ...]]:
-        """Reads a chunk of the prompt whose turn it is, and admits it before its first one."""
-        choice = self._choose()
-        if choice is None:
-            return None, (), ()
-        sequence, start, placement = choice
-        prompt, cached = sequence.arrival.prompt_tokens, ()
-        program, count = self.config.next_chunk(prompt, start)
-        if self._in_state("running") and not self._may_read(program):
-            return None, (), ()
-        if placement:
-            self._place(sequence, *placement)
-            sequence.state = "reading"
-            cached = ((sequence.id, start),)
-            self._prompt_tokens += prompt
-            self._cached_tokens += start
-        sequence.done = start + count
-        self._index(sequence, start)
-        self._chunks, self._decodes = self._chunks + 1, 0
-        last = sequence.done == prompt
-        read = Read(sequence.id, program, start, count, sequence.pages, last)
-        if not last:
-            return read, (), cached
-        sequence.state, sequence.drawn = "running", 1
-        return read, (Begin(*sequence.placed, prompt),), cached
+    def _read(self) -> tuple[tuple[Read, ...], tuple[Begin, ...], tuple[tuple[str, int], ...]]:
+        """Reads a chunk of the prompt whose turn it is, or small ones in the order of turns, and admits new prompts."""
+        reads, begin, cached = [], [], []
+        running = bool(self._in_state("running"))
+        while not reads or (reads[0].program == "small" and len(reads) < self.config.prompts_together):
+            choice = self._choose()
+            if choice is None:
+                break
+            sequence, start, placement = choice
+            prompt = sequence.arrival.prompt_tokens
+            program, count = self.config.next_chunk(prompt, start)
+            if (reads and program != "small") or (not reads and running and not self._may_read(program)):
+                break
+            if placement:
+                self._place(sequence, *placement)
+                sequence.state = "reading"
+                cached.append((sequence.id, start))
+                self._prompt_tokens += prompt
+                self._cached_tokens += start
+            sequence.done = start + count
+            # Pages are written before any are read: so chunks of the same step may use this one.
+            self._index(sequence, start)
+            last = sequence.done == prompt
+            reads.append(Read(sequence.id, program, start, count, sequence.pages, last))
+            if last:
+                sequence.state, sequence.drawn = "running", 1
+                begin.append(Begin(*sequence.placed, prompt))
+        if reads:
+            self._chunks, self._decodes = self._chunks + 1, 0
+        return tuple(reads), tuple(begin), tuple(cached)
 
     def _choose(self) -> tuple[_Sequence, int, _Placement | None] | None:
-        """The prompt to read now, from where, and its place if it has none yet.
+        """The prompt to read next, from where, and its place if it has none yet.
 
         A prompt's turn comes later by `AGEING_STEPS` for each of its chunks. So short ones overtake, but not for ever.
         One without a place is passed over until the step of its turn; from then on no later one is admitted.

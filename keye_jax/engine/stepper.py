@@ -8,13 +8,14 @@ programs have shapes that the settings decide, none of them a request; `warmup` 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from keye_jax.engine.constraint import Constraint
-from keye_jax.engine.plan import Placed, Plan, SchedulerConfig
+from keye_jax.engine.plan import PROGRAMS, Placed, Plan, Program, Read, SchedulerConfig
 from keye_jax.kv_cache import PagePool
 from keye_jax.page_allocator import PAGE_SIZE
 from keye_jax.progress import Progress
@@ -74,7 +75,7 @@ class DrawnTokens:
         self._parts: list[tuple[tuple[tuple[int, str], ...], jax.Array]] = []
 
     def add(self, rows: tuple[tuple[int, str], ...], drawn: jax.Array) -> None:
-        """Adds what the sequences of some rows, `(row, id)`, drew."""
+        """Adds what the sequences of some rows of `drawn`, `(row, id)`, drew."""
         self._parts.append((rows, drawn))
         drawn.copy_to_host_async()
 
@@ -132,36 +133,22 @@ class Stepper:
             those that this one has drawn so far, which it is given. The forward pass is queued by then.
         """
         runtime, drawn = self.runtime, DrawnTokens()
-        for row in plan.clear:
-            self._leave_row(row)
         for placed in plan.offload:
             self._saved[placed.id] = runtime.take_pages(self._pool, placed.pages)
-            self._leave_row(placed.row)
+        self._leave_rows((*plan.clear, *(placed.row for placed in plan.offload)))
         for placed in plan.restore:
             self._restore(placed, sequence(placed.id))
         for placed in plan.grow:
             self._state = runtime.set_pages(self._state, placed.row, np.asarray(placed.pages, np.int32))
-        if plan.read is not None:
-            read, data = plan.read, sequence(plan.read.id)
-            tokens = slice(read.start, read.start + read.count)
-            pads = slice(data.pads_before[tokens.start], data.pads_before[tokens.stop])
-            segment = Segment(
-                data.input_ids[tokens],
-                data.positions[:, tokens],
-                np.asarray(read.pages, np.int32),
-                data.embeds[pads],
-                read.start,
-            )
-            size = self.config.large if read.program == "large" else self.config.small
-            logits, self._pool = runtime.read_chunk(
-                segment, self._pool, tokens=size, table_width=self.config.table_width
-            )
-            for begin in plan.begin:
-                # The row draws its first token as it draws the others; `draw` counts the prompt's last token as read.
-                token, length = int(data.input_ids[-1]), begin.prompt_tokens - 1
-                self._set_row(Placed(*begin[:3]), data, token=token, length=length)
-                self._draw(logits, begin.row)
-                drawn.add(((begin.row, begin.id),), runtime.drawn(self._state))
+        if plan.program is not None:
+            segments = [_segment(read, sequence(read.id)) for read in plan.reads]
+            logits = self._read(plan.program, segments)
+            lasts = [place for place, read in enumerate(plan.reads) if read.last]
+            for place, begin in zip(lasts, plan.begin, strict=True):
+                # The draw counts the prompt's last token as read.
+                values = self._row_values(Placed(*begin[:3]), sequence(begin.id), length=begin.prompt_tokens - 1)
+                self._state, first = runtime.begin_row(logits, place, self._state, begin.row, **values)
+                drawn.add(((0, begin.id),), first)
         if plan.decode:
             constraints = {row: self._constraints[row] for row, _ in plan.rows if row in self._constraints}
             if any(each.active or each.allowed is not self._allowed[row] for row, each in constraints.items()):
@@ -173,6 +160,14 @@ class Stepper:
                 self._state, self._pool = runtime.decode_and_sample(self._state, self._pool)
             drawn.add(plan.rows, runtime.drawn(self._state))
         return drawn
+
+    def _read(self, program: Program, segments: Sequence[Segment]) -> jax.Array:
+        """Reads chunks with one of the two programs; returns their logits, float32 `[s, vocab]`."""
+        tokens, sequences = self.config.chunk_shape(program)
+        logits, self._pool = self.runtime.read_chunk(
+            segments, self._pool, tokens=tokens, sequences=sequences, table_width=self.config.table_width
+        )
+        return logits
 
     def _allow(self, masks: dict[int, np.ndarray]) -> None:
         """Says what rows may draw, unless the devices know."""
@@ -236,7 +231,7 @@ class Stepper:
             rows=config.rows,
             pages=self._pool.page_count,
             table_width=config.table_width,
-            chunks=(config.large, config.small),
+            chunks=[config.chunk_shape(program) for program in PROGRAMS],
             images=sizes,
             normalisation=self._normalisation,
             heat=self._counts_heat,
@@ -250,23 +245,20 @@ class Stepper:
             dummy, np.zeros((3, 1), np.int32), 0, np.zeros(2, int), np.zeros((0, 1)), SamplingParams(), {}
         )
         starts = {0, runtime.dense_below} if runtime.options.attention == "sparse" else {0}
-        logits = None
-        for size in (config.large, config.small):
+        values = self._row_values(Placed("", 0, ()), data, length=0)
+        self._state = runtime.set_row(self._state, 0, **values)
+        for program in PROGRAMS:
             for start in starts:
                 segment = Segment(dummy, data.positions, np.zeros(config.table_width, np.int32), None, start)
-                logits, self._pool = runtime.read_chunk(
-                    segment, self._pool, tokens=size, table_width=self.config.table_width
-                )
-        assert logits is not None, "there are two sizes of chunks"
-        self._set_row(Placed("", 0, ()), data, token=0, length=0)
-        self._draw(logits, 0)
+                logits = self._read(program, [segment])
+                self._state, _ = runtime.begin_row(logits, 0, self._state, 0, **values)
         self._state = runtime.set_pages(self._state, 0, dummy)
         everything = np.full(self._state.sampling.allowed.shape[1], 0xFFFFFFFF, np.uint32)
         read, self._state, self._pool = runtime.decode(self._state, self._pool)
         self._state = runtime.draw(read, runtime.set_allowed(self._state, {0: everything}))
         if self._counts_heat:
             runtime.heat(self._state, 0)
-        self._state = runtime.clear_row(self._state, 0)
+        self._leave_rows((0,))
         if config.optimistic:
             self._pool = runtime.put_pages(self._pool, (0,), runtime.take_pages(self._pool, (0,)))
         self._state, self._pool = runtime.decode_and_sample(self._state, self._pool)
@@ -278,9 +270,10 @@ class Stepper:
         self._pool = self.runtime.put_pages(self._pool, placed.pages[:held], saved)
         # All that it drew but the last token is in its pages.
         length = len(data.input_ids) + len(data.tokens) - 1
-        self._set_row(placed, data, token=data.tokens[-1], length=length)
+        self._state = self.runtime.set_row(self._state, placed.row, **self._row_values(placed, data, length=length))
 
-    def _set_row(self, placed: Placed, data: SequenceData, *, token: int, length: int) -> None:
+    def _row_values(self, placed: Placed, data: SequenceData, *, length: int) -> dict[str, Any]:
+        """What `set_row` takes of a sequence that comes into its row, with the last token that it has."""
         allowed = None
         if data.constraint is not None:
             self._constraints[placed.row] = data.constraint
@@ -288,36 +281,44 @@ class Stepper:
         if data.selection_heat:
             self._heated[placed.row] = placed.id
         heat = self._heats.pop(placed.id, None)
-        self._state = self.runtime.set_row(
-            self._state,
-            placed.row,
-            token=token,
-            length=length,
-            position_delta=data.position_delta,
-            pages=np.asarray(placed.pages, np.int32),
-            allowed=allowed,
-            heat=None if heat is None else np.asarray(heat),
-            sampling=data.sampling,
-            prompt=data.input_ids,
-            answer=np.asarray(data.tokens, np.int32),
-            bias=data.logit_bias,
-        )
+        return {
+            "token": data.tokens[-1] if data.tokens else int(data.input_ids[-1]),
+            "length": length,
+            "position_delta": data.position_delta,
+            "pages": np.asarray(placed.pages, np.int32),
+            "allowed": allowed,
+            "heat": None if heat is None else np.asarray(heat),
+            "sampling": data.sampling,
+            "prompt": data.input_ids,
+            "answer": np.asarray(data.tokens, np.int32),
+            "bias": data.logit_bias,
+        }
 
-    def _leave_row(self, row: int) -> None:
-        """Makes a row idle, and keeps its heat if its sequence wants it."""
-        self._constraints.pop(row, None)
-        name = self._heated.pop(row, None)
-        if name is not None:
-            self._heats[name] = self.runtime.heat(self._state, row)
-            self._heats[name].copy_to_host_async()
-        self._state = self.runtime.clear_row(self._state, row)
+    def _leave_rows(self, rows: Sequence[int]) -> None:
+        """Makes rows idle, and keeps their heat if their sequences want it."""
+        if not rows:
+            return
+        for row in rows:
+            self._constraints.pop(row, None)
+            name = self._heated.pop(row, None)
+            if name is not None:
+                self._heats[name] = self.runtime.heat(self._state, row)
+                self._heats[name].copy_to_host_async()
+        self._state = self.runtime.clear_rows(self._state, rows)
 
     @property
     def _counts_heat(self) -> bool:
         return self._state.heat.shape[1] > 0
 
-    def _draw(self, logits: jax.Array, row: int) -> None:
-        """One row draws from logits, float32 `[1, vocab]`."""
-        rows = np.arange(self.config.rows) == row
-        wide = self.runtime.spread(logits, self.config.rows)
-        self._state = self.runtime.draw(wide, self._state, self.runtime.put(rows))
+
+def _segment(read: Read, data: SequenceData) -> Segment:
+    """The tokens of a chunk."""
+    tokens = slice(read.start, read.start + read.count)
+    pads = slice(data.pads_before[tokens.start], data.pads_before[tokens.stop])
+    return Segment(
+        data.input_ids[tokens],
+        data.positions[:, tokens],
+        np.asarray(read.pages, np.int32),
+        data.embeds[pads],
+        read.start,
+    )

@@ -91,7 +91,7 @@ def expert_inputs(
         if runtime.table_width(len(prompt.input_ids)) > tables.shape[1]:
             pool, tables = runtime.new_cache(1, len(prompt.input_ids))
         segment = Segment(prompt.input_ids, prompt.positions, tables[0], prompt.vision_embeds)
-        for planned, x, positions, batch in runtime.chunks([segment], pool):
+        for planned, x, positions, batch, _ in runtime.chunks([segment], pool):
             # With selections layers also return what their experts are given.
             options = dataclasses.replace(runtime.chunk_options(dense=planned.dense), selections=True)
             pool, seen = _read_chunk(

@@ -100,3 +100,66 @@ def idle_row(table_width: int, vocab: int, heat_tokens: int = 0) -> DecodeState:
     )
     idle: Any = np.bool_(False)
     return dataclasses.replace(row, active=idle)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WideValues:
+    """What a row has for each token of the vocabulary or of its pages. Mostly it is that of an idle row.
+
+    Attributes:
+      counts, in_prompt, bias, allowed: as in `SamplingState`, without the batch dimension.
+      heat: as in `DecodeState`.
+    """
+
+    counts: Any
+    in_prompt: Any
+    bias: Any
+    allowed: Any
+    heat: Any
+
+
+_SAMPLING = ("counts", "in_prompt", "bias", "allowed")
+
+
+def wide_values(row: DecodeState) -> WideValues:
+    """Those of a row."""
+    sampling: Any = {name: getattr(row.sampling, name) for name in _SAMPLING}
+    return WideValues(**sampling, heat=row.heat)
+
+
+def narrow(state: DecodeState) -> Any:
+    """A state, or a row, with None in place of `WideValues`."""
+    nothing: Any = dict.fromkeys(_SAMPLING)
+    others: Any = {"sampling": dataclasses.replace(state.sampling, **nothing), "heat": None}
+    return dataclasses.replace(state, **others)
+
+
+def widen(narrowed: Any, wide: WideValues) -> DecodeState:
+    """A row from what `narrow` and `wide_values` gave of it."""
+    sampling = dataclasses.replace(narrowed.sampling, **{name: getattr(wide, name) for name in _SAMPLING})
+    return dataclasses.replace(narrowed, sampling=sampling, heat=wide.heat)
+
+
+def pack_row(number: int, row: DecodeState, place: int = 0) -> np.ndarray:
+    """The number of a row and its values but `WideValues` as one array, int32 `[n]`: one transfer to the devices.
+
+    Args:
+      place: the place of its logits among those of the prompts that were read with its own.
+    """
+    words = [np.asarray([number, place], np.int32)]
+    for value in map(np.atleast_1d, jax.tree.leaves(narrow(row))):
+        words.append(value.astype(np.int32) if value.dtype == bool else value.view(np.int32))
+    return np.concatenate(words)
+
+
+def unpack_row(packed: jax.Array, wide: WideValues, state: DecodeState) -> tuple[jax.Array, jax.Array, DecodeState]:
+    """Number, place and values of a row of `state` from what `pack_row` returned."""
+    like, tree = jax.tree.flatten(narrow(state))
+    values, first = [], 2
+    for x in like:
+        count = int(np.prod(x.shape[1:]))
+        words = packed[first : first + count].reshape(x.shape[1:])
+        values.append(words != 0 if x.dtype == bool else jax.lax.bitcast_convert_type(words, x.dtype))
+        first += count
+    return packed[0], packed[1], widen(jax.tree.unflatten(tree, values), wide)

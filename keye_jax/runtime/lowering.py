@@ -15,9 +15,9 @@ from keye_jax.kv_cache import BatchMetadata, PagePool
 from keye_jax.page_allocator import PAGE_SIZE
 from keye_jax.progress import Progress
 from keye_jax.runtime import programs
-from keye_jax.runtime.decode import idle_row
+from keye_jax.runtime.decode import idle_row, pack_row, wide_values
 from keye_jax.runtime.encode import images_at_once
-from keye_jax.runtime.prefill import ChunkShape, packed_shape, single_shape
+from keye_jax.runtime.prefill import ChunkShape, fixed_shape, packed_shape, single_shape
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.sharding.collectives import Axes
 
@@ -79,32 +79,34 @@ def engine_programs(
     rows: int,
     pages: int,
     table_width: int,
-    chunks: Sequence[int],
+    chunks: Sequence[tuple[int, int]],
     images: Sequence[int],
     normalisation: tuple[jax.Array, jax.Array],
     heat: bool = False,
 ) -> list[jax.stages.Traced]:
-    """The large programs of an engine: `decode_and_sample`, `decode`, `draw`, `read_chunk` and `encode_images`.
+    """The large programs of an engine: `decode_and_sample`, `decode`, `draw`, `begin_row`, `read_chunk` and
+    `encode_images`.
 
     Args:
       rows: of the batch.
       pages: of the pool.
       table_width: columns of page tables.
-      chunks: tokens of the chunks that `read_chunk` reads.
+      chunks: tokens and sequences of the shapes in which `read_chunk` reads.
       images: patches that images are padded to.
       normalisation: what `Runtime.pixel_normalisation` returned.
       heat: as for `Runtime.new_state`.
     """
     sparse = runtime.options.attention == "sparse"
     shapes = [
-        dataclasses.replace(single_shape(tokens, table_width, tokens, runtime.prefill_step), dense=dense)
-        for tokens in chunks
+        dataclasses.replace(fixed_shape(tokens, sequences, table_width, runtime.prefill_step), dense=dense)
+        for tokens, sequences in chunks
         for dense in ((True, False) if sparse and runtime.dense_below else (False,))
     ]
     return [
         _decode_program(runtime, rows, table_width, pages, heat=heat),
         _decode_program(runtime, rows, table_width, pages, sample=False, heat=heat),
         _draw_program(runtime, rows, table_width, heat),
+        *(_begin_program(runtime, rows, table_width, heat, count) for count in sorted({count for _, count in chunks})),
         *(_chunk_program(runtime, shape, pages) for shape in shapes),
         *(_encode_program(runtime, patches, normalisation) for patches in images),
     ]
@@ -127,11 +129,16 @@ def compile_side_by_side(traced: Sequence[jax.stages.Traced], progress: Progress
 
 def _draw_program(runtime: Runtime, rows: int, width: int, heat: bool) -> jax.stages.Traced:
     logits: Any = _shape(runtime, (rows, runtime.config.vocab_size), jnp.float32)
-    drawing: Any = _shape(runtime, (rows,), jnp.bool_)
     state = _state_shape(runtime, rows, width, heat)
-    return programs.draw.trace(
-        logits, state, drawing, step=runtime.decode_step, implementation=runtime.options.implementation
-    )
+    return programs.draw.trace(logits, state, step=runtime.decode_step, implementation=runtime.options.implementation)
+
+
+def _begin_program(runtime: Runtime, rows: int, width: int, heat: bool, sequences: int) -> jax.stages.Traced:
+    row = idle_row(width, runtime.config.vocab_size, width * PAGE_SIZE if heat else 0)
+    packed, wide = jax.tree.map(lambda x: _shape(runtime, x.shape, x.dtype), (pack_row(0, row), wide_values(row)))
+    logits: Any = _shape(runtime, (sequences, runtime.config.vocab_size), jnp.float32)
+    how: dict[str, Any] = {"step": runtime.decode_step, "implementation": runtime.options.implementation}
+    return programs.begin_row.trace(logits, _state_shape(runtime, rows, width, heat), packed, wide, **how)
 
 
 def workspace_bytes(traced: Iterable[jax.stages.Traced]) -> int:

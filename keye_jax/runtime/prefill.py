@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from keye_jax.config import KeyeConfig
@@ -54,6 +55,11 @@ class Segment:
     vision_embeds: jax.Array | np.ndarray | None = None
     start: int = 0
 
+    def part(self, first: int, end: int) -> Segment:
+        """Its tokens `first` to `end - 1`, with all embeddings."""
+        tokens, positions = self.input_ids[first:end], self.positions[:, first:end]
+        return dataclasses.replace(self, input_ids=tokens, positions=positions, start=self.start + first)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chunk:
@@ -92,6 +98,20 @@ class Chunk:
         for row, (member, count) in enumerate(zip(sequence, self.batch.count, strict=True)):
             there[row, :count] = values[int(self.segments[member])][self.token[row, :count]]
         return there
+
+    def pack(self, vision_rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """What the devices have to know of it, in two arrays: each transfer takes a host tens of microseconds.
+
+        Args:
+          vision_rows: of each segment int32 `[t]`, as `vision_rows` below returns them.
+
+        Returns:
+          int32 `[5, b, t]`, ids, rows of vision embeddings, and positions; and int32 `[n]` for `unpack_others`.
+        """
+        tokens = np.concatenate([self.ids[None], self.lay_out(vision_rows)[None], self.positions])
+        sequence = np.zeros_like(self.batch.start) if self.batch.sequence is None else self.batch.sequence
+        parts = self.batch.start, self.batch.count, self.last, sequence, np.ravel(self.batch.page_table)
+        return tokens, np.concatenate(parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,17 +211,38 @@ def plan_chunks(
             yield from _chunks(shared, segments, shape, step, pool_pages)
 
 
-def plan_chunk(segment: Segment, tokens: int, step: StepSharding, pool_pages: int, table_width: int) -> Chunk:
-    """One chunk of a fixed shape that reads all of a segment, which may be shorter.
+def fixed_shape(tokens: int, sequences: int, table_width: int, step: StepSharding) -> ChunkShape:
+    """The shape of a step that reads at most `tokens` tokens of each of at most so many sequences.
+
+    On several devices together it reads one sequence.
+    """
+    if sequences == 1:
+        return single_shape(tokens, table_width, tokens, step)
+    assert step.size(step.query_sequence) * step.size(step.batch) == 1, "several sequences are read on one device"
+    return ChunkShape(sequences, tokens, sequences, table_width)
+
+
+def plan_chunk(segments: Sequence[Segment], shape: ChunkShape, step: StepSharding, pool_pages: int) -> Chunk:
+    """One chunk of a shape of `fixed_shape` that reads all of some segments.
 
     Args:
-      tokens: of the shape, on all devices together: those that a step reads of a longer prompt.
       pool_pages: as for `plan_chunks`.
-      table_width: columns of the page table.
     """
-    shape = single_shape(tokens, table_width, tokens, step)
-    (chunk,) = _chunks([(0, 0, len(segment.input_ids))], [segment], shape, step, pool_pages)
+    spans = [(index, 0, len(segment.input_ids)) for index, segment in enumerate(segments)]
+    (chunk,) = _chunks(spans, segments, shape, step, pool_pages)
     return chunk
+
+
+def unpack_others(
+    others: jax.Array, rows: int, sequences: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Start, count, last, sequence and page table from what `Chunk.pack` returned second.
+
+    Args:
+      rows, sequences: b and s.
+    """
+    start, count, last, sequence, table = jnp.split(others, np.cumsum([rows, rows, sequences, rows]))
+    return start, count, last, sequence, table.reshape(sequences, -1)
 
 
 def _chunks(
@@ -272,6 +313,16 @@ def _fill(chunk: list[list[_Run]], segments: Sequence[Segment], shape: ChunkShap
         arrays["sequence"] = sequence
     batch = BatchMetadata(**arrays)
     return Chunk(ids, token, positions, batch, named, last, tuple(done[each] for each in members), shape.dense)
+
+
+def pad_rows(segments: Sequence[Segment], config: KeyeConfig) -> list[np.ndarray]:
+    """As `vision_rows`, of embeddings that are in the order of the pads."""
+    rows, before = [], 0
+    for segment in segments:
+        pads = np.isin(segment.input_ids, (config.image_token_id, config.video_token_id))
+        rows.append(np.where(pads, before + np.cumsum(pads) - 1, -1).astype(np.int32))
+        before += np.count_nonzero(pads)
+    return rows
 
 
 def vision_rows(segments: Sequence[Segment], config: KeyeConfig) -> tuple[list[np.ndarray], int]:

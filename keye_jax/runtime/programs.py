@@ -23,7 +23,8 @@ from keye_jax.model.embedding import take_tokens
 from keye_jax.model.keye import Keye
 from keye_jax.model.projector import Projector
 from keye_jax.model.vision import VisionEncoder
-from keye_jax.runtime.decode import DecodeState
+from keye_jax.runtime.decode import DecodeState, WideValues, narrow, unpack_row, wide_values, widen
+from keye_jax.runtime.prefill import unpack_others
 from keye_jax.runtime.sampling import SamplingState, TokenScores, counted, sample, token_scores
 from keye_jax.sharding.step import StepSharding, spec
 from pallas_kernels.dispatch import resolve
@@ -81,18 +82,34 @@ def encode(
     return step.constrain(step.shard_module(modules, run, (images, images), images)(pixels, sizes))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "step"))
-def embed(
+@functools.partial(jax.jit, static_argnames=("model", "sequences", "step"))
+def chunk_inputs(
     model: ModelDef,
     params: Params,
-    ids: jax.Array,
+    tokens: jax.Array,
+    others: jax.Array,
     vision_embeds: jax.Array,
-    vision_index: jax.Array,
     *,
+    sequences: int,
     step: StepSharding,
-) -> jax.Array:
-    """Embeddings of a chunk of prompts; see `Keye.embed`."""
-    return model.merge(params).embed(ids, vision_embeds, vision_index, step)
+) -> tuple[jax.Array, jax.Array, BatchMetadata, jax.Array]:
+    """What `prefill_chunk` takes of a chunk of prompts, from what `Chunk.pack` returned of it.
+
+    Args:
+      tokens: int32 `[5, b, t]`.
+      others: int32 `[n]`.
+      vision_embeds: `[v, embed]`, at least one row; see `Keye.embed`.
+      sequences: most sequences of the chunk, s.
+
+    Returns:
+      embeddings `[b, t, embed]`, positions, metadata and last tokens.
+    """
+    ids, vision_index, *positions = tokens
+    x = model.merge(params).embed(ids, vision_embeds, vision_index, step)
+    start, count, last, sequence, table = unpack_others(others, ids.shape[0], sequences)
+    batch = BatchMetadata(table, start, count, None if ids.shape[0] == 1 else sequence)
+    batch, last = jax.tree.map(step.constrain, (batch, last))
+    return x, step.constrain(jnp.stack(positions), (), step.rows), batch, last
 
 
 @functools.partial(jax.jit, static_argnames=("model", "step", "options"), donate_argnames="pool")
@@ -247,8 +264,10 @@ def decode(platform: str) -> jax.stages.Wrapped:
     )
 
 
-draw = jax.jit(_draw, static_argnames=("step", "implementation"), donate_argnames="state")
-"""The program that samples from the logits of `decode`; see `_draw`. A mask may change in between."""
+@functools.partial(jax.jit, static_argnames=("step", "implementation"), donate_argnames="state")
+def draw(logits: jax.Array, state: DecodeState, *, step: StepSharding, implementation: str | None) -> DecodeState:
+    """Active rows draw from the logits of `decode`; see `_draw`. A mask may change in between."""
+    return _draw(logits, state, state.active, step=step, implementation=implementation)
 
 
 @functools.cache
@@ -281,14 +300,48 @@ def unpack_drawn(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def set_row(state: DecodeState, row: jax.Array, values: DecodeState) -> DecodeState:
-    """The state with `values`, of one row, in row number `row`."""
+def set_row(state: DecodeState, packed: jax.Array, wide: WideValues) -> DecodeState:
+    """The state with a sequence in a row, from what `pack_row` and `wide_values` gave of it."""
+    row, _, values = unpack_row(packed, wide, state)
     return jax.tree.map(lambda x, value: x.at[row].set(value), state, values)
 
 
+@functools.partial(jax.jit, static_argnames=("step", "implementation"), donate_argnames="state")
+def begin_row(
+    logits: jax.Array,
+    state: DecodeState,
+    packed: jax.Array,
+    wide: WideValues,
+    *,
+    step: StepSharding,
+    implementation: str | None,
+) -> tuple[DecodeState, jax.Array]:
+    """`set_row` of a sequence that then draws from its logits among float32 `[n, vocab]`; and `drawn` of it alone."""
+    row, place, values = unpack_row(packed, wide, state)
+    alone = jax.tree.map(lambda x: x[None], values)
+    alone = _draw(logits[place][None], alone, alone.active, step=step, implementation=implementation)
+    return jax.tree.map(lambda x, value: x.at[row].set(value[0]), state, alone), drawn(alone, step=step)
+
+
 @functools.partial(jax.jit, donate_argnames="state")
-def set_pages(state: DecodeState, row: jax.Array, table: jax.Array) -> DecodeState:
-    """The state with another page table, int32 `[m]`, in row number `row`."""
+def clear_rows(state: DecodeState, rows: jax.Array, idle: jax.Array, wide: WideValues) -> DecodeState:
+    """The state with some rows, bool `[b]`, idle.
+
+    Args:
+      idle, wide: what `pack_row` and `wide_values` gave of an idle row. Of `wide` nothing is written: idle rows have no
+        use for it, and a row that begins brings its own.
+    """
+    *_, values = unpack_row(idle, wide, state)
+    written = jax.tree.map(
+        lambda x, value: jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), value, x), narrow(state), narrow(values)
+    )
+    return widen(written, wide_values(state))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def set_pages(state: DecodeState, row_and_table: jax.Array) -> DecodeState:
+    """The state with another page table in a row: int32 `[1 + m]`, the row's number and its table."""
+    row, table = row_and_table[0], row_and_table[1:]
     return dataclasses.replace(state, page_table=state.page_table.at[row].set(table))
 
 
@@ -303,12 +356,6 @@ def set_allowed(state: DecodeState, rows: jax.Array, allowed: jax.Array) -> Deco
 def heat(state: DecodeState, row: jax.Array, *, step: StepSharding) -> jax.Array:
     """A copy of one row's heat, int32 `[h]`, on every device."""
     return step.constrain(state.heat[row])
-
-
-@functools.partial(jax.jit, static_argnames="rows")
-def spread(logits: jax.Array, rows: int) -> jax.Array:
-    """`[1, vocab]` to `[rows, vocab]`."""
-    return jnp.broadcast_to(logits, (rows, logits.shape[1]))
 
 
 @functools.partial(jax.jit, static_argnames="step")

@@ -25,9 +25,18 @@ from keye_jax.model.params import shard_params
 from keye_jax.page_allocator import PAGE_SIZE, PageAllocator, pages_for
 from keye_jax.progress import Progress
 from keye_jax.runtime import programs
-from keye_jax.runtime.decode import DecodeState, active_row, idle_row
+from keye_jax.runtime.decode import DecodeState, WideValues, active_row, idle_row, pack_row, wide_values
 from keye_jax.runtime.encode import ImageBatch, batch_images, image_batch
-from keye_jax.runtime.prefill import Chunk, Segment, plan_chunk, plan_chunks, round_up, vision_rows
+from keye_jax.runtime.prefill import (
+    Chunk,
+    Segment,
+    fixed_shape,
+    pad_rows,
+    plan_chunk,
+    plan_chunks,
+    round_up,
+    vision_rows,
+)
 from keye_jax.sharding.collectives import Axes
 from keye_jax.sharding.mesh_rules import MeshRules
 from keye_jax.sharding.step import StepSharding
@@ -86,7 +95,7 @@ class Runtime:
         committed = (x.sharding for x in arrays if isinstance(x, jax.Array) and x.committed)
         self._device = next(committed, None) if self.rules.sharding() is None else None
         # What many steps take, by its shape, so that it is on the devices once.
-        self._idle_rows: dict[tuple[int, int], tuple[DecodeState, DecodeState]] = {}
+        self._idle_rows: dict[tuple[int, int], tuple[DecodeState, jax.Array, WideValues]] = {}
         self._no_vision: dict[int, jax.Array] = {}
 
     def put(self, array: np.ndarray, *dimensions: Axes) -> jax.Array:
@@ -96,7 +105,7 @@ class Runtime:
         """
         sharding = self.placement(*dimensions)
         if sharding is None:
-            # `jnp.asarray` compiles a program for each new shape, and `device_put` may share the host's memory.
+            # `jnp.asarray` compiles a program for each shape. `device_put` may share the host's memory: hence a copy.
             return jax.device_put(np.array(array))
         return jax.make_array_from_callback(array.shape, sharding, lambda part: np.array(array[part]))
 
@@ -260,62 +269,61 @@ class Runtime:
     # Prefill.
 
     def read_chunk(
-        self, segment: Segment, pool: PagePool, *, tokens: int, table_width: int
+        self, segments: Sequence[Segment], pool: PagePool, *, tokens: int, sequences: int = 1, table_width: int
     ) -> tuple[jax.Array, PagePool]:
-        """Reads new tokens of one sequence in a step of a fixed shape.
+        """Reads new tokens of one sequence, or of several, in a step of a fixed shape.
 
         Args:
-          segment: of at most `tokens` tokens. Its `vision_embeds` are those of its own pads, a NumPy array, in the
-            order of the pads.
+          segments: each of at most `tokens` tokens. `vision_embeds` are those of its own pads, a NumPy array, in the
+            order of the pads. A segment may need pages that another one writes.
           pool: donated.
-          tokens: of the shape, on all devices together.
+          tokens: of each sequence in the shape, on all devices together.
+          sequences: of the shape. More than 1 are read on one device only, and without `dense_below`.
           table_width: columns of the page table, of the shape.
 
         Returns:
-          float32 `[1, vocab]` logits of the last token, and the pool.
+          float32 `[sequences, vocab]` logits of each segment's last token, and the pool.
         """
-        pads = np.isin(segment.input_ids, (self.config.image_token_id, self.config.video_token_id))
-        row_of = np.where(pads, np.cumsum(pads) - 1, -1).astype(np.int32)
-        vision = self._pad_embeds(tokens, segment.vision_embeds)
-        step, count = self.prefill_step, len(segment.input_ids)
+        rows = pad_rows(segments, self.config)
+        vision = self._pad_embeds(tokens * sequences, [segment.vision_embeds for segment in segments])
+        shape = fixed_shape(tokens, sequences, table_width, self.prefill_step)
         below = self.dense_below if self.options.attention == "sparse" else 0
-        cut = int(np.clip(below - segment.start, 0, count))
-        logits = None
-        for first, end, dense in ((0, cut, True), (cut, count, False)):
-            if first == end:
+        assert not below or sequences == 1, "parts of several prompts that attend to all keys are not read together"
+        cut, logits = int(np.clip(below - segments[0].start, 0, tokens)), None
+        for first, end, dense in ((0, cut, True), (cut, tokens, False)):
+            parts = [segment.part(first, end) for segment in segments]
+            if not len(parts[0].input_ids):
                 continue
-            part = dataclasses.replace(
-                segment,
-                input_ids=segment.input_ids[first:end],
-                positions=segment.positions[:, first:end],
-                start=segment.start + first,
-            )
-            chunk = plan_chunk(part, tokens, step, pool.page_count, table_width)
-            seen = self.put(chunk.lay_out([row_of[first:end]]), step.rows)
-            ids = self.put(chunk.ids, step.rows)
-            x = programs.embed(self.model_def, self.params, ids, vision, seen, step=step)
-            positions, batch = self.put(chunk.positions, (), step.rows), jax.tree.map(self.put, chunk.batch)
-            logits, pool = self._read(x, positions, batch, chunk.last, pool, dense=dense)
+            chunk = plan_chunk(parts, shape, self.prefill_step, pool.page_count)
+            inputs = self._chunk_inputs(chunk, [row[first:end] for row in rows], vision)
+            logits, pool = self._read(inputs, pool, dense=dense)
         assert logits is not None, "a segment has no tokens"
         return logits, pool
 
+    def _chunk_inputs(
+        self, chunk: Chunk, rows: Sequence[np.ndarray], vision: jax.Array
+    ) -> tuple[jax.Array, jax.Array, BatchMetadata, jax.Array]:
+        """See `programs.chunk_inputs`; `rows` are for `Chunk.pack`."""
+        (tokens, others), step = chunk.pack(rows), self.prefill_step
+        arrays = self.put(tokens, (), step.rows), self.put(others), vision
+        return programs.chunk_inputs(self.model_def, self.params, *arrays, sequences=len(chunk.segments), step=step)
+
     def _read(
-        self, x: jax.Array, positions: jax.Array, batch: BatchMetadata, last: np.ndarray, pool: PagePool, *, dense: bool
+        self, inputs: tuple[jax.Array, jax.Array, BatchMetadata, jax.Array], pool: PagePool, *, dense: bool
     ) -> tuple[jax.Array, PagePool]:
         """Logits of each segment's last token in a chunk, and the pool, which is donated."""
-        weights, last_there, options = (self.model_def, self.params), self.put(last), self.chunk_options(dense=dense)
-        return programs.prefill_chunk(
-            *weights, x, positions, batch, last_there, pool, step=self.prefill_step, options=options
-        )
+        how: dict[str, Any] = {"step": self.prefill_step, "options": self.chunk_options(dense=dense)}
+        return programs.prefill_chunk(self.model_def, self.params, *inputs, pool, **how)
 
-    def _pad_embeds(self, tokens: int, embeds: np.ndarray | jax.Array | None) -> jax.Array:
+    def _pad_embeds(self, tokens: int, embeds: Sequence[np.ndarray | jax.Array | None]) -> jax.Array:
         """Embeddings of pads in `[tokens, embed]`, with zeros behind them."""
-        if embeds is None or not len(embeds):
-            if tokens not in self._no_vision:
-                self._no_vision[tokens] = self.put(np.zeros((tokens, self.config.hidden_size), self.dtype))
+        given = [each for each in embeds if each is not None and len(each)]
+        if not given and tokens in self._no_vision:
             return self._no_vision[tokens]
         vision = np.zeros((tokens, self.config.hidden_size), self.dtype)
-        vision[: len(embeds)] = embeds
+        if not given:
+            return self._no_vision.setdefault(tokens, self.put(vision))
+        vision[: sum(map(len, given))] = np.concatenate(given)
         return self.put(vision)
 
     def prefill(
@@ -336,10 +344,10 @@ class Runtime:
         chunks = self.chunks(segments, pool)
         chunk = next(chunks, None)
         while chunk:
-            planned, x, positions, batch = chunk
+            planned, inputs = chunk[0], chunk[1:]
             # Before this one is read: a loop whose end devices decide keeps this thread until they are there.
             chunk = next(chunks, None)
-            found, pool = self._read(x, positions, batch, planned.last, pool, dense=planned.dense)
+            found, pool = self._read(inputs, pool, dense=planned.dense)
             for member, (segment, upto) in enumerate(zip(planned.segments, planned.done, strict=False)):
                 if upto == len(segments[segment].input_ids):
                     logits[segment] = found[member]
@@ -359,7 +367,7 @@ class Runtime:
           float32 `[tokens, vocab]` logits of a chunk's tokens, the pool, each layer's intermediates `[tokens, ...]`,
           and the tokens done so far.
         """
-        for planned, x, positions, batch in self.chunks([segment], pool):
+        for planned, x, positions, batch, _ in self.chunks([segment], pool):
             options = dataclasses.replace(self.chunk_options(dense=planned.dense), intermediates=True)
             logits, pool, found = programs.forward_with_intermediates(
                 self.model_def, self.params, x, positions, batch, pool, step=self.prefill_step, options=options
@@ -369,8 +377,8 @@ class Runtime:
 
     def chunks(
         self, segments: Sequence[Segment], pool: PagePool
-    ) -> Iterator[tuple[Chunk, jax.Array, jax.Array, BatchMetadata]]:
-        """Each chunk with its embeddings, positions and metadata on the devices."""
+    ) -> Iterator[tuple[Chunk, jax.Array, jax.Array, BatchMetadata, jax.Array]]:
+        """Each chunk with its embeddings, positions, metadata and last tokens on the devices."""
         step = self.prefill_step
         rows, count = vision_rows(segments, self.config)
         given = [segment.vision_embeds for segment in segments if segment.vision_embeds is not None]
@@ -382,9 +390,7 @@ class Runtime:
         vision = jnp.pad(vision, ((0, round_up(max(1, count)) - count), (0, 0)))
         dense_below = self.dense_below if self.options.attention == "sparse" else 0
         for chunk in plan_chunks(segments, self.prefill_chunk, step, pool.page_count, dense_below=dense_below):
-            ids, seen = self.put(chunk.ids, step.rows), self.put(chunk.lay_out(rows), step.rows)
-            x = programs.embed(self.model_def, self.params, ids, vision, seen, step=step)
-            yield chunk, x, self.put(chunk.positions, (), step.rows), jax.tree.map(self.put, chunk.batch)
+            yield chunk, *self._chunk_inputs(chunk, rows, vision)
 
     def chunk_options(self, *, dense: bool) -> AttentionOptions:
         """The options of a step of prefill, which may be dense (`dense_below`)."""
@@ -403,36 +409,45 @@ class Runtime:
         return jax.tree.map(lambda value: self.put(np.repeat(np.asarray(value)[None], rows, axis=0)), row)
 
     def set_row(self, state: DecodeState, row: int, **values: Any) -> DecodeState:
-        """The state with a sequence in row `row`.
+        """The state, which is donated, with a sequence in row `row`: `values` are arguments of `active_row`."""
+        return programs.set_row(state, *self._put_row(state, row, values))
+
+    def begin_row(
+        self, logits: jax.Array, place: int, state: DecodeState, row: int, **values: Any
+    ) -> tuple[DecodeState, jax.Array]:
+        """`set_row`, and the row draws the first token of its answer; returns the state and `drawn` of this row alone.
 
         Args:
-          state: donated.
-          values: arguments of `keye_jax.runtime.decode.active_row` that say what the sequence is.
+          logits: float32 `[n, vocab]`; those at `place` are of the prompt's last token, which is the row's token.
         """
+        how: dict[str, Any] = {"step": self.decode_step, "implementation": self.options.implementation}
+        return programs.begin_row(logits, state, *self._put_row(state, row, values, place), **how)
+
+    def _put_row(
+        self, state: DecodeState, row: int, values: Mapping[str, Any], place: int = 0
+    ) -> tuple[jax.Array, WideValues]:
+        """Arguments of `programs.set_row`."""
 
         def put(value: np.ndarray, idle: np.ndarray, there: jax.Array) -> jax.Array:
-            # Arrays as long as the vocabulary are mostly those of an idle row.
-            same = np.size(value) >= self.config.vocab_size // 32 and np.array_equal(value, idle)
-            return there if same else self.put(np.asarray(value))
+            return there if value is idle or np.array_equal(value, idle) else self.put(value)
 
-        row_values = active_row(
-            **values,
-            table_width=state.page_table.shape[1],
-            vocab=self.config.vocab_size,
-            heat_tokens=state.heat.shape[1],
-        )
-        put_row = jax.tree.map(put, row_values, *self._idle_row(state))
-        return programs.set_row(state, self.put(np.asarray(row, np.int32)), put_row)
+        width, heat_tokens = state.page_table.shape[1], state.heat.shape[1]
+        found = active_row(**values, table_width=width, heat_tokens=heat_tokens, vocab=self.config.vocab_size)
+        idle, _, wide = self._idle_row(state)
+        return self.put(pack_row(row, found, place)), jax.tree.map(put, wide_values(found), wide_values(idle), wide)
 
-    def clear_row(self, state: DecodeState, row: int) -> DecodeState:
-        """The state with row `row` idle. The state is donated."""
-        return programs.set_row(state, self.put(np.asarray(row, np.int32)), self._idle_row(state)[1])
+    def clear_rows(self, state: DecodeState, rows: Sequence[int]) -> DecodeState:
+        """The state with some rows idle. The state is donated."""
+        chosen = np.zeros(len(state.active), bool)
+        chosen[list(rows)] = True
+        _, packed, wide = self._idle_row(state)
+        return programs.clear_rows(state, self.put(chosen), packed, wide)
 
     def set_pages(self, state: DecodeState, row: int, pages: np.ndarray) -> DecodeState:
         """The state with other pages, int32 `[n]`, of the sequence in row `row`. The state is donated."""
-        table = np.zeros(state.page_table.shape[1], np.int32)
-        table[: len(pages)] = pages
-        return programs.set_pages(state, self.put(np.asarray(row, np.int32)), self.put(table))
+        row_and_table = np.zeros(1 + state.page_table.shape[1], np.int32)
+        row_and_table[0], row_and_table[1 : 1 + len(pages)] = row, pages
+        return programs.set_pages(state, self.put(row_and_table))
 
     def set_allowed(self, state: DecodeState, masks: Mapping[int, np.ndarray]) -> DecodeState:
         """The state in which some rows may draw other tokens than before. It is donated.
@@ -449,17 +464,13 @@ class Runtime:
         """The heat of row `row`, int32 `[h]`, in an array that no step overwrites."""
         return programs.heat(state, self.put(np.asarray(row, np.int32)), step=self.decode_step)
 
-    def _idle_row(self, state: DecodeState) -> tuple[DecodeState, DecodeState]:
-        """An idle row of a state's sizes, on the host and on the devices."""
+    def _idle_row(self, state: DecodeState) -> tuple[DecodeState, jax.Array, WideValues]:
+        """An idle row of a state's sizes: on the host, and on the devices as `pack_row` and `wide_values` give it."""
         sizes = state.page_table.shape[1], state.heat.shape[1]
         if sizes not in self._idle_rows:
-            row = jax.tree.map(np.asarray, idle_row(sizes[0], self.config.vocab_size, sizes[1]))
-            self._idle_rows[sizes] = row, jax.tree.map(self.put, row)
+            row = idle_row(sizes[0], self.config.vocab_size, sizes[1])
+            self._idle_rows[sizes] = row, self.put(pack_row(0, row)), jax.tree.map(self.put, wide_values(row))
         return self._idle_rows[sizes]
-
-    def spread(self, logits: jax.Array, rows: int) -> jax.Array:
-        """Logits `[1, vocab]` in each of a number of rows, for `draw`."""
-        return programs.spread(logits, rows)
 
     def drawn(self, state: DecodeState) -> jax.Array:
         """What the rows drew last, in an array that no step overwrites, for `unpack_drawn` of `programs`."""
@@ -477,17 +488,9 @@ class Runtime:
         run = programs.decode(self.rules.platform)
         return run(self.model_def, self.params, state, pool, step=self.decode_step, options=self.options)
 
-    def draw(self, logits: jax.Array, state: DecodeState, rows: jax.Array | None = None) -> DecodeState:
-        """The state after some rows have drawn their next token from `logits` (float32 `[b, vocab]`).
-
-        After prefill it makes the first token of an answer: `set_row` with the prompt's last token, then draw.
-
-        Args:
-          state: donated.
-          rows: bool `[b]`; all active ones if left out.
-        """
-        rows = jnp.copy(state.active) if rows is None else rows
-        return programs.draw(logits, state, rows, step=self.decode_step, implementation=self.options.implementation)
+    def draw(self, logits: jax.Array, state: DecodeState) -> DecodeState:
+        """The state, which is donated, after active rows have drawn their next token from `logits`, `[b, vocab]`."""
+        return programs.draw(logits, state, step=self.decode_step, implementation=self.options.implementation)
 
     def decode_and_sample(self, state: DecodeState, pool: PagePool) -> tuple[DecodeState, PagePool]:
         """`decode` and `draw` in one program, for which both are donated."""

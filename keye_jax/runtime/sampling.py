@@ -114,6 +114,20 @@ class TokenScores:
     top_logprobs: jax.Array
 
 
+@functools.cache
+def _plain_values(vocab: int) -> dict[str, np.ndarray]:
+    """What a row has for each token if it is asked for nothing special. Nobody may write to these arrays."""
+    values = {
+        "counts": np.zeros(vocab, np.int32),
+        "in_prompt": np.zeros(vocab, bool),
+        "bias": np.zeros(vocab, np.float32),
+        "allowed": np.full(-(-vocab // 32), 0xFFFFFFFF, np.uint32),
+    }
+    for array in values.values():
+        array.setflags(write=False)
+    return values
+
+
 def sampling_row(
     params: SamplingParams,
     vocab: int,
@@ -123,7 +137,7 @@ def sampling_row(
     bias: Mapping[int, float] | None = None,
     allowed: np.ndarray | None = None,
 ) -> SamplingState:
-    """The state of one row, NumPy arrays without the batch dimension.
+    """The state of one row, NumPy arrays without the batch dimension. Nobody may write to them.
 
     Args:
       vocab: size of the vocabulary.
@@ -134,17 +148,21 @@ def sampling_row(
     Raises:
       UserError: a biased token is not in the vocabulary.
     """
-    biases = np.zeros(vocab, np.float32)
-    for token, value in (bias or {}).items():
+    for token in bias or ():
         if not 0 <= token < vocab:
             raise UserError(f"logit_bias has token {token}; it must be from 0 to {vocab - 1}")
-        biases[token] = value
-    seen = np.zeros(vocab, bool)
+    wide = dict(_plain_values(vocab))
+    if bias:
+        wide["bias"] = wide["bias"].copy()
+        wide["bias"][list(bias)] = list(bias.values())
     if prompt is not None and params.repetition_penalty != 1:
-        seen[np.asarray(prompt, np.int64)] = True
-    words = np.full(-(-vocab // 32), 0xFFFFFFFF, np.uint32) if allowed is None else np.asarray(allowed, np.uint32)
-    assert words.shape == (-(-vocab // 32),), "one word for each 32 tokens"
-    counted = np.bincount(np.asarray([] if answer is None else answer, np.int64), minlength=vocab)
+        wide["in_prompt"] = wide["in_prompt"].copy()
+        wide["in_prompt"][np.asarray(prompt, np.int64)] = True
+    if allowed is not None:
+        wide["allowed"] = np.asarray(allowed, np.uint32)
+    assert wide["allowed"].shape == (-(-vocab // 32),), "one word for each 32 tokens"
+    if answer is not None and len(answer):
+        wide["counts"] = np.bincount(np.asarray(answer, np.int64), minlength=vocab).astype(np.int32)
     values: dict[str, Any] = {
         "temperature": np.float32(params.temperature),
         "top_p": np.float32(params.top_p),
@@ -154,10 +172,7 @@ def sampling_row(
         "presence_penalty": np.float32(params.presence_penalty),
         "frequency_penalty": np.float32(params.frequency_penalty),
         "seed": np.uint32(params.seed % 2**32),
-        "counts": counted.astype(np.int32),
-        "in_prompt": seen,
-        "bias": biases,
-        "allowed": words,
+        **wide,
     }
     return SamplingState(**values)
 

@@ -139,7 +139,8 @@ def traced_decode(
     ids = runtime.put(tokens[:, None].astype(np.int32))
     no_vision = runtime.put(np.zeros((1, runtime.config.hidden_size), np.float32))
     text_only = runtime.put(np.full((count + idle, 1), -1, np.int32))
-    x = programs.embed(runtime.model_def, runtime.params, ids, no_vision, text_only, step=step)
+    embed = jax.jit(lambda params: runtime.model_def.merge(params).embed(ids, no_vision, text_only, step))
+    x = embed(runtime.params)
     lengths = np.maximum(lengths, 0).astype(np.int32)
     logits, pool, layers = programs.forward_with_intermediates(
         runtime.model_def,

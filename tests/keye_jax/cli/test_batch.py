@@ -77,13 +77,13 @@ def test_a_job(batch, engines, inputs, tmp_path):
 def test_options_are_what_lines_have_that_say_nothing(batch, engines):
     arguments = ("--temperature", 0.25, "--top-p", 0.5, "--top-k", 7, "--seed", 9, "--max-tokens", 5)
     media = ("--fps", 1, "--max-frames", 8, "--end", "1:00", "--max-pixels", 99999)
-    engine = ("--rows", 4, "--cache-tokens", "64K", "--frame-cache", "frames")
+    engine = ("--rows", 4, "--cache-tokens", "64K", "--frame-cache", "frames", "--prompts-together", 2)
     code, _, err = batch(line("a") + line("b", temperature=1, seed=2), *arguments, *media, *engine)
     assert code == 0, err
     _, (_, settings, engine) = engines
     assert settings["media"] == {"fps": 1.0, "max_frames": 8, "end": "1:00", "max_pixels": 99999}
     assert settings["options"] == EngineOptions(
-        rows=4, chunks_between=4, cache_tokens=65536, frame_cache=Path("frames")
+        rows=4, prompts_together=2, chunks_between=4, cache_tokens=65536, frame_cache=Path("frames")
     )
     first, second = sorted(engine.requests, key=lambda request: request.sampling.temperature)
     assert first.sampling == SamplingParams(temperature=0.25, top_p=0.5, top_k=7, seed=9) and first.max_tokens == 5

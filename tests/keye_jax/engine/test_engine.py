@@ -46,6 +46,31 @@ def test_the_same_tokens_whatever_runs_beside(engine, make, sampling):
     assert engine.stats().compilations == 0
 
 
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_prompts_read_together_have_the_same_tokens(files, monkeypatch, prefix_cache):
+    """Alone, and in one step with others: texts of one chunk and of two, and a picture."""
+    loaded = load(files / "checkpoint", dtype="float32", prefill_chunk=256, media={"max_pixels": 200704})
+    together = dataclasses.replace(OPTIONS, prompts_together=4, chunks_between=4, prefix_cache=prefix_cache)
+    picture = [{"type": "image", "image": str(files / "picture.png")}, {"type": "text", "text": "What?"}]
+    asked = [ask(words(1, 5)), ask(words(2, 8), sampling=sampled(3)), ask(words(1, 20)), ask(picture)]
+    reads = []
+    with Engine(*loaded, options=together) as engine:
+        engine.warmup()
+        expected = [tokens(engine.submit(request)) for request in asked]
+    with Engine(*loaded, options=together) as engine:
+        engine.warmup()
+        run = engine._stepper.run
+        monkeypatch.setattr(
+            engine._stepper, "run", lambda plan, *others: reads.append(plan.reads) or run(plan, *others)
+        )
+        blocker = engine.submit(ask(words(9, 30), tokens=40))  # the others come while it is read and answered
+        next(iter(blocker))
+        handles = [engine.submit(request) for request in asked]
+        assert [tokens(handle) for handle in handles] == expected
+        assert engine.stats().compilations == 0
+    assert max(map(len, reads)) > 1
+
+
 @pytest.mark.slow
 def test_a_preempted_request_goes_on_as_if_nothing_had_been(engine, make):
     requests = [ask(words(seed, 60), tokens=150, sampling=sampled(seed)) for seed in range(4)]

@@ -46,7 +46,7 @@ def come(name: str, prompt: int, most: int = 10, text: str = "", ready: int | No
 
 
 def chunks(plans: list[Plan]) -> list[tuple[str, int, int]]:
-    return [(plan.read.id, plan.read.start, plan.read.count) for plan in plans if plan.read]
+    return [(read.id, read.start, read.count) for plan in plans for read in plan.reads]
 
 
 def steps(engine: Scheduler, count: int) -> list[Plan]:
@@ -68,10 +68,10 @@ class TestOneSequence:
         plans = until_idle(engine, *come("a", prompt=300, most=3))
         pages = (0, 1, 2, 3, 4)
         assert plans == [
-            Plan(read=Read("a", "large", 0, 256, pages, last=False), cached=(("a", 0),)),
+            Plan(reads=(Read("a", "large", 0, 256, pages, last=False),), cached=(("a", 0),)),
             # The first token is drawn from the logits of the chunk, the second one by the decode step after it.
             Plan(
-                read=Read("a", "small", 256, 44, pages, last=True),
+                reads=(Read("a", "small", 256, 44, pages, last=True),),
                 begin=(Begin("a", 0, pages, 300),),
                 rows=((0, "a"),),
             ),
@@ -91,7 +91,9 @@ class TestOneSequence:
         engine.step([*come("a", prompt=100, most=100), *come("b", prompt=200, most=50)])
         assert engine.step([]).rows == ((0, "a"),)
         plan = engine.step([Ended("a")])
-        assert plan.clear == (0,) and plan.read and plan.read.id == "b" and set(plan.read.pages) == {0, 1, 2, 3}
+        assert (
+            plan.clear == (0,) and plan.reads and plan.reads[0].id == "b" and set(plan.reads[0].pages) == {0, 1, 2, 3}
+        )
 
     def test_what_comes_about_a_sequence_that_has_gone_is_ignored(self):
         engine = scheduler()
@@ -133,10 +135,10 @@ class TestBudgets:
     def test_pages_are_reserved_for_the_whole_answer(self):
         engine = scheduler(pages_per_shard=10)
         engine.step([*come("a", 64, most=300), *come("b", 64, most=300)])
-        assert engine.step().read is None and engine.stats.free_pages == 4
+        assert not engine.step().reads and engine.stats.free_pages == 4
         assert (engine.stats.running, engine.stats.waiting) == (1, 1)
         plan = engine.step([Ended("a")])
-        assert plan.read and plan.read.id == "b"
+        assert plan.reads and plan.reads[0].id == "b"
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -145,6 +147,8 @@ class TestBudgets:
             ({"small": 100}, "small is 100; it must be a positive multiple of 64"),
             ({"large": 300}, "large is 300; it must be a positive multiple of 64"),
             ({"large": 0}, "large is 0; it must be a positive multiple of 64"),
+            ({"prompts_together": 0}, "prompts_together is 0; it must be from 1 to 4"),
+            ({"prompts_together": 5}, "prompts_together is 5; it must be from 1 to 4"),
             ({"chunks_between": 0}, "chunks_between is 0; it must be at least 1"),
             ({"decodes_between": -1}, "decodes_between is -1; it must be at least 1"),
             ({"target_gap_ms": 0.0}, "target_gap_ms is 0.0; it must be above 0"),
@@ -154,6 +158,31 @@ class TestBudgets:
     def test_settings_are_checked(self, options: dict[str, Any], message: str):
         with pytest.raises(UserError, match=message):
             scheduler(**options)
+
+
+class TestTogether:
+    def test_small_chunks_of_several_prompts_are_one_step(self):
+        engine = scheduler(prompts_together=3)
+        plan = engine.step([event for name in "abcd" for event in come(name, 40, most=2)])
+        assert chunks([plan]) == [(name, 0, 40) for name in "abc"]
+        assert [begin.id for begin in plan.begin] == ["a", "b", "c"] and [name for name, _ in plan.cached] == [
+            "a",
+            "b",
+            "c",
+        ]
+        assert chunks([engine.step()]) == [("d", 0, 40)]
+
+    def test_a_large_chunk_is_read_alone_and_is_not_overtaken(self):
+        engine = scheduler(prompts_together=4)
+        plan = engine.step([*come("a", 40), *come("b", 256), *come("c", 40)])
+        assert chunks([plan]) == [("a", 0, 40)]
+        assert chunks(steps(engine, 1)) == [("b", 0, 256)]
+
+    def test_chunks_of_one_prompt_and_a_prefix_of_the_same_step(self):
+        engine = scheduler(prompts_together=4)
+        plan = engine.step([*come("a", 100, text="ab"), *come("b", 100, text="a")])
+        assert chunks([plan]) == [("a", 0, 64), ("a", 64, 36), ("b", 64, 36)]
+        assert plan.cached == (("a", 0), ("b", 64)) and plan.reads[2].pages[0] == plan.reads[0].pages[0]
 
 
 class TestOrder:
@@ -203,12 +232,12 @@ class TestOrder:
         engine = scheduler(pages_per_shard=20)
         engine.step(come("a", 60, most=500))
         plan = engine.step([*come("large", 600, most=680), *come("b", 60, most=500)])
-        assert plan.read and plan.read.id == "b"
+        assert plan.reads and plan.reads[0].id == "b"
 
     def test_all_rows_taken(self):
         engine = scheduler(rows=1)
         engine.step([*come("a", 60, most=100), *come("b", 60)])
-        assert not engine.step().read and engine.stats.waiting == 1
+        assert not engine.step().reads and engine.stats.waiting == 1
 
 
 class TestTurnsOfReadingAndDecoding:
@@ -219,7 +248,7 @@ class TestTurnsOfReadingAndDecoding:
         engine.step(come("runs", 60, most=1000))
         engine.step()
         plans = [engine.step(come("read", 8 * 256, most=1)), *steps(engine, count - 1)]
-        return "".join("B" if plan.read and plan.decode else "R" if plan.read else "D" for plan in plans)
+        return "".join("B" if plan.reads and plan.decode else "R" if plan.reads else "D" for plan in plans)
 
     def engine(self, **options: Any) -> Scheduler:
         return scheduler(max_context=3000, pages_per_shard=60, **options)
@@ -259,7 +288,7 @@ class TestTargetGap:
         engine = scheduler(target_gap_ms=target, max_context=3000, pages_per_shard=60)
         engine.step([*come("runs", 60, most=1000), DECODE, Measured(chunk / 1e3, "large", decode=False)])
         plans = [engine.step(come("read", 8 * 256, most=1)), *steps(engine, 250)]
-        first, second = [step for step, plan in enumerate(plans) if plan.read][:2]
+        first, second = [step for step, plan in enumerate(plans) if plan.reads][:2]
         assert second - first == decodes
 
     def test_each_program_by_its_own_time(self):
@@ -267,7 +296,7 @@ class TestTargetGap:
         chunks_took = [Measured(1, "large", decode=False), Measured(0.02, "small", decode=False)]
         engine.step([*come("runs", 60, most=500), DECODE, *chunks_took])
         plans = [engine.step(come("read", 256 + 128, most=1)), *steps(engine, 40)]
-        first, second, third = [step for step, plan in enumerate(plans) if plan.read]
+        first, second, third = [step for step, plan in enumerate(plans) if plan.reads]
         assert first == RARE_GAP - 1 and second - first == third - second == 2
 
     def test_a_step_that_reads_and_decodes_tells_of_the_chunk_too(self):
@@ -291,8 +320,8 @@ class TestPrefix:
     def read(self, engine: Scheduler, *events: Event) -> Read:
         """The first chunk that is read after events."""
         plan = engine.step(events)
-        assert plan.read
-        return plan.read
+        assert plan.reads
+        return plan.reads[0]
 
     def test_the_same_prompt_again_reads_its_last_chunk_only(self):
         engine = scheduler()
@@ -300,9 +329,9 @@ class TestPrefix:
         until_idle(engine)
         # 256 tokens by the large program, 64 by the small one, and ten that are no whole block.
         plan = engine.step(come("b", 330, text="abcde"))
-        assert plan.cached == (("b", 320),) and plan.read
-        assert (plan.read.start, plan.read.count, plan.read.last) == (320, 10, True)
-        assert plan.read.pages[:5] == first.pages[:5]
+        assert plan.cached == (("b", 320),) and plan.reads
+        assert (plan.reads[0].start, plan.reads[0].count, plan.reads[0].last) == (320, 10, True)
+        assert plan.reads[0].pages[:5] == first.pages[:5]
         assert (engine.stats.cached_tokens, engine.stats.prompt_tokens) == (320, 660)
 
     @pytest.mark.parametrize(("prompt", "start"), [(320, 256), (256, 0), (512, 256)])
@@ -355,7 +384,7 @@ class TestPrefix:
         assert plan.cached == (("b", 320),) and plan.begin[0].row == 1
         # Without free rows there, nothing is reused.
         plan = engine.step(come("c", 330, text="abcde"))
-        assert plan.cached == (("c", 0),) and plan.read and min(plan.read.pages) >= 40
+        assert plan.cached == (("c", 0),) and plan.reads and min(plan.reads[0].pages) >= 40
 
     def test_it_can_be_turned_off(self):
         engine = scheduler(prefix_cache=False)
@@ -381,7 +410,7 @@ class TestHomes:
     def test_pages_take_turns(self):
         engine = scheduler(turns=2, pages_per_shard=10)
         plan = engine.step(come("a", 250))
-        assert plan.read and [page // 10 for page in plan.read.pages] == [0, 1, 0, 1, 0]
+        assert plan.reads and [page // 10 for page in plan.reads[0].pages] == [0, 1, 0, 1, 0]
 
 
 class TestOptimistic:
@@ -414,7 +443,7 @@ class TestOptimistic:
         plans = until_idle(engine, *come("d", 10, most=1))
         restored = next(step for step, plan in enumerate(plans) if any(placed.id == "c" for placed in plan.restore))
         assert restored <= next(step for step, plan in enumerate(plans) if plan.begin)
-        assert not any(plan.read and plan.read.id == "c" for plan in plans)
+        assert not any(plan.reads and plan.reads[0].id == "c" for plan in plans)
         assert {name for plan in plans for name in plan.ended} == {"a", "b", "c", "d"}
 
     def test_one_that_is_offloaded_can_end(self):

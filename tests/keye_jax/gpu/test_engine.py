@@ -89,6 +89,16 @@ def test_among_others_and_with_a_cached_prefix(make, alone):
         assert engine.stats().compilations == 0
 
 
+def test_prompts_read_together(make):
+    """Alone and in steps with others."""
+    with make(prompts_together=4, chunks_between=ROWS, prefix_cache=False) as engine:
+        for sampling in SAMPLINGS.values():
+            found = [tokens(handle) for handle in [ask(engine, number, sampling) for number in range(ROWS)]]
+            for number in WATCHED:
+                assert tokens(ask(engine, number, sampling)) == found[number]
+        assert engine.stats().compilations == 0
+
+
 def test_preempted(make, alone):
     with make(optimistic=True, cache_tokens=16384, prefix_cache=False) as engine:
         for name, sampling in SAMPLINGS.items():

@@ -112,7 +112,7 @@ class Batch:
     def leave(self, row: int) -> None:
         _, _, pages = self.rows.pop(row)
         self.pages.release(pages)
-        self.state = self.runtime.clear_row(self.state, row)
+        self.state = self.runtime.clear_rows(self.state, [row])
 
     def decode(self) -> None:
         """Reads the next token of each row; its logits, and the sets it selects, are as alone."""
