@@ -155,7 +155,7 @@ def _scale_columns(rows: int) -> int:
 def default_config(
     rows: int, groups: int, columns: int, fused: bool, blocks: int, most_rows: int = 64
 ) -> QuantizedConfig:
-    """A tiling for these sizes, chosen without comparing others on a GPU. `columns` are the output's, `most_rows` a row tile's.
+    """A tiling for these sizes; no others were compared. `columns` are the output's, `most_rows` a row tile's.
 
     Raises:
       NotImplementedError: no column tile divides the columns.
