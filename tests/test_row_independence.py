@@ -259,13 +259,6 @@ class TestRowsAreIndependent:
             for mine, expected in zip(own, pages, strict=True):
                 _assert_same_bits(mine[row, :end], expected[row, :end], f"pages of text {row}")
 
-
-def _assert_same_bits(got: Any, expected: Any, what: str) -> None:
-    got, expected = (
-        np.asarray(x, np.float32 if jnp.issubdtype(x.dtype, jnp.floating) else None) for x in (got, expected)
-    )
-    assert np.array_equal(got, expected, equal_nan=got.dtype.kind == "f"), f"{what}: {np.abs(got - expected).max()}"
-
     def test_prompts_read_together(self, runtime: Runtime):
         """A chunk of one text among chunks of others, in any row, and beside the chunk that it follows."""
         texts, chunk = [random_ids(120, seed) for seed in range(3)], 64
@@ -296,3 +289,10 @@ def _assert_same_bits(got: Any, expected: Any, what: str) -> None:
             for mine, other in zip(pages, expected, strict=True):
                 for row, _, end in parts[1:]:
                     _assert_same_bits(mine[row, :end], other[row, :end], f"pages of text {row} of {steps}")
+
+
+def _assert_same_bits(got: Any, expected: Any, what: str) -> None:
+    got, expected = (
+        np.asarray(x, np.float32 if jnp.issubdtype(x.dtype, jnp.floating) else None) for x in (got, expected)
+    )
+    assert np.array_equal(got, expected, equal_nan=got.dtype.kind == "f"), f"{what}: {np.abs(got - expected).max()}"

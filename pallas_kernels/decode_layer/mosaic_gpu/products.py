@@ -7,8 +7,8 @@ row where the tensor cores want pairs from two places: products sum over inputs,
 weights share.
 
 The warps' sums are added through shared memory, in the order of the warps, and of the blocks if several divide the
-inputs among them. So the order of every sum follows from the
-sizes of the matrix alone: a token's results have the same bits in any group, alone or with others.
+inputs among them. So the order of every sum follows from the sizes of the matrix alone: a token's results have the same
+bits in any group, alone or with others.
 """
 
 import dataclasses
