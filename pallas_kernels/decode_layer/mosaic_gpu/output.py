@@ -1,7 +1,4 @@
-"""The output projection of attention and the residual, in one launch.
-
-A cluster of two blocks takes 16 outputs, and each block half of the inputs: more blocks have more weights on their way.
-"""
+"""The output projection of attention and the residual, in one launch: 16 outputs a block."""
 
 import dataclasses
 import functools
@@ -24,13 +21,8 @@ class OutputShape(products.GroupedShape):
 
     @property
     def ahead(self) -> int:
-        """Steps whose weights and tokens are on their way: as many as registers hold beside another block."""
+        """Steps whose weights and tokens are on their way: as many as registers hold."""
         return 64 // (8 + self.tokens // 2)
-
-    @property
-    def parts(self) -> int:
-        """Blocks that divide the inputs; by the matrix alone, since sums are added in their order."""
-        return 2 if self.size % (2 * products.STEP) == 0 else 1
 
 
 def project_output(attended: jax.Array, weight: jax.Array, residual: jax.Array, shape: OutputShape) -> jax.Array:
@@ -39,16 +31,17 @@ def project_output(attended: jax.Array, weight: jax.Array, residual: jax.Array, 
         functools.partial(output_body, shape=shape),
         jax.ShapeDtypeStruct(residual.shape, residual.dtype),
         shape.outputs // OUTPUTS * shape.groups,
-        shape.parts,
+        1,
         products.THREADS,
-        products.sums_words(1, shape.tokens, shape.parts),
+        products.sums_words(1, shape.tokens),
         machine_type=TensorMachine,
     )(attended, weight, residual)
 
 
 def output_body(machine, attended, weight, residual, out, block, rank, *, shape):
-    """Runs in each thread of cluster number `block`; `rank` is the block's number in it."""
-    block, rank = machine.word(block), machine.word(rank)
+    """Runs in each thread of a block, whose number is `block`."""
+    del rank
+    block = machine.word(block)
     tile = block // shape.groups
     first, start = (block - tile * shape.groups) * shape.tokens, tile * OUTPUTS
     words = shape.size // 2
@@ -65,17 +58,16 @@ def output_body(machine, attended, weight, residual, out, block, rank, *, shape)
 
     matrix = machine.row(weight, 0, shape.outputs * words)
     rows = [[start + lane_row, start + lane_row + 8]]
-    how = {"parts": shape.parts, "rank": rank}
-    product = TileProduct(machine, matrix, rows, shape.size, shape.tokens, shape.ahead, load_tokens, **how)
+    product = TileProduct(machine, matrix, rows, shape.size, shape.tokens, shape.ahead, load_tokens)
     product.share(product.sums(), 0)
-    machine.cluster_barrier()
+    machine.barrier()
 
     pairs = OUTPUTS // 2
     for begin in range(0, shape.tokens * pairs, products.THREADS):
         index = machine.thread + begin
         token = index // pairs
         pair = index - token * pairs
-        exists = rank.eq(0) & (token < shape.tokens) & (first + token < shape.rows)
+        exists = (token < shape.tokens) & (first + token < shape.rows)
         row, token = machine.select(exists, first + token, 0), token.min(shape.tokens - 1)
         with machine.when(exists):
             sums = products.rounded(machine, *(product.total(0, token, pair * 2 + i) for i in range(2)))

@@ -6,9 +6,8 @@ straight to registers, several steps ahead, and each is read once by a block. A 
 row where the tensor cores want pairs from two places: products sum over inputs, so any order will do that tokens and
 weights share.
 
-The warps' sums are added through shared memory, in the order of the warps, and of the blocks if several divide the
-inputs among them. So the order of every sum follows from the sizes of the matrix alone: a token's results have the same
-bits in any group, alone or with others.
+The warps' sums are added through shared memory, in the order of the warps. So the order of every sum follows from the
+sizes of the matrix alone: a token's results have the same bits in any group, alone or with others.
 """
 
 import dataclasses
@@ -53,9 +52,9 @@ def row_pitch(size: int) -> int:
     return size // 2 + 16
 
 
-def sums_words(tiles: int, tokens: int, parts: int = 1) -> int:
+def sums_words(tiles: int, tokens: int) -> int:
     """Words of shared memory that `TileProduct.share` takes."""
-    return parts * WARPS * tokens * _sums_pitch(tiles)
+    return WARPS * tokens * _sums_pitch(tiles)
 
 
 def _sums_pitch(tiles: int) -> int:
@@ -74,21 +73,17 @@ class TileProduct:
       tokens: of the group, a multiple of 8.
       ahead: steps whose weights are on their way.
       load_tokens: gives a lane's 4 words of token g of each 8, from a word on; None for tokens in shared memory.
-      parts: blocks of a cluster that divide the inputs among them, or 1.
-      rank: this block's number in the cluster.
     """
 
-    def __init__(self, machine, weights, rows, size, tokens, ahead, load_tokens=None, parts=1, rank=0):
+    def __init__(self, machine, weights, rows, size, tokens, ahead, load_tokens=None):
         self.machine, self.weights, self.tokens, self.ahead = machine, weights, tokens, ahead
         self.g, self.c = machine.lane >> 2, machine.lane & 3
         self.rows = [[row * (size // 2) for row in pair] for pair in rows]
-        self.steps, self.load_tokens = size // STEP // parts, load_tokens
-        self.parts, self.rank = parts, machine.word(rank)
+        self.steps, self.load_tokens = size // STEP, load_tokens
         self.pending = [self._load(step) for step in range(min(ahead, self.steps))]
 
     def _word(self, step):
-        first = self.machine.warp * _CHUNK + self.c * 4 + step * (WARPS * _CHUNK)
-        return first if self.parts == 1 else first + self.rank * (self.steps * WARPS * _CHUNK)
+        return self.machine.warp * _CHUNK + self.c * 4 + step * (WARPS * _CHUNK)
 
     def _load(self, step):
         word = self._word(step)
@@ -124,24 +119,19 @@ class TileProduct:
         return sums
 
     def share(self, sums, start):
-        """Writes this warp's sums to shared memory from `start` on, for `total`: of the cluster's first block."""
+        """Writes this warp's sums to shared memory from `start` on, for `total`."""
         machine, pitch = self.machine, _sums_pitch(len(self.rows))
-        warp = machine.warp if self.parts == 1 else self.rank * WARPS + machine.warp
-        base = (warp * self.tokens + self.c * 2) * pitch + self.g + start
+        base = (machine.warp * self.tokens + self.c * 2) * pitch + self.g + start
         for tile, own in enumerate(sums):
             for i, four in enumerate(own):
                 for j, word in enumerate(four):
-                    place = base + ((8 * i + j % 2) * pitch + 16 * tile + j // 2 * 8)
-                    if self.parts == 1:
-                        machine.store_shared(place, word)
-                    else:
-                        machine.store_peer(place, 0, word)
+                    machine.store_shared(base + ((8 * i + j % 2) * pitch + 16 * tile + j // 2 * 8), word)
 
     def total(self, start, token, output):
         """The sum of all warps for a token of the group and an output of the tile, after a barrier."""
         machine, pitch = self.machine, _sums_pitch(len(self.rows))
         at = machine.word(token) * pitch + output + start
-        words = [machine.load_shared(at + warp * self.tokens * pitch) for warp in range(self.parts * WARPS)]
+        words = [machine.load_shared(at + warp * self.tokens * pitch) for warp in range(WARPS)]
         return functools.reduce(functools.partial(machine.float_op, "add"), words)
 
 

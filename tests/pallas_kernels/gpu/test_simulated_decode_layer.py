@@ -114,10 +114,9 @@ def test_rows_go_to_their_places_in_pages():
     np.testing.assert_array_equal(index_keys.reshape(wanted[1].shape), wanted[1])
 
 
-@pytest.mark.parametrize(("rows", "size"), [(1, 1024), (8, 768), (13, 512), (40, 512)])
-def test_output_projection(rows, size):
-    """Inputs are divided between two blocks where both get whole steps."""
-    rng, outputs = np.random.default_rng(rows), 48
+@pytest.mark.parametrize("rows", [1, 8, 13, 40])
+def test_output_projection(rows):
+    rng, size, outputs = np.random.default_rng(rows), 512, 48
     attended, weight = numbers(rng, rows, size), (numbers(rng, outputs, size) * size**-0.5).astype(BF16)
     residual = numbers(rng, rows, outputs)
 
