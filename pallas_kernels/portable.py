@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.meshes import vary_like
 
@@ -36,3 +37,34 @@ def _by_platform(functions: dict[str, Callable[..., Any]], elsewhere: Callable[.
 
     branches = {platform: varying(function) for platform, function in functions.items()}
     return jax.lax.platform_dependent(*arrays, **branches, default=varying(elsewhere))
+
+
+def map_blocks(function: Callable[[Any], Any], blocks: Any, after: jax.Array) -> Any:
+    """`jax.lax.map(function, blocks)`, whose results have no memory before `after` is computed.
+
+    A loop overwrites its first results. `jax.lax.map` begins with zeros, and on GPUs XLA makes the constants of all
+    layers at a program's beginning: results of every layer would be in memory all the time.
+
+    Args:
+      function: of a block, without its leading axis. It has a gradient as a `jax.lax.scan` has.
+      blocks: a tree of arrays, stacked along a leading axis, at least one.
+      after: an array of any shape, not empty, that is computed late.
+    """
+    number = jax.tree.leaves(blocks)[0].shape[0]
+
+    def block(index: jax.Array | int) -> Any:
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), blocks)
+
+    def turn(index: jax.Array, done: Any) -> Any:
+        return jax.tree.map(
+            lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, index, 0), done, function(block(index))
+        )
+
+    shapes = jax.eval_shape(function, block(0))
+    begun = jax.tree.map(lambda x: fill_after((number, *x.shape), x.dtype, after), shapes)
+    return jax.lax.fori_loop(0, number, turn, vary_like(begun, *jax.tree.leaves(shapes)))
+
+
+def fill_after(shape: tuple[int, ...], dtype: Any, after: jax.Array) -> jax.Array:
+    """An array to be overwritten, filled with the first number of `after`, so not made before that is computed."""
+    return jnp.full(shape, after[(0,) * after.ndim].astype(dtype))

@@ -49,8 +49,8 @@ class Timing:
     """A measurement.
 
     Attributes:
-      seconds: of a prompt, or of a step of decode: the median.
-      tokens_per_second: prompt tokens read, or tokens written by all sequences together.
+      seconds: of a prompt, of a prompt and its answer, or of a step of decode: the median.
+      tokens_per_second: prompt tokens read, tokens of prompt and answer, or tokens written by all sequences together.
       workspace_bytes: what a step needs beyond its arguments and results, from the compiler.
     """
 
@@ -134,12 +134,46 @@ def time_packed_prefill(runtime: Runtime, prompt: Prompt, sequences: int, repeat
     return Timing(seconds, sequences * tokens / seconds, workspace)
 
 
+def time_answer(runtime: Runtime, prompt: Prompt, answer: int, repeats: int) -> Timing:
+    """Reads `prompt` into an empty pool and writes `answer` tokens to it, `repeats` times, warmed up before.
+
+    The prompt's last logits give the first token. All are drawn greedily, one step after the other.
+    """
+    room = len(prompt.input_ids) + answer
+    traced = [*lowering.prefill_programs(runtime, room), lowering.decode_program(runtime, _rows(runtime, 1), room)]
+    workspace = lowering.workspace_bytes(traced)
+
+    def run(prompt: Prompt, answer: int) -> float:
+        pool, tables = runtime.new_cache(1, room)
+        state = runtime.new_state(_rows(runtime, 1), tables.shape[1])
+        tokens, pages = len(prompt.input_ids), tables[0]
+        delta = int(prompt.positions.max()) + 1 - tokens
+        # The draw counts the last token of the prompt as read.
+        row = {"token": 0, "length": tokens - 1, "position_delta": delta, "pages": pages, "sampling": MIXED_SAMPLING[0]}
+        jax.block_until_ready((pool, state))
+        start = time.perf_counter()
+        logits, pool = runtime.prefill([prompt.segment(pages)], pool)
+        state, _ = runtime.begin_row(logits, 0, state, 0, **row)
+        for _ in range(answer - 1):
+            state, pool = runtime.decode_and_sample(state, pool)
+        jax.block_until_ready(state.tokens)
+        return time.perf_counter() - start
+
+    run(_beginning(runtime, prompt), min(answer, 2))
+    seconds = statistics.median(run(prompt, answer) for _ in range(repeats))
+    return Timing(seconds, room / seconds, workspace)
+
+
 def warm_up(runtime: Runtime, prompt: Prompt) -> None:
     """Reads as much of a prompt as runs every program that the whole of it needs."""
+    read_prompt(runtime, _beginning(runtime, prompt), room=len(prompt.input_ids))
+
+
+def _beginning(runtime: Runtime, prompt: Prompt) -> Prompt:
     tokens = len(prompt.input_ids)
     longest = runtime.prefill_chunk * runtime.rules.size("query_sequence")
     dense = min(runtime.dense_below, tokens)
-    read_prompt(runtime, prompt.upto(min(tokens, dense + longest)), room=tokens)
+    return prompt.upto(min(tokens, dense + longest))
 
 
 def read_prompt(runtime: Runtime, prompt: Prompt, *, room: int | None = None) -> PagePool:

@@ -39,6 +39,9 @@ def bench(
     decode: Annotated[
         str, typer.Option(help="Sequences x context to write tokens to, in tokens; '' for none.")
     ] = "1x32K,4x32K,16x32K,1x128K,4x128K",
+    answer: Annotated[
+        int, typer.Option(help="Also read each prompt but for this number of tokens, and write these; 0 for not.")
+    ] = 0,
     packed: Annotated[
         str, typer.Option(help="Prompts that are read together, prompts x tokens; '' for none.")
     ] = "64x500",
@@ -83,6 +86,8 @@ def bench(
     for prompts, tokens in together:
         if prompts < 2:
             raise UserError(f"--packed has {prompts}x{tokens}; it must have at least 2 prompts")
+    if answer < 0 or (lengths and answer >= min(lengths)):
+        raise UserError(f"--answer is {answer}; it must be at least 0 and below each length of --prefill")
     if repeats < 1:
         raise UserError(f"--repeats is {repeats}; it must be at least 1")
     if time_limit is not None and time_limit < 1:
@@ -150,15 +155,16 @@ def bench(
         runtimes.values(),
         lengths,
         [] if breakdown else together,
-        batches,
+        [*batches, *((1, tokens) for tokens in lengths if answer and not breakdown)],
         with_intermediates=sparse if unions and not breakdown else None,
     )
     if breakdown:
         found = _parts(runtimes, sizes, lengths, batches)
     else:
         prefills = _prefill_rows(runtimes, sizes, lengths, repeats, no_video, count_unions=unions)
+        answers = _answer_rows(runtimes, sizes, lengths if answer else [], answer, repeats)
         packs = _packed_rows(runtimes, sizes, together, repeats)
-        found = itertools.chain(prefills, packs, _decode_rows(runtimes, batches))
+        found = itertools.chain(prefills, answers, packs, _decode_rows(runtimes, batches))
     rows = []
     for row in found:
         rows.append(row)
@@ -222,6 +228,22 @@ def _prefill_rows(
                 print(f"    keys that {group} neighbouring queries select: {mean}; quartiles {quartiles}", flush=True)
             sizes = {str(group): found.tolist() for group, found in unions.items()}
             yield {"what": f"unions of {what}, {kind}", "tokens": tokens, "noise": noise, "unions": sizes}
+
+
+def _answer_rows(
+    runtimes: dict[str, Runtime], config: KeyeConfig, lengths: list[int], answer: int, repeats: int
+) -> Iterator[dict[str, Any]]:
+    from keye_jax.bench.inputs import Prompt
+    from keye_jax.bench.timing import time_answer
+
+    for tokens in lengths:
+        dense = None
+        for name, runtime in runtimes.items():
+            prompt = Prompt.video(config, tokens - answer, rules=runtime.rules)
+            timing = time_answer(runtime, prompt, answer, repeats)
+            sizes = {"tokens": tokens, "answer": answer, "attention": name}
+            yield _report(f"prefill {tokens - answer:,} + {answer} tokens, {name}", timing, sizes, dense)
+            dense = timing if name == _DENSE else dense
 
 
 def _packed_rows(

@@ -87,7 +87,7 @@ def _map_query_chunks(
         x = jnp.moveaxis(x, 0, 1)
         return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :queries]
 
-    out, lse = jax.lax.map(lambda chunk: attend(*chunk), (split(q, 0), split(last_visible, -1)))
+    out, lse = portable.map_blocks(lambda chunk: attend(*chunk), (split(q, 0), split(last_visible, -1)), q)
     return join(out), join(lse)
 
 

@@ -164,7 +164,7 @@ def _multiply_on_gpus(lhs: jax.Array, rhs: Matrices, ends: jax.Array, *, transpo
         rows_in = lhs.at[start[:, None] + jnp.arange(blocks.size)].get(mode="clip")
         return _products(rows_in, take_matrices(rhs, group, lhs.dtype), transposed)
 
-    out = jax.lax.map(turn, jnp.arange(turns) * at_once)
+    out = portable.map_blocks(turn, jnp.arange(turns) * at_once, lhs)
     return out.reshape(turns * at_once * blocks.size, -1).at[blocks.place(jnp.arange(rows))].get(mode="clip")
 
 

@@ -68,7 +68,9 @@ def _score_chunks(
         found = chunks.score(scale, wide_q, weights, *chunks.load(chunk, keys, key_scales), chunk)
         return jax.lax.dynamic_update_slice_in_dim(scores, found, chunk * chunks.size, axis=2)
 
-    scores = jnp.full((*q.shape[:2], chunks.number * chunks.size), -jnp.inf, jnp.float32)
+    shape = (*q.shape[:2], chunks.number * chunks.size)
+    # On GPUs every chunk is written.
+    scores = portable.fill_after(shape, jnp.float32, q) if on_gpu else jnp.full(shape, -jnp.inf, jnp.float32)
     scores = vary_like(scores, q)
     return jax.lax.fori_loop(0, chunks.turns, write_chunk, scores)[..., :capacity]
 

@@ -101,8 +101,9 @@ def _attend_to_gathered(
     addresses = _addresses(kv, indices, page_table).reshape(total, top_k)
     inputs = (q.reshape(total, heads, dim), addresses, (indices >= 0).reshape(total, top_k))
     at_once = _at_once(total, top_k, paging.scaled_row_bytes(kv, q.dtype), workspace)
-    out, lse = jax.lax.map(attend, _pad(inputs, -total % at_once), batch_size=at_once)
-    return out[:total].reshape(q.shape), lse[:total].reshape(q.shape[:3])
+    blocks = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), _pad(inputs, -total % at_once))
+    out, lse = portable.map_blocks(jax.vmap(attend), blocks, q)
+    return out.reshape(-1, heads, dim)[:total].reshape(q.shape), lse.reshape(-1, heads)[:total].reshape(q.shape[:3])
 
 
 def _all_is_less(q: jax.Array, kv: jax.Array, indices: jax.Array, page_table: jax.Array) -> bool:
@@ -150,7 +151,7 @@ def _attend_to_all(
     def join(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :queries]
 
-    return jax.tree.map(join, jax.lax.map(attend, (split(q), split(indices))))
+    return jax.tree.map(join, portable.map_blocks(attend, (split(q), split(indices)), q))
 
 
 def _softmax(logits: jax.Array) -> _Results:

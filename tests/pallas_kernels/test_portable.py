@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 import pallas_kernels
 from keye_jax.quantization.schemes import FORMATS
@@ -137,13 +137,15 @@ class TestSparseAttention:
         return sparse._all_is_less(*arrays)
 
 
-def primitives(jaxpr):
-    """Every equation of a program, those of its loops and calls included."""
+def primitives(jaxpr, *, loops=True):
+    """Every equation of a program, those of its calls included, and those of its loops if `loops`."""
     for equation in jaxpr.eqns:
         yield equation
+        if not loops and equation.primitive.name in ("scan", "while"):
+            continue
         for value in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)):
             if isinstance(value, Jaxpr | ClosedJaxpr):
-                yield from primitives(getattr(value, "jaxpr", value))
+                yield from primitives(getattr(value, "jaxpr", value), loops=loops)
 
 
 def released(queries, context):
@@ -182,6 +184,47 @@ def test_the_device_decides_no_loops_end(operation, queries, context):
         assert all(x.aval.dtype == jnp.bfloat16 for equation in products for x in equation.invars)
     for equation in products:
         assert equation.params["preferred_element_type"] == jnp.float32
+
+
+@pytest.mark.usefixtures("for_gpus")
+@pytest.mark.parametrize(("queries", "context"), [(2048, 8192), (2048, 131_072)])
+@pytest.mark.parametrize("operation", CALLS)
+def test_no_loop_begins_with_large_constants(operation, queries, context):
+    """On GPUs they are in memory from a program's beginning, in a model those of every layer.
+
+    A scan's stacked results are among them: JAX begins them with zeros.
+    """
+    arguments, static = released(queries, context)[operation]
+    run = functools.partial(getattr(pallas_kernels, operation), implementation="xla", **static)
+    constant, begun = set(), []
+    for equation in primitives(jax.make_jaxpr(run)(*arguments).jaxpr, loops=False):
+        known = [x for x in equation.invars if isinstance(x, Literal) or x in constant]
+        if equation.primitive.name == "scan":
+            parts = equation.params["jaxpr"].jaxpr.outvars
+            both: list[Any] = list(zip(equation.outvars, parts, strict=True))
+            begun += [*known, *(out for out, part in both if out.aval.shape != part.aval.shape)]
+        elif len(known) == len(equation.invars):
+            constant.update(equation.outvars)
+    assert not [str(x.aval) for x in begun if x.aval.size * x.aval.dtype.itemsize > 2**22]
+
+
+class TestMapBlocks:
+    @pytest.mark.parametrize("number", [1, 3])
+    def test_is_a_map(self, rng, number):
+        blocks = (jnp.asarray(rng.normal(size=(number, 4, 5)), jnp.float32), jnp.arange(number))
+        after = jnp.asarray([[7, 8]])
+
+        def function(block):
+            x, index = block
+            return {"sum": jnp.sum(x, axis=0) + index, "index": index}
+
+        got = jax.jit(lambda blocks: portable.map_blocks(function, blocks, after))(blocks)
+        expected = jax.lax.map(function, blocks)
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+    def test_numbers_that_are_none_are_overwritten(self):
+        got = portable.map_blocks(lambda x: x + 1, jnp.arange(3.0), jnp.asarray([jnp.nan]))
+        assert got.tolist() == [1, 2, 3]
 
 
 def test_programs_for_gpus_count_and_others_sort():

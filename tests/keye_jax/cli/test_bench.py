@@ -26,10 +26,11 @@ def test_measures_prompts_and_steps(keye, config, tmp_path, compiled):
     code, out, err = keye(
         *("bench", "--config", config, "--layers", 1, "--repeats", 1, "--json", file),
         *("--prefill", "160,190", "--decode", "2x128", "--prefill-chunk", 64),
-        *("--unrelated", 160, "--packed", "3x40"),
+        *("--unrelated", 160, "--packed", "3x40", "--answer", 5),
     )
     assert code == 0, out + err
-    assert compiled.count("jit(_decode_and_sample)") == 3
+    # For contexts of 128 tokens, of 192, which has room for 160, and of 190.
+    assert compiled.count("jit(_decode_and_sample)") == 6
     rows = {row["what"]: row for row in json.loads(file.read_text())}
     for tokens in (160, 190):
         dense, sparse = (rows[f"prefill {tokens}, {name}, video"] for name in ("dense", "sparse"))
@@ -41,6 +42,9 @@ def test_measures_prompts_and_steps(keye, config, tmp_path, compiled):
         assert list(unions) == ["16", "64"]
         top_k, ((few,), (many,)) = KeyeConfig.from_file(config).sa_config.topk, unions.values()
         assert top_k <= few <= min(many, 16 * top_k) and many <= tokens
+        answer = rows[f"prefill {tokens - 5} + 5 tokens, sparse"]
+        assert answer["tokens_per_second"] == tokens / answer["seconds"]
+        assert answer["answer"] == 5
     packed = rows["prefill, 3 x 40 packed, sparse"]
     assert packed["tokens_per_second"] == pytest.approx(3 * 40 / packed["seconds"])
     decode = rows["decode, 2 x 128, sparse"]
@@ -108,6 +112,8 @@ def test_nothing_is_dense_unless_asked_for(keye, config, monkeypatch):
         (("--decode", "4x64"), "--decode has 4x64; a context must have at least 96 tokens"),
         (("--layers", 3), "--layers is 3; it must be from 1 to 2"),
         (("--repeats", 0), "--repeats is 0"),
+        (("--answer", -1), "--answer is -1"),
+        (("--prefill", "128,256", "--answer", 128), "--answer is 128; it must be at least 0 and below each length"),
         (("--dense-below", -1), "--dense-below is -1"),
         (("--packed", "64"), "--packed has '64'; it must be sequences x tokens"),
         (("--packed", "1x64"), "--packed has 1x64; it must have at least 2 prompts"),
