@@ -55,6 +55,7 @@ def plan(
     group: Annotated[int | None, typer.Option(help="Of int4: inputs that share a scale; 128 if left out.")] = None,
     indexer_dtype: options.IndexerDtype = None,
     cache_dtype: options.CacheDtype = None,
+    activation_dtype: options.ActivationDtype = None,
     compile_: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile where there is a compiler for it, in minutes.")
     ] = True,
@@ -79,14 +80,14 @@ def plan(
     if train is not None:
         others = {"--batch": None if batch == 1 else batch, "--prefill-chunk": prefill_chunk}
         others |= {"--implementation": implementation, "--indexer-dtype": indexer_dtype}
-        others |= {"--cache-dtype": cache_dtype}
+        others |= {"--cache-dtype": cache_dtype, "--activation-dtype": activation_dtype}
         others |= {"--experts": experts, "--attention": attention, "--group": group}
         if given := [name for name, value in others.items() if value is not None]:
             raise UserError(f"{' and '.join(given)} cannot go with --train; the stage says what a step of training is")
         return _plan_train(train, config, sharding, devices, as_json=as_json)
     assert context is not None
     quantization = options.quantization(experts, attention, group)
-    computed = options.attention_options("sparse", None, indexer_dtype, cache_dtype)
+    computed = options.attention_options("sparse", None, indexer_dtype, cache_dtype, activation_dtype)
     tokens = options.tokens("--context", context)
     _without_devices()
 
@@ -107,6 +108,7 @@ def plan(
         implementation=implementation,
         indexer_dtype=computed.indexer_dtype,
         cache_dtype=computed.cache_dtype,
+        activation_dtype=computed.activation_dtype,
         compile_programs=compile_,
     )
     if as_json:

@@ -73,7 +73,12 @@ def pages_per_shard(
     row = idle_row(width, config.vocab_size, width * PAGE_SIZE if heat else 0)
     devices = runtime.prefill_step.size(runtime.prefill_step.query_sequence)
     steps = rows * sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(row)) + max(
-        prefill_workspace_bytes(config, rules, large // devices, max_context, **dtypes),
+        prefill_workspace_bytes(
+            *(config, rules, large // devices, max_context),
+            implementation=runtime.options.kernels,
+            activation_dtype=runtime.options.activation_dtype,
+            **dtypes,
+        ),
         decode_workspace_bytes(config, rules, rows, max_context),
         encode_workspace_bytes(config, max(most_patches, ENCODE_PATCHES)),
         # What is on its way to the host or back is there twice.

@@ -387,8 +387,7 @@ def attend_sparse(
     q, index_q, gates = inputs.q, inputs.index_q, inputs.gates
     batch, queries = q.shape[:2]
     last = jnp.full(batch, queries - 1) if keys.count is None else jnp.maximum(keys.count, 1) - 1
-    score_bytes = _SCORE_BYTES.get(options.kernels, _SMALL_SCORE_BYTES)
-    at_once = max(1, score_bytes // (4 * keys.page_table.shape[1] * PAGE_SIZE))
+    at_once = queries_at_once(options.kernels, keys.page_table.shape[1] * PAGE_SIZE)
     if options.intermediates or options.selections or batch * queries <= at_once:
         return attend(q, index_q, gates, keys.page_table, keys.start, last)
     if batch > 1 and queries <= at_once:
@@ -407,6 +406,11 @@ def attend_sparse(
 
     done = jax.lax.fori_loop(0, blocks, attend_block, _begun(q))
     return AttentionOutput(done.out[:, :queries], done.lse[:, :queries])
+
+
+def queries_at_once(implementation: str, context: int) -> int:
+    """Queries whose scores of a whole context are in memory together, where a step has as many."""
+    return max(1, _SCORE_BYTES.get(implementation, _SMALL_SCORE_BYTES) // (4 * context))
 
 
 def _scores_of_selection(selection: str, scores: jax.Array, start: jax.Array, axes: Axes) -> jax.Array:

@@ -56,6 +56,8 @@ def _hopper(memory: float, bandwidth: float) -> str:
 _NVIDIA, _GEFORCE = "NVIDIA's data sheet", "NVIDIA's paper on the architecture, GeForce"
 _CLOUD = "Google Cloud's TPU documentation"
 _HOPPER, _CUDA, _TPU = ("mosaic_gpu", "cudnn", "xla"), ("cudnn", "xla"), ("mosaic_tpu", "xla")
+_ANY_GPU = _HOPPER[::-1]
+"""Of a GPU that is only described, what surely runs comes first."""
 
 CHIPS = {
     "cpu": Chip("cpu", None),
@@ -136,7 +138,7 @@ class Platform:
             raise UserError(
                 f"--platform is {shorten(text)}; the name of a device must have only letters, digits, . _ -"
             )
-        chip = CHIPS.get(kind, Chip("gpu", memory, source="the command line", implementations=_HOPPER))
+        chip = CHIPS.get(kind, Chip("gpu", memory, source="the command line", implementations=_ANY_GPU))
         given = {"memory": memory, "bandwidth": bandwidth}
         if changes := {name: value for name, value in given.items() if value is not None}:
             chip = dataclasses.replace(chip, **changes, description=None)

@@ -137,21 +137,22 @@ def plan(
     implementation: str | None = None,
     indexer_dtype: Literal["float8_e4m3fn"] | None = None,
     cache_dtype: Literal["float8_e4m3fn"] | None = None,
+    activation_dtype: Literal["float8_e4m3fn"] | None = None,
     compile_programs: bool = True,
 ) -> Plan:
     """Plans a job of `batch` sequences with room for `context` tokens each; prompts are read one at a time.
 
     Args:
       prefill_chunk: prompt tokens that a device reads in one step; what suits the platform if left out.
-      indexer_dtype, cache_dtype: as in `AttentionOptions`.
+      indexer_dtype, cache_dtype, activation_dtype: as in `AttentionOptions`.
       implementation: of the kernels in the programs that are compiled; None takes the platform's own, or all portable
         ones where those refuse.
       compile_programs: False estimates what would be compiled: programs for TPUs, and for GPUs that are described where
         JAX's plugin for CUDA is installed.
 
     Raises:
-      UserError: the context is longer than the model's, there are too many sequences, the sharding is impossible, or
-        the platform does not run the implementation.
+      UserError: the context is longer than the model's, there are too many sequences, the sharding is impossible, the
+        platform does not run the implementation, or the model cannot be computed so.
     """
     if not 1 <= context <= config.max_position_embeddings:
         raise UserError(
@@ -174,7 +175,7 @@ def plan(
     dtypes: dict[str, Any] = {"indexer_dtype": indexer_dtype, "cache_dtype": cache_dtype}
 
     def traced_with(implementation: str) -> tuple[Runtime, dict[str, jax.stages.Traced]]:
-        options = AttentionOptions(implementation=implementation, **dtypes)
+        options = AttentionOptions(implementation=implementation, activation_dtype=activation_dtype, **dtypes)
         runtime = Runtime(Keye.abstract(config), config, rules=rules, options=options, prefill_chunk=chunk)
         (prefill,) = lowering.prefill_programs(runtime, context, pages=rows * runtime.table_width(context))
         return runtime, {"prefill": prefill, "decode": lowering.decode_program(runtime, rows, context, sample=False)}
@@ -186,7 +187,8 @@ def plan(
         raise UserError(
             f"--batch is {batch:,}; with --context {context:,} it must be at most {most // homes * homes:,}"
         )
-    own = implementation or (chip.implementations[0] if compiling else "xla")
+    preferred = implementation or chip.implementations[0]
+    own = preferred if compiling else implementation or "xla"
     try:
         runtime, programs = traced_with(own)
     except UnsupportedError:
@@ -201,7 +203,13 @@ def plan(
     memory = int(memory_bytes(platform))
     work, steps, problem = Work(config, rules, chunk, **dtypes), {}, None
     estimates = {
-        "prefill": functools.partial(prefill_workspace_bytes, config, rules, chunk, **dtypes),
+        "prefill": functools.partial(
+            prefill_workspace_bytes,
+            *(config, rules, chunk),
+            implementation=own if compiling else preferred,
+            activation_dtype=activation_dtype,
+            **dtypes,
+        ),
         "decode": functools.partial(decode_workspace_bytes, config, rules, batch),
     }
     for name, traced in programs.items():

@@ -10,11 +10,14 @@ import jax.numpy as jnp
 
 from keye_jax.config import KeyeConfig
 from keye_jax.kv_cache import PagePool
+from keye_jax.model.attention import queries_at_once
 from keye_jax.model.params import parameter_arrays
 from keye_jax.page_allocator import pages_for
 from keye_jax.runtime.prefill import round_up
 from keye_jax.sharding.mesh_rules import MeshRules
 from keye_jax.sharding.step import StepSharding
+from pallas_kernels.grouped_matmul import xla as grouped_matmul
+from pallas_kernels.sparse_attention import xla as sparse_attention
 
 
 def weight_bytes(config: KeyeConfig, rules: MeshRules, *, dtype: str | None = None, only: tuple[str, ...] = ()) -> int:
@@ -83,31 +86,64 @@ def prefill_workspace_bytes(
     chunk: int,
     context: int,
     *,
+    implementation: str,
     indexer_dtype: str | None = None,
     cache_dtype: str | None = None,
+    activation_dtype: str | None = None,
 ) -> int:
     """An estimate of what a step of reading needs on a GPU besides its arguments, in bytes on one device.
 
-    That is scores of a block of queries, or the experts' rows.
+    That is the most of three: scores of a block of queries, what they attend to where XLA gathers it, or the experts'
+    rows. XLA's compiler for one GPU differs by at most 5% for the released model, chunks of 1,024 to 8,192 tokens and
+    contexts of 32K to 256K; `python -m tests.gpu_compile.memory` compares.
 
     Args:
       chunk: prompt tokens that each device reads in one step.
       context: tokens of the whole prompt.
+      implementation: of the kernels, as in `AttentionOptions.kernels`.
       indexer_dtype, cache_dtype: as for `pool_bytes`.
+      activation_dtype: as in `AttentionOptions`.
     """
     step, item = StepSharding.prefill(rules), config.jax_dtype.itemsize
+    tokens, portable = min(chunk, context), not implementation.startswith("mosaic")
+    hidden = tokens * config.hidden_size * item
+    attention = _attention_bytes(config, step, tokens, context, implementation, portable or cache_dtype is not None)
+    if step.gathers_pages:
+        # XLA's compiler gives two and more that share positions 1.29 GiB at 32K, 1.46 to 1.50 at 128K and 1.72 at 256K.
+        attention += context * (index_row_bytes(config, indexer_dtype) + kv_row_bytes(config, rules, cache_dtype))
+        attention += 2**26
     ranks = step.size(step.query_sequence)
     owners = step.size(tuple(dict.fromkeys((*step.query_sequence, *step.experts, *step.expert_hidden))))
-    # One H200 needed 1.13 GiB at 128K and 1.12 GiB at 256K, where a block of scores takes one; XLA's compiler gives
-    # two and more that share positions 1.29 GiB at 32K, 1.46 to 1.50 at 128K and 1.72 at 256K.
-    attention = min(2**30, 4 * min(chunk, context) * context) + 2**27
-    stored = index_row_bytes(config, indexer_dtype) + kv_row_bytes(config, rules, cache_dtype)
-    whole = context * stored + 2**27 if step.gathers_pages else 0
-    tokens = min(chunk, context) * ranks
-    rows = tokens * config.num_experts_per_tok / owners * (1.5 if owners > 1 else 1)
-    widths = 2 * config.hidden_size + 2 * config.moe_intermediate_size
-    exchanged = 2 * tokens * config.hidden_size * item if ranks > 1 else 0
-    return int(max(attention + whole, rows * widths * item + exchanged))
+    rows = int(tokens * ranks * config.num_experts_per_tok / owners * (1.5 if owners > 1 else 1))
+    inner = config.moe_intermediate_size // step.size(step.expert_hidden)
+    if portable:
+        # XLA multiplies float8 in float32.
+        shared = {"groups": config.num_experts // step.size(step.experts), "itemsize": 4 if activation_dtype else item}
+        experts = max(
+            grouped_matmul.gpu_bytes(rows, config.hidden_size, 2 * inner, **shared),
+            grouped_matmul.gpu_bytes(rows, inner, config.hidden_size, **shared),
+        )
+    else:
+        experts = rows * (config.hidden_size + inner) * item
+    exchanged = 2 * ranks * hidden if ranks > 1 else 0
+    return int(max(attention, experts + 2 * hidden + exchanged))
+
+
+def _attention_bytes(
+    config: KeyeConfig, step: StepSharding, tokens: int, context: int, implementation: str, xla_attends: bool
+) -> int:
+    """Of one layer's attention from `tokens` queries of one sequence to its context, on one device."""
+    item, sa, heads = config.jax_dtype.itemsize, config.sa_config, config.num_attention_heads // step.size(step.heads)
+    block = math.ceil(tokens / math.ceil(tokens / queries_at_once(implementation, context)))
+    q = heads * config.head_dim
+    kept = config.hidden_size + q + sa.indexer_num_heads * sa.indexer_head_dim
+    scoring = 4 * block * (context + sa.topk) + tokens * kept * item
+    if not xla_attends:
+        return scoring
+    row = 2 * config.num_key_value_heads // step.size(step.kv_heads) * config.head_dim * item
+    # Positions that are selected, and which of them are there; queries and what they attended to.
+    kept = 5 * block * sa.topk + tokens * (config.hidden_size + 2 * q) * item
+    return max(scoring, kept + sparse_attention.gpu_bytes(block, heads, context, sa.topk, row, item))
 
 
 def decode_workspace_bytes(config: KeyeConfig, rules: MeshRules, batch: int, context: int) -> int:

@@ -29,7 +29,7 @@ class Blocks:
         sizes = jnp.diff(ends, prepend=0)
         blocks = (sizes + size - 1) // size
         block_ends = jnp.cumsum(blocks)
-        return cls(size, rows // size + min(len(ends), rows), ends - sizes, ends, block_ends - blocks, block_ends)
+        return cls(size, most_blocks(rows, len(ends), size), ends - sizes, ends, block_ends - blocks, block_ends)
 
     @property
     def number(self) -> jax.Array:
@@ -51,6 +51,11 @@ class Blocks:
         """Where rows int32 `[...]` are in an array of all blocks, `size` rows each."""
         group = group_of_row(rows, self.ends)
         return self.block_starts[group] * self.size + rows - self.starts[group]
+
+
+def most_blocks(rows: int, groups: int, size: int) -> int:
+    """A bound of the number of blocks of `size` rows."""
+    return rows // size + min(groups, rows)
 
 
 def group_of_row(rows: jax.Array, ends: jax.Array) -> jax.Array:

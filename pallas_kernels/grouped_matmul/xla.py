@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import portable
 from pallas_kernels.grouped_matmul.activations import QuantizedRows, quantize_rows
-from pallas_kernels.grouped_matmul.blocks import Blocks, group_of_row
+from pallas_kernels.grouped_matmul.blocks import Blocks, group_of_row, most_blocks
 from pallas_kernels.grouped_matmul.groups import group_ends
 from pallas_kernels.meshes import vary_like
 from pallas_kernels.quantized import Matrices, QuantizedMatrices, take_matrices
@@ -154,9 +154,7 @@ def _multiply_on_gpus(lhs: jax.Array, rhs: Matrices, ends: jax.Array, *, transpo
         return every[group_of_row(at, ends), at]
     blocks = _large_blocks(rows, ends)
     itemsize = rhs.dtype.itemsize if isinstance(rhs, jax.Array) else lhs.dtype.itemsize
-    per_block = blocks.size * per_row + math.prod(rhs.shape[1:]) * itemsize
-    turns = math.ceil(blocks.most / max(1, _WORKSPACE_BYTES // per_block))
-    at_once = math.ceil(blocks.most / turns)
+    turns, at_once = _turns(blocks.most, blocks.size * per_row + math.prod(rhs.shape[1:]) * itemsize)
 
     def turn(first: jax.Array) -> jax.Array:
         group, start, _ = blocks.locate(first + jnp.arange(at_once))
@@ -166,6 +164,29 @@ def _multiply_on_gpus(lhs: jax.Array, rhs: Matrices, ends: jax.Array, *, transpo
 
     out = portable.map_blocks(turn, jnp.arange(turns) * at_once, lhs)
     return out.reshape(turns * at_once * blocks.size, -1).at[blocks.place(jnp.arange(rows))].get(mode="clip")
+
+
+def gpu_bytes(rows: int, inputs: int, outputs: int, groups: int, itemsize: int) -> int:
+    """Bytes of a product on GPUs, of its rows and its result with its padding too, but not of the matrices.
+
+    That is of a product in turns, as of more than `_SOME_ROWS` rows.
+
+    Args:
+      rows, groups: how many.
+      inputs, outputs: numbers of a row, and of its product.
+      itemsize: bytes of a number.
+    """
+    size = _large_block_rows(rows, groups)
+    most = most_blocks(rows, groups, size)
+    per_block = (size * (inputs + outputs) + inputs * outputs) * itemsize
+    turns, at_once = _turns(most, per_block)
+    return (rows * inputs + turns * at_once * size * outputs) * itemsize + at_once * per_block
+
+
+def _turns(most_blocks: int, per_block: int) -> tuple[int, int]:
+    """In how many turns blocks are multiplied, and how many at once, if each takes `per_block` bytes."""
+    turns = math.ceil(most_blocks / max(1, _WORKSPACE_BYTES // per_block))
+    return turns, math.ceil(most_blocks / turns)
 
 
 def _d_rhs(lhs: jax.Array, rhs: jax.Array, ends: jax.Array, d_out: jax.Array) -> jax.Array:
@@ -205,6 +226,10 @@ def _small_blocks(rows: int, ends: jax.Array) -> Blocks:
 
 
 def _large_blocks(rows: int, ends: jax.Array) -> Blocks:
-    """Blocks of a size, a power of two, at which copies of matrices take about as long as products with padding."""
-    best = math.log2(max(1.0, _MATRIX_ROWS * rows / len(ends))) / 2
-    return Blocks.of(rows, ends, min(_GPU_BLOCK_ROWS, max(16, 1 << round(best))))
+    return Blocks.of(rows, ends, _large_block_rows(rows, len(ends)))
+
+
+def _large_block_rows(rows: int, groups: int) -> int:
+    """A power of two at which copies of matrices take about as long as products with padding."""
+    best = math.log2(max(1.0, _MATRIX_ROWS * rows / groups)) / 2
+    return min(_GPU_BLOCK_ROWS, max(16, 1 << round(best)))

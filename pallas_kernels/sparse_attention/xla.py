@@ -110,9 +110,34 @@ def _all_is_less(q: jax.Array, kv: jax.Array, indices: jax.Array, page_table: ja
     """Whether attention to all rows under a mask moves fewer bytes on a GPU, and a copy of them fits the workspace."""
     (batch, queries, heads, _), capacity = q.shape, page_table.shape[1] * kv.shape[1]
     row = paging.scaled_row_bytes(kv, q.dtype)
-    masked = capacity * (queries * heads * _LOGIT_BYTES + row)
-    gathered = queries * indices.shape[-1] * _GATHERED_TIMES * row
-    return masked < gathered and batch * capacity * row <= _GPU_WORKSPACE_BYTES
+    fits = batch * capacity * row <= _GPU_WORKSPACE_BYTES
+    return fits and _moves_less(queries, heads, capacity, indices.shape[-1], row)
+
+
+def _moves_less(queries: int, heads: int, capacity: int, top_k: int, row_bytes: int) -> bool:
+    masked = capacity * (queries * heads * _LOGIT_BYTES + row_bytes)
+    return masked < queries * top_k * _GATHERED_TIMES * row_bytes
+
+
+def _masked_at_once(batch: int, queries: int, heads: int, capacity: int) -> int:
+    """Queries of each sequence whose logits under a mask fill the workspace; at least one, at most all."""
+    return min(queries, max(1, _GPU_WORKSPACE_BYTES // (batch * heads * capacity * 4)))
+
+
+def gpu_bytes(queries: int, heads: int, capacity: int, top_k: int, row_bytes: int, itemsize: int) -> int:
+    """Bytes that attention of one sequence takes on GPUs besides arguments and results.
+
+    Args:
+      queries, heads, top_k: how many.
+      capacity: positions of the page table.
+      row_bytes: of a position's keys and values, as `paging.scaled_row_bytes` gives them.
+      itemsize: bytes of a probability.
+    """
+    if capacity * row_bytes <= _GPU_WORKSPACE_BYTES and _moves_less(queries, heads, capacity, top_k, row_bytes):
+        logits = _masked_at_once(1, queries, heads, capacity) * heads * capacity
+        return logits * (4 + itemsize) + capacity * row_bytes
+    # The rows, their keys once more in the order of the product, and the logits.
+    return _at_once(queries, top_k, row_bytes, _GPU_WORKSPACE_BYTES) * top_k * (row_bytes * 3 // 2 + 4 * heads)
 
 
 def _attend_to_all(
@@ -141,7 +166,7 @@ def _attend_to_all(
         )
         return out.reshape(q.shape).astype(q.dtype), jnp.moveaxis(lse, 1, 2).reshape(q.shape[:3])
 
-    turns = math.ceil(queries / max(1, _GPU_WORKSPACE_BYTES // (batch * heads * capacity * 4)))
+    turns = math.ceil(queries / _masked_at_once(batch, queries, heads, capacity))
     padding = -queries % turns
 
     def split(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The quick subset of `python -m tests.gpu_compile`, in a process of its own, and how ptxas' messages are read."""
+"""Quick subsets of `python -m tests.gpu_compile` and its `memory`, in processes of their own, and ptxas' messages."""
 
 import subprocess
 import sys
@@ -33,7 +33,8 @@ def test_messages_of_ptxas():
 
 @pytest.mark.slow
 @pytest.mark.skipif(prepared() is None, reason="the compilers for NVIDIA GPUs are not installed")
-def test_kernels_for_hopper_compile_well():
-    command = [sys.executable, "-m", "tests.gpu_compile", "--quick"]
+@pytest.mark.parametrize("module", ["tests.gpu_compile", "tests.gpu_compile.memory"])
+def test_programs_for_hopper_compile_well(module):
+    command = [sys.executable, "-m", module, "--quick"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
