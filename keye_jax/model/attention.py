@@ -352,7 +352,7 @@ def attend_sparse(
         scores = _scores_of_selection(options.selection, scores, start, keys.split)
         seen = start[:, None] + jnp.minimum(jnp.arange(q.shape[1]), last[:, None]) + 1
         lengths = jnp.minimum(seen, scores.shape[-1])
-        # Where XLA attends to float8, selection is still the best there is.
+        # `topk_attention` takes no scales.
         if keys.split or options.selections or pages.kv_scales is not None:
             with jax.named_scope("selection"):
                 if keys.split:
@@ -362,8 +362,8 @@ def attend_sparse(
                     selected = select_topk(scores, lengths, top_k, implementation=implementation)
             with jax.named_scope("attention"):
                 how = {"scale": scale, "kv_scales": pages.kv_scales}
-                # Of kernels, only that of Hopper GPUs for single queries takes scales.
-                takes = pages.kv_scales is None or (q.shape[1] == 1 and preferred != "mosaic_tpu")
+                # Of kernels, only those of Hopper GPUs take scales.
+                takes = pages.kv_scales is None or preferred != "mosaic_tpu"
                 how["implementation"] = resolve("sparse_attention", preferred) if takes else "xla"
                 out, lse = sparse_attention(q, pages.kv, selected, table, **how)
         else:
