@@ -94,8 +94,8 @@ def prefill_workspace_bytes(
     """An estimate of what a step of reading needs on a GPU besides its arguments, in bytes on one device.
 
     That is the most of three: scores of a block of queries, what they attend to where it is gathered or copied, or
-    the experts' rows. XLA's compiler for one GPU differs by at most 5% for the released model, chunks of 1,024 to 8,192 tokens and
-    contexts of 32K to 256K; `python -m tests.gpu_compile.memory` compares.
+    the experts' rows. XLA's compiler for one GPU differs by at most 5% for the released model, chunks of 1,024 to 8,192
+    tokens and contexts of 32K to 256K; `python -m tests.gpu_compile.memory` compares.
 
     Args:
       chunk: prompt tokens that each device reads in one step.
