@@ -200,6 +200,28 @@ def test_a_float8_cache_is_planned(capsys):
     assert json.loads(float8)["largest_context"] >= json.loads(exact)["largest_context"]
 
 
+def test_activations_in_float8_are_planned(capsys):
+    """XLA multiplies them in float32; they take experts in fp8."""
+    job = ("--platform", "a100:1", "--context", "128", "--experts", "fp8")
+    float8 = ("--activation-dtype", "float8_e4m3fn")
+    exact, rounded = (json.loads(planned(capsys, *job, *more)[1])["prefill"] for more in ((), float8))
+    assert rounded["workspace"] > exact["workspace"]
+    code, _, err = planned(capsys, *job[:4], *float8)
+    assert code == 2 and "it takes experts in fp8, and this model's are of all bits" in err
+    assert run(app, ["plan", "--platform", "cpu:1", "--train", "lora", *float8]) == 2
+    assert "--activation-dtype cannot go with --train" in capsys.readouterr().err
+
+
+def test_the_implementation_decides_the_workspace(capsys):
+    """Of a GPU that is only described nobody knows whether it runs kernels."""
+    described = ("mine:1", "--device-memory", "80GiB")
+    by_xla, unknown, ampere, kernels = (
+        json.loads(planned(capsys, "--platform", *job)[1])["prefill"]["workspace"]
+        for job in (("h100:1", "--implementation", "xla"), described, ("a100:1",), ("h100:1",))
+    )
+    assert by_xla == unknown == ampere != kernels
+
+
 def test_options_of_a_job_do_not_go_with_training(capsys):
     assert run(app, ["plan", "--platform", "cpu:1", "--train", "lora", "--batch", "2", "--prefill-chunk", "64"]) == 2
     assert "--batch and --prefill-chunk cannot go with --train" in capsys.readouterr().err
