@@ -332,6 +332,10 @@ def attend_sparse(
       the attention output, with scores and selection if the options ask for intermediates.
     """
     pages, preferred = keys.pages, options.implementation
+    start = keys.start
+    if inputs.q.shape[1] == 1 and keys.count is not None:
+        # An idle row of a step of decode sees no key, so that kernels are soon done with it.
+        start = jnp.where(keys.count > 0, start, -1)
 
     def attend(
         q: jax.Array, index_q: jax.Array, gates: jax.Array, table: jax.Array, start: jax.Array, last: jax.Array
@@ -390,9 +394,9 @@ def attend_sparse(
     score_bytes = _SCORE_BYTES.get(options.kernels, _SMALL_SCORE_BYTES)
     at_once = max(1, score_bytes // (4 * keys.page_table.shape[1] * PAGE_SIZE))
     if options.intermediates or options.selections or batch * queries <= at_once:
-        return attend(q, index_q, gates, keys.page_table, keys.start, last)
+        return attend(q, index_q, gates, keys.page_table, start, last)
     if batch > 1 and queries <= at_once:
-        return _in_turns(attend, at_once // queries, q, index_q, gates, keys.page_table, keys.start, last)
+        return _in_turns(attend, at_once // queries, q, index_q, gates, keys.page_table, start, last)
 
     blocks = math.ceil(queries / max(1, at_once // batch))
     block = math.ceil(queries / blocks)
@@ -402,7 +406,7 @@ def attend_sparse(
     def attend_block(i: jax.Array, done: AttentionOutput) -> AttentionOutput:
         first = i * block
         part_q, part_index_q, part_gates = (_part(x, first, block, 1) for x in (done.out, index_q, gates))
-        part = attend(part_q, part_index_q, part_gates, keys.page_table, keys.start + first, last - first)
+        part = attend(part_q, part_index_q, part_gates, keys.page_table, start + first, last - first)
         return _overwrite(done, part, first, 1)
 
     done = jax.lax.fori_loop(0, blocks, attend_block, _begun(q))

@@ -200,7 +200,7 @@ def sample(
     kept = jnp.where(kept_tokens(scaled, state, implementation=implementation), scaled, -jnp.inf)
     keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(state.seed, positions)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    scores = jnp.where(greedy[:, None], logits, kept + noise)
+    scores = jnp.where(greedy[:, None], scaled, kept + noise)
     return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
 
@@ -282,17 +282,19 @@ def _lowest_of_nucleus(scaled: jax.Array, top: jax.Array, target: jax.Array) -> 
     Returns:
       float32 `[b]`.
     """
-    bits = jax.lax.bitcast_convert_type(scaled, jnp.uint32)
-    order = jnp.where(bits >> 31 == 1, ~bits, bits | _SIGN)  # as integers of the same order
-    mass = jnp.exp(scaled - top)
     threshold = jnp.zeros(len(scaled), jnp.uint32)
     for shift in range(32 - _BITS_PER_PASS, 31 - _SEARCHED_BITS, -_BITS_PER_PASS):
+        bits = jax.lax.bitcast_convert_type(scaled, jnp.uint32)
+        order = jnp.where(bits >> 31 == 1, ~bits, bits | _SIGN)  # as integers of the same order
+        mass = jnp.exp(scaled - top)
         digits = [np.uint32(digit << shift) for digit in range(1, 2**_BITS_PER_PASS)]
         terms = [jnp.where(order >= (threshold + digit)[:, None], mass, 0.0) for digit in digits]
         sums = jax.lax.reduce(terms, [jnp.float32(0)] * len(terms), _add_each, [1])
         # Sums fall with the digit: the number of those that reach the target is the threshold's.
         hits = [jnp.where(found >= target, np.uint32(1 << shift), np.uint32(0)) for found in sums]
         threshold += functools.reduce(jnp.add, hits)
+        # What follows from the logits is computed again in each pass, so that a pass reads them alone.
+        scaled, threshold = jax.lax.optimization_barrier((scaled, threshold))
     lowest = jnp.where(threshold >> 31 == 1, threshold ^ _SIGN, ~threshold)
     lowest = jax.lax.bitcast_convert_type(lowest, jnp.float32)
     # Rounding may leave all of a row below its target: then all of it is kept.

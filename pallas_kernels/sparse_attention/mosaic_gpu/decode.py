@@ -37,12 +37,13 @@ _LOWEST, _MASKED, _ONE = 0xE0AD78EC, 0xFF800000, 0x3F800000  # -1e20, -inf and 1
 
 # Addresses in shared memory, in words. In order: the warps' sums, a row of 128 for each head, padded against bank
 # conflicts; maxima and totals of each warp and head; the same of each block of the cluster and head; the blocks' sums
-# of the part that this block finishes.
+# of the part that this block finishes; the lowest position that each warp has seen in the list.
 _PITCH = DIM + 4
 _STATS = _WARPS * HEADS * _PITCH
 _PEER_STATS = _STATS + _WARPS * HEADS * 2
 _PEER_SUMS = _PEER_STATS + 16 * HEADS * 2
-WORDS = _PEER_SUMS + HEADS * DIM
+_LOWEST_POSITIONS = _PEER_SUMS + HEADS * DIM
+WORDS = _LOWEST_POSITIONS + _WARPS
 
 
 def attend_single(
@@ -168,8 +169,7 @@ class DecodeShape:
 
 def decode_body(machine, q, kv, lists, page_table, out, lse, block, rank, *, shape):
     """Runs in each thread of cluster number `block`. `rank` is the block's number in the cluster."""
-    work = SingleQuery(machine, shape, block, rank, q, kv, lists, page_table)
-    work.combine(out, lse, *work.attend())
+    SingleQuery(machine, shape, block, rank, q, kv, lists, page_table).run(out, lse)
 
 
 class SingleQuery:
@@ -202,6 +202,30 @@ class SingleQuery:
         exists = self.first_head + self.g < shape.q_per_kv
         at = (self.head + machine.select(exists, self.g, 0)) * (DIM // 2) + self.c * self.Q_STEP
         self.q = [machine.load_global4_where(q_row, at + offset, exists) for offset in self.Q_OFFSETS]
+
+    def run(self, out, lse):
+        """Writes the query's attention. Without a position it ends early: an idle row of a batch leaves room soon."""
+        machine = self.machine
+        begun = self.begin()
+        some = self.sees_keys()
+        with machine.when(some.ne(0)):
+            self.combine(out, lse, *self.attend(*begun))
+        with machine.when(some.eq(0) & self.rank.eq(0)):
+            self.write(out, lse, machine.warp, machine.lane * 4, machine.word(_LOWEST), machine.word(0), [0] * 4)
+
+    def sees_keys(self):
+        """A word that is 0 if the query has no position, the same in all threads of the cluster."""
+        machine, shape = self.machine, self.shape
+        if not shape.listed:
+            return self.count
+        places = range(0, shape.size, machine.threads)
+        positions = [machine.load_global(self.list, (machine.thread + i).min(shape.size - 1)) for i in places]
+        lowest = machine.warp_min(functools.reduce(lambda a, b: a.min(b), positions))
+        with machine.when(machine.lane.eq(0)):
+            machine.store_shared(machine.warp + _LOWEST_POSITIONS, lowest)
+        machine.barrier()
+        lowest = machine.warp_min(machine.load_shared((machine.lane & (_WARPS - 1)) + _LOWEST_POSITIONS))
+        return machine.select(lowest < shape.pages * shape.page_size, machine.word(1), 0)
 
     # Keys and values.
 
@@ -287,14 +311,22 @@ class SingleQuery:
                 sums[m] = machine.multiply_tiles([word for half in a for word in half], b, sums[m])
         return [word for row in sums for word in row]
 
-    def attend(self):
-        """Attention to this warp's keys: the highest score and the sum of weights of head g, and the sums of values."""
+    def begin(self):
+        """The warp's first step, the distance between its steps, and the `slots` of its first two."""
+        machine = self.machine
+        first, stride = machine.warp * machine.cluster + self.rank, machine.cluster * _WARPS
+        return first, stride, self.slots(first), self.slots(first + stride)
+
+    def attend(self, first, stride, slots, following):
+        """Attention to this warp's keys: the highest score and the sum of weights of head g, and the sums of values.
+
+        Args:
+          first, stride, slots, following: what `begin` returned.
+        """
         machine = self.machine
         op, maximum = machine.float_op, functools.partial(machine.float_op, "max")
-        stride, loaded = machine.cluster * _WARPS, self.KEY_WORDS + self.VALUE_WORDS
-        first = machine.warp * machine.cluster + self.rank
+        loaded = self.KEY_WORDS + self.VALUE_WORDS
         steps = (self.count + (STEP - 1)) // STEP
-        slots, following = self.slots(first), self.slots(first + stride)
         keys, values = self.load_keys(slots), self.load_values(slots)
 
         def visit(step, slots, following, highest, total, *words):
