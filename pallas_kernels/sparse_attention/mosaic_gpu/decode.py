@@ -161,9 +161,11 @@ class DecodeShape:
 
     def best_cluster(self) -> int:
         """The widest cluster that the GPU has room for and whose warps all have a step."""
-        # 256 blocks read a batch of 4 at 128K faster than 128 did. Lists of a few steps per warp were not faster.
+        # 256 blocks read a batch of 4 at 128K faster than 128 did. Lists of a few steps per warp were not faster. But of
+        # many rows most may be idle, and pairs of blocks are done sooner with the others.
+        rooms = {2: 4 * MULTIPROCESSORS} if self.listed else {}
         room = MULTIPROCESSORS if self.listed else 2 * MULTIPROCESSORS
-        fits = [c for c in (2, 4, 8, 16) if self.blocks * c <= room and c * _WARPS * STEP <= self.size]
+        fits = [c for c in (2, 4, 8, 16) if self.blocks * c <= rooms.get(c, room) and c * _WARPS * STEP <= self.size]
         return max(fits, default=1)
 
 
@@ -229,13 +231,16 @@ class SingleQuery:
 
     # Keys and values.
 
-    def slots(self, step):
-        """The row of the flattened pages of the key that this lane looks up; `NOWHERE` if there is no key."""
+    def position(self, step):
+        """The position that this lane looks up in a step: an entry of the list, or the key's number."""
+        index = step * STEP + self.machine.lane
+        return self.machine.load_global(self.list, index.min(self.shape.size - 1)) if self.shape.listed else index
+
+    def slots(self, step, position):
+        """The row of the flattened pages of the key at `position(step)`; `NOWHERE` if there is no key."""
         machine, shape = self.machine, self.shape
-        index = step * STEP + machine.lane
-        exists, position = index < self.count, index
+        exists = step * STEP + machine.lane < self.count
         if shape.listed:
-            position = machine.load_global(self.list, index.min(shape.size - 1))
             exists = exists & (position < shape.pages * shape.page_size)  # As an unsigned number, -1 is larger.
         position = machine.select(exists, position, 0)
         page = position // shape.page_size
@@ -312,16 +317,23 @@ class SingleQuery:
         return [word for row in sums for word in row]
 
     def begin(self):
-        """The warp's first step, the distance between its steps, and the `slots` of its first two."""
+        """The warp's first step, the distance between its steps, `slots` of the first two, the position of the third.
+
+        A key is loaded a step ahead, its page's number two steps and its position three. So no step waits for two loads
+        one after the other.
+        """
         machine = self.machine
         first, stride = machine.warp * machine.cluster + self.rank, machine.cluster * _WARPS
-        return first, stride, self.slots(first), self.slots(first + stride)
+        steps = [first + stride * i for i in range(3)]
+        positions = [self.position(step) for step in steps]
+        slots = [self.slots(*both) for both in zip(steps[:2], positions[:2], strict=True)]
+        return first, stride, *slots, positions[2]
 
-    def attend(self, first, stride, slots, following):
+    def attend(self, first, stride, slots, following, position):
         """Attention to this warp's keys: the highest score and the sum of weights of head g, and the sums of values.
 
         Args:
-          first, stride, slots, following: what `begin` returned.
+          first, stride, slots, following, position: what `begin` returned.
         """
         machine = self.machine
         op, maximum = machine.float_op, functools.partial(machine.float_op, "max")
@@ -329,7 +341,8 @@ class SingleQuery:
         steps = (self.count + (STEP - 1)) // STEP
         keys, values = self.load_keys(slots), self.load_values(slots)
 
-        def visit(step, slots, following, highest, total, *words):
+        def visit(step, slots, following, position, highest, total, *words):
+            after, position = self.slots(step + stride * 2, position), self.position(step + stride * 3)
             keys, values, sums = words[: self.KEY_WORDS], words[self.KEY_WORDS : loaded], words[loaded:]
             scores = self.score(keys, slots)
             keys = self.load_keys(following)
@@ -345,11 +358,10 @@ class SingleQuery:
             sums = [op("mul", s, factors[i % 2]) for i, s in enumerate(sums)]
             sums = self.add_values(sums, weights, values)
             values = self.load_values(following)
-            after = self.slots(step + 2 * stride)
-            return following, after, best, total, *keys, *values, *sums
+            return following, after, position, best, total, *keys, *values, *sums
 
-        carry = [slots, following, _LOWEST, 0, *keys, *values, *[0] * 32]
-        _, _, highest, total, *words = machine.loop(first, steps, stride, visit, carry)
+        carry = [slots, following, position, _LOWEST, 0, *keys, *values, *[0] * 32]
+        _, _, _, highest, total, *words = machine.loop(first, steps, stride, visit, carry)
         for mask in (1, 2):
             total = op("add", total, machine.shuffle_xor(total, mask))
         return highest, total, words[loaded:]
