@@ -161,8 +161,8 @@ class DecodeShape:
 
     def best_cluster(self) -> int:
         """The widest cluster that the GPU has room for and whose warps all have a step."""
-        # 256 blocks read a batch of 4 at 128K faster than 128 did. Lists of a few steps per warp were not faster. But of
-        # many rows most may be idle, and pairs of blocks are done sooner with the others.
+        # 256 blocks read a batch of 4 at 128K faster than 128 did. Lists of a few steps per warp were not faster. But
+        # most of many rows may be idle, and pairs of blocks are done sooner with the others.
         rooms = {2: 4 * MULTIPROCESSORS} if self.listed else {}
         room = MULTIPROCESSORS if self.listed else 2 * MULTIPROCESSORS
         fits = [c for c in (2, 4, 8, 16) if self.blocks * c <= rooms.get(c, room) and c * _WARPS * STEP <= self.size]
