@@ -3,7 +3,8 @@
     python -m keye_jax.bench.train --stage indexer_warmup --layers 16 --length 32768
 
 Prints the time of a step, that of its forward pass alone, tokens a second, and of the indexer's warm-up the floating-
-point operations that the step needs, beside what the device could do in that time.
+point operations that the step needs, beside what the device could do in that time. With --compile-only it makes no
+weights and runs nothing: it prints the memory that the compiled step needs, by the compiler.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from convert.synthetic import with_layers
 from keye_jax import presets
 from keye_jax.bench.inputs import random_model
 from keye_jax.config import KeyeConfig
+from keye_jax.model.keye import Keye
 from keye_jax.runtime.compilation_cache import enable_compilation_cache
 from keye_jax.runtime.device import peak_memory_bytes
 from keye_jax.sharding import MeshRules, StepSharding
@@ -31,7 +33,7 @@ from keye_jax.train.forward import TrainOptions
 from keye_jax.train.optimizer import init_optimizer, make_optimizer
 from keye_jax.train.packing import PackedArrays
 from keye_jax.train.steps import TrainStep
-from keye_jax.train.weights import ModelDef
+from keye_jax.train.weights import ModelDef, Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,23 +65,11 @@ def measure(config: KeyeConfig, stage: StageConfig, length: int, repeats: int) -
       length: its tokens, a multiple of a page's.
       repeats: steps that are timed, after one that compiles and one that warms up.
     """
-    rules = MeshRules.single_device()
     structure, weights = ModelDef.split(random_model(config))
-    trained = {path: value for path, value in weights.items() if stage.trains(path)}
-    frozen = {path: value for path, value in weights.items() if path not in trained}
-    dtypes = {path: value.dtype for path, value in trained.items()}
+    trained, frozen, step = _stage_step(structure, weights, stage)
     if stage.master:
         trained = {path: value.astype("float32") for path, value in trained.items()}
-    options = TrainOptions(
-        attention=stage.attention,
-        kl=stage.loss.kl > 0,
-        recall=stage.attention == "sparse",
-        remat=stage.remat,
-        scan_layers=stage.scan_layers,
-    )
-    optimizer = make_optimizer(stage.optimizer, 1000, list(trained))
-    step = TrainStep(structure, options, stage.loss, 0.0, dtypes, optimizer, {}, StepSharding.prefill(rules))
-    moments = init_optimizer(optimizer, trained)
+    moments = init_optimizer(step.optimizer, trained)
     batch = step.place(_sample(config, length))
     forward = jax.jit(step.losses)
 
@@ -103,6 +93,43 @@ def measure(config: KeyeConfig, stage: StageConfig, length: int, repeats: int) -
     warmup = stage.attention == "dense" and not stage.loss.language
     flops = warmup_flops(config, length) if warmup else None
     return Timing(step_s, forward_s, length, flops, peak_memory_bytes())
+
+
+def compiled_memory(config: KeyeConfig, stage: StageConfig, length: int) -> tuple[int, int]:
+    """Compiles a stage's step on one sample, for the default device, without weights.
+
+    Args:
+      length: as for `measure`.
+
+    Returns:
+      bytes of the step's arguments, and what it needs besides them and its results.
+    """
+    structure, weights = ModelDef.split(Keye.abstract(config))
+    trained, frozen, step = _stage_step(structure, weights, stage)
+    masters = {path: jax.ShapeDtypeStruct(value.shape, "float32") for path, value in trained.items()}
+    moments = jax.eval_shape(step.optimizer.init, masters)
+    batch = step.place(_sample(config, length))
+    step_program = TrainStep.train.lower(step, masters if stage.master else trained, moments, frozen, (batch,))
+    memory = step_program.compile().memory_analysis()
+    assert memory is not None, "the compilers of CPUs, GPUs and TPUs say it"
+    return memory.argument_size_in_bytes, memory.temp_size_in_bytes
+
+
+def _stage_step(structure: ModelDef, weights: Weights, stage: StageConfig) -> tuple[Weights, Weights, TrainStep]:
+    """The weights that train, those that do not, and the step, on one device."""
+    trained = {path: value for path, value in weights.items() if stage.trains(path)}
+    frozen = {path: value for path, value in weights.items() if path not in trained}
+    options = TrainOptions(
+        attention=stage.attention,
+        kl=stage.loss.kl > 0,
+        recall=stage.attention == "sparse",
+        remat=stage.remat,
+        scan_layers=stage.scan_layers,
+    )
+    dtypes = {path: value.dtype for path, value in trained.items()}
+    optimizer = make_optimizer(stage.optimizer, 1000, list(trained))
+    step = StepSharding.prefill(MeshRules.single_device())
+    return trained, frozen, TrainStep(structure, options, stage.loss, 0.0, dtypes, optimizer, {}, step)
 
 
 def warmup_flops(config: KeyeConfig, length: int) -> float:
@@ -149,6 +176,7 @@ def main() -> None:
     parser.add_argument("--stage", default="indexer_warmup", help="preset of configs/train, or a file; without LoRA")
     parser.add_argument("--layers", type=int, metavar="N", help="decoder layers, in place of the configuration's")
     parser.add_argument("--length", type=int, default=32768, metavar="N", help="tokens of the sample")
+    parser.add_argument("--compile-only", action="store_true", help="print the compiled step's memory, and run nothing")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="steps that are timed")
     parser.add_argument(
         "--peak-tflops", type=float, default=989.0, help="of the device in bfloat16; default: of an H100"
@@ -162,8 +190,13 @@ def main() -> None:
         parser.error(f"--length is {arguments.length}; it must be a positive multiple of {PAGE_TOKENS}")
     enable_compilation_cache()
     config = with_layers(KeyeConfig.from_file(arguments.config), arguments.layers)
-    found = measure(config, stage, arguments.length, arguments.repeats)
     device = jax.devices()[0].device_kind
+    if arguments.compile_only:
+        held, scratch = (size / 2**30 for size in compiled_memory(config, stage, arguments.length))
+        sizes = f"{held:.2f} GiB of weights, moments and batch, {scratch:.2f} GiB besides"
+        print(f"{arguments.stage}, {config.num_hidden_layers} layers, {arguments.length:,} tokens, {device}: {sizes}")
+        return
+    found = measure(config, stage, arguments.length, arguments.repeats)
     print(f"{arguments.stage}, {config.num_hidden_layers} layers, one sample of {found.tokens:,} tokens, {device}")
     print(f"step {found.step * 1e3:,.0f} ms, its forward pass alone {found.forward * 1e3:,.0f} ms")
     print(f"{found.tokens / found.step:,.0f} tokens a second")

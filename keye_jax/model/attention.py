@@ -332,6 +332,10 @@ def attend_sparse(
       the attention output, with scores and selection if the options ask for intermediates.
     """
     pages, preferred = keys.pages, options.implementation
+    start = keys.start
+    if inputs.q.shape[1] == 1 and keys.count is not None:
+        # An idle row of a step of decode sees no key, so that kernels are soon done with it.
+        start = jnp.where(keys.count > 0, start, -1)
 
     def attend(
         q: jax.Array, index_q: jax.Array, gates: jax.Array, table: jax.Array, start: jax.Array, last: jax.Array
@@ -352,7 +356,7 @@ def attend_sparse(
         scores = _scores_of_selection(options.selection, scores, start, keys.split)
         seen = start[:, None] + jnp.minimum(jnp.arange(q.shape[1]), last[:, None]) + 1
         lengths = jnp.minimum(seen, scores.shape[-1])
-        # Where XLA attends to float8, selection is still the best there is.
+        # `topk_attention` takes no scales.
         if keys.split or options.selections or pages.kv_scales is not None:
             with jax.named_scope("selection"):
                 if keys.split:
@@ -362,8 +366,8 @@ def attend_sparse(
                     selected = select_topk(scores, lengths, top_k, implementation=implementation)
             with jax.named_scope("attention"):
                 how = {"scale": scale, "kv_scales": pages.kv_scales}
-                # Of kernels, only that of Hopper GPUs for single queries takes scales.
-                takes = pages.kv_scales is None or (q.shape[1] == 1 and preferred != "mosaic_tpu")
+                # Of kernels, only those of Hopper GPUs take scales.
+                takes = pages.kv_scales is None or preferred != "mosaic_tpu"
                 how["implementation"] = resolve("sparse_attention", preferred) if takes else "xla"
                 out, lse = sparse_attention(q, pages.kv, selected, table, **how)
         else:
@@ -389,9 +393,9 @@ def attend_sparse(
     last = jnp.full(batch, queries - 1) if keys.count is None else jnp.maximum(keys.count, 1) - 1
     at_once = queries_at_once(options.kernels, keys.page_table.shape[1] * PAGE_SIZE)
     if options.intermediates or options.selections or batch * queries <= at_once:
-        return attend(q, index_q, gates, keys.page_table, keys.start, last)
+        return attend(q, index_q, gates, keys.page_table, start, last)
     if batch > 1 and queries <= at_once:
-        return _in_turns(attend, at_once // queries, q, index_q, gates, keys.page_table, keys.start, last)
+        return _in_turns(attend, at_once // queries, q, index_q, gates, keys.page_table, start, last)
 
     blocks = math.ceil(queries / max(1, at_once // batch))
     block = math.ceil(queries / blocks)
@@ -401,7 +405,7 @@ def attend_sparse(
     def attend_block(i: jax.Array, done: AttentionOutput) -> AttentionOutput:
         first = i * block
         part_q, part_index_q, part_gates = (_part(x, first, block, 1) for x in (done.out, index_q, gates))
-        part = attend(part_q, part_index_q, part_gates, keys.page_table, keys.start + first, last - first)
+        part = attend(part_q, part_index_q, part_gates, keys.page_table, start + first, last - first)
         return _overwrite(done, part, first, 1)
 
     done = jax.lax.fori_loop(0, blocks, attend_block, _begun(q))

@@ -93,9 +93,9 @@ def prefill_workspace_bytes(
 ) -> int:
     """An estimate of what a step of reading needs on a GPU besides its arguments, in bytes on one device.
 
-    That is the most of three: scores of a block of queries, what they attend to where XLA gathers it, or the experts'
-    rows. XLA's compiler for one GPU differs by at most 5% for the released model, chunks of 1,024 to 8,192 tokens and
-    contexts of 32K to 256K; `python -m tests.gpu_compile.memory` compares.
+    That is the most of three: scores of a block of queries, what they attend to where it is gathered or copied, or
+    the experts' rows. XLA's compiler for one GPU differs by at most 5% for the released model, chunks of 1,024 to 8,192
+    tokens and contexts of 32K to 256K; `python -m tests.gpu_compile.memory` compares.
 
     Args:
       chunk: prompt tokens that each device reads in one step.
@@ -107,7 +107,7 @@ def prefill_workspace_bytes(
     step, item = StepSharding.prefill(rules), config.jax_dtype.itemsize
     tokens, portable = min(chunk, context), not implementation.startswith("mosaic")
     hidden = tokens * config.hidden_size * item
-    attention = _attention_bytes(config, step, tokens, context, implementation, portable or cache_dtype is not None)
+    attention = _attention_bytes(config, step, tokens, context, implementation, cache_dtype)
     if step.gathers_pages:
         # XLA's compiler gives two and more that share positions 1.29 GiB at 32K, 1.46 to 1.50 at 128K and 1.72 at 256K.
         attention += context * (index_row_bytes(config, indexer_dtype) + kv_row_bytes(config, rules, cache_dtype))
@@ -130,7 +130,7 @@ def prefill_workspace_bytes(
 
 
 def _attention_bytes(
-    config: KeyeConfig, step: StepSharding, tokens: int, context: int, implementation: str, xla_attends: bool
+    config: KeyeConfig, step: StepSharding, tokens: int, context: int, implementation: str, cache_dtype: str | None
 ) -> int:
     """Of one layer's attention from `tokens` queries of one sequence to its context, on one device."""
     item, sa, heads = config.jax_dtype.itemsize, config.sa_config, config.num_attention_heads // step.size(step.heads)
@@ -138,11 +138,11 @@ def _attention_bytes(
     q = heads * config.head_dim
     kept = config.hidden_size + q + sa.indexer_num_heads * sa.indexer_head_dim
     scoring = 4 * block * (context + sa.topk) + tokens * kept * item
-    if not xla_attends:
-        return scoring
     row = 2 * config.num_key_value_heads // step.size(step.kv_heads) * config.head_dim * item
     # Positions that are selected, and which of them are there; queries and what they attended to.
     kept = 5 * block * sa.topk + tokens * (config.hidden_size + 2 * q) * item
+    if implementation == "mosaic_gpu" or (implementation == "mosaic_tpu" and cache_dtype is None):
+        return max(scoring, kept + context * row) if cache_dtype else scoring
     return max(scoring, kept + sparse_attention.gpu_bytes(block, heads, context, sa.topk, row, item))
 
 

@@ -50,7 +50,7 @@ def indexer_scores(
         these; GPU kernels do not check them.
       query_start: int32 `[b]`, the position of each sequence's first query. Query t has position `query_start + t` and
         sees positions up to its own: none below 0, and all that there are from `m * page_size` on. GPU kernels take
-        positions from 0.
+        positions from 0, those of single queries from -1.
       scale: factor on the sum.
       key_scales: float32 `[p, page_size]`, a factor on each key's scores; None for ones.
       fill: False leaves the scores after a query's own position undefined. This saves time for a caller that does not

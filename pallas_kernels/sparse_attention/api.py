@@ -34,12 +34,13 @@ def sparse_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Grouped-query softmax attention to selected positions only, for prefill and decode.
 
-    Memory: the results, and a workspace that does not grow with the context.
+    Memory: the results, and a workspace that does not grow with the context. With scales and 16 queries or more
+    "mosaic_gpu" also copies contexts to bfloat16: those that fit 1 GiB together, at least one.
 
     Args:
       q: `[b, t, n, d]`, bfloat16, float16 or float32. n is a multiple of k.
       kv: `[p, page_size, 2 * k, d]` pages. A row holds the keys of all k heads, then their values. float8_e4m3fn
-        in "xla", and with scales in "mosaic_gpu" (t below 16).
+        in "xla", and with scales in "mosaic_gpu".
       indices: int32 `[b, t, top_k]`, the positions that a query attends to, the same for all its heads. A position
         appears at most once. Numbers below 0 are ignored, and from `m * page_size` on, which GPU kernels do not check.
       page_table: int32 `[b, m]`, from 0 to p - 1. In "xla" and "mosaic_tpu" other numbers count as the nearest of

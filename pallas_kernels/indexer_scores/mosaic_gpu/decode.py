@@ -2,6 +2,9 @@
 
 The heads alone are the N side of a product. The warpgroups share the keys of a step, and each key is read once. Each of
 a quad of four lanes holds a part of a score's terms; two shuffles finish the sum.
+
+All blocks get the same number of steps, of one sequence or of several. Each block's part is computed before the kernel,
+and once for all layers: a block that counted the others' steps would wait for memory once for each sequence.
 """
 
 # The types of Pallas' decorators and transforms are not yet complete.
@@ -21,6 +24,27 @@ from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import load_row, load_sc
 from pallas_kernels.indexer_scores.mosaic_gpu.products import start_dots, sync_warpgroup
 
 
+def parts(steps):
+    """Equal parts, one for each block, of the steps of all sequences in their order.
+
+    Args:
+      steps: int32 `[b]`, those of each sequence.
+
+    Returns:
+      int32 `[MULTIPROCESSORS, 4]`: the first sequence of a part and the one behind its last, the step of the first at
+      which the part begins, and its number of steps.
+    """
+    block, ends = jnp.arange(MULTIPROCESSORS), jnp.cumsum(steps)
+    each, rest = jnp.divmod(ends[-1], MULTIPROCESSORS)
+    count = each + (block < rest)
+    first = block * each + jnp.minimum(block, rest)
+    before = ends <= first[:, None]
+    sequence = jnp.sum(before, axis=1)
+    behind = jnp.where(count > 0, jnp.sum(ends < (first + count)[:, None], axis=1) + 1, sequence)
+    step = first - jnp.sum(jnp.where(before, steps, 0), axis=1)
+    return jnp.stack([sequence, behind, step, count], axis=1).astype(jnp.int32)
+
+
 @functools.partial(jax.jit, static_argnames=("scale", "fill"))
 def decode_scores(q, weights, keys, page_table, query_start, key_scales, *, scale, fill):
     batch, _, heads, dim = q.shape
@@ -37,29 +61,30 @@ def decode_scores(q, weights, keys, page_table, query_start, key_scales, *, scal
     copies = step // copy_rows
     int32 = jnp.int32
 
-    def kernel(q_ref, gates_ref, keys_ref, table_ref, start_ref, *refs):
+    def reach_of(start):
+        return jnp.clip((start + step) // step, 0, steps)
+
+    def kernel(q_ref, gates_ref, keys_ref, table_ref, start_ref, parts_ref, *refs):
         scales_ref = refs[0] if scaled else None
-        out_ref, q_smem, k_smem, scale_smem, inf_smem, q_barrier, full, empty = refs[scaled:]
+        fill_ref = refs[scaled] if fill else None
+        out_ref, q_smem, k_smem, scale_smem, inf_smem, q_barrier, full, empty = refs[scaled + fill :]
         cta = lax.axis_index("cta")
         wg = lax.axis_index("wg")
 
         def reach(b):
-            return jnp.clip((start_ref[b] + step) // step, 0, steps)
+            return reach_of(start_ref[b])
 
-        def segments(body, steps_of):
-            total = lax.fori_loop(0, batch, lambda b, n: n + steps_of(b), int32(0))
-            each, rest = total // MULTIPROCESSORS, lax.rem(total, int32(MULTIPROCESSORS))
-            first = cta * each + jnp.minimum(cta, rest)
-            end = first + each + (cta < rest).astype(int32)
+        def segments(body, steps_of, part_ref):
+            """Calls `body` for each sequence of this block: its number, steps from and to, and how many are done."""
+            first, behind, begin, count = (part_ref[cta, i] for i in range(4))
 
-            def sequence(b, carry):
-                origin, done = carry
-                count = steps_of(b)
-                lo, hi = jnp.clip(first - origin, 0, count), jnp.clip(end - origin, 0, count)
+            def sequence(b, done):
+                lo = jnp.where(b == first, begin, 0)
+                hi = jnp.minimum(lo + count - done, steps_of(b))
                 pl.when(hi > lo)(lambda: body(b, lo, hi, done))
-                return origin + count, done + hi - lo
+                return done + hi - lo
 
-            lax.fori_loop(0, batch, sequence, (int32(0), int32(0)))
+            lax.fori_loop(first, behind, sequence, int32(0))
 
         @pl.when(wg == groups)
         def _producer():
@@ -102,7 +127,7 @@ def decode_scores(q, weights, keys, page_table, query_start, key_scales, *, scal
 
                     lax.fori_loop(lo, hi, load, addresses(lo))
 
-                pl.when(warp < lanes)(lambda: segments(load_segment, reach))
+                pl.when(warp < lanes)(lambda: segments(load_segment, reach, parts_ref))
 
             plgpu.warp_map(load_pages)
             if fill:
@@ -120,7 +145,7 @@ def decode_scores(q, weights, keys, page_table, query_start, key_scales, *, scal
                         None,
                     )
 
-                segments(fill_segment, lambda b: steps - reach(b))
+                segments(fill_segment, lambda b: steps - reach(b), fill_ref)
                 plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg < groups)
@@ -150,7 +175,7 @@ def decode_scores(q, weights, keys, page_table, query_start, key_scales, *, scal
                 lax.fori_loop(lo, unmasked, functools.partial(score, masked=False), None)
                 lax.fori_loop(unmasked, hi, functools.partial(score, masked=True), None)
 
-            segments(score_segment, reach)
+            segments(score_segment, reach, parts_ref)
 
     call = plgpu.kernel(
         kernel,
@@ -169,4 +194,6 @@ def decode_scores(q, weights, keys, page_table, query_start, key_scales, *, scal
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
         ],
     )
-    return call(q, weights, keys, page_table, query_start, *([key_scales] if scaled else []))
+    reaches = reach_of(query_start)
+    divided = parts(reaches), *([key_scales] if scaled else []), *([parts(steps - reaches)] if fill else [])
+    return call(q, weights, keys, page_table, query_start, *divided)

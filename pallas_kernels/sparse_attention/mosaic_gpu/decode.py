@@ -37,12 +37,13 @@ _LOWEST, _MASKED, _ONE = 0xE0AD78EC, 0xFF800000, 0x3F800000  # -1e20, -inf and 1
 
 # Addresses in shared memory, in words. In order: the warps' sums, a row of 128 for each head, padded against bank
 # conflicts; maxima and totals of each warp and head; the same of each block of the cluster and head; the blocks' sums
-# of the part that this block finishes.
+# of the part that this block finishes; the lowest position that each warp has seen in the list.
 _PITCH = DIM + 4
 _STATS = _WARPS * HEADS * _PITCH
 _PEER_STATS = _STATS + _WARPS * HEADS * 2
 _PEER_SUMS = _PEER_STATS + 16 * HEADS * 2
-WORDS = _PEER_SUMS + HEADS * DIM
+_LOWEST_POSITIONS = _PEER_SUMS + HEADS * DIM
+WORDS = _LOWEST_POSITIONS + _WARPS
 
 
 def attend_single(
@@ -160,16 +161,17 @@ class DecodeShape:
 
     def best_cluster(self) -> int:
         """The widest cluster that the GPU has room for and whose warps all have a step."""
-        # 256 blocks read a batch of 4 at 128K faster than 128 did. Lists of a few steps per warp were not faster.
+        # 256 blocks read a batch of 4 at 128K faster than 128 did. Lists of a few steps per warp were not faster. But
+        # most of many rows may be idle, and pairs of blocks are done sooner with the others.
+        rooms = {2: 4 * MULTIPROCESSORS} if self.listed else {}
         room = MULTIPROCESSORS if self.listed else 2 * MULTIPROCESSORS
-        fits = [c for c in (2, 4, 8, 16) if self.blocks * c <= room and c * _WARPS * STEP <= self.size]
+        fits = [c for c in (2, 4, 8, 16) if self.blocks * c <= rooms.get(c, room) and c * _WARPS * STEP <= self.size]
         return max(fits, default=1)
 
 
 def decode_body(machine, q, kv, lists, page_table, out, lse, block, rank, *, shape):
     """Runs in each thread of cluster number `block`. `rank` is the block's number in the cluster."""
-    work = SingleQuery(machine, shape, block, rank, q, kv, lists, page_table)
-    work.combine(out, lse, *work.attend())
+    SingleQuery(machine, shape, block, rank, q, kv, lists, page_table).run(out, lse)
 
 
 class SingleQuery:
@@ -203,15 +205,42 @@ class SingleQuery:
         at = (self.head + machine.select(exists, self.g, 0)) * (DIM // 2) + self.c * self.Q_STEP
         self.q = [machine.load_global4_where(q_row, at + offset, exists) for offset in self.Q_OFFSETS]
 
+    def run(self, out, lse):
+        """Writes the query's attention. Without a position it ends early: an idle row of a batch leaves room soon."""
+        machine = self.machine
+        begun = self.begin()
+        some = self.sees_keys()
+        with machine.when(some.ne(0)):
+            self.combine(out, lse, *self.attend(*begun))
+        with machine.when(some.eq(0) & self.rank.eq(0)):
+            self.write(out, lse, machine.warp, machine.lane * 4, machine.word(_LOWEST), machine.word(0), [0] * 4)
+
+    def sees_keys(self):
+        """A word that is 0 if the query has no position, the same in all threads of the cluster."""
+        machine, shape = self.machine, self.shape
+        if not shape.listed:
+            return self.count
+        places = range(0, shape.size, machine.threads)
+        positions = [machine.load_global(self.list, (machine.thread + i).min(shape.size - 1)) for i in places]
+        lowest = machine.warp_min(functools.reduce(lambda a, b: a.min(b), positions))
+        with machine.when(machine.lane.eq(0)):
+            machine.store_shared(machine.warp + _LOWEST_POSITIONS, lowest)
+        machine.barrier()
+        lowest = machine.warp_min(machine.load_shared((machine.lane & (_WARPS - 1)) + _LOWEST_POSITIONS))
+        return machine.select(lowest < shape.pages * shape.page_size, machine.word(1), 0)
+
     # Keys and values.
 
-    def slots(self, step):
-        """The row of the flattened pages of the key that this lane looks up; `NOWHERE` if there is no key."""
+    def position(self, step):
+        """The position that this lane looks up in a step: an entry of the list, or the key's number."""
+        index = step * STEP + self.machine.lane
+        return self.machine.load_global(self.list, index.min(self.shape.size - 1)) if self.shape.listed else index
+
+    def slots(self, step, position):
+        """The row of the flattened pages of the key at `position(step)`; `NOWHERE` if there is no key."""
         machine, shape = self.machine, self.shape
-        index = step * STEP + machine.lane
-        exists, position = index < self.count, index
+        exists = step * STEP + machine.lane < self.count
         if shape.listed:
-            position = machine.load_global(self.list, index.min(shape.size - 1))
             exists = exists & (position < shape.pages * shape.page_size)  # As an unsigned number, -1 is larger.
         position = machine.select(exists, position, 0)
         page = position // shape.page_size
@@ -287,17 +316,33 @@ class SingleQuery:
                 sums[m] = machine.multiply_tiles([word for half in a for word in half], b, sums[m])
         return [word for row in sums for word in row]
 
-    def attend(self):
-        """Attention to this warp's keys: the highest score and the sum of weights of head g, and the sums of values."""
+    def begin(self):
+        """The warp's first step, the distance between its steps, `slots` of the first two, the position of the third.
+
+        A key is loaded a step ahead, its page's number two steps and its position three. So no step waits for two loads
+        one after the other.
+        """
+        machine = self.machine
+        first, stride = machine.warp * machine.cluster + self.rank, machine.cluster * _WARPS
+        steps = [first + stride * i for i in range(3)]
+        positions = [self.position(step) for step in steps]
+        slots = [self.slots(*both) for both in zip(steps[:2], positions[:2], strict=True)]
+        return first, stride, *slots, positions[2]
+
+    def attend(self, first, stride, slots, following, position):
+        """Attention to this warp's keys: the highest score and the sum of weights of head g, and the sums of values.
+
+        Args:
+          first, stride, slots, following, position: what `begin` returned.
+        """
         machine = self.machine
         op, maximum = machine.float_op, functools.partial(machine.float_op, "max")
-        stride, loaded = machine.cluster * _WARPS, self.KEY_WORDS + self.VALUE_WORDS
-        first = machine.warp * machine.cluster + self.rank
+        loaded = self.KEY_WORDS + self.VALUE_WORDS
         steps = (self.count + (STEP - 1)) // STEP
-        slots, following = self.slots(first), self.slots(first + stride)
         keys, values = self.load_keys(slots), self.load_values(slots)
 
-        def visit(step, slots, following, highest, total, *words):
+        def visit(step, slots, following, position, highest, total, *words):
+            after, position = self.slots(step + stride * 2, position), self.position(step + stride * 3)
             keys, values, sums = words[: self.KEY_WORDS], words[self.KEY_WORDS : loaded], words[loaded:]
             scores = self.score(keys, slots)
             keys = self.load_keys(following)
@@ -313,11 +358,10 @@ class SingleQuery:
             sums = [op("mul", s, factors[i % 2]) for i, s in enumerate(sums)]
             sums = self.add_values(sums, weights, values)
             values = self.load_values(following)
-            after = self.slots(step + 2 * stride)
-            return following, after, best, total, *keys, *values, *sums
+            return following, after, position, best, total, *keys, *values, *sums
 
-        carry = [slots, following, _LOWEST, 0, *keys, *values, *[0] * 32]
-        _, _, highest, total, *words = machine.loop(first, steps, stride, visit, carry)
+        carry = [slots, following, position, _LOWEST, 0, *keys, *values, *[0] * 32]
+        _, _, _, highest, total, *words = machine.loop(first, steps, stride, visit, carry)
         for mask in (1, 2):
             total = op("add", total, machine.shuffle_xor(total, mask))
         return highest, total, words[loaded:]

@@ -36,8 +36,7 @@ def attend_single_float8(
 
 def float8_body(machine, q, kv, scales, lists, page_table, out, lse, block, rank, *, shape):
     """Runs in each thread of cluster number `block`. `rank` is the block's number in the cluster."""
-    work = SingleFloat8Query(machine, shape, block, rank, q, kv, lists, page_table, scales)
-    work.combine(out, lse, *work.attend())
+    SingleFloat8Query(machine, shape, block, rank, q, kv, lists, page_table, scales).run(out, lse)
 
 
 class SingleFloat8Query(SingleQuery):

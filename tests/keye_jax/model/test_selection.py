@@ -62,3 +62,33 @@ def test_other_selections_are_not_the_indexers(selection):
 def test_random_keys_differ_where_index_scores_do():
     assert (selected("random") == selected("random")).all()
     assert (selected("random") != selected("random", seed=1)).any()
+
+
+def test_an_idle_row_of_a_step_of_decode_sees_no_key():
+    """What the other row gives is the same as with both."""
+    keys = iter(jax.random.split(jax.random.key(1), 6))
+
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape)
+
+    inputs = AttentionInputs(
+        normal(2, 1, 2, 8), normal(2, 1, 1, 8), normal(2, 1, 1, 8),
+        normal(2, 1, 1, 8), jnp.ones((2, 1, 1)), normal(2, 1, 8), None,
+    )  # fmt: skip
+    pages = Pages(jnp.ones((2, PAGE_SIZE, 2, 8)), jnp.ones((2, PAGE_SIZE, 8)), None)
+    scales = {"top_k": TOP_K, "scale": 1.0, "index_scale": 1.0}
+    options = AttentionOptions(implementation="xla", selections=True)
+    both, one = (
+        attend_sparse(
+            inputs, Keys(pages, jnp.array([[0], [1]]), jnp.array(start), count=jnp.array(count)), **scales,
+            options=options,
+        )
+        for start, count in (([40, 9], [1, 1]), ([40, 0], [1, 0]))
+    )  # fmt: skip
+    for found, wanted in zip(jax.tree.leaves(one), jax.tree.leaves(both), strict=True):
+        np.testing.assert_array_equal(np.asarray(found[0]), np.asarray(wanted[0]))
+    assert one.selected is not None
+    assert (np.asarray(one.selected[1]) == -1).all()
+    assert not np.asarray(one.out[1]).any()
+    assert np.isneginf(np.asarray(one.lse[1])).all()
+    assert np.isfinite(np.asarray(both.lse)).all()
