@@ -6,12 +6,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.random import threefry_2x32
 
 from keye_jax.errors import UserError
 from pallas_kernels.select_topk import select_topk
@@ -198,35 +197,12 @@ def sample(
     logits = adjusted_logits(logits, state)
     greedy = state.temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, state.temperature)[:, None]
-    likely = _likeliest(scaled, implementation)
-    lowest = _lowest_kept(scaled, likely, state)
+    kept = jnp.where(kept_tokens(scaled, state, implementation=implementation), scaled, -jnp.inf)
     keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(state.seed, positions)
-
-    def kept(logits: jax.Array) -> jax.Array:
-        return (logits >= lowest[:, None]) & (logits > -jnp.inf)
-
-    def draw_from_all() -> jax.Array:
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-        return jnp.argmax(jnp.where(kept(scaled), scaled, -jnp.inf) + noise, axis=-1)
-
-    # Mostly a row draws from its likeliest tokens. Others get noise only if some row may draw them.
-    few = jnp.sum(kept(likely.values), axis=1) == jnp.sum(kept(scaled), axis=1)
-    noise = jax.vmap(gumbel_at)(keys, likely.tokens)
-    scores = jnp.where(greedy[:, None], likely.values, jnp.where(kept(likely.values), likely.values, -jnp.inf) + noise)
-    best = jnp.take_along_axis(likely.tokens, jnp.argmax(scores, axis=-1)[:, None], axis=1)[:, 0]
-    near = greedy | few
-    drawn = jax.lax.cond(jnp.all(near), lambda: best, draw_from_all)
-    return jnp.where(near, best, drawn).astype(jnp.int32)
-
-
-def gumbel_at(key: jax.Array, places: jax.Array) -> jax.Array:
-    """`jax.random.gumbel(key, (n,))` in some places alone, int32 `[m]`, for any n above them."""
-    places = places.astype(jnp.uint32)
-    bits = threefry_2x32(jax.random.key_data(key), jnp.concatenate([jnp.zeros_like(places), places]))
-    bits = bits[: len(places)] ^ bits[len(places) :]
-    # The upper bits are those of a number from 1 to below 2.
-    uniform = jax.lax.bitcast_convert_type(bits >> 9 | np.uint32(0x3F800000), jnp.float32) - 1.0
-    return -jnp.log(-jnp.log(jnp.maximum(uniform, jnp.finfo(jnp.float32).tiny)))
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    # Greedy rows are divided by 1. So this reads one array, not all that logits are adjusted by.
+    scores = jnp.where(greedy[:, None], scaled, kept + noise)
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
 
 def token_scores(logits: jax.Array, tokens: jax.Array, *, implementation: str | None = None) -> TokenScores:
@@ -274,28 +250,12 @@ def kept_tokens(scaled: jax.Array, state: SamplingState, *, implementation: str 
       scaled: float32 `[b, vocab]`, logits divided by the temperature.
       implementation: as for `sample`.
     """
-    return scaled >= _lowest_kept(scaled, _likeliest(scaled, implementation), state)[:, None]
-
-
-class _Likeliest(NamedTuple):
-    """The `MOST_CANDIDATES` most likely tokens of each row, or all: int32 `[b, n]`, rising, and their logits."""
-
-    tokens: jax.Array
-    values: jax.Array
-
-
-def _likeliest(scaled: jax.Array, implementation: str | None) -> _Likeliest:
     vocab = scaled.shape[-1]
+    count = min(MOST_CANDIDATES, vocab)
+    top = jnp.max(scaled, axis=-1, keepdims=True)
     lengths = jnp.full((len(scaled), 1), vocab)
-    found = select_topk(scaled[:, None], lengths, min(MOST_CANDIDATES, vocab), implementation=implementation)[:, 0]
-    return _Likeliest(found, jnp.take_along_axis(scaled, found, axis=1))
-
-
-def _lowest_kept(scaled: jax.Array, likely: _Likeliest, state: SamplingState) -> jax.Array:
-    """The logit of the last token that `kept_tokens` leaves, float32 `[b]`."""
-    count = likely.values.shape[1]
-    candidates = -jnp.sort(-likely.values, axis=1)
-    top = candidates[:, :1]
+    found = select_topk(scaled[:, None], lengths, count, implementation=implementation)[:, 0]
+    candidates = -jnp.sort(-jnp.take_along_axis(scaled, found, axis=1), axis=1)
     limited = state.top_k > 0
     kept = jnp.arange(count) < jnp.where(limited, state.top_k, count)[:, None]
     mass = jnp.where(kept, jnp.exp(candidates - top), 0.0)
@@ -304,16 +264,10 @@ def _lowest_kept(scaled: jax.Array, likely: _Likeliest, state: SamplingState) ->
     target = jnp.where(state.top_p < 1, state.top_p * total, jnp.inf)
     kept &= reached - mass < target[:, None]
     last = jnp.take_along_axis(candidates, jnp.sum(kept, axis=1, keepdims=True) - 1, axis=1)[:, 0]
-    if count < scaled.shape[-1]:
-        settled = limited | (reached[:, -1] >= target)
-        everything = jnp.full_like(last, -jnp.inf)
-        beyond = jax.lax.cond(
-            jnp.all(settled | jnp.isinf(target)),
-            lambda: everything,
-            lambda: _lowest_of_nucleus(scaled, top, target),
-        )
-        last = jnp.where(settled, last, beyond)
-    return jnp.maximum(last, top[:, 0] + jnp.log(state.min_p))
+    if count < vocab:
+        beyond = _lowest_of_nucleus(scaled, top, target)
+        last = jnp.where(limited | (reached[:, -1] >= target), last, beyond)
+    return (scaled >= last[:, None]) & (scaled >= top + jnp.log(state.min_p)[:, None])
 
 
 def _lowest_of_nucleus(scaled: jax.Array, top: jax.Array, target: jax.Array) -> jax.Array:

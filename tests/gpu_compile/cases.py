@@ -258,6 +258,7 @@ CASES = [
     _scores(1, 1001, 262_144, fill=False),
     _scores(8, 1, 131_072, quick=True),
     _scores(8, 1, 131_072, fill=False),
+    _scores(1, 1, 131_072),
     _scores(64, 1, 32_768),
     _scores(64, 1, 32_768, fill=False),
     _float8_scores(1, 2048, 131_072),

@@ -3,8 +3,8 @@
 The heads alone are the N side of a product. The warpgroups share the keys of a step, and each key is read once. Each of
 a quad of four lanes holds a part of a score's terms; two shuffles finish the sum.
 
-All blocks get the same number of steps, of one sequence or of several. Each block's part is computed before the kernel,
-and once for all layers: a block that counted the others' steps would wait for memory once for each sequence.
+All blocks get the same number of steps, of one sequence or of several. Each block's part of several is computed before
+the kernel, and once for all layers: a block that added up all steps would wait for memory once for each sequence.
 """
 
 # The types of Pallas' decorators and transforms are not yet complete.
@@ -24,6 +24,12 @@ from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import load_row, load_sc
 from pallas_kernels.indexer_scores.mosaic_gpu.products import start_dots, sync_warpgroup
 
 
+def share(total, block):
+    """The first of a block's steps among `total`, and their number."""
+    each, rest = total // MULTIPROCESSORS, lax.rem(total, jnp.int32(MULTIPROCESSORS))
+    return block * each + jnp.minimum(block, rest), each + (block < rest).astype(jnp.int32)
+
+
 def parts(steps):
     """Equal parts, one for each block, of the steps of all sequences in their order.
 
@@ -34,10 +40,8 @@ def parts(steps):
       int32 `[MULTIPROCESSORS, 4]`: the first sequence of a part and the one behind its last, the step of the first at
       which the part begins, and its number of steps.
     """
-    block, ends = jnp.arange(MULTIPROCESSORS), jnp.cumsum(steps)
-    each, rest = jnp.divmod(ends[-1], MULTIPROCESSORS)
-    count = each + (block < rest)
-    first = block * each + jnp.minimum(block, rest)
+    ends = jnp.cumsum(steps, dtype=jnp.int32)
+    first, count = share(ends[-1], jnp.arange(MULTIPROCESSORS, dtype=jnp.int32))
     before = ends <= first[:, None]
     sequence = jnp.sum(before, axis=1)
     behind = jnp.where(count > 0, jnp.sum(ends < (first + count)[:, None], axis=1) + 1, sequence)
@@ -64,10 +68,10 @@ def decode_scores(q, weights, keys, page_table, query_start, key_scales, *, scal
     def reach_of(start):
         return jnp.clip((start + step) // step, 0, steps)
 
-    def kernel(q_ref, gates_ref, keys_ref, table_ref, start_ref, parts_ref, *refs):
-        scales_ref = refs[0] if scaled else None
-        fill_ref = refs[scaled] if fill else None
-        out_ref, q_smem, k_smem, scale_smem, inf_smem, q_barrier, full, empty = refs[scaled + fill :]
+    def kernel(q_ref, gates_ref, keys_ref, table_ref, start_ref, *refs):
+        *more, out_ref, q_smem, k_smem, scale_smem, inf_smem, q_barrier, full, empty = refs
+        scales_ref = more.pop(0) if scaled else None
+        parts_ref, fill_ref = (*more, None, None)[:2]
         cta = lax.axis_index("cta")
         wg = lax.axis_index("wg")
 
@@ -76,7 +80,10 @@ def decode_scores(q, weights, keys, page_table, query_start, key_scales, *, scal
 
         def segments(body, steps_of, part_ref):
             """Calls `body` for each sequence of this block: its number, steps from and to, and how many are done."""
-            first, behind, begin, count = (part_ref[cta, i] for i in range(4))
+            if part_ref is None:
+                first, behind, (begin, count) = int32(0), int32(1), share(steps_of(0), cta)
+            else:
+                first, behind, begin, count = (part_ref[cta, i] for i in range(4))
 
             def sequence(b, done):
                 lo = jnp.where(b == first, begin, 0)
@@ -194,6 +201,8 @@ def decode_scores(q, weights, keys, page_table, query_start, key_scales, *, scal
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
         ],
     )
-    reaches = reach_of(query_start)
-    divided = parts(reaches), *([key_scales] if scaled else []), *([parts(steps - reaches)] if fill else [])
-    return call(q, weights, keys, page_table, query_start, *divided)
+    more = [key_scales] if scaled else []
+    if batch > 1:
+        reaches = reach_of(query_start)
+        more += [parts(reaches), *([parts(steps - reaches)] if fill else [])]
+    return call(q, weights, keys, page_table, query_start, *more)

@@ -231,16 +231,13 @@ class SingleQuery:
 
     # Keys and values.
 
-    def position(self, step):
-        """The position that this lane looks up in a step: an entry of the list, or the key's number."""
-        index = step * STEP + self.machine.lane
-        return self.machine.load_global(self.list, index.min(self.shape.size - 1)) if self.shape.listed else index
-
-    def slots(self, step, position):
-        """The row of the flattened pages of the key at `position(step)`; `NOWHERE` if there is no key."""
+    def slots(self, step):
+        """The row of the flattened pages of the key that this lane looks up; `NOWHERE` if there is no key."""
         machine, shape = self.machine, self.shape
-        exists = step * STEP + machine.lane < self.count
+        index = step * STEP + machine.lane
+        exists, position = index < self.count, index
         if shape.listed:
+            position = machine.load_global(self.list, index.min(shape.size - 1))
             exists = exists & (position < shape.pages * shape.page_size)  # As an unsigned number, -1 is larger.
         position = machine.select(exists, position, 0)
         page = position // shape.page_size
@@ -317,23 +314,16 @@ class SingleQuery:
         return [word for row in sums for word in row]
 
     def begin(self):
-        """The warp's first step, the distance between its steps, `slots` of the first two, the position of the third.
-
-        A key is loaded a step ahead, its page's number two steps and its position three. So no step waits for two loads
-        one after the other.
-        """
+        """The warp's first step, the distance between its steps, and the `slots` of its first two."""
         machine = self.machine
         first, stride = machine.warp * machine.cluster + self.rank, machine.cluster * _WARPS
-        steps = [first + stride * i for i in range(3)]
-        positions = [self.position(step) for step in steps]
-        slots = [self.slots(*both) for both in zip(steps[:2], positions[:2], strict=True)]
-        return first, stride, *slots, positions[2]
+        return first, stride, self.slots(first), self.slots(first + stride)
 
-    def attend(self, first, stride, slots, following, position):
+    def attend(self, first, stride, slots, following):
         """Attention to this warp's keys: the highest score and the sum of weights of head g, and the sums of values.
 
         Args:
-          first, stride, slots, following, position: what `begin` returned.
+          first, stride, slots, following: what `begin` returned.
         """
         machine = self.machine
         op, maximum = machine.float_op, functools.partial(machine.float_op, "max")
@@ -341,8 +331,7 @@ class SingleQuery:
         steps = (self.count + (STEP - 1)) // STEP
         keys, values = self.load_keys(slots), self.load_values(slots)
 
-        def visit(step, slots, following, position, highest, total, *words):
-            after, position = self.slots(step + stride * 2, position), self.position(step + stride * 3)
+        def visit(step, slots, following, highest, total, *words):
             keys, values, sums = words[: self.KEY_WORDS], words[self.KEY_WORDS : loaded], words[loaded:]
             scores = self.score(keys, slots)
             keys = self.load_keys(following)
@@ -358,10 +347,11 @@ class SingleQuery:
             sums = [op("mul", s, factors[i % 2]) for i, s in enumerate(sums)]
             sums = self.add_values(sums, weights, values)
             values = self.load_values(following)
-            return following, after, position, best, total, *keys, *values, *sums
+            after = self.slots(step + 2 * stride)
+            return following, after, best, total, *keys, *values, *sums
 
-        carry = [slots, following, position, _LOWEST, 0, *keys, *values, *[0] * 32]
-        _, _, _, highest, total, *words = machine.loop(first, steps, stride, visit, carry)
+        carry = [slots, following, _LOWEST, 0, *keys, *values, *[0] * 32]
+        _, _, highest, total, *words = machine.loop(first, steps, stride, visit, carry)
         for mask in (1, 2):
             total = op("add", total, machine.shuffle_xor(total, mask))
         return highest, total, words[loaded:]

@@ -255,49 +255,6 @@ class TestManyTokens:
             assert (extra >= lowest - abs(lowest) * 2**-11 - 1e-4).all()
         assert min(sizes) < module.MOST_CANDIDATES < max(sizes[4:])
 
-    def test_each_row_draws_with_the_noise_of_all_tokens(self):
-        """Noise for a few tokens, or for all of them where a row may draw more, decides as one noise for all."""
-        rng, width = np.random.default_rng(4), len(self.SETTINGS)
-        rows = [
-            sampling_row(dataclasses.replace(sampling, seed=number), self.VOCAB)
-            for number, sampling in enumerate(self.SETTINGS)
-        ]
-        state, compared = batch(rows), 0
-        for position in range(12):
-            logits = rng.normal(size=(width, self.VOCAB)).astype(np.float32)
-            positions = jnp.full(width, position, jnp.int32)
-            tokens = np.asarray(sample(jnp.asarray(logits), state, positions))
-            scaled = logits / np.where(state.temperature == 0, 1, state.temperature)[:, None]
-            kept = np.asarray(jax.jit(module.kept_tokens)(jnp.asarray(scaled), state))
-            for row, sampling in enumerate(self.SETTINGS):
-                key = jax.random.fold_in(jax.random.key(row), position)
-                noise = np.asarray(jax.random.gumbel(key, (self.VOCAB,)))
-                scores = np.where(kept[row], scaled[row] + noise, -np.inf) if sampling.temperature else logits[row]
-                second, first = np.sort(scores)[-2:]
-                if first - second > 1e-3:
-                    assert tokens[row] == scores.argmax(), sampling
-                    compared += 1
-        assert compared > 11 * width
-
-    def test_a_row_draws_the_same_whatever_others_draw_from(self):
-        """Beside rows of few tokens, and beside those that may draw any."""
-        logits = jnp.asarray(np.random.default_rng(5).normal(size=(4, self.VOCAB)), jnp.float32)
-        few, wide = (dataclasses.replace(PLAIN, top_k=top_k, seed=3) for top_k in (20, 0))
-        own = [sampling_row(sampling, self.VOCAB) for sampling in (few, wide)]
-        for position in range(20):
-            for row in own:
-                states = [batch([row, *[other] * 3]) for other in own]
-                drawn = {int(sample(logits, state, jnp.full(4, position, jnp.int32))[0]) for state in states}
-                assert len(drawn) == 1
-
-
-def test_noise_in_some_places_is_the_noise_of_all():
-    places = np.random.default_rng(6).permutation(151_936)[:500]
-    for seed in range(5):
-        key = jax.random.fold_in(jax.random.key(seed), 77)
-        found = jax.jit(module.gumbel_at)(key, jnp.asarray(places, jnp.int32))
-        np.testing.assert_allclose(found, jax.random.gumbel(key, (151_936,))[places], rtol=1e-5, atol=1e-6)
-
 
 class TestTies:
     def test_greedy_takes_the_lower_of_equal_tokens(self):
