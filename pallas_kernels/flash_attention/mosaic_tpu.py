@@ -6,10 +6,7 @@ our kernel a block of queries streams the pages through VMEM once for all key he
 side by side. It copies the next two chunks' pages while it multiplies the current chunk. The vision encoder's keys are
 contiguous, so it uses splash attention.
 
-Scores are transposed: keys lie in sublanes and rows in lanes. So a row's maximum and sum need no exchange of lanes, and
-the product of values and weights has as many columns as there are rows, which fills a matrix unit of 256 x 256. With
-weights times values, the head's 128 elements would fill half of it. A tile's scores are computed while the tile
-before it goes through the softmax.
+`tpu_attention` multiplies a chunk, with transposed scores.
 
 In decode a key head has few rows, and a product takes the time that its keys take to get into the matrix unit. So one
 product takes all key heads. A query's row is zero where other heads' keys are, and its own head's values are picked
@@ -26,17 +23,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from pallas_kernels import paging
-from pallas_kernels.kernel_call import interpreted
+from pallas_kernels import paging, tpu_attention
 from pallas_kernels.meshes import varying_axes
-from pallas_kernels.tpu import LANES, MASKED, check_attention, precision, result_like, vmem_limit
+from pallas_kernels.tpu import LANES, MASKED, check_attention, result_like, vmem_limit
 
 _QUERIES = 256
 """Queries that share one reading of the pages."""
 _ROWS = 512
 """Rows that are multiplied at once. A row is one head of one query."""
-_KEYS = 512
-"""Keys that are multiplied at once."""
 _CHUNK = 1024
 """Positions copied at once."""
 _BUFFERS = 3
@@ -129,27 +123,6 @@ def _query_start(start: Any, sequence: jax.Array) -> jax.Array | int:
     return start[sequence]
 
 
-def _two_heads(rows: Any, first: int) -> list[jax.Array]:
-    """Heads `first` and `first + 1`, `[n, d]` each, of a reference to rows `[n, heads, d]`; `first` is even."""
-    # The interpreter cannot read a reference as words.
-    if rows.dtype != jnp.bfloat16 or interpreted("mosaic_tpu"):
-        return [rows[:, first], rows[:, first + 1]]
-    n, heads, dim = rows.shape
-    words = rows.bitcast(jnp.uint32).reshape(n * heads // 2, dim)
-    return _halves(words[pl.ds(first // 2, n, stride=heads // 2)])
-
-
-def _halves(words: jax.Array) -> list[jax.Array]:
-    """Two bfloat16 arrays of one of uint32, as a TPU packs two rows: the first in the low bits."""
-    halves = words << 16, words & jnp.uint32(0xFFFF0000)
-    return [jax.lax.bitcast_convert_type(half, jnp.float32).astype(jnp.bfloat16) for half in halves]
-
-
-def _eight_rows(combine: Any, x: jax.Array) -> jax.Array:
-    """`[8, m]` of `[n, m]`: row i combines the rows whose number is i modulo 8."""
-    return functools.reduce(combine, [x[n : n + 8] for n in range(0, x.shape[0], 8)])
-
-
 @functools.partial(jax.jit, static_argnames=("group", "block", "chunk", "context", "scale"))
 def _attend(
     q: jax.Array,
@@ -170,14 +143,11 @@ def _attend(
     """
     batch, blocks, parts, rows, depth = q.shape
     page_size, kv_heads, dim = kv.shape[1], kv.shape[2] // 2, kv.shape[3]
-    pack = kv_heads // parts
     turns, chunk_pages = table.shape[1] * page_size // chunk, chunk // page_size
     tile = min(rows, _ROWS)
-    steps = parts * (rows // tile)
-    exponent = scale * math.log2(math.e)
-    dot = functools.partial(jax.lax.dot_general, precision=precision(kv.dtype), preferred_element_type=jnp.float32)
 
     def kernel(query_start, table, q, kv, out, lse, pages, keys, values, acc, largest, total, even, odd, done):
+        state, scores = (acc, largest, total), (even, odd)
         sequence, turn = pl.program_id(0), pl.program_id(2)
         first_query = _query_start(query_start, sequence) + pl.program_id(1) * block
         # A query that sees nothing also gets one turn, with all keys masked.
@@ -196,75 +166,19 @@ def _attend(
             start(0)
             for ahead in range(1, _BUFFERS - 1):
                 pl.when(ahead < count)(functools.partial(start, ahead))
-            acc[...] = jnp.zeros_like(acc)
-            total[...] = jnp.zeros_like(total)
-            largest[...] = jnp.full_like(largest, MASKED)
+            tpu_attention.reset(state)
 
-        def split() -> None:
-            """Takes a chunk's heads apart, and transposes values."""
-            for first in range(0, 2 * kv_heads, 2):
-                for head, found in enumerate(_two_heads(pages.at[buffer], first), first):
-                    part, place = divmod(head % kv_heads, pack)
-                    some = slice(place * dim, (place + 1) * dim)
-                    if head < kv_heads:
-                        keys[part, :, some] = found
-                    else:
-                        values[part, some] = jnp.transpose(found)
-
-        def rows_of(step: jax.Array | int) -> tuple[Any, Any]:
-            """The part of a step, and its first row."""
-            if rows == tile:
-                return step, 0
-            first = step % (rows // tile) * tile
-            return step // (rows // tile), first if isinstance(first, int) else pl.multiple_of(first, tile)
-
-        def score(step: jax.Array | int, first_key: int, target: Any, masked: bool) -> None:
-            """Writes the scores of a tile of rows and `_KEYS` keys, and the largest of every eighth key."""
-            part, first = rows_of(step)
-            some = pl.ds(first_key, min(_KEYS, chunk - first_key))
-            scores = dot(keys[part, some], q[0, 0, part, pl.ds(first, tile)], (((1,), (1,)), ((), ())))
-            if masked:
-                row = first + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-                query = jax.lax.div(jax.lax.rem(row, block * group), group)
-                position = turn * chunk + first_key + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-                scores = jnp.where(position <= jnp.minimum(first_query + query, context - 1), scores, MASKED)
-            found = _eight_rows(jnp.maximum, scores)
-            target[some] = scores
-            target[chunk:] = jnp.maximum(target[chunk:], found) if first_key else found
+        def mask(scores: jax.Array, first: Any, first_key: int) -> jax.Array:
+            row = first + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+            query = jax.lax.div(jax.lax.rem(row, block * group), group)
+            position = turn * chunk + first_key + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+            return jnp.where(position <= jnp.minimum(first_query + query, context - 1), scores, MASKED)
 
         def multiply(masked: bool) -> None:
-            def attend(step: jax.Array | int, source: Any, target: Any = None) -> None:
-                """Attention of the rows whose scores are in `source`. The next rows' scores go to `target`."""
-                part, first = rows_of(step)
-                some = pl.ds(first, tile)
-                old = largest[part, :, some]
-                new = jnp.maximum(old, jnp.max(source[chunk:], axis=0, keepdims=True))
-                correction = jnp.exp2((old - new) * exponent)
-                attended, sums = acc[part, :, some] * correction, jnp.zeros((8, tile), jnp.float32)
-                for first_key in range(0, chunk, _KEYS):
-                    if target is not None:
-                        score(step + 1, first_key, target, masked)
-                    of = pl.ds(first_key, min(_KEYS, chunk - first_key))
-                    weights = jnp.exp2((source[of] - new) * exponent)
-                    sums += _eight_rows(jnp.add, weights)
-                    attended += dot(values[part, :, of], weights.astype(kv.dtype), (((1,), (0,)), ((), ())))
-                acc[part, :, some] = attended
-                total[part, :, some] = total[part, :, some] * correction + jnp.sum(sums, axis=0, keepdims=True)
-                largest[part, :, some] = new
-
-            def attend_twice(pair: jax.Array, _: None) -> None:
-                attend(2 * pair, even, odd)
-                attend(2 * pair + 1, odd, even)
-
-            split()
-            for first_key in range(0, chunk, _KEYS):
-                score(0, first_key, even, masked)
-            jax.lax.fori_loop(0, (steps - 1) // 2, attend_twice, None)
-            if steps % 2:
-                attend(steps - 1, even)
-            else:
-                attend(steps - 2, even, odd)
-                attend(steps - 1, odd)
+            tpu_attention.split(pages.at[buffer], keys, values)
+            tpu_attention.attend_to_chunk(
+                q.at[0, 0], keys, values, state, scores, scale=scale, mask=mask if masked else None
+            )
 
         @pl.when(turn < count)
         def _():
@@ -278,15 +192,7 @@ def _attend(
 
         @pl.when(turn + 1 == count)
         def _():
-            def finish(part: jax.Array, _: None) -> None:
-                found = largest[part] > MASKED / 2
-                head = jax.lax.broadcasted_iota(jnp.int32, (dim, rows), 1) // (rows // pack)
-                own = [jnp.where(head == n, acc[part, n * dim : (n + 1) * dim], 0.0) for n in range(pack)]
-                attended = jnp.where(found, functools.reduce(jnp.add, own) / total[part], 0.0)
-                out[0, 0, part] = jnp.transpose(attended).astype(out.dtype)
-                lse[0, 0, part] = jnp.where(found, largest[part] * scale + jnp.log(total[part]), -jnp.inf)
-
-            jax.lax.fori_loop(0, parts, finish, None)
+            tpu_attention.finish(state, out.at[0, 0], lse.at[0, 0], scale=scale)
 
     def of_block(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, 1, *shape), lambda b, i, *_: (b, i) + (0,) * len(shape))
@@ -308,10 +214,8 @@ def _attend(
                 pltpu.VMEM((_BUFFERS, chunk, 2 * kv_heads, dim), kv.dtype),
                 pltpu.VMEM((parts, chunk, depth), kv.dtype),
                 pltpu.VMEM((parts, depth, chunk), kv.dtype),
-                pltpu.VMEM((parts, depth, rows), jnp.float32),
-                *[pltpu.VMEM((parts, 1, rows), jnp.float32)] * 2,
-                # Scores of two tiles. The last eight rows hold the largest scores.
-                *[pltpu.VMEM((chunk + 8, tile), jnp.float32)] * 2,
+                *tpu_attention.state_shapes(parts, depth, rows),
+                *tpu_attention.score_shapes(chunk, tile),
                 pltpu.SemaphoreType.DMA((_BUFFERS,)),
             ],
         ),

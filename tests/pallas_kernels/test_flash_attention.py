@@ -7,7 +7,8 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.flash_attention import flash_attention, mosaic_tpu, paged_flash_attention, xla
+from pallas_kernels import tpu_attention
+from pallas_kernels.flash_attention import flash_attention, paged_flash_attention, xla
 from tests.pallas_kernels.attention_oracle import SCALE, assert_close, attention, random_inputs
 from tests.pallas_kernels.paged import to_pages
 
@@ -55,7 +56,7 @@ def test_words_of_a_tpu_hold_two_heads(rng):
     rows = jnp.asarray(rng.normal(size=(16, 128)), jnp.bfloat16)
 
     def kernel(rows, first, second):
-        first[...], second[...] = mosaic_tpu._halves(pltpu.bitcast(rows[...], jnp.uint32))
+        first[...], second[...] = tpu_attention._halves(pltpu.bitcast(rows[...], jnp.uint32))
 
     with pltpu.force_tpu_interpret_mode():
         halves = pl.pallas_call(kernel, out_shape=[jax.ShapeDtypeStruct((8, 128), rows.dtype)] * 2)(rows)

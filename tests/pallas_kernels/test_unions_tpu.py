@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.topk_attention.mosaic_tpu import attention as attention_kernel
 from pallas_kernels.topk_attention.mosaic_tpu.attention import union_attention
-from pallas_kernels.topk_attention.mosaic_tpu.unions import select_unions
+from pallas_kernels.topk_attention.mosaic_tpu.unions import Unions, select_unions
 from tests.pallas_kernels.attention_oracle import SCALE, assert_close, attention, random_inputs
 from tests.pallas_kernels.paged import to_pages
 from tests.pallas_kernels.selection_oracle import selection
@@ -123,3 +123,31 @@ def test_attention_to_the_unions(case, pages, unions, monkeypatch):
         got = union_attention(jnp.asarray(q), jnp.asarray(kv), jnp.asarray(table), unions, scale=SCALE)
         jax.block_until_ready(got)
     assert_close(got, attention(q, k, v, case[2]), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_products", [False, True])
+def test_masks_of_a_whole_block(in_products, monkeypatch):
+    """256 queries that share little, and some that select nothing. Matrix units of 256 x 256 add the mask."""
+    rng, queries, length = np.random.default_rng(3), 256, 512
+    selects = rng.random((1, queries, length)) < 0.02
+    selects[0, [0, 127, 128, 255]] = False
+    positions = np.flatnonzero(selects.any(axis=(0, 1)))
+    entries = len(positions)
+    q, k, v = random_inputs(rng, (jnp.float32, 128, 1e-5), queries=queries, length=length, heads=4)
+    kv, table = to_pages(rng, np.concatenate([k, v], axis=2), PAGE)
+    listed = np.zeros(1024, np.int32)
+    listed[:entries] = table[0, positions // PAGE] * PAGE + positions % PAGE
+    words = np.zeros((8, 1024), np.uint32)
+    for query in range(queries):
+        words[query % 8, :entries] |= selects[0, query, positions].astype(np.uint32) << np.uint32(query // 8)
+    words = words.view(np.int32).reshape(8, 8, 128).swapaxes(0, 1)[None]
+    unions = Unions(
+        jnp.asarray(words), jnp.asarray(listed.reshape(1, 8, 128)), jnp.asarray([entries]), jnp.zeros(1, int), queries
+    )
+    monkeypatch.setattr(attention_kernel, "_CHUNK", 128)
+    monkeypatch.setattr(attention_kernel, "_mask_in_products", lambda: in_products)
+    with interpreted():
+        got = union_attention(jnp.asarray(q), jnp.asarray(kv), jnp.asarray(table), unions, scale=SCALE)
+        jax.block_until_ready(got)
+    assert_close(got, attention(q, k, v, selects), 1e-5)
