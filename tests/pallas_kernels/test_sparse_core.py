@@ -7,6 +7,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.errors import UnsupportedError
 from pallas_kernels.select_topk import select_topk, sparse_core
+from pallas_kernels.topk_attention import mosaic_tpu as kernels
+from tests.pallas_kernels.attention_oracle import SCALE, assert_close, attention, random_inputs
+from tests.pallas_kernels.paged import to_pages
 from tests.pallas_kernels.selection_oracle import selection
 from tests.pallas_kernels.subcore_machine import SubcoreInfo, simulated_subcores
 
@@ -52,3 +55,35 @@ def test_a_row_that_does_not_fit_is_refused():
 def test_a_tpu_without_sparse_cores_is_refused():
     with pltpu.force_tpu_interpret_mode(), pytest.raises(UnsupportedError, match="v5p, v6e or tpu7x"):
         select_topk(jnp.zeros((1, 300)), jnp.array([5]), 64, implementation="sparse_core")
+
+
+@pytest.mark.parametrize(
+    ("chip", "rows", "chosen"),
+    [
+        (pltpu.ChipVersion.TPU_V5E, 1, False),
+        (pltpu.ChipVersion.TPU_V5P, 8, True),
+        (pltpu.ChipVersion.TPU_V5P, 9, False),
+        (pltpu.ChipVersion.TPU_V6E, 64, True),
+        (pltpu.ChipVersion.TPU_7X, 64, True),
+    ],
+)
+def test_generations_whose_sparse_cores_select_in_decode(monkeypatch, chip, rows, chosen):
+    info = pltpu.get_tpu_info_for_chip(chip, 1)
+    monkeypatch.setattr(pltpu, "get_tpu_info", lambda: info)
+    assert kernels._on_sparse_cores(rows) == chosen
+
+
+def test_decode_attends_to_what_sparse_cores_select(rng, monkeypatch):
+    monkeypatch.setattr(kernels, "_on_sparse_cores", lambda _: True)
+    batch, length, top_k = 2, 640, 64
+    q, k, v = random_inputs(rng, (jnp.float32, 128, 1e-5), batch=batch, queries=1, length=length, heads=8, kv_heads=4)
+    pages, table = to_pages(rng, np.concatenate([k, v], axis=2), 64)
+    scores, lengths = rng.normal(size=(batch, 1, length)).astype(np.float32), np.array([[length], [100]], np.int32)
+    visible = np.zeros((batch, 1, length + 1), bool)
+    np.put_along_axis(visible, selection(scores, lengths, top_k), True, axis=-1)
+    with simulated_subcores(GENERATIONS["v6e"]):
+        arrays = [jnp.asarray(x) for x in (q, scores, lengths, pages, table)]
+        monkeypatch.setattr(kernels.mosaic_tpu, "select_topk", None)  # The TensorCore does not select.
+        with pltpu.force_tpu_interpret_mode():
+            got = kernels.topk_attention(*arrays, top_k=top_k, scale=SCALE)
+    assert_close(got, attention(q, k, v, visible[..., :-1]), 1e-5)
