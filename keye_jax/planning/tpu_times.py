@@ -37,10 +37,10 @@ class KernelTimes:
 
 
 KERNELS = {
-    "v5e": KernelTimes(6.58, 4.30, 4.02, 33.6),
-    "v5p": KernelTimes(2.64, 1.93, 1.65, 13.7),
-    "v6e": KernelTimes(3.00, 3.86, 2.32, 19.1),
-    "tpu7x": KernelTimes(2.27, 2.88, 1.89, 15.1),
+    "v5e": KernelTimes(6.58, 4.30, 3.42, 26.1),
+    "v5p": KernelTimes(2.64, 1.93, 1.43, 11.1),
+    "v6e": KernelTimes(3.00, 3.86, 1.65, 11.7),
+    "tpu7x": KernelTimes(2.27, 2.88, 1.31, 9.29),
 }
 
 
