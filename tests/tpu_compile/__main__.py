@@ -42,17 +42,21 @@ def main() -> int:
     with ThreadPoolExecutor(1) as compiling, ThreadPoolExecutor(1) as simulating:
         try:
             known: dict[tuple[str, str], Future[Cycles | None]] = {}
+            programs: dict[tuple[str, ...], Future[Figures]] = {}
             for number, case in enumerate(all_cases()):
                 if case not in cases or (arguments.kernel and case.kernel not in arguments.kernel):
                     continue
                 for generation in arguments.generation or TOPOLOGIES:
                     if case.generations and generation not in case.generations:
                         continue
-                    figures = compiling.submit(compiler.figures, number, generation)
+                    # Cases of a kernel with the same arguments differ in what their arguments hold: one program.
+                    program = case.kernel, str(case.arguments), generation
+                    if program not in programs:
+                        programs[program] = compiling.submit(compiler.figures, number, generation)
                     key = case.simulation and (case.simulation.name or f"case {number}", generation)
                     if key and key not in known and not arguments.quick:
                         known[key] = simulating.submit(compiler.kernel_cycles, number, generation)
-                    tasks.append((case, generation, figures, known.get(key) if key else None))
+                    tasks.append((case, generation, programs[program], known.get(key) if key else None))
             rows = []
             for task in tasks:
                 rows.append(_row(*task))
