@@ -381,13 +381,14 @@ class Runtime:
         """Each chunk with its embeddings, positions, metadata and last tokens on the devices."""
         step = self.prefill_step
         rows, count = vision_rows(segments, self.config)
-        given = [segment.vision_embeds for segment in segments if segment.vision_embeds is not None]
-        if count:
-            vision = jnp.concatenate([x if isinstance(x, jax.Array) else self.put(x) for x in given])
-        else:
-            vision = self.put(np.zeros((0, self.config.hidden_size), self.dtype))
+        embeds = [x for x in (segment.vision_embeds for segment in segments) if x is not None and len(x)]
+        given = [x if isinstance(x, jax.Array) else self.put(x) for x in embeds]
         # At least one row, so that prompts of text alone can index it.
-        vision = jnp.pad(vision, ((0, round_up(max(1, count)) - count), (0, 0)))
+        padding = round_up(max(1, count)) - count
+        if padding:
+            given.append(self.put(np.zeros((padding, self.config.hidden_size), self.dtype)))
+        # Those of one long video are as large as a layer's weights, and are not copied.
+        vision = given[0] if len(given) == 1 else jnp.concatenate(given)
         dense_below = self.dense_below if self.options.attention == "sparse" else 0
         for chunk in plan_chunks(segments, self.prefill_chunk, step, pool.page_count, dense_below=dense_below):
             yield chunk, *self._chunk_inputs(chunk, rows, vision)

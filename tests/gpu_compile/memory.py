@@ -7,11 +7,9 @@ where they differ by more than 10%, or where more layers take more.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
-import os
 import sys
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
@@ -19,13 +17,10 @@ from keye_jax import presets
 from keye_jax.cli.options import quantization, with_quantization
 from keye_jax.config import KeyeConfig
 from keye_jax.model.attention import AttentionOptions
-from keye_jax.model.keye import Keye
-from keye_jax.planning.hardware import CHIPS
 from keye_jax.runtime import lowering
 from keye_jax.runtime.memory import prefill_workspace_bytes
-from keye_jax.runtime.runtime import Runtime
-from keye_jax.sharding import MeshRules, ShardingConfig
-from tests.gpu_compile.compiler import compilers, prepared, use_plugin
+from keye_jax.sharding import MeshRules
+from tests.gpu_compile.steps import compile_step, hopper_runtime, use_compilers
 
 MOST = 0.10
 """Share of what the compiler says by which an estimate may differ."""
@@ -46,13 +41,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="compile only what a test compiles")
     parser.add_argument("--experts", help="bits of the experts: fp8, int8 or int4")
     arguments = parser.parse_args()
-    folder = prepared()
-    if folder is None:
-        parser.error("the compilers are not there: `make test-gpu-compile` installs them, or set GPU_COMPILERS_PATH")
-    use_plugin(folder)
-    ptxas = compilers(folder)[0].parent
-    os.environ["PATH"] = f"{ptxas}:{os.environ['PATH']}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_cuda_data_dir={ptxas.parent}"
+    use_compilers(parser)
     config = with_quantization(KeyeConfig.from_file(presets.RELEASED), quantization(arguments.experts))
     every = itertools.product(
         ("mosaic_gpu", "xla"), (None, _FLOAT8), (1024, 2048, 4096, 8192), (2**13, 2**15, 2**17, 2**18)
@@ -79,17 +68,9 @@ def main() -> int:
 
 def workspace_bytes(config: KeyeConfig, options: AttentionOptions, chunk: int, context: int, *, layers: int) -> int:
     """Bytes that a step needs beside its arguments, of the last chunk of a prompt, by the compiler."""
-    from jax.experimental import topologies
-
-    described: Any = {"platform": "cuda", "topology": "1x1x1", "target_config": CHIPS["h100"].description}
-    devices = topologies.get_topology_desc(**described).devices
-    config = dataclasses.replace(config, num_hidden_layers=layers)
-    sharding = ShardingConfig.from_file(presets.sharding_file("one_device"))
-    rules = MeshRules.create(sharding, config, devices=devices)
-    runtime = Runtime(Keye.abstract(config), config, rules=rules, options=options, prefill_chunk=chunk)
+    runtime = hopper_runtime(config, options, layers=layers, prefill_chunk=chunk)
     (program,) = lowering.prefill_programs(runtime, context, pages=runtime.table_width(context))
-    # Trying which way is the fastest takes a GPU.
-    found = program.lower().compile(compiler_options={"xla_gpu_autotune_level": "0"}).memory_analysis()
+    found = compile_step(program).memory_analysis()
     assert found is not None, "this compiler says it"
     return found.temp_size_in_bytes + found.generated_code_size_in_bytes
 
