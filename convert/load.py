@@ -77,6 +77,43 @@ def load_params(
         source.close()
 
 
+def abstract_params(
+    path: str | Path,
+    config: KeyeConfig,
+    *,
+    dtype: Any = None,
+    shardings: Sharding | Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What `load_params` returns for these arguments, with `jax.ShapeDtypeStruct` in place of arrays.
+
+    They have a sharding where the arrays are committed to one. No weight is read.
+
+    Raises:
+      UserError: as `load_params`, but for files that cannot be read later.
+    """
+    directory = buckets.local(path)
+    source = detect.open_source(directory)
+    try:
+        found, problems = checks.check(source, config)
+    finally:
+        source.close()
+    checks.raise_problems(directory, problems)
+    wanted = [item for item in found if item.tensor.in_model]
+    targets = _targets(wanted, shardings)
+    # Orbax commits what it restores, `device_put` without a sharding does not.
+    default = None if isinstance(source, SafetensorsSource) else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return nest(
+        {
+            item.tensor.path: jax.ShapeDtypeStruct(
+                item.tensor.shape,
+                item.dtype if dtype is None or item.tensor.role else dtype,
+                sharding=targets[item.tensor.path] or default,
+            )
+            for item in wanted
+        }
+    )
+
+
 def _verify(directory: Path) -> None:
     detect.kind_of(directory)
     manifest = Manifest.read(directory)

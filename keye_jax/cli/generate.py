@@ -76,7 +76,7 @@ def generate(
     model.start()
 
     from convert import buckets
-    from keye_jax.engine.checkpoint import load_runtime, read_checkpoint
+    from keye_jax.engine.checkpoint import load_and_compile, read_checkpoint
     from keye_jax.engine.engine import Engine
     from keye_jax.engine.limits import new_token_limit
     from keye_jax.engine.options import options_for_one
@@ -108,10 +108,11 @@ def generate(
     began = time.perf_counter()
     with options.ProgressBars() as report:
         report("loading weights", 0, None)
-        runtime = load_runtime(directory, config, rules=rules, **settings)
+        engine_options = options_for_one(rules, plan.num_tokens + limit)
+        runtime = load_and_compile(directory, config, processor, engine_options, prompt=plan, rules=rules, **settings)
         report("loading weights", 1, 1)
     load_seconds = time.perf_counter() - began
-    with Engine(runtime, processor, defaults, options_for_one(rules, plan.num_tokens + limit)) as engine:
+    with Engine(runtime, processor, defaults, engine_options) as engine:
         if not engine.takes_requests:
             return 0
         with options.ProgressBars() as report:

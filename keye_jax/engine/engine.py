@@ -22,6 +22,7 @@ import jax
 
 from keye_jax.engine.answers import Answers
 from keye_jax.engine.arrivals import Arrivals
+from keye_jax.engine.compilation import most_patches
 from keye_jax.engine.constraint import Grammars, Masks
 from keye_jax.engine.encoding import FrameEncoder
 from keye_jax.engine.generation_config import GenerationDefaults
@@ -41,7 +42,6 @@ from keye_jax.errors import UserError
 from keye_jax.page_allocator import PAGE_SIZE
 from keye_jax.processor import Processor
 from keye_jax.progress import Progress
-from keye_jax.runtime.encode import ENCODE_PATCHES
 from keye_jax.runtime.runtime import Runtime
 
 _log = logging.getLogger(__name__)
@@ -79,9 +79,7 @@ class Engine:
         options: EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
     ):
         self.runtime, self.processor, self.defaults, self.options = runtime, processor, defaults, options
-        self._most_patches = processor.media.most_pixels // runtime.config.vision_config.patch_size**2
-        if runtime.rules.platform == "cpu":
-            self._most_patches = min(self._most_patches, ENCODE_PATCHES)  # a larger image takes minutes there
+        self._most_patches = most_patches(runtime, processor)
         self.scheduler_config = scheduler_config(runtime, options, self._most_patches)
         self._scheduler = Scheduler(self.scheduler_config)
         self._stepper = Stepper(
@@ -129,12 +127,14 @@ class Engine:
         directory: str | Path,
         *,
         options: EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
+        compile_ahead: bool = False,
         **settings: Any,
     ) -> Engine:
         """An engine for a checkpoint, safetensors or Orbax.
 
         Args:
           options: how the devices are shared out.
+          compile_ahead: whether all programs are compiled while weights are loaded, which makes `warmup` short.
           settings: arguments of `keye_jax.engine.checkpoint.load`.
 
         Raises:
@@ -142,7 +142,7 @@ class Engine:
         """
         from keye_jax.engine.checkpoint import load  # Orbax takes seconds to import
 
-        return cls(*load(directory, **settings), options=options)
+        return cls(*load(directory, compile_for=options if compile_ahead else None, **settings), options=options)
 
     def submit(self, request: Request, progress: Steps = lambda step, done, total: None) -> Handle:
         """Takes a request. What is wrong with it comes through the handle.
@@ -176,7 +176,7 @@ class Engine:
         """Compiles all programs; returns the seconds that it took. Requests may come meanwhile and wait.
 
         Afterwards no request compiles a program, but for images beyond the checkpoint's limits. On a CPU images of more
-        than `ENCODE_PATCHES` patches are left out.
+        than `keye_jax.runtime.encode.ENCODE_PATCHES` patches are left out.
 
         Raises:
           RequestError: the engine was closed meanwhile.

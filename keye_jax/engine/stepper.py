@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from keye_jax.engine.compilation import engine_programs, image_sizes
 from keye_jax.engine.constraint import Constraint
 from keye_jax.engine.plan import PROGRAMS, Placed, Plan, Program, Read, SchedulerConfig
 from keye_jax.kv_cache import PagePool
 from keye_jax.page_allocator import PAGE_SIZE
 from keye_jax.progress import Progress
 from keye_jax.runtime import lowering
-from keye_jax.runtime.encode import IMAGE_PATCHES, images_at_once, padded_patches
+from keye_jax.runtime.encode import images_at_once
 from keye_jax.runtime.prefill import Segment
 from keye_jax.runtime.programs import unpack_drawn
 from keye_jax.runtime.runtime import Runtime
@@ -225,17 +226,8 @@ class Stepper:
         """
         config, runtime = self.config, self.runtime
         side = runtime.config.vision_config.patch_size
-        sizes = [size for size in IMAGE_PATCHES if size <= padded_patches(most_patches)]
-        programs = lowering.engine_programs(
-            runtime,
-            rows=config.rows,
-            pages=self._pool.page_count,
-            table_width=config.table_width,
-            chunks=[config.chunk_shape(program) for program in PROGRAMS],
-            images=sizes,
-            normalisation=self._normalisation,
-            heat=self._counts_heat,
-        )
+        sizes = image_sizes(most_patches)
+        programs = engine_programs(runtime, config, self._normalisation, images=sizes, heat=self._counts_heat)
         lowering.compile_side_by_side(programs, progress)
         for patches in sizes:
             pixels = np.zeros((patches, runtime.config.vision_config.num_channels, side, side), np.uint8)

@@ -61,7 +61,9 @@ def open_engine(checkpoint: str, *, sharding: str | None = None, warmup: bool = 
         file = ShardingConfig.from_file(presets.sharding_file(sharding))
         rules = MeshRules.create(file, read_config(directory))
     with contextlib.ExitStack() as on_error:
-        engine = on_error.enter_context(Engine.from_checkpoint(directory, rules=rules, **settings))
+        engine = on_error.enter_context(
+            Engine.from_checkpoint(directory, compile_ahead=warmup, rules=rules, **settings)
+        )
         if warmup:
             engine.warmup()
         on_error.pop_all()

@@ -83,6 +83,7 @@ def engine_programs(
     images: Sequence[int],
     normalisation: tuple[jax.Array, jax.Array],
     heat: bool = False,
+    grammars: bool = True,
 ) -> list[jax.stages.Traced]:
     """The large programs of an engine: `decode_and_sample`, `decode`, `draw`, `begin_row`, `read_chunk` and
     `encode_images`.
@@ -95,6 +96,7 @@ def engine_programs(
       images: patches that images are padded to.
       normalisation: what `Runtime.pixel_normalisation` returned.
       heat: as for `Runtime.new_state`.
+      grammars: whether rows may have one, which takes `decode` and `draw`.
     """
     sparse = runtime.options.attention == "sparse"
     shapes = [
@@ -102,10 +104,13 @@ def engine_programs(
         for tokens, sequences in chunks
         for dense in ((True, False) if sparse and runtime.dense_below else (False,))
     ]
-    return [
-        _decode_program(runtime, rows, table_width, pages, heat=heat),
+    with_grammars = [
         _decode_program(runtime, rows, table_width, pages, sample=False, heat=heat),
         _draw_program(runtime, rows, table_width, heat),
+    ]
+    return [
+        _decode_program(runtime, rows, table_width, pages, heat=heat),
+        *(with_grammars if grammars else ()),
         *(_begin_program(runtime, rows, table_width, heat, count) for count in sorted({count for _, count in chunks})),
         *(_chunk_program(runtime, shape, pages) for shape in shapes),
         *(_encode_program(runtime, patches, normalisation) for patches in images),

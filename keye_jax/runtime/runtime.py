@@ -92,7 +92,8 @@ class Runtime:
         graph, state = nnx.split(shard_params(model, self.rules))
         arrays, tree = jax.tree.flatten(state)
         self.model_def, self.params = programs.model_def(graph, tree), tuple(arrays)
-        committed = (x.sharding for x in arrays if isinstance(x, jax.Array) and x.committed)
+        # Shapes in place of arrays have a sharding where the arrays are going to be committed to one.
+        committed = (x.sharding for x in arrays if not isinstance(x, jax.Array) or x.committed)
         self._device = next(committed, None) if self.rules.sharding() is None else None
         # What many steps take, by its shape, so that it is on the devices once.
         self._idle_rows: dict[tuple[int, int], tuple[DecodeState, jax.Array, WideValues]] = {}
