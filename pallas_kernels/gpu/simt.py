@@ -86,24 +86,28 @@ def warp_scan(machine, value):
     return value
 
 
-def count_before(machine, count, scratch, rank):
-    """The sum of `count` over all lanes of earlier warps of the cluster, and the sum over all its warps.
+def count_before(machine, counts, scratch, rank):
+    """For each of `counts`, the sum over all lanes of earlier warps of the cluster, and the sum over all its warps.
 
-    Uses 33 words of shared memory from `scratch` on. `rank` is the block's number in the cluster.
+    Uses 33 words of shared memory for each, from `scratch` on. `rank` is the block's number in the cluster.
     """
     warps = machine.threads // 32
-    count = machine.warp_sum(count)
+    own = [machine.warp_sum(count) for count in counts]
+    places = [scratch + 33 * i for i in range(len(counts))]
     with machine.when(machine.lane.eq(0)):
-        machine.store_shared(machine.warp + scratch, count)
+        for place, count in zip(places, own, strict=True):
+            machine.store_shared(machine.warp + place, count)
     machine.barrier()
-    count = machine.load_shared(machine.lane.min(warps - 1) + scratch)
-    before = machine.warp_sum(machine.select(machine.lane < machine.warp, count, 0))
-    total = machine.warp_sum(machine.select(machine.lane < warps, count, 0))
+    own = [machine.load_shared(machine.lane.min(warps - 1) + place) for place in places]
+    before = [machine.warp_sum(machine.select(machine.lane < machine.warp, count, 0)) for count in own]
+    totals = [machine.warp_sum(machine.select(machine.lane < warps, count, 0)) for count in own]
     if machine.cluster > 1:
-        machine.store_shared(scratch + 32, total)
+        for place, total in zip(places, totals, strict=True):
+            machine.store_shared(place + 32, total)
         machine.cluster_barrier()
-        count = machine.load_peer(scratch + 32, machine.lane.min(machine.cluster - 1))
-        before = before + machine.warp_sum(machine.select(machine.lane < rank, count, 0))
-        total = machine.warp_sum(machine.select(machine.lane < machine.cluster, count, 0))
+        own = [machine.load_peer(place + 32, machine.lane.min(machine.cluster - 1)) for place in places]
+        earlier = [machine.warp_sum(machine.select(machine.lane < rank, count, 0)) for count in own]
+        before = [a + b for a, b in zip(before, earlier, strict=True)]
+        totals = [machine.warp_sum(machine.select(machine.lane < machine.cluster, count, 0)) for count in own]
         machine.cluster_barrier()
-    return before, total
+    return before, totals

@@ -89,7 +89,7 @@ def _selection(rows: int, context: int, *, quick: bool = False) -> KernelCase:
 
 
 def _unions(context: int) -> KernelCase:
-    function = functools.partial(build_unions, page_size=PAGE_SIZE, limit=16 * MODEL.top_k)
+    function = functools.partial(build_unions, page_size=PAGE_SIZE, limit=16 * MODEL.top_k, split=True)
     arguments = int32(1, 2048, MODEL.top_k), MODEL.page_table(1, context)
     return KernelCase("build_unions", f"{context // 1024}K", function, arguments)
 
@@ -101,7 +101,7 @@ def _union_attention(q_per_kv: int, *, quick: bool = False) -> KernelCase:
         "union_attention",
         f"{q_per_kv} heads on a KV head",
         functools.partial(union_attention, scale=MODEL.scale),
-        (q, MODEL.kv_pages(2048 * PAGE_SIZE), lists, lists, int32(128)),
+        (q, MODEL.kv_pages(2048 * PAGE_SIZE), lists, lists, int32(128, 3)),
         quick=quick,
     )
 

@@ -32,6 +32,18 @@ class TestSparseAttention:
         places = self.choose(rng, random_inputs(rng, form, batch=2, queries=queries, length=len(pool)), 60)
         self.check(inputs, np.where(places < 0, -1, pool[places]).astype(np.int32), form, implementation)
 
+    @pytest.mark.parametrize("shared", [0, 40, 300])
+    def test_halves_of_neighbours_that_share_keys(self, rng, shared, form, implementation):
+        """Of 16 neighbours with 8 heads on a KV head, all select from `shared` keys, and each half from its own."""
+        inputs = random_inputs(rng, form, queries=39, length=1000, heads=8, kv_heads=1)
+        both, *halves = np.split(rng.permutation(1000), [shared, shared + 400, shared + 500])[:3]
+        indices = np.full((1, 39, 256), -1, np.int32)
+        for query in range(39):
+            own = np.concatenate([both, halves[query // 8 % 2]])
+            count = min(rng.integers(128, 257), len(own))
+            indices[0, query, :count] = np.sort(rng.choice(own, count, replace=False))
+        self.check(inputs, indices, form, implementation)
+
     def test_decode(self, rng, form, implementation):
         inputs = random_inputs(rng, form, batch=4, queries=1, length=500)
         self.check(inputs, self.choose(rng, inputs, 64), form, implementation)

@@ -319,7 +319,7 @@ class RowSelection(RowReader):
             return machine.load_shared(bitmap + chunk * 32 + machine.lane)
 
         [count] = machine.loop(begin, end, 1, lambda i, count: [count + machine.bit_count(word_of(i))], [0])
-        base, _ = count_before(machine, count, WARP_SUMS, self.rank)
+        [base], _ = count_before(machine, [count], WARP_SUMS, self.rank)
 
         def write_chunk(chunk, base):
             word = word_of(chunk)

@@ -9,6 +9,10 @@ rows. A third warpgroup, the producer, copies the listed rows of the pool to sha
 time, in the swizzled form that the tensor cores read. 16 threads copy one key (256 bytes), 16 bytes each with cp.async,
 and a barrier per stage counts the arrivals of the copies.
 
+With 8 query heads on a KV head, each compute warpgroup has 8 queries, and skips keys that only the other one's queries
+selected. Such keys are parts of their own of the list, in whole steps of the softmax. Beside each step the producer
+writes who takes the next one, so that a warpgroup knows it before it waits.
+
 The compute warpgroups do S = Q K^T, the mask, an online softmax over 128 keys at a time, and O += P V. The softmax of
 one runs during the matmuls of the other. The mask is a matmul too, so it costs the softmax nothing. Beside the keys the
 producer writes a [64 keys, 16 queries] block of 0 (members) and -1e30 (others). Its product with a row of zeros and a
@@ -18,7 +22,6 @@ single one, which picks the query, is added to S.
 # The types of Pallas' decorators and transforms are not yet complete.
 # pyright: reportAbstractUsage=false, reportCallIssue=false, reportPrivateImportUsage=false
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -34,32 +37,24 @@ from pallas_kernels.sparse_attention.mosaic_gpu.gather import (
     DIM,
     GROUP,
     MASK_TRANSFORMS,
+    STEP,
     TILE,
     TRANSFORMS,
     finish_copies,
     gather_tile,
     init_barriers,
     read_lists,
+    read_takers,
     wait_full,
     write_mask,
 )
 
 _LOG2E = math.log2(math.e)
-
-
-@dataclasses.dataclass(frozen=True)
-class UnionConfig:
-    """Tuning of the kernel.
-
-    Attributes:
-      tiles: tiles of 64 keys in one step of the softmax, 1 or 2.
-      stages: tiles of keys and values in shared memory (34 KB each), at least `tiles + 1`.
-      producer_registers: registers of a producer thread. With 40 it may spill, which halves the speed.
-    """
-
-    tiles: int = 2
-    stages: int = 5
-    producer_registers: int = 56
+_STAGES = 3
+"""Steps of keys and values in shared memory, 68 KB each."""
+_PRODUCER_REGISTERS = 56
+"""Registers of a producer thread. With 40 it may spill, which halves the speed."""
+_TILES = STEP // TILE
 
 
 def check(q: jax.Array, kv: jax.Array, scale: float, kv_dtype: Any = jnp.bfloat16) -> int:
@@ -81,7 +76,33 @@ def check(q: jax.Array, kv: jax.Array, scale: float, kv_dtype: Any = jnp.bfloat1
     return kv_heads
 
 
-@functools.partial(jax.jit, static_argnames=("q_per_kv", "group", "scale", "config"))
+def choose_step(step, first_done, other_done, first, other, both) -> tuple[jax.Array, ...]:
+    """Which part of its list a group takes in a step. Steps of halves come in pairs, and evenly among the others.
+
+    Both warpgroups then have work at most times, and the copies of two steps for one of each do not come all at once.
+
+    Args:
+      step: number of the step; all of these are int32 scalars.
+      first_done, other_done: steps before it that were of the first 8 queries alone, and of the other 8 alone.
+      first, other, both: how many steps there are of the first 8 queries, of the other 8 and of both. The list has
+        them in this order.
+
+    Returns:
+      The step's number in the list, the warpgroups that take it (bit i is set for warpgroup i), and `first_done` and
+      `other_done` after it.
+    """
+    both_done, pairs = step - first_done - other_done, jnp.maximum(first, other)
+    pairs_begun = jnp.maximum(first_done, other_done)
+    completes = jnp.logical_and(other_done < first_done, other_done < other)
+    begins = jnp.logical_and(pairs_begun < pairs, pairs_begun * both <= both_done * pairs)
+    is_first = jnp.logical_and(jnp.logical_and(begins, first_done < first), jnp.logical_not(completes))
+    is_other = jnp.logical_and(jnp.logical_or(begins, completes), jnp.logical_not(is_first))
+    in_list = jnp.where(is_first, first_done, first + jnp.where(is_other, other_done, other + both_done))
+    takers = jnp.where(is_first, 1, jnp.where(is_other, 2, 3))
+    return in_list, takers, first_done + is_first.astype(jnp.int32), other_done + is_other.astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("q_per_kv", "group", "scale"))
 def attend(
     q: jax.Array,
     kv: jax.Array,
@@ -92,7 +113,6 @@ def attend(
     q_per_kv: int,
     group: int,
     scale: float,
-    config: UnionConfig,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of groups of queries to their lists of keys.
 
@@ -100,7 +120,7 @@ def attend(
       q: bfloat16 `[t, k, r, 128]`, pieces of r rows; r is 8, 16, 32 or 64.
       kv: bfloat16 `[p, page_size, 2 * k, 128]`.
       slots, members: int32 `[groups, u]`.
-      counts: int32 `[groups]`.
+      counts: int32 `[groups, 3]`, see `build_unions`. Parts of halves of a group need warpgroups that are such halves.
       q_per_kv: rows of one query. Row i of a group takes bit i // q_per_kv of the membership words.
       group: queries of a group.
 
@@ -109,66 +129,76 @@ def attend(
     """
     _, kv_heads, piece_rows, _ = q.shape
     groups = counts.shape[0]
-    stages = config.stages
     group_pieces = -(-group * q_per_kv // piece_rows)  # pieces of one group
     warpgroup_pieces = min(ROWS // piece_rows, group_pieces)  # pieces of one warpgroup
     compute = 1 if group_pieces * piece_rows <= ROWS else 2
     blocks = -(-group_pieces * piece_rows // (compute * ROWS))  # CTAs the rows of a group are split over
     assert blocks * compute * warpgroup_pieces == group_pieces, "a warpgroup would take the next group's rows"
     factor = scale * _LOG2E
-    n = config.tiles
     rows_layout = plgpu.Layout.WGMMA.reduce(1)
 
+    def next_stage(stage):
+        return jnp.where(stage == _STAGES - 1, 0, stage + 1)
+
     def body(q_ref, pool, slots_ref, members_ref, counts_ref, out_ref, lse_ref, scratch, barriers):
-        q_smem, k_smem, v_smem, mask_smem, lse_smem, full = scratch
-        q_barrier, empty, start = barriers
+        k_smem, v_smem, mask_smem, lse_smem, takers_smem, full = scratch
+        q_barrier, empty, together = barriers
         cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
         # Heads vary slowest, so CTAs that run at the same time read the same slices of the pool, through the L2 cache.
         head, cta = lax.div(cta, groups * blocks), lax.rem(cta, groups * blocks)
         block, group_index = lax.rem(cta, blocks), lax.div(cta, blocks)
-        count = counts_ref[group_index]
-        steps = lax.div(count + (n * TILE - 1), n * TILE)
+        first, other, both = (counts_ref[group_index, part] for part in range(3))
+        count = first + other + both
+        first, other, both = (lax.div(part + (STEP - 1), STEP) for part in (first, other, both))
+        steps = first + other + both
 
-        init_barriers(full, stages)
-        plgpu.barrier_arrive(start)
-        plgpu.barrier_wait(start)
+        init_barriers(full, _STAGES)
+        plgpu.barrier_arrive(together)
+        plgpu.barrier_wait(together)
 
         @pl.when(warpgroup == compute)
         def _produce():
             if compute > 1:
-                plgpu.set_max_registers(config.producer_registers, action="decrease")
+                plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
 
             def lists_of(tile):
                 tile = jnp.minimum(tile, slots.shape[1] // TILE - 1)
                 return read_lists(slots_ref, members_ref, group_index, tile, count)
 
-            def produce(tile, lists):
-                ids, words = lists
-                stage = lax.rem(tile, stages)
-                following = lists_of(tile + 1)
+            def produce(step, carry):
+                stage, in_list, *done, ids, words = carry
+                following, takers, *done = choose_step(step + 1, *done, first, other, both)
 
-                @pl.when(tile >= stages)
+                @pl.when(step >= _STAGES - 1)
                 def _():
                     plgpu.barrier_wait(empty.at[stage])
 
-                write_mask(words, mask_smem, full, stage)
-                gather_tile(pool, ids, k_smem, v_smem, full, head, tile, stage, count)
-                return following
+                for i in range(_TILES):
+                    tile, place = in_list * _TILES + i, stage * _TILES + i
+                    next_lists = lists_of(tile + 1 if i + 1 < _TILES else following * _TILES)
+                    write_mask(words, takers, mask_smem, takers_smem, full, place)
+                    gather_tile(pool, ids, k_smem, v_smem, full, head, tile, place, count)
+                    ids, words = next_lists
+                return next_stage(stage), following, *done, ids, words
 
-            lax.fori_loop(0, steps * n, produce, lists_of(jnp.int32(0)))
+            start, _, *done = choose_step(*map(jnp.int32, (0, 0, 0)), first, other, both)
+            lax.fori_loop(0, steps, produce, (jnp.int32(0), start, *done, *lists_of(start * _TILES)))
             finish_copies()
+            plgpu.barrier_arrive(together)
 
         @pl.when(warpgroup < compute)
         def _compute():
             if compute > 1:
-                registers = (504 - config.producer_registers) // 2 // 8 * 8
+                registers = (504 - _PRODUCER_REGISTERS) // 2 // 8 * 8
                 plgpu.set_max_registers(registers, action="increase")
             first_row = (block * compute + warpgroup) * ROWS
             first_piece = group_index * group_pieces + lax.div(first_row, piece_rows)
+            # Queries pass through the last stage.
+            q_smem = k_smem.at[(_STAGES - 1) * _TILES + warpgroup]
             for i in range(warpgroup_pieces):
                 plgpu.copy_gmem_to_smem(
                     q_ref.at[first_piece + i, head],
-                    q_smem.at[warpgroup, pl.ds(i * piece_rows, piece_rows)],
+                    q_smem.at[pl.ds(i * piece_rows, piece_rows)],
                     q_barrier.at[warpgroup],
                 )
             row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=rows_layout) + first_row
@@ -176,17 +206,20 @@ def attend(
             query = lax.broadcast_in_dim(lax.div(row, q_per_kv), column.shape, [0])
             selector = jnp.where(query == column, 1.0, 0.0).astype(q.dtype)
             plgpu.barrier_wait(q_barrier.at[warpgroup])
-            q_registers = plgpu.load(q_smem.at[warpgroup], layout=plgpu.Layout.WGMMA)
+            q_registers = plgpu.load(q_smem, layout=plgpu.Layout.WGMMA)
+            plgpu.barrier_arrive(empty.at[_STAGES - 1])
 
-            def tiles_and_stages(step):
-                return [(step * n + i, lax.rem(step * n + i, stages)) for i in range(n)]
+            def places(stage):
+                return [stage * _TILES + i for i in range(_TILES)]
 
-            def scores_of(step):
-                dots = [
-                    start_row_dots((q_registers, k_smem.at[stage]), (selector, mask_smem.at[stage]), swizzles=(128, 32))
-                    for _, stage in tiles_and_stages(step)
+            def start_scores(stage):
+                return [
+                    start_row_dots((q_registers, k_smem.at[place]), (selector, mask_smem.at[place]), swizzles=(128, 32))
+                    for place in places(stage)
                 ]
-                return [finish_dots(tile, n - 1 - i, plgpu.Layout.WGMMA) for i, tile in enumerate(dots)]
+
+            def finish_scores(dots):
+                return [finish_dots(dot, _TILES - 1 - i, plgpu.Layout.WGMMA) for i, dot in enumerate(dots)]
 
             def softmax(scores, highest, total):
                 # In units of log2, the exponent is one multiply-add. `highest` starts finite, so no NaN can arise.
@@ -197,31 +230,46 @@ def attend(
                 total = total * rescale + functools.reduce(jnp.add, ps).sum(axis=1)
                 return ps, rescale, new_highest, total
 
-            def attend_step(step, carry):
-                acc, highest, total = carry
-                for tile, stage in tiles_and_stages(step):
-                    wait_full(full, stage, lax.rem(lax.div(tile, stages), 2))
-                ps, rescale, highest, total = softmax(scores_of(step), highest, total)
+            def multiply(stage, parity, acc, highest, total):
+                wait_full(full, stage, parity)
+                dots = start_scores(stage)
+                takers = read_takers(takers_smem, stage)
+                ps, rescale, highest, total = softmax(finish_scores(dots), highest, total)
                 acc *= lax.broadcast_in_dim(rescale, acc.shape, [0])
 
                 def add_values(acc_ref):
-                    for p, (_, stage) in zip(ps, tiles_and_stages(step), strict=True):
-                        plgpu.wgmma(acc_ref, p.astype(q.dtype), v_smem.at[stage])
+                    for p, place in zip(ps, places(stage), strict=True):
+                        plgpu.wgmma(acc_ref, p.astype(q.dtype), v_smem.at[place])
 
-                acc = pl.run_state(add_values)(plgpu.ACC.init(acc))
-                for _, stage in tiles_and_stages(step):
-                    plgpu.barrier_arrive(empty.at[stage])
-                return acc, highest, total
+                return takers, pl.run_state(add_values)(plgpu.ACC.init(acc)), highest, total
+
+            def skip(stage, parity, *carry):
+                # It waits too: else it could take a later step's barrier that is a phase behind for one that is passed.
+                wait_full(full, stage, parity)
+                return read_takers(takers_smem, stage), *carry
+
+            def attend_step(_, carry):
+                stage, parity, takers, *carry = carry
+                takes = lax.shift_right_logical(takers, warpgroup) % 2 == 1
+                takers, *carry = lax.cond(takes, multiply, skip, stage, parity, *carry)
+                plgpu.barrier_arrive(empty.at[stage])
+                parity = jnp.where(stage == _STAGES - 1, 1 - parity, parity)
+                return next_stage(stage), parity, takers, *carry
 
             acc = plgpu.layout_cast(jnp.zeros((ROWS, DIM), jnp.float32), plgpu.Layout.WGMMA)
             highest = plgpu.layout_cast(jnp.full((ROWS,), -1e20, jnp.float32), rows_layout)
             total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), rows_layout)
 
-            acc, highest, total = lax.fori_loop(0, steps, attend_step, (acc, highest, total))
+            zero = jnp.int32(0)
+            _, takers, *_ = choose_step(zero, zero, zero, first, other, both)
+            *_, acc, highest, total = lax.fori_loop(0, steps, attend_step, (zero, zero, takers, acc, highest, total))
 
             inverse = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1.0), 0.0)
             out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
-            target = q_smem.at[warpgroup]
+            # The result goes where keys were, which no warpgroup may read any more.
+            plgpu.barrier_arrive(together)
+            plgpu.barrier_wait(together)
+            target = k_smem.at[warpgroup]
             target[...] = out.astype(q.dtype)
             lse_smem[warpgroup] = jnp.where(total > 0, (highest + jnp.log2(total)) * (1 / _LOG2E), -jnp.inf)
             plgpu.commit_smem()
@@ -236,16 +284,16 @@ def attend(
         pl.run_scoped(
             lambda *scoped: body(q_ref, pool, slots_ref, members_ref, counts_ref, out_ref, lse_ref, *scoped),
             (
-                plgpu.SMEM((compute, ROWS, DIM), q.dtype, transforms=TRANSFORMS),
-                plgpu.SMEM((stages, TILE, DIM), kv.dtype, transforms=TRANSFORMS),
-                plgpu.SMEM((stages, TILE, DIM), kv.dtype, transforms=TRANSFORMS),
-                plgpu.SMEM((stages, TILE, GROUP), q.dtype, transforms=MASK_TRANSFORMS),
+                plgpu.SMEM((_STAGES * _TILES, TILE, DIM), kv.dtype, transforms=TRANSFORMS),
+                plgpu.SMEM((_STAGES * _TILES, TILE, DIM), kv.dtype, transforms=TRANSFORMS),
+                plgpu.SMEM((_STAGES * _TILES, TILE, GROUP), q.dtype, transforms=MASK_TRANSFORMS),
                 plgpu.SMEM((compute, ROWS), jnp.float32),
-                plgpu.SMEM((stages, 2), jnp.int32),  # the barriers of full stages, 8 bytes each
+                plgpu.SMEM((_STAGES,), jnp.int32),
+                plgpu.SMEM((_STAGES, 2), jnp.int32),  # the barriers of full stages, 8 bytes each
             ),
             (
                 plgpu.Barrier(num_arrivals=warpgroup_pieces, num_barriers=compute),
-                plgpu.Barrier(num_arrivals=compute, num_barriers=stages),
+                plgpu.Barrier(num_arrivals=compute, num_barriers=_STAGES),
                 plgpu.Barrier(num_arrivals=compute + 1),
             ),
             collective_axes="warpgroup",

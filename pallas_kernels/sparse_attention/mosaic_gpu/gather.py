@@ -24,7 +24,9 @@ DIM = 128
 GROUP = 16
 """Neighbouring queries that share a list of keys."""
 TILE = 64
-"""Keys of one stage."""
+"""Keys that are copied together."""
+STEP = 128
+"""Keys of a stage, which one step of the softmax takes. Parts of a list begin at multiples of it."""
 TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 MASK_TRANSFORMS = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32))
 
@@ -39,14 +41,18 @@ def _full_barrier(full: ir.Value, stage: ir.Value) -> ir.Value:
     return byte_offset(utils.memref_ptr(full), arith.muli(stage, const(8)))
 
 
+def _stage_of(place: ir.Value) -> ir.Value:
+    return arith.divui(place, const(STEP // TILE))
+
+
 def init_barriers(full, stages: int) -> None:
-    """Prepares the barriers in `full`. Each producer thread arrives twice: for its part of the mask and its copies."""
+    """Prepares the barriers in `full`. For each tile a producer thread arrives twice: for its mask and its copies."""
 
     @plgpu.inline_mgpu(arg_types=(_REF,))
     def init(_, full):
         first = utils.single_thread_predicate(utils.ThreadSubset.BLOCK)
         for stage in range(stages):
-            nvvm.mbarrier_init(_full_barrier(full, const(stage)), const(256), predicate=first)
+            nvvm.mbarrier_init(_full_barrier(full, const(stage)), const(256 * STEP // TILE), predicate=first)
 
     init(full)
 
@@ -61,6 +67,19 @@ def wait_full(full, stage, parity) -> None:
         nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
 
     wait(full, stage, parity)
+
+
+def read_takers(takers, stage):
+    """The word beside a stage that is full: which warpgroups take the next one, bit i for warpgroup i."""
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _SCALAR), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR))
+    def read(_, takers, stage):
+        i32 = ir.IntegerType.get_signless(32)
+        address = byte_offset(utils.memref_ptr(takers), arith.muli(stage.registers.item(), const(4)))
+        word = utils.inline_ptx("ld.shared.b32 $0, [$1];", address, result_types=i32, has_side_effects=True)
+        return fa.FragmentedArray.splat(word, (), is_signed=True)
+
+    return read(takers, stage)
 
 
 def finish_copies() -> None:
@@ -115,16 +134,18 @@ def read_lists(slots, members, group, tile, count):
     return read(slots, members, group, tile, count)
 
 
-def write_mask(words, mask_smem, full, stage) -> None:
+def write_mask(words, takers, mask_smem, takers_smem, full, place) -> None:
     """Writes a tile's mask `[64 keys, 16 queries]`: 0 for members and -1e30 for others. Then arrives at the barrier.
 
-    Thread t writes queries 8 * (t % 2) to 8 * (t % 2) + 7 of key t // 2.
+    Thread t writes queries 8 * (t % 2) to 8 * (t % 2) + 7 of key t // 2, and the word `takers` beside the stage.
+    `place` counts tiles from the first stage's.
     """
 
-    @plgpu.inline_mgpu(arg_types=(_WORDS, plgpu.RefType(MASK_TRANSFORMS), _REF, _SCALAR))
-    def write(_, words, mask_smem, full, stage):
+    @plgpu.inline_mgpu(arg_types=(_WORDS, _SCALAR, plgpu.RefType(MASK_TRANSFORMS), _REF, _REF, _SCALAR))
+    def write(_, words, takers, mask_smem, takers_smem, full, place):
         i32 = ir.IntegerType.get_signless(32)
-        stage = stage.registers.item()
+        place = place.registers.item()
+        stage = _stage_of(place)
         thread = arith.remui(utils.thread_idx(), const(128))
         key, half = arith.divui(thread, const(2)), arith.remui(thread, const(2))
         word = vector.extract(words.registers.item(), [], [0])
@@ -142,33 +163,36 @@ def write_mask(words, mask_smem, full, stage) -> None:
             pairs.append(arith.ori(low, high))
         chunk = arith.xori(half, arith.andi(arith.divui(key, const(4)), const(1)))
         offset = arith.addi(
-            arith.muli(stage, const(TILE * GROUP * 2)),
+            arith.muli(place, const(TILE * GROUP * 2)),
             arith.addi(arith.muli(key, const(GROUP * 2)), arith.muli(chunk, const(16))),
         )
         value = vector.from_elements(ir.VectorType.get((4,), i32), pairs)
         llvm.store(value, byte_offset(utils.memref_ptr(mask_smem), offset), alignment=16)
+        word_place = byte_offset(utils.memref_ptr(takers_smem), arith.muli(stage, const(4)))
+        llvm.store(takers.registers.item(), word_place, alignment=4)
         nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
         utils.inline_ptx(
             "mbarrier.arrive.release.cta.shared::cta.b64 _, [$0];", _full_barrier(full, stage), has_side_effects=True
         )
 
-    write(words, mask_smem, full, stage)
+    write(words, takers, mask_smem, takers_smem, full, place)
 
 
-def gather_tile(pool, ids, k_smem, v_smem, full, head, tile, stage, count) -> None:
-    """Starts the copies of a tile of 64 keys and values to a stage, by 128 threads. They arrive at the barrier.
+def gather_tile(pool, ids, k_smem, v_smem, full, head, tile, place, count) -> None:
+    """Starts the copies of a tile of 64 keys and values, by 128 threads. They arrive at the barrier of its stage.
 
     Thread t copies 16-byte chunk t % 16 of keys 8 * (t // 16) to 8 * (t // 16) + 7, and of their values. Where there is
     no key (a slot below 0, or entry `count` and later), the copy writes zeros. Chunk c of row r of a tile is at byte
-    ((r / 8) * 2 + c / 8) * 1024 + (r % 8) * 128 + ((c % 8) ^ (r % 8)) * 16.
+    ((r / 8) * 2 + c / 8) * 1024 + (r % 8) * 128 + ((c % 8) ^ (r % 8)) * 16. `place` counts tiles from the
+    first stage's.
     """
 
     @plgpu.inline_mgpu(
         arg_types=(_REF, _IDS, plgpu.RefType(TRANSFORMS), plgpu.RefType(TRANSFORMS), _REF) + (_SCALAR,) * 4
     )
-    def gather(_, pool, ids, k_smem, v_smem, full, head, tile, stage, count):
+    def gather(_, pool, ids, k_smem, v_smem, full, head, tile, place, count):
         i64 = ir.IntegerType.get_signless(64)
-        head, tile, stage, count = (x.registers.item() for x in (head, tile, stage, count))
+        head, tile, place, count = (x.registers.item() for x in (head, tile, place, count))
         row_bytes = math.prod(ir.MemRefType(pool.type).shape[1:]) * 2
         thread = arith.remui(utils.thread_idx(), const(128))
         chunk, eighth = arith.remui(thread, const(16)), arith.divui(thread, const(16))
@@ -178,7 +202,7 @@ def gather_tile(pool, ids, k_smem, v_smem, full, head, tile, stage, count) -> No
             global_pointer(pool), arith.addi(arith.muli(head, const(DIM * 2)), arith.muli(chunk, const(16)))
         )
         target_base = arith.addi(
-            arith.muli(stage, const(TILE * DIM * 2)),
+            arith.muli(place, const(TILE * DIM * 2)),
             arith.addi(arith.muli(eighth, const(2048)), arith.muli(arith.divui(chunk, const(8)), const(1024))),
         )
         first_key = arith.addi(arith.muli(tile, const(TILE)), arith.muli(eighth, const(8)))
@@ -201,6 +225,6 @@ def gather_tile(pool, ids, k_smem, v_smem, full, head, tile, stage, count) -> No
                     nvvm.LoadCacheModifierKind.CG,
                     cp_size=size,
                 )
-        nvvm.cp_async_mbarrier_arrive(_full_barrier(full, stage), noinc=True)
+        nvvm.cp_async_mbarrier_arrive(_full_barrier(full, _stage_of(place)), noinc=True)
 
-    gather(pool, ids, k_smem, v_smem, full, head, tile, stage, count)
+    gather(pool, ids, k_smem, v_smem, full, head, tile, place, count)

@@ -4,13 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gpu.wgmma import ROWS
-from pallas_kernels.sparse_attention.mosaic_gpu.attend import UnionConfig, attend, check
-from pallas_kernels.sparse_attention.mosaic_gpu.gather import DIM, GROUP, TILE
+from pallas_kernels.sparse_attention.mosaic_gpu.attend import attend, check
+from pallas_kernels.sparse_attention.mosaic_gpu.gather import DIM, GROUP, STEP
 from pallas_kernels.sparse_attention.mosaic_gpu.unions import build_unions
-
-_CONFIG = UnionConfig()
-_LIST_MULTIPLE = 128
-"""Lists whose length is a multiple of this need not be copied."""
 
 
 def sparse_prefill(
@@ -18,14 +14,16 @@ def sparse_prefill(
 ) -> tuple[jax.Array, jax.Array]:
     """`sparse_attention` in groups of 16 neighbouring queries, each group over the union of its selections."""
     queries, heads, dim = q.shape[1:]
-    check(q, kv, scale)
+    kv_heads = check(q, kv, scale)
     padding = -queries % GROUP
     if padding:
         q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
         indices = jnp.pad(indices, ((0, 0), (0, padding), (0, 0)), constant_values=-1)
+    # Half of a group's rows are one warpgroup's.
+    split = GROUP * heads == 2 * ROWS * kv_heads
     context = page_table.shape[1] * kv.shape[1]
-    limit = -(-min(GROUP * indices.shape[2], context) // _LIST_MULTIPLE) * _LIST_MULTIPLE
-    unions = build_unions(indices, page_table, page_size=kv.shape[1], limit=limit)
+    limit = -(-min(GROUP * indices.shape[2], context) // STEP) * STEP
+    unions = build_unions(indices, page_table, page_size=kv.shape[1], limit=limit, split=split)
     out, lse = union_attention(q.reshape(-1, heads, dim), kv, *unions, scale=scale)
     out, lse = out.reshape(q.shape), lse.reshape(q.shape[:3])
     return out[:, :queries], lse[:, :queries]
@@ -39,7 +37,6 @@ def union_attention(
     counts: jax.Array,
     *,
     scale: float,
-    config: UnionConfig = _CONFIG,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of groups of 16 neighbouring queries over the union of their selected keys.
 
@@ -50,9 +47,10 @@ def union_attention(
       slots: int32 `[ceil(t / 16), u]` rows of the flattened pages; an entry below 0 is no key. If u is no multiple of
         128, the lists are copied.
       members: int32 `[ceil(t / 16), u]`; bit i is set if query i of the group attends to the key.
-      counts: int32 `[ceil(t / 16)]`, the number of entries in use. Later entries are not read.
+      counts: int32 `[ceil(t / 16), 3]`, the number of keys in three parts of each list. The first part is for the first
+        8 queries of a group alone, and the second for the other 8; they are multiples of 128, and 0 unless n / k is 8.
+        Entries behind the last part are not read.
       scale: factor on the dot products, above 0.
-      config: tuning.
 
     Returns:
       bfloat16 `[t, n, 128]`, and the log-sum-exp of the scaled dot products, float32 `[t, n]`. A query without keys
@@ -65,16 +63,16 @@ def union_attention(
     queries, heads, _ = q.shape
     kv_heads = check(q, kv, scale)
     groups = -(-queries // GROUP)
-    if slots.shape != members.shape or slots.shape[0] != groups or counts.shape != (groups,):
+    if slots.shape != members.shape or slots.shape[0] != groups or counts.shape != (groups, 3):
         raise ValueError(f"{slots.shape=}, {members.shape=}, {counts.shape=} do not fit {groups} groups")
     q_per_kv = heads // kv_heads
     pieces = -(-GROUP * q_per_kv // ROWS)
     if pieces > 1 and pieces % 2:
         raise NotImplementedError(f"{q_per_kv} query heads on a KV head: {GROUP} queries fill no pairs of warpgroups")
     packed = q.reshape(queries, kv_heads, q_per_kv, DIM) if q_per_kv in (8, 16, 32, 64) else _pack(q, kv_heads)
-    padding = ((0, 0), (0, -slots.shape[1] % (config.tiles * TILE)))
+    padding = ((0, 0), (0, -slots.shape[1] % STEP))
     slots, members = jnp.pad(slots, padding), jnp.pad(members, padding)
-    out, lse = attend(packed, kv, slots, members, counts, q_per_kv=q_per_kv, group=GROUP, scale=scale, config=config)
+    out, lse = attend(packed, kv, slots, members, counts, q_per_kv=q_per_kv, group=GROUP, scale=scale)
     if packed.shape[2] != q_per_kv:
         out, lse = (_unpack(x, queries, q_per_kv) for x in (out, lse))
     return out.reshape(q.shape), lse.reshape(queries, heads)

@@ -2,7 +2,9 @@
 
 A cluster of blocks works on a group of 16 queries. Each block keeps a halfword of shared memory for every position of
 its part of the context, and sets the bits of the queries that select the position. Then the blocks exchange their
-numbers of selected positions, and write the selected positions in order.
+numbers of selected positions, and write the selected positions: first those that only the first 8 queries select, then
+those that only the other 8 select, then those of both. The first two parts are whole steps of attention. What is left
+of them begins the third.
 """
 
 import functools
@@ -13,22 +15,38 @@ import jax.numpy as jnp
 
 from pallas_kernels.gpu.machine import launch
 from pallas_kernels.gpu.simt import Value, count_before, warp_scan
-from pallas_kernels.sparse_attention.mosaic_gpu.gather import GROUP
+from pallas_kernels.sparse_attention.mosaic_gpu.gather import GROUP, STEP
 
 THREADS = 1024
 # Addresses in shared memory, in words.
-COUNTS, BITS = 0, 64
+COUNTS, BITS = 0, 128
 _CHUNK = 256  # Positions that a warp handles together: 8 per lane.
 _MAX_WORDS = 49_152
 _BATCH = 8
+_FIELD = 10
+"""Bits of a count where three share a word. It is at most the 256 positions of a chunk, or those of a lane."""
 
 
 def union_body(
-    machine, indices, page_table, slots, members, counts, index, rank, *, size, top_k, limit, page_size, table_groups
+    machine,
+    indices,
+    page_table,
+    slots,
+    members,
+    counts,
+    index,
+    rank,
+    *,
+    size,
+    top_k,
+    limit,
+    page_size,
+    table_groups,
+    split,
 ):
     """Runs in each thread: writes the union of group `index`. `rank` is the block's number in the cluster.
 
-    Each row of the page table serves `table_groups` groups.
+    Each row of the page table serves `table_groups` groups. `split` is that of `build_unions`.
     """
     index, rank = machine.word(index), machine.word(rank)
     warps = machine.threads // 32
@@ -84,15 +102,34 @@ def union_body(
     begin = (machine.warp * each).min(chunks)
     end = (begin + each).min(chunks)
 
-    def members_of(chunk):
-        words = machine.load_shared_vector((chunk * 32 + machine.lane) * 4 + BITS, 4)
-        return [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    def selected(chunk):
+        """Which of a lane's 8 positions the first 8 queries select, and which the other 8: bit i is for position i."""
+        flags = machine.word(0)
+        # A byte that is not 0 sets its highest bit when 127 is added to its lower ones, or has it.
+        for i, word in enumerate(machine.load_shared_vector((chunk * 32 + machine.lane) * 4 + BITS, 4)):
+            bytes_in_use = ((word & 0x7F7F7F7F) + 0x7F7F7F7F | word) >> 7 & 0x01010101
+            flags = flags | ((bytes_in_use | bytes_in_use >> 15) & 0x0303) << 2 * i
+        halves = flags & 0xFF, flags >> 8
+        return halves if split else (halves[0] | halves[1],) * 2
 
-    def selected(halves):
-        return functools.reduce(Value.__add__, (machine.select(half.ne(0), 1, 0) for half in halves))
+    def in_parts(first, other):
+        """The numbers of positions of each part in one word."""
+        both = first & other
+        parts = machine.bit_count(first ^ both), machine.bit_count(other ^ both), machine.bit_count(both)
+        return parts[0] | parts[1] << _FIELD | parts[2] << 2 * _FIELD
 
-    [count] = machine.loop(begin, end, 1, lambda chunk, count: [count + selected(members_of(chunk))], [0])
-    base, total = count_before(machine, count, COUNTS, rank)
+    def three(word):
+        mask = (1 << _FIELD) - 1
+        return [word & mask, word >> _FIELD & mask, word >> 2 * _FIELD]
+
+    [count] = machine.loop(begin, end, 1, lambda chunk, count: [count + in_parts(*selected(chunk))], [0])
+    before, totals = count_before(machine, three(count), COUNTS, rank)
+    only_first, only_other, _ = totals
+    first_steps, other_steps = only_first // STEP * STEP, only_other // STEP * STEP
+    starts = [machine.word(0), first_steps, only_first + only_other]
+    # What is left of a part lies further behind: after all steps, and that of the second after that of the first.
+    ends = [first_steps, first_steps + other_steps, machine.word(0)]
+    moved = [other_steps, only_first - first_steps, machine.word(0)]
     slot_row, member_row = (machine.row(ref, index, limit) for ref in (slots, members))
     pages = size // page_size
     table = machine.row(page_table, index // table_groups, pages)
@@ -101,22 +138,38 @@ def union_body(
         page = machine.load_global(table, (position // page_size).min(pages - 1))
         return page * page_size + position - position // page_size * page_size
 
-    def write(chunk, base):
-        halves = members_of(chunk)
-        own = selected(halves)
-        through = base + warp_scan(machine, own)
-        at, position = through - own, first + (chunk * 32 + machine.lane) * 8
+    def write(chunk, *bases):
+        lane_first = chunk * 32 + machine.lane
+        position, halves = first + lane_first * 8, selected(chunk)
+        own = in_parts(*halves)
         slot = slot_of(position) if page_size % 8 == 0 else None
-        for i, half in enumerate(halves):
-            with machine.when(half.ne(0) & (at < limit)):
-                machine.store_global(slot_row, at, slot_of(position + i) if slot is None else slot + i)
-                machine.store_global(member_row, at, half)
-            at = at + machine.select(half.ne(0), 1, 0)
-        return [base + machine.warp_sum(own)]
 
-    machine.loop(begin, end, 1, write, [base])
+        def write_lowest(left, earlier):
+            lowest = left & (machine.word(0) - left)
+            i = machine.word(31) - machine.leading_zeros(lowest)
+            in_first, in_other = ((half & lowest).ne(0) for half in halves)
+
+            def by_part(only_first, only_other, both):
+                return machine.select(in_first & in_other, both, machine.select(in_first, only_first, only_other))
+
+            field = by_part(0, _FIELD, 2 * _FIELD)
+            at = by_part(*bases) + (earlier >> field & ((1 << _FIELD) - 1))
+            at = at + machine.select(at >= by_part(*ends), by_part(*moved), 0)
+            members_of = machine.load_shared(lane_first * 4 + (i >> 1) + BITS) >> (i & 1) * 16 & 0xFFFF
+            with machine.when(at < limit):
+                machine.store_global(slot_row, at, slot_of(position + i) if slot is None else slot + i)
+                machine.store_global(member_row, at, members_of)
+            return [left ^ lowest, earlier + (machine.word(1) << field)]
+
+        selects = [halves[0] | halves[1], warp_scan(machine, own) - own]
+        machine.while_loop(lambda left, earlier: left.ne(0), write_lowest, selects)
+        return [base + own for base, own in zip(bases, three(machine.warp_sum(own)), strict=True)]
+
+    machine.loop(begin, end, 1, write, [start + own for start, own in zip(starts, before, strict=True)])
     with machine.when(machine.thread.eq(0) & rank.eq(0)):
-        machine.store_global(machine.row(counts, index, 1), 0, total)
+        rest = functools.reduce(Value.__add__, totals) - first_steps - other_steps
+        for i, count in enumerate([first_steps, other_steps, rest]):
+            machine.store_global(machine.row(counts, index, 3), i, count)
 
 
 def union_plan(groups: int, size: int) -> tuple[int, int]:
@@ -136,7 +189,7 @@ def union_plan(groups: int, size: int) -> tuple[int, int]:
 
 
 def build_unions(
-    indices: jax.Array, page_table: jax.Array, *, page_size: int, limit: int
+    indices: jax.Array, page_table: jax.Array, *, page_size: int, limit: int, split: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The keys that at least one query of a group of 16 neighbours selects, and the queries that select each key.
 
@@ -146,12 +199,16 @@ def build_unions(
       page_table: int32 `[b, m]`.
       page_size: positions of one page.
       limit: most keys of one group; `16 * top_k` is always enough. Further keys are dropped.
+      split: whether keys that only the first 8 queries of a group select, or only the other 8, are parts of their own.
 
     Returns:
-      slots int32 `[b * t / 16, limit]`, rows of the flattened pages in the order of their positions;
+      slots int32 `[b * t / 16, limit]`, rows of the flattened pages;
       members int32 `[b * t / 16, limit]`, bit i is set if query i of the group selects the key;
-      counts int32 `[b * t / 16]`, the number of keys before any are dropped.
-      Entries of slots and members from a group's count on are undefined.
+      counts int32 `[b * t / 16, 3]`, the numbers of keys in three parts of a group's list, before any are dropped.
+      Only the first 8 queries select keys of the first part, and only the other 8 those of the second. The lengths of
+      both are multiples of 128. The third part has all other keys: up to 127 of the first 8 queries, up to 127 of the
+      other 8, then those of both. Without `split` it has all keys. Each of these is in the order of positions.
+      Entries of slots and members behind the last part are undefined.
 
     Raises:
       NotImplementedError: t is no multiple of 16, or the context is too long.
@@ -161,9 +218,8 @@ def build_unions(
         raise NotImplementedError(f"the number of queries must be a multiple of {GROUP}")
     groups, size = batch * queries // GROUP, page_table.shape[1] * page_size
     cluster, words = union_plan(groups, size)
-    body = functools.partial(
-        union_body, size=size, top_k=top_k, limit=limit, page_size=page_size, table_groups=groups // batch
-    )
+    shapes = {"size": size, "top_k": top_k, "limit": limit, "page_size": page_size, "table_groups": groups // batch}
+    body = functools.partial(union_body, **shapes, split=split)
     keys = jax.ShapeDtypeStruct((groups, limit), jnp.int32)
-    out_type = (keys, keys, jax.ShapeDtypeStruct((groups,), jnp.int32))
+    out_type = (keys, keys, jax.ShapeDtypeStruct((groups, 3), jnp.int32))
     return launch(body, out_type, groups, cluster, THREADS, words)(indices.reshape(groups, -1), page_table)

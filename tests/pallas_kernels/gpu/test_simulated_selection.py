@@ -5,7 +5,6 @@ import pytest
 
 from pallas_kernels.select_topk.mosaic_gpu import few_rows, row_body
 from pallas_kernels.select_topk.mosaic_gpu.row_reader import RowPlan
-from pallas_kernels.sparse_attention.mosaic_gpu.unions import BITS, union_body
 from tests.pallas_kernels.gpu.numpy_machine import NumpyMachine
 
 ROWS, SIZE, K, THREADS = 4, 6004, 100, 128
@@ -83,45 +82,3 @@ def test_selection(kind, cluster, slots):
 def test_selection_of_few_rows(kind, cluster):
     plan = few_rows.HeldRowPlan(SIZE, K, cluster, THREADS)
     check_selection(kind, cluster, few_rows.few_rows_body, plan, few_rows.WORDS)
-
-
-@pytest.mark.parametrize("cluster", [1, 2])
-@pytest.mark.parametrize(("top_k", "page_size"), [(100, 64), (33, 20)])
-def test_unions(cluster, top_k, page_size):
-    rng = np.random.default_rng(top_k)
-    groups, sequences, pages = 4, 2, 5000 // page_size
-    size, limit = pages * page_size, 16 * top_k
-    pool = rng.choice(size, 900, replace=False)
-    indices = np.stack([rng.permutation(pool)[:top_k] for _ in range(groups * 16)])
-    indices[rng.random(indices.shape) < 0.1] = -1
-    indices[17] = -1
-    tables = np.stack([rng.permutation(pages + 3)[:pages] for _ in range(sequences)])
-    slots, members = (np.zeros((groups, limit), np.uint32) for _ in range(2))
-    counts = np.zeros(groups, np.uint32)
-    words = BITS + -(-size // (256 * cluster)) * 128
-    for index in range(groups):
-        machine = NumpyMachine(THREADS, cluster, words, index)
-        union_body(
-            machine,
-            indices.astype(np.uint32).reshape(groups, -1),
-            tables.astype(np.uint32),
-            slots,
-            members,
-            counts,
-            machine.word(index),
-            machine.rank,
-            size=size,
-            top_k=top_k,
-            limit=limit,
-            page_size=page_size,
-            table_groups=groups // sequences,
-        )
-        selected = np.zeros((16, size + 1), bool)
-        np.put_along_axis(selected, indices[index * 16 : index * 16 + 16], True, axis=1)
-        selected = selected[:, :-1]
-        union = np.flatnonzero(selected.any(0))
-        assert counts[index] == len(union)
-        expected = tables[index // 2, union // page_size] * page_size + union % page_size
-        np.testing.assert_array_equal(slots[index, : len(union)], expected)
-        words_of = (selected[:, union] << np.arange(16)[:, None]).sum(0)
-        np.testing.assert_array_equal(members[index, : len(union)], words_of)
