@@ -23,8 +23,9 @@ from pallas_kernels.sparse_attention.mosaic_gpu.prefill import union_attention
 from pallas_kernels.sparse_attention.mosaic_gpu.unions import build_unions
 from pallas_kernels.topk_attention.mosaic_gpu import topk_attention
 
-_SELECTION_STACK = 64
-"""The selection holds a row in registers, or has 64 of them with two teams of threads, and keeps counts in memory."""
+_SELECTION_STACK = 96
+"""The selection holds a row in registers, or decides by its length, or has 64 registers with two teams of threads. It
+keeps counts in memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +268,7 @@ CASES = [
     _float8_scores(8, 1, 131_072),
     _selection(1024, 131_072, quick=True),
     _selection(4096, 32_768),
+    _selection(32, 262_144),
     _selection(64, 262_144),
     _selection(1, 131_072),
     *(_unions(context) for context in [32_768, 131_072, 262_144, 524_288]),

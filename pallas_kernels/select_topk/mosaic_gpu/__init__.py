@@ -1,6 +1,7 @@
 """Exact selection on Hopper GPUs (Pallas Mosaic GPU).
 
-`few_rows` holds a row in the registers of a cluster. `row_selection` reads rows part by part, for all other shapes.
+`few_rows` holds a row in the registers of a cluster. `row_selection` reads rows part by part. Where registers hold no
+more than short rows, the length of each row decides.
 """
 
 import dataclasses
@@ -11,16 +12,27 @@ import jax.numpy as jnp
 
 from pallas_kernels.gpu.hopper import MULTIPROCESSORS
 from pallas_kernels.gpu.machine import SHARED_WORDS, launch
-from pallas_kernels.select_topk.mosaic_gpu.few_rows import few_rows_plan, select_few_rows
+from pallas_kernels.select_topk.mosaic_gpu.few_rows import WORDS as HELD_WORDS
+from pallas_kernels.select_topk.mosaic_gpu.few_rows import HeldRow, HeldRowPlan, few_rows_plan, select_few_rows
 from pallas_kernels.select_topk.mosaic_gpu.row_reader import RowPlan, row_length, write_short_row
 from pallas_kernels.select_topk.mosaic_gpu.row_selection import RowSelection
 
 _MAX_K = 4096
 """Largest k that the kernels take."""
 
+_SHORT_CHUNKS = 4
+"""Loads of four scores by each thread that hold a short row: up to 32,768 scores in a cluster of four blocks.
 
-def row_body(machine, scores, lengths, positions, row, rank, *, rows, plan):
-    """Runs in each thread: selects row `row`. `rank` is the block's number in its cluster."""
+More hold longer rows, and take all of them longer.
+"""
+
+
+def row_body(machine, scores, lengths, positions, row, rank, *, rows, plan, short=None):
+    """Runs in each thread: selects row `row`. `rank` is the block's number in its cluster.
+
+    Args:
+      short: the plan by which a cluster holds rows of up to its size, if it does.
+    """
     row, rank = machine.word(row), machine.word(rank)
     length = row_length(machine, lengths, row, rows, plan.size)
     out = machine.row(positions, row, plan.k)
@@ -29,8 +41,13 @@ def row_body(machine, scores, lengths, positions, row, rank, *, rows, plan):
             machine.delay(length // 4)
     with machine.when(length <= plan.k):
         write_short_row(machine, out, length, rank, plan.k)
-    with machine.when(length > plan.k):
-        selection = RowSelection(machine, machine.row(scores, row, plan.size), length, rank, plan)
+    own = machine.row(scores, row, plan.size)
+    if short is not None:
+        with machine.when((length > plan.k) & (length <= short.size)):
+            held = HeldRow(machine, own, length, rank, short)
+            held.write(out, *held.find())
+    with machine.when(length > (plan.k if short is None else max(plan.k, short.size))):
+        selection = RowSelection(machine, own, length, rank, plan)
         selection.write(out, *selection.find())
 
 
@@ -84,7 +101,11 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, cluster: int |
     if held is not None:
         return select_few_rows(flat, limits, held).reshape(*lengths.shape, k)
     plan, teams = make_plan(rows, size, k, cluster)
-    body = functools.partial(row_body, rows=rows, plan=plan)
+    short = None
+    if cluster is None and plan.cluster > 1:
+        short = HeldRowPlan(min(size, _SHORT_CHUNKS * 4 * plan.cluster * plan.threads), k, plan.cluster, plan.threads)
+    body = functools.partial(row_body, rows=rows, plan=plan, short=short)
     out_type = jax.ShapeDtypeStruct((rows, k), jnp.int32)
-    run = launch(body, out_type, rows, plan.cluster, plan.threads, plan.words, teams)
+    words = plan.words if short is None else max(plan.words, HELD_WORDS)
+    run = launch(body, out_type, rows, plan.cluster, plan.threads, words, teams)
     return run(flat, limits).reshape(*lengths.shape, k)

@@ -1,5 +1,7 @@
 """A NumPy machine runs the bodies of the GPU selection kernels. It tests logic, not races, without a GPU."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -82,3 +84,12 @@ def test_selection(kind, cluster, slots):
 def test_selection_of_few_rows(kind, cluster):
     plan = few_rows.HeldRowPlan(SIZE, K, cluster, THREADS)
     check_selection(kind, cluster, few_rows.few_rows_body, plan, few_rows.WORDS)
+
+
+@pytest.mark.parametrize("cluster", [2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_selection_that_holds_short_rows_only(kind, cluster):
+    plan = RowPlan(SIZE, K, THREADS, cluster, slots=4, spill=160, stages=3, samples=512)
+    short = few_rows.HeldRowPlan(5120, K, cluster, THREADS)
+    body = functools.partial(row_body, short=short)
+    check_selection(kind, cluster, body, plan, max(plan.words, few_rows.WORDS))
