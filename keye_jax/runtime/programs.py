@@ -208,14 +208,13 @@ def _draw(
     lengths = state.lengths + rows
     select = resolve("select_topk", implementation)
 
-    def draw_tokens(logits: jax.Array, sampling: SamplingState, lengths: jax.Array) -> tuple[jax.Array, TokenScores]:
-        tokens = sample(logits, sampling, lengths, implementation=select)
-        return tokens, token_scores(logits, tokens, implementation=select)
+    def draw_tokens(
+        logits: jax.Array, sampling: SamplingState, lengths: jax.Array, rows: jax.Array
+    ) -> tuple[jax.Array, TokenScores]:
+        tokens = sample(logits, sampling, lengths, active=rows, implementation=select)
+        return tokens, token_scores(logits, tokens, active=rows, implementation=select)
 
-    everywhere = spec()
-    tokens, scores = step.shard_map(draw_tokens, (everywhere, everywhere, everywhere), everywhere)(
-        logits, state.sampling, lengths
-    )
+    tokens, scores = step.shard_map(draw_tokens, (spec(),) * 4, spec())(logits, state.sampling, lengths, rows)
     return dataclasses.replace(
         state,
         tokens=jnp.where(rows, tokens, state.tokens),

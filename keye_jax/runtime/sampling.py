@@ -178,7 +178,12 @@ def sampling_row(
 
 
 def sample(
-    logits: jax.Array, state: SamplingState, positions: jax.Array, *, implementation: str | None = None
+    logits: jax.Array,
+    state: SamplingState,
+    positions: jax.Array,
+    *,
+    active: jax.Array | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Draws one token for each row, which does not depend on the other rows.
 
@@ -189,6 +194,7 @@ def sample(
       logits: float32 `[b, vocab]`.
       state: how each row draws.
       positions: int32 `[b]`, the index that the token will have in its sequence.
+      active: bool `[b]`, the rows that draw; None for all. The others cost less and get any token.
       implementation: of `select_topk`; None for the best there is.
 
     Returns:
@@ -197,7 +203,8 @@ def sample(
     logits = adjusted_logits(logits, state)
     greedy = state.temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, state.temperature)[:, None]
-    kept = jnp.where(kept_tokens(scaled, state, implementation=implementation), scaled, -jnp.inf)
+    kept = kept_tokens(scaled, state, active=active, implementation=implementation)
+    kept = jnp.where(kept, scaled, -jnp.inf)
     keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(state.seed, positions)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
     # Greedy rows are divided by 1. So this reads one array, not all that logits are adjusted by.
@@ -205,12 +212,12 @@ def sample(
     return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
 
-def token_scores(logits: jax.Array, tokens: jax.Array, *, implementation: str | None = None) -> TokenScores:
+def token_scores(
+    logits: jax.Array, tokens: jax.Array, *, active: jax.Array | None = None, implementation: str | None = None
+) -> TokenScores:
     """Log probabilities of `tokens`, int32 `[b]`, and of the likeliest ones; other arguments as for `sample`."""
-    vocab = logits.shape[-1]
     total = jax.nn.logsumexp(logits, axis=-1)
-    lengths = jnp.full((len(logits), 1), vocab)
-    found = select_topk(logits[:, None], lengths, min(MOST_SCORES, vocab), implementation=implementation)[:, 0]
+    found = _likeliest(logits, MOST_SCORES, active, implementation)
     values = jnp.take_along_axis(logits, found, axis=1)
     # Positions rise in `found`, and sorting is stable: of equally likely tokens the lower id comes first.
     negated, top = jax.lax.sort((-values, found), dimension=1, num_keys=1, is_stable=True)
@@ -240,7 +247,20 @@ def counted(state: SamplingState, tokens: jax.Array, active: jax.Array) -> Sampl
     return dataclasses.replace(state, counts=state.counts.at[row, tokens].add(active.astype(jnp.int32)))
 
 
-def kept_tokens(scaled: jax.Array, state: SamplingState, *, implementation: str | None = None) -> jax.Array:
+def _likeliest(logits: jax.Array, most: int, active: jax.Array | None, implementation: str | None) -> jax.Array:
+    """Tokens of the `most` highest logits of each active row, or of all tokens if they are fewer; int32 `[b, n]`."""
+    rows, vocab = logits.shape
+    lengths = jnp.full(rows, vocab) if active is None else jnp.where(active, vocab, 0)
+    return select_topk(logits[:, None], lengths[:, None], min(most, vocab), implementation=implementation)[:, 0]
+
+
+def kept_tokens(
+    scaled: jax.Array,
+    state: SamplingState,
+    *,
+    active: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
     """Which tokens top-k, top-p and min-p leave, bool `[b, vocab]`; tokens as likely as the last one stay too.
 
     top_p counts the probabilities among the tokens that top_k leaves. The `MOST_CANDIDATES` most likely tokens of a row
@@ -248,13 +268,11 @@ def kept_tokens(scaled: jax.Array, state: SamplingState, *, implementation: str 
 
     Args:
       scaled: float32 `[b, vocab]`, logits divided by the temperature.
-      implementation: as for `sample`.
+      active, implementation: as for `sample`.
     """
-    vocab = scaled.shape[-1]
-    count = min(MOST_CANDIDATES, vocab)
     top = jnp.max(scaled, axis=-1, keepdims=True)
-    lengths = jnp.full((len(scaled), 1), vocab)
-    found = select_topk(scaled[:, None], lengths, count, implementation=implementation)[:, 0]
+    found = _likeliest(scaled, MOST_CANDIDATES, active, implementation)
+    count = found.shape[1]
     candidates = -jnp.sort(-jnp.take_along_axis(scaled, found, axis=1), axis=1)
     limited = state.top_k > 0
     kept = jnp.arange(count) < jnp.where(limited, state.top_k, count)[:, None]
@@ -264,7 +282,7 @@ def kept_tokens(scaled: jax.Array, state: SamplingState, *, implementation: str 
     target = jnp.where(state.top_p < 1, state.top_p * total, jnp.inf)
     kept &= reached - mass < target[:, None]
     last = jnp.take_along_axis(candidates, jnp.sum(kept, axis=1, keepdims=True) - 1, axis=1)[:, 0]
-    if count < vocab:
+    if count < scaled.shape[1]:
         beyond = _lowest_of_nucleus(scaled, top, target)
         last = jnp.where(limited | (reached[:, -1] >= target), last, beyond)
     return (scaled >= last[:, None]) & (scaled >= top + jnp.log(state.min_p)[:, None])

@@ -279,6 +279,19 @@ def test_a_row_does_not_depend_on_the_others():
     assert len(np.unique(np.asarray(sample(same, one_seed, jnp.zeros(64, jnp.int32))))) == 1
 
 
+def test_rows_that_draw_do_not_see_which_others_do():
+    rows = mixed_rows()
+    state, logits = batch(rows), jnp.asarray(TestMixedBatch.logits(len(rows))[0])
+    positions, scores = jnp.arange(len(rows)), jax.jit(module.token_scores)
+    wanted = sample(logits, state, positions)
+    for active in (np.arange(len(rows)) % 3 == 1, np.arange(len(rows)) == 7):
+        tokens = sample(logits, state, positions, active=jnp.asarray(active))
+        np.testing.assert_array_equal(tokens[active], wanted[active])
+        found = scores(logits, tokens, active=jnp.asarray(active))
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(scores(logits, wanted)), strict=True):
+            np.testing.assert_array_equal(one[active], other[active])
+
+
 def test_drawn_tokens_are_counted_in_active_rows():
     state = repeated(PLAIN, 3, 5, answer=np.asarray([2, 2]))
     after = counted(state, jnp.asarray([2, 4, 1]), jnp.asarray([True, False, True]))
