@@ -3,7 +3,8 @@
 A cell has a number of requests at once, each with a prompt of random tokens. Figures are of the time in which all of
 them write: output tokens a second, and the time between two tokens of an answer. The bare loop runs the engine's own
 program of decode, with as many rows active, and nothing else. For cells of one request there is also the loop of a
-batch of one row.
+batch of one row, once with the engine's page table and once with one of that context alone. Selection has less to do in
+the latter, and nothing up to `top_k` tokens.
 """
 
 from __future__ import annotations
@@ -61,16 +62,43 @@ def prompt_of(engine: Engine, rng: np.random.Generator, tokens: int) -> PromptPl
     return PromptPlan(tuple(rng.integers(low, high, tokens).tolist()), (), (), False)
 
 
-def bare_rate(runtime: Runtime, config: SchedulerConfig, requests: int, context: int) -> float:
-    """Tokens a second of the bare loop, for `requests` sequences of random keys and `context` tokens each."""
+@dataclasses.dataclass(frozen=True)
+class OneRow:
+    """Tokens a second of the loop of a batch of one row.
+
+    Attributes:
+      engine_table: with a page table as wide as the engine's.
+      own_table: with a page table for the context alone.
+    """
+
+    engine_table: float
+    own_table: float
+
+
+def bare_rate(
+    runtime: Runtime, config: SchedulerConfig, requests: int, context: int, *, rows: int | None = None
+) -> float:
+    """Tokens a second of the bare loop, for `requests` sequences of random keys and `context` tokens each.
+
+    Args:
+      rows: of the batch; as many as the engine's if left out.
+    """
     pool = random_pool(runtime, config.pages_per_shard * config.homes * config.turns)
-    state = runtime.new_state(config.rows, config.table_width)
+    state = runtime.new_state(rows or config.rows, config.table_width)
     each = pages_for(context)
     for row, sampling in zip(range(requests), itertools.cycle(MIXED_SAMPLING), strict=False):
         pages = np.arange(row * each, (row + 1) * each, dtype=np.int32)
         length = context - SHORTEST_CONTEXT
         state = runtime.set_row(state, row, token=0, length=length, position_delta=0, pages=pages, sampling=sampling)
     return requests / time_steps(runtime, state, pool)
+
+
+def one_row(runtime: Runtime, config: SchedulerConfig, context: int) -> OneRow:
+    """Rates of a batch of one row, for a sequence of random keys and `context` tokens."""
+    return OneRow(
+        bare_rate(runtime, config, 1, context, rows=1),
+        time_decode(runtime, 1, context).tokens_per_second,
+    )
 
 
 def measure(engine: Engine, requests: int, context: int, tokens: int) -> Cell:
@@ -210,16 +238,23 @@ def main() -> int:
     for cell, rate in zip(found, rates, strict=True):
         numbers = (cell.tokens_per_second, rate, cell.tokens_per_second / rate, *cell.gaps_ms)
         print("  ".join([f"{cell.requests:>10}", f"{cell.context:>10}", *(f"{x:>10.2f}" for x in numbers)]), flush=True)
-    for cell in [cell for cell in found if cell.requests == 1][:1]:
-        rate = 1 / time_decode(runtime, 1, cell.context).seconds
-        ratio = cell.tokens_per_second / rate
-        print(f"one request of {cell.context} tokens: {ratio:.2f} of a batch of one row, {rate:.1f} tokens/s")
+    cell_figures = []
+    for cell, rate in zip(found, rates, strict=True):
+        figures = dataclasses.asdict(cell) | {"bare_tokens_per_second": rate}
+        if cell.requests == 1:
+            alone = one_row(runtime, shapes, cell.context)
+            figures["one_row_tokens_per_second"] = dataclasses.asdict(alone)
+            wide, own = (cell.tokens_per_second / each for each in (alone.engine_table, alone.own_table))
+            print(
+                f"one request of {cell.context} tokens: {wide:.2f} of a batch of one row with the engine's page table, "
+                f"{alone.engine_table:.1f} tokens/s; {own:.2f} with a table of {cell.context} tokens, "
+                f"{alone.own_table:.1f} tokens/s",
+                flush=True,
+            )
+        cell_figures.append(figures)
     if arguments.json:
-        whole = [
-            dataclasses.asdict(cell) | {"bare_tokens_per_second": rate} for cell, rate in zip(found, rates, strict=True)
-        ]
-        figures = {"warmup_s": warm, "cells": whole, "gap": gap}
-        arguments.json.write_text(json.dumps(figures, indent=2), encoding="utf-8")
+        whole = {"warmup_s": warm, "cells": cell_figures, "gap": gap}
+        arguments.json.write_text(json.dumps(whole, indent=2), encoding="utf-8")
     return 0
 
 
