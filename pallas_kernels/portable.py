@@ -13,6 +13,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.meshes import vary_like
 
+_FEW_ROWS = 64
+"""At most this number is ranked by comparing all values with all in one pass; sorting takes a GPU several kernels."""
+
 
 def on_gpus(gpu: Callable[..., Any], elsewhere: Callable[..., Any], *arrays: Any) -> Any:
     """`gpu(*arrays)` in a program for GPUs of any maker, `elsewhere(*arrays)` in others.
@@ -68,3 +71,16 @@ def map_blocks(function: Callable[[Any], Any], blocks: Any, after: jax.Array) ->
 def fill_after(shape: tuple[int, ...], dtype: Any, after: jax.Array) -> jax.Array:
     """An array to be overwritten, filled with the first number of `after`, so not made before that is computed."""
     return jnp.full(shape, after[(0,) * after.ndim].astype(dtype))
+
+
+def small_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k` of `[rows, n]`: values and positions `[rows, k]`, largest first, of equal ones the lower."""
+    rows, width = x.shape
+    if rows > _FEW_ROWS:
+        return jax.lax.top_k(x, k)
+    # Kernels that compute a value twice may round it in two ways. Then it would be ahead of itself, and ranks be wrong.
+    x = jax.lax.optimization_barrier(x)
+    at = jnp.arange(width)
+    ahead = (x[:, None, :] > x[:, :, None]) | ((x[:, None, :] == x[:, :, None]) & (at < at[:, None]))
+    wanted = jnp.sum(ahead, axis=-1)[:, None, :] == jnp.arange(k)[:, None]
+    return jnp.sum(jnp.where(wanted, x[:, None, :], 0), axis=-1), jnp.sum(jnp.where(wanted, at, 0), axis=-1)

@@ -16,9 +16,10 @@ from keye_jax.quantization.weights import expert_param
 from keye_jax.sharding.step import StepSharding
 from pallas_kernels.dispatch import resolve
 from pallas_kernels.grouped_matmul import QuantizedRows, expert_mlp, quantize_rows, quantized_expert_mlp
+from pallas_kernels.portable import small_top_k
 from pallas_kernels.quantized import QuantizedMatrices
 
-_FEW_TOKENS, _FEW_ROWS = 64, 512
+_FEW_ROWS = 512
 """At most this number is ordered by comparing all with all in one pass; sorting takes a GPU several small kernels."""
 
 
@@ -169,17 +170,6 @@ def _run_matrices(
     assert isinstance(gate_up, jax.Array) and isinstance(down, jax.Array), "both or none have fewer bits"
     assert isinstance(rows, jax.Array), "matrices of all bits multiply no float8"
     return expert_mlp(rows, gate_up, down, group_sizes, implementation=resolve("expert_mlp", preferred))
-
-
-def small_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k` of `[tokens, e]`: values and positions `[tokens, k]`, largest first, of equal ones the lower."""
-    tokens, width = x.shape
-    if tokens > _FEW_TOKENS:
-        return jax.lax.top_k(x, k)
-    at = jnp.arange(width)
-    ahead = (x[:, None, :] > x[:, :, None]) | ((x[:, None, :] == x[:, :, None]) & (at < at[:, None]))
-    wanted = jnp.sum(ahead, axis=-1)[:, None, :] == jnp.arange(k)[:, None]
-    return jnp.sum(jnp.where(wanted, x[:, None, :], 0), axis=-1), jnp.sum(jnp.where(wanted, at, 0), axis=-1)
 
 
 def sort_rows(keys: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -253,3 +253,18 @@ def test_matrices_of_fewer_bits(format, monkeypatch):
     np.testing.assert_allclose(got, expected, atol=2**-7 * float(scale))
     text = jax.jit(pallas_kernels.quantized_grouped_matmul).lower(lhs, stored, sizes).as_text()
     assert "tensor<5x160x96xf32>" not in text
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65])
+def test_small_top_k_is_top_k(rows):
+    """Above and below the number of rows where the method changes; values repeat."""
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 9, (rows, 128)), jnp.float32)
+    for got, expected in zip(portable.small_top_k(x, 8), jax.lax.top_k(x, 8), strict=True):
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+
+
+def test_values_are_computed_before_they_are_ranked():
+    """No kernel computes a value that it compares: in two places of a GPU's kernel its roundings may differ."""
+    text = jax.jit(lambda x: portable.small_top_k(jax.nn.softmax(x), 8)).lower(jnp.zeros((2, 128))).as_text()
+    computed, ranked = text.index("stablehlo.exponential"), text.index("stablehlo.compare")
+    assert computed < text.index("optimization_barrier") < ranked
