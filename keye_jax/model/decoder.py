@@ -13,13 +13,14 @@ from flax import nnx
 from keye_jax.config import KeyeConfig
 from keye_jax.model.attention import Attention, AttentionIntermediates, AttentionOptions
 from keye_jax.model.context import Context
-from keye_jax.model.decode_layer import run_decode_layer, takes_few_launches
+from keye_jax.model.decode_layer import decodes_few_rows, route_and_mix, run_decode_layer, takes_few_launches
 from keye_jax.model.embedding import Embedding
 from keye_jax.model.indexer import Indexer
 from keye_jax.model.layers import Linear, RMSNorm
 from keye_jax.model.moe import MoE
 from keye_jax.model.rope import mrope_angles
 from keye_jax.sharding.step import StepSharding
+from pallas_kernels.dispatch import resolve
 
 
 @jax.tree_util.register_dataclass
@@ -82,15 +83,21 @@ class DecoderLayer(nnx.Module):
             self.input_norm(x), self.indexer, angles, index_angles, context, options, step
         )
         x = step.constrain(x + attended, step.rows)
-        normed, valid = self.post_attention_norm(x), context.batch.valid(x.shape[1])
-        mixed, experts = self.moe(
-            normed,
-            valid,
-            step,
-            activation_dtype=options.activation_dtype if step.reads_prompts else None,
-            implementation=options.implementation,
-            training=options.training,
-        )
+        valid = context.batch.valid(x.shape[1])
+        if decodes_few_rows(x, context, options, step):
+            implementation = resolve("route", options.implementation)
+            of_tokens = route_and_mix(self, x[:, 0], context, options, implementation)
+            mixed, normed, experts = (each[:, None] for each in of_tokens)
+        else:
+            normed = self.post_attention_norm(x)
+            mixed, experts = self.moe(
+                normed,
+                valid,
+                step,
+                activation_dtype=options.activation_dtype if step.reads_prompts else None,
+                implementation=options.implementation,
+                training=options.training,
+            )
         x = x + mixed
         if options.training is not None:
             return x, context, LayerLearned(found, options.training.balance(self.moe, normed, experts, valid))

@@ -272,7 +272,7 @@ def draw(logits: jax.Array, state: DecodeState, *, step: StepSharding, implement
 @functools.cache
 def decode_and_sample(platform: str) -> jax.stages.Wrapped:
     """The program of one step of decode with the sampling in it; see `_decode_and_sample`."""
-    # With the state donated, all that a step touches lies where it lay in the last one, and its CUDA graph, of some 34
+    # With the state donated, all that a step touches lies where it lay in the last one, and its CUDA graph, of some 30
     # nodes a layer, is launched without being updated first.
     return jax.jit(
         _decode_and_sample,

@@ -180,7 +180,7 @@ def route(
       top_k: experts of a token, at most e.
       eps: of the norm.
       normalise: whether the weights of a token are divided by their sum.
-      implementation: None, "xla" or "mosaic_gpu". None runs "xla".
+      implementation: None, "mosaic_gpu" or "xla".
 
     Returns:
       the normed tokens `[tokens, in]`, experts int32 `[tokens, top_k]`, best first, and weights float32 `[tokens,

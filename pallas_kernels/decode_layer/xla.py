@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.portable import small_top_k
+
 
 def decode_projections(
     x: jax.Array,
@@ -58,7 +60,7 @@ def route(
     """See `api.route`."""
     normed = _rms_norm(x, norm, eps)
     logits = jax.lax.dot_general(normed, router, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    weights, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
+    weights, experts = small_top_k(jax.nn.softmax(logits, axis=-1), top_k)
     if normalise:
         weights /= jnp.sum(weights, axis=-1, keepdims=True)
     return normed, experts, weights
