@@ -78,7 +78,7 @@ def small_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     rows, width = x.shape
     if rows > _FEW_ROWS:
         return jax.lax.top_k(x, k)
-    # Kernels that compute a value twice may round it in two ways. Then it would be ahead of itself, and ranks be wrong.
+    # Computed once: a kernel that computes a value in two places may round it in two ways, and it is ahead of itself.
     x = jax.lax.optimization_barrier(x)
     at = jnp.arange(width)
     ahead = (x[:, None, :] > x[:, :, None]) | ((x[:, None, :] == x[:, :, None]) & (at < at[:, None]))

@@ -202,7 +202,8 @@ def sample(
     """
     logits = adjusted_logits(logits, state)
     greedy = state.temperature == 0
-    scaled = logits / jnp.where(greedy, 1.0, state.temperature)[:, None]
+    # Computed once: what is compared with a candidate must be the same to the bit.
+    scaled = jax.lax.optimization_barrier(logits / jnp.where(greedy, 1.0, state.temperature)[:, None])
     kept = kept_tokens(scaled, state, active=active, implementation=implementation)
     kept = jnp.where(kept, scaled, -jnp.inf)
     keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(state.seed, positions)
@@ -281,7 +282,9 @@ def kept_tokens(
     total = jnp.where(limited, reached[:, -1], jnp.sum(jnp.exp(scaled - top), axis=-1))
     target = jnp.where(state.top_p < 1, state.top_p * total, jnp.inf)
     kept &= reached - mass < target[:, None]
-    last = jnp.take_along_axis(candidates, jnp.sum(kept, axis=1, keepdims=True) - 1, axis=1)[:, 0]
+    # The first candidate stays, whatever rounding makes of a tiny target.
+    number = jnp.maximum(jnp.sum(kept, axis=1, keepdims=True), 1)
+    last = jnp.take_along_axis(candidates, number - 1, axis=1)[:, 0]
     if count < scaled.shape[1]:
         beyond = _lowest_of_nucleus(scaled, top, target)
         last = jnp.where(limited | (reached[:, -1] >= target), last, beyond)

@@ -25,7 +25,8 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int) -> jax.Array:
     leading, size = scores.shape[:-1], scores.shape[-1]
     scores, lengths = scores.reshape(-1, size), jnp.clip(lengths, 0, size).reshape(-1)
     wanted = jnp.minimum(lengths, k)
-    keys = _ordered_integers(scores, lengths)
+    # Computed once: what is compared with the threshold must be the same to the bit.
+    keys = jax.lax.optimization_barrier(_ordered_integers(scores, lengths))
     threshold = _threshold(keys, wanted)
     keys = jnp.pad(keys, ((0, 0), (0, -size % _WORD)))
     above, equal = _pack(keys > threshold[:, None]), _pack(keys == threshold[:, None])

@@ -15,6 +15,7 @@ from pallas_kernels import portable
 from pallas_kernels.flash_attention import xla as flash
 from pallas_kernels.grouped_matmul import xla as grouped
 from pallas_kernels.indexer_scores import xla as indexer
+from pallas_kernels.select_topk import counting
 from pallas_kernels.select_topk.xla import select_topk
 from pallas_kernels.shapes import KEYE_VL_2 as MODEL
 from pallas_kernels.shapes import float32, int32
@@ -263,8 +264,17 @@ def test_small_top_k_is_top_k(rows):
         np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
 
 
-def test_values_are_computed_before_they_are_ranked():
-    """No kernel computes a value that it compares: in two places of a GPU's kernel its roundings may differ."""
-    text = jax.jit(lambda x: portable.small_top_k(jax.nn.softmax(x), 8)).lower(jnp.zeros((2, 128))).as_text()
-    computed, ranked = text.index("stablehlo.exponential"), text.index("stablehlo.compare")
-    assert computed < text.index("optimization_barrier") < ranked
+@pytest.mark.parametrize(
+    ("choose", "compared"),
+    [
+        (lambda x: portable.small_top_k(x, 8), "stablehlo.compare"),
+        (lambda x: counting.select_topk(x, jnp.full(2, 100), 8), "stablehlo.while"),
+    ],
+    ids=["small_top_k", "counting"],
+)
+def test_values_are_computed_before_they_are_compared(choose, compared):
+    """A kernel of a GPU that computes a value in two places may round it in two ways. So a barrier comes between."""
+    text = jax.jit(lambda x: choose(jax.nn.softmax(x))).lower(jnp.zeros((2, 128))).as_text()
+    barrier = text.index("stablehlo.optimization_barrier")
+    assert text.rindex("stablehlo.exponential") < barrier < text.rindex(compared)
+    assert compared == "stablehlo.while" or barrier < text.index(compared)

@@ -257,6 +257,12 @@ class TestManyTokens:
 
 
 class TestTies:
+    def test_logits_are_computed_before_they_are_compared(self):
+        """A kernel of a GPU that computes a logit again may round it in another way, and then leave out the best."""
+        state = batch([sampling_row(PLAIN, 4)])
+        text = jax.jit(module.sample).lower(jnp.zeros((1, 4)), state, jnp.zeros(1, jnp.int32)).as_text()
+        assert text.index("stablehlo.divide") < text.index("stablehlo.optimization_barrier") < text.index("top_k")
+
     def test_greedy_takes_the_lower_of_equal_tokens(self):
         state = batch([sampling_row(SamplingParams(temperature=0.0), 4)])
         assert sample(jnp.asarray([[0.0, 3.0, 3.0, 1.0]]), state, jnp.zeros(1, jnp.int32))[0] == 1
