@@ -125,6 +125,15 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int) -> jax.Array:
     return out[:, :k].reshape(*leading, k)
 
 
+def holds(rows: int, size: int, k: int) -> bool:
+    """Whether the current mesh's device, else the default device, has SparseCores that hold rows of so many scores."""
+    try:
+        _teams(rows, size, k)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def _teams(rows: int, size: int, k: int) -> _Teams:
     """The smallest teams whose members hold their parts, or larger ones if there are more subcores than rows need."""
     try:

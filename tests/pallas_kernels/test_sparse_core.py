@@ -73,6 +73,23 @@ def test_generations_whose_sparse_cores_select_in_decode(monkeypatch, chip, rows
     assert kernels._on_sparse_cores(rows) == chosen
 
 
+def test_decode_leaves_rows_that_do_not_fit_to_the_tensorcore(monkeypatch):
+    monkeypatch.setattr(kernels, "_on_sparse_cores", lambda _: True)
+    monkeypatch.setattr(kernels.mosaic_tpu, "select_topk", lambda *_: "the TensorCore's")
+    with simulated_subcores(GENERATIONS["v6e"]):
+        assert kernels._select(jnp.zeros((1, 1, 2**20)), jnp.array([[5]]), K) == "the TensorCore's"
+
+
+def test_decode_does_not_pass_over_what_fails_on_sparse_cores(monkeypatch):
+    def refuse(*_):
+        raise NotImplementedError("no rule for this")
+
+    monkeypatch.setattr(kernels, "_on_sparse_cores", lambda _: True)
+    monkeypatch.setattr(sparse_core, "select_topk", refuse)
+    with simulated_subcores(GENERATIONS["v6e"]), pytest.raises(NotImplementedError, match="no rule for this"):
+        kernels._select(jnp.zeros((1, 1, 640)), jnp.array([[5]]), 64)
+
+
 def test_decode_attends_to_what_sparse_cores_select(rng, monkeypatch):
     monkeypatch.setattr(kernels, "_on_sparse_cores", lambda _: True)
     batch, length, top_k = 2, 640, 64

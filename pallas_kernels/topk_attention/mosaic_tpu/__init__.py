@@ -48,11 +48,9 @@ def topk_attention(
 
 def _select(scores: jax.Array, lengths: jax.Array, top_k: int) -> jax.Array:
     """See `select_topk`."""
-    if _on_sparse_cores(lengths.size):
-        try:
-            return sparse_core.select_topk(scores, lengths, top_k)
-        except NotImplementedError:  # Rows that they do not hold.
-            pass
+    rows, size = lengths.size, scores.shape[-1]
+    if _on_sparse_cores(rows) and sparse_core.holds(rows, size, top_k):
+        return sparse_core.select_topk(scores, lengths, top_k)
     return mosaic_tpu.select_topk(scores, lengths, top_k)
 
 
