@@ -76,7 +76,7 @@ test-gpu: $(if $(PY),,$(VENV)/.installed-dev)
 test-tpu: $(if $(PY),,$(VENV)/.installed-dev)
 	JAX_DEFAULT_MATMUL_PRECISION=highest $(or $(PY),$(BIN)/python) -m pytest tests/pallas_kernels
 
-# Everything that is for a TPU, through the TPU compiler, without a TPU: minutes, and a table of what the compiler says.
+# Everything that is for a TPU, through the TPU compiler, without a TPU, and a table of what the compiler says.
 test-tpu-compile: $(VENV)/.installed-dev $(LIBTPU)
 	@mkdir -p build
 	$(BIN)/python -m tests.tpu_compile --json build/tpu_compile.json

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import queue
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,9 @@ def main() -> int:
         "--generation", action="append", choices=TOPOLOGIES, help="compile only for this generation; may be repeated"
     )
     parser.add_argument("--quick", action="store_true", help="compile only the subset that `make test` compiles")
+    parser.add_argument(
+        "--estimate", action="store_true", help="simulate units of the kernels' work too, for cycles and milliseconds"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
     arguments = parser.parse_args()
     path = library()
@@ -37,9 +41,21 @@ def main() -> int:
         if kernel not in kernels:
             parser.error(f"--kernel is {kernel!r}; it must be one of: {', '.join(kernels)}")
 
-    compiler, tasks = Compiler(path), []
-    # One thread's process compiles while the other's simulates.
-    with ThreadPoolExecutor(1) as compiling, ThreadPoolExecutor(1) as simulating:
+    # Two processes: both compile, or one compiles while the other simulates.
+    simulator, tasks = Compiler(path, simulates=True), []
+    compilers = [Compiler(path) for _ in range(1 if arguments.estimate else 2)]
+    idle: queue.SimpleQueue[Compiler] = queue.SimpleQueue()
+    for compiler in compilers:
+        idle.put(compiler)
+
+    def compiled(number: int, generation: str) -> Figures:
+        compiler = idle.get()
+        try:
+            return compiler.figures(number, generation)
+        finally:
+            idle.put(compiler)
+
+    with ThreadPoolExecutor(len(compilers)) as compiling, ThreadPoolExecutor(1) as simulating:
         try:
             known: dict[tuple[str, str], Future[Cycles | None]] = {}
             programs: dict[tuple[str, ...], Future[Figures]] = {}
@@ -52,10 +68,10 @@ def main() -> int:
                     # Cases of a kernel with the same arguments differ in what their arguments hold: one program.
                     program = case.kernel, str(case.arguments), generation
                     if program not in programs:
-                        programs[program] = compiling.submit(compiler.figures, number, generation)
+                        programs[program] = compiling.submit(compiled, number, generation)
                     key = case.simulation and (case.simulation.name or f"case {number}", generation)
-                    if key and key not in known and not arguments.quick:
-                        known[key] = simulating.submit(compiler.kernel_cycles, number, generation)
+                    if key and key not in known and arguments.estimate:
+                        known[key] = simulating.submit(simulator.kernel_cycles, number, generation)
                     tasks.append((case, generation, programs[program], known.get(key) if key else None))
             rows = []
             for task in tasks:
@@ -64,7 +80,8 @@ def main() -> int:
         finally:
             for executor in (compiling, simulating):
                 executor.shutdown(wait=False, cancel_futures=True)
-    compiler.close()
+    for compiler in (*compilers, simulator):
+        compiler.close()
     _print(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
@@ -123,24 +140,16 @@ def _line(row: dict) -> str:
 
 
 def _print(rows: list[dict]) -> None:
-    table = Table(
-        "kernel",
-        "shape",
-        "for",
-        "cycles",
-        "ms",
-        "roofline ms",
-        "GFLOP",
-        "MB",
-        "VMEM MiB",
-        "scratch MB",
-        "compile s",
-        "simulate s",
-    )
-    for column in table.columns[3:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(row["kernel"], row["shape"], row["generation"], *_cells(row))
+    """Prints a table, without the columns in which no row has a cell."""
+    names = ["kernel", "shape", "for", "cycles", "ms", "roofline ms", "GFLOP", "MB", "VMEM MiB", "scratch MB"]
+    names += ["compile s", "simulate s"]
+    lines = [[row["kernel"], row["shape"], row["generation"], *_cells(row)] for row in rows]
+    used = [i for i, _ in enumerate(names) if any(i < len(line) and line[i] for line in lines)]
+    table = Table()
+    for i in used:
+        table.add_column(names[i], justify="right" if i > 2 else "left")
+    for line in lines:
+        table.add_row(*(line[i] for i in used if i < len(line)))
     Console(width=170).print(table)
 
 

@@ -1,7 +1,7 @@
 """The TPU compiler on a machine without a TPU, and its figures for a program.
 
 libtpu reads its options from the environment once, when it is loaded. It may end its process when it meets something
-that it does not support. So two other processes compile: one compiles programs as they would run, the other simulates.
+that it does not support. So other processes load it: some compile programs as they would run, another simulates.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SIMULATION_SECONDS = 300
 HANGING_SECONDS = 3600
 """Longest time after which a simulation is taken for one that hangs."""
 
-_reports: tempfile.TemporaryDirectory[str]
+_reports: Path
 
 
 def library() -> Path | None:
@@ -92,11 +92,12 @@ class Cycles:
 
 
 class Compiler:
-    """Compiles cases. A case is named by its number in `all_cases()`."""
+    """A process that compiles cases, or simulates them. A case is named by its number in `all_cases()`."""
 
-    def __init__(self, path: Path):
-        self._path = path
-        self._workers: dict[bool, concurrent.futures.ProcessPoolExecutor] = {}
+    def __init__(self, path: Path, *, simulates: bool = False):
+        self._path, self._simulates = path, simulates
+        self._reports = tempfile.TemporaryDirectory()
+        self._worker: concurrent.futures.ProcessPoolExecutor | None = None
 
     def figures(self, case: int, generation: str) -> Figures:
         """Compiles for one device.
@@ -104,51 +105,55 @@ class Compiler:
         Raises:
           RuntimeError: the compiler refuses the program, also for lack of VMEM or HBM, or ends its process.
         """
-        return self._call(False, _compile, case, generation)
+        return self._call(_compile, case, generation)
 
     def kernel_cycles(self, case: int, generation: str) -> Cycles | None:
         """Simulates one unit of the case; None if the compiler gives no cycles."""
         unit = all_cases()[case].simulation
         try:
-            cycles, seconds = self._call(True, _simulate, case, generation, False)
+            cycles, seconds = self._call(_simulate, case, generation, False)
             if cycles is None:
                 return None
             if unit is None or unit.less_work is None:
                 return Cycles(cycles, cycles, seconds)
-            less, more_seconds = self._call(True, _simulate, case, generation, True)
+            less, more_seconds = self._call(_simulate, case, generation, True)
         except RuntimeError:
             return None
         return None if less is None else Cycles(cycles, cycles - less, seconds + more_seconds)
 
-    def _call(self, simulates: bool, function, *arguments):
-        if simulates not in self._workers:
-            self._workers[simulates] = concurrent.futures.ProcessPoolExecutor(
-                1, multiprocessing.get_context("spawn"), _start, (self._path, simulates)
+    def _call(self, function, *arguments):
+        if self._worker is None:
+            self._worker = concurrent.futures.ProcessPoolExecutor(
+                1,
+                multiprocessing.get_context("spawn"),
+                _start,
+                (self._path, Path(self._reports.name), self._simulates),
             )
-        worker = self._workers[simulates]
+        worker = self._worker
         process = worker.submit(os.getpid).result()
         try:
-            return worker.submit(function, *arguments).result(HANGING_SECONDS if simulates else None)
+            return worker.submit(function, *arguments).result(HANGING_SECONDS if self._simulates else None)
         except (concurrent.futures.BrokenExecutor, TimeoutError) as error:
             if isinstance(error, TimeoutError):
                 os.kill(process, signal.SIGKILL)
             worker.shutdown(wait=False, cancel_futures=True)
-            del self._workers[simulates]
+            self._worker = None
             raise RuntimeError("the compiler ended or took too long") from error
 
     def close(self) -> None:
-        for worker in self._workers.values():
-            worker.shutdown()
+        if self._worker:
+            self._worker.shutdown()
+        self._reports.cleanup()
 
 
-def _start(path: Path, simulates: bool) -> None:
+def _start(path: Path, reports: Path, simulates: bool) -> None:
     """Prepares a worker: the compiler's options and the folder of its reports."""
     global _reports
-    _reports = tempfile.TemporaryDirectory()
-    options = {"xla_jf_dump_to": _reports.name, "xla_jf_dump_llo_pass_label_regex": "none"}
+    _reports = reports
+    options = {"xla_jf_dump_to": _reports, "xla_jf_dump_llo_pass_label_regex": "none"}
     if simulates:
         # Operands stay in HBM: some generations' models have no copies from VMEM.
-        options = {"xla_jf_dump_static_llo_profile_to": _reports.name, "xla_msa_enable": "false"}
+        options = {"xla_jf_dump_static_llo_profile_to": _reports, "xla_msa_enable": "false"}
         # The compiler's messages about what it does not support would not help a user.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.environ |= {
@@ -170,7 +175,7 @@ def _compile_for(generation: str, function, arguments, donated=()) -> tuple[jax.
     mesh = jax.sharding.Mesh([device], ("device",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments)
-    for report in Path(_reports.name).iterdir():
+    for report in _reports.iterdir():
         report.unlink()
     # Pallas reads the target device from the mesh.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -215,7 +220,7 @@ def _simulate(case: int, generation: str, less_work: bool) -> tuple[int | None, 
     program, _ = _compile_for(generation, unit.function, unit.arguments)
     kernels = set(re.findall(r'%?([\w.-]+) = [^\n]*custom_call_target="tpu_custom_call"', program.as_text() or ""))
     found = []
-    for report in Path(_reports.name).glob("*_static_llo_profile.textproto"):
+    for report in _reports.glob("*_static_llo_profile.textproto"):
         for entry in report.read_text().split("hlo_op_estimate")[1:]:
             name, cycles = re.search(r'hlo_op_name: "([^"]*)"', entry), re.search(r"estimated_cycles: (\d+)", entry)
             if name and cycles and name[1] in kernels:
@@ -226,7 +231,7 @@ def _simulate(case: int, generation: str, less_work: bool) -> tuple[int | None, 
 def _vmem() -> tuple[int, int]:
     """Bytes of VMEM that the largest operation takes, and bytes of a core, from the compiler's report."""
     used = capacity = 0
-    for report in Path(_reports.name).glob("*vmem_report.html"):
+    for report in _reports.glob("*vmem_report.html"):
         text = report.read_text()
         data, _ = json.JSONDecoder().raw_decode(text, text.index("{", text.index("const DATA")))
         capacity = data["global_info"]["vmem_capacity"]
