@@ -56,5 +56,6 @@ def programs_for(
     tokens = [image.num_tokens for image in prompt.images] + [video.tokens_per_frame for video in prompt.videos]
     sizes = sorted({padded_patches(4 * each) for each in tokens})  # a token stands for 2 x 2 patches
     large, rest = divmod(prompt.num_tokens, config.large)
-    chunks = [program for program, some in zip(PROGRAMS, (large, rest), strict=True) if some]
+    some: dict[Program, int] = {"large": large, "small": rest}
+    chunks: list[Program] = [program for program in PROGRAMS if some[program]]
     return engine_programs(runtime, config, normalisation, images=sizes, chunks=chunks, grammars=False)
