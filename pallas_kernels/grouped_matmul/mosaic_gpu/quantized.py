@@ -10,6 +10,11 @@ halves of the column tile: neighbours, or a gate's and up's. The two products of
 sums are multiplied by the scales of their outputs and added to those before. So every row has the sums of the same
 numbers in the same order, whatever the tiling and wherever the row lies.
 
+Of few rows a step takes longer than its bytes take to arrive: words are loaded, converted, multiplied, and each waits
+for the one before. So up to four warpgroups share the inputs of the same columns and take steps in turn. The sums lie
+in shared memory and go round: who has multiplied step i waits for the turn, adds, and passes the turn on to step i + 1.
+The order of the sums stays that of the steps.
+
 With `gate_up_silu` a gate and its up are in the registers of two lanes of a warp, which exchange half of them.
 
 With rows in float8 both operands stay float8, and the tensor cores multiply twice as fast. A step's products are scaled
@@ -22,6 +27,7 @@ a row, for which there is one scale.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -36,6 +42,7 @@ from pallas_kernels.grouped_matmul.mosaic_gpu.fragments import STEP
 from pallas_kernels.grouped_matmul.mosaic_gpu.steps import (
     SCALES_START,
     add_float8_products,
+    add_in_turn,
     add_scaled,
     load_scales,
     release,
@@ -51,6 +58,8 @@ _SCALES_STEP = 32
 """The number of rows' scales that a copy takes is a multiple: a byte for each thread of the producer."""
 _COLUMNS = 64
 """Columns that a consumer takes of each half of a column tile."""
+_SHARED_ROWS = 16
+"""Most rows of a tile whose sums go round."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +67,15 @@ class QuantizedConfig:
     """How the kernel is tiled.
 
     Attributes:
-      consumers: consumer warpgroups per block, 1 or 2. A column tile has two halves of 64 columns for each.
+      consumers: consumers per block, 1 or 2. A column tile has two halves of 64 columns for each.
       rows: rows of a row tile, 8, 16, 32 or 64; of rows in float8 128 too.
+      parts: warpgroups of a consumer, which share its inputs: 1; with at most 16 rows in bfloat16 2 too, and 4 with one
+        consumer.
     """
 
     consumers: int
     rows: int
+    parts: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,22 +164,22 @@ def _scale_columns(rows: int) -> int:
     return max(rows + -rows % SCALES_START, _SCALES_STEP)
 
 
-def default_config(
-    rows: int, groups: int, columns: int, fused: bool, blocks: int, most_rows: int = 64
-) -> QuantizedConfig:
-    """A tiling for these sizes; no others were compared. `columns` are the output's, `most_rows` a row tile's.
+def default_config(rows: int, groups: int, columns: int, fused: bool, blocks: int, float8: bool) -> QuantizedConfig:
+    """A tiling for these sizes. `columns` are the output's; `float8` says that the rows are in float8.
 
     Raises:
       NotImplementedError: no column tile divides the columns.
     """
     each = rows / groups
-    tile = next((tile for tile, most in ((8, 2), (16, 6), (32, 16), (64, 64)) if each <= most), most_rows)
+    tile = next((tile for tile, most in ((8, 2), (16, 6), (32, 16), (64, 64)) if each <= most), 128 if float8 else 64)
     narrow = _COLUMNS if fused else 2 * _COLUMNS
     if columns % narrow:
         raise NotImplementedError(f"the output's columns ({columns}) must be a multiple of {narrow}")
     tiles = columns // (2 * narrow)
-    wide = columns % (2 * narrow) == 0 and min(rows, groups) * tiles >= 2 * blocks
-    return QuantizedConfig(2 if wide else 1, tile)
+    shared = tile <= _SHARED_ROWS and not float8
+    wide = columns % (2 * narrow) == 0 and min(rows, groups) * tiles >= (4 if shared else 2) * blocks
+    consumers = 2 if wide else 1
+    return QuantizedConfig(consumers, tile, 4 // consumers if shared else 1)
 
 
 def _call(lhs, row_scales, rhs, scales, zeros, group_sizes, block, *, fused, config=None):
@@ -185,13 +197,21 @@ def _call(lhs, row_scales, rhs, scales, zeros, group_sizes, block, *, fused, con
             f"not {rhs.dtype} with one for {layout.outputs}"
         )
     columns = n // 2 if fused else n
-    blocks, most_rows = num_blocks(), 128 if float8 else 64
-    config = config or default_config(rows, groups, columns, fused, blocks, most_rows)
+    blocks = num_blocks()
+    config = config or default_config(rows, groups, columns, fused, blocks, float8)
     if fused and float8:  # A scale is for the columns of both consumers.
         config = dataclasses.replace(config, consumers=2)
     tile = config.consumers * _COLUMNS * (1 if fused else 2)
-    fits = config.rows in (8, 16, 32, 64, most_rows) and columns % tile == 0
-    if config.consumers not in (1, 2) or not fits:
+    shares = (
+        not float8 and config.rows <= _SHARED_ROWS and config.parts in (2, 4) and config.consumers * config.parts <= 4
+    )
+    fits = (
+        config.consumers in (1, 2)
+        and config.rows in (8, 16, 32, 64, 128 if float8 else 64)
+        and (config.parts == 1 or shares)
+        and columns % tile == 0
+    )
+    if not fits:
         raise NotImplementedError(f"{config} does not fit {columns} columns")
     run = _build(rows, k, groups, columns, fused, rhs.dtype, float8, layout, config, blocks)
     return run(group_sizes, lhs, rhs, scales, *([row_scales] if float8 else []))
@@ -206,6 +226,12 @@ def _scales_layout(k: int, n: int, block: tuple[int, int]) -> Scales:
     return Scales(inputs if inputs < k else None, outputs if outputs < n else -(-n // _COLUMNS) * _COLUMNS)
 
 
+def own_steps(part, unit, k_steps, parts):
+    """The first step of a block's unit that a part takes, and how many. Of all units it takes every `parts`-th."""
+    first = lax.rem(part + unit * (-k_steps % parts), jnp.int32(parts))
+    return first, lax.div(k_steps - first + (parts - 1), jnp.int32(parts))
+
+
 @functools.lru_cache
 def _build(rows, k, groups, columns, fused, dtype, float8, layout, config, blocks):
     """Returns the kernel `(group_sizes, lhs, rhs, scales) -> out` for these sizes.
@@ -217,7 +243,8 @@ def _build(rows, k, groups, columns, fused, dtype, float8, layout, config, block
     lhs_dtype = jnp.dtype(jnp.float8_e4m3fn) if float8 else bf16
     slab = _SLAB_BYTES // lhs_dtype.itemsize
     slabs = STEP // slab
-    consumers, tile_rows, rounds = config.consumers, config.rows, float8 and fused
+    consumers, tile_rows, parts, rounds = config.consumers, config.rows, config.parts, float8 and fused
+    warpgroups = consumers * parts
     width = consumers * _COLUMNS
     stored_rows = STEP // 2 if dtype == jnp.uint8 else STEP
     k_steps = k // STEP
@@ -231,7 +258,10 @@ def _build(rows, k, groups, columns, fused, dtype, float8, layout, config, block
     stage_bytes = 2 * stored_rows * width + tile_rows * STEP * lhs_dtype.itemsize + 4 * scale_rows * float8
     # Each array begins at a multiple of 1,024 bytes.
     free_bytes = SHARED_BYTES - pl.cdiv(4 * units.table_size, 1024) * 1024 - 512 - 1024 * (float8 + rounds)
-    stages = min(free_bytes // stage_bytes, 2 * k_steps, 16)
+    totals_shape = consumers, tile_rows // 4, 128, 4
+    free_bytes -= 4 * math.prod(totals_shape) * (parts > 1)
+    # A part has stages of its own, since it must see each phase of their barriers.
+    stages = min(free_bytes // stage_bytes, 2 * max(k_steps, parts), 16) // parts * parts
 
     weight_transforms = (plgpu.SwizzleTransform(width),)
     lhs_transforms = (plgpu.TilingTransform((8, slab)), plgpu.SwizzleTransform(_SLAB_BYTES))
@@ -242,12 +272,16 @@ def _build(rows, k, groups, columns, fused, dtype, float8, layout, config, block
         plgpu.SMEM(lhs_shape, lhs_dtype, transforms=(plgpu.SwizzleTransform(_SLAB_BYTES),)),
     )
 
+    # Together no more than a block is launched with: 3 * 168, or 5 * 96. A thread would wait for more forever.
+    producer_registers, consumer_registers = (32, 112) if warpgroups > 2 else (24, 240) if float8 else (40, 232)
+
     def body(sizes, lhs, rhs, scales, *refs):
         # With float8, `row_scales` comes first. With `rounds`, a second result follows the first.
         row_scales, out, out_scales = refs[0], refs[float8], refs[float8 + 1]
         lhs_views, weights, table, full, free, ready, *others = refs[float8 + 1 + rounds :]
         own_scales: Any = others[0] if float8 else None
         maxima = others[1] if rounds else None
+        shared_totals: Any = others[0] if parts > 1 else None
         lhs_smem, lhs_rows = lhs_views
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
 
@@ -259,10 +293,10 @@ def _build(rows, k, groups, columns, fused, dtype, float8, layout, config, block
         plgpu.barrier_wait(ready)
         my_units = units.count(table, block)
 
-        @pl.when(warpgroup == consumers)
+        @pl.when(warpgroup == warpgroups)
         def _produce():
-            if consumers > 1:
-                plgpu.set_max_registers(24 if float8 else 40, action="decrease")
+            if warpgroups > 1:
+                plgpu.set_max_registers(producer_registers, action="decrease")
 
             @pl.loop(0, my_units)
             def _unit(index):
@@ -298,12 +332,18 @@ def _build(rows, k, groups, columns, fused, dtype, float8, layout, config, block
                                 row_scales.at[step, pl.ds(start, scale_rows)], own_scales.at[slot], full.at[slot]
                             )
 
-        @pl.when(warpgroup < consumers)
+        @pl.when(warpgroup < warpgroups)
         def _consume():
-            if consumers > 1:
-                plgpu.set_max_registers(240 if float8 else 232, action="increase")
-            for slot in range(stages):
-                plgpu.barrier_arrive(free.at[slot])
+            if warpgroups > 1:
+                plgpu.set_max_registers(consumer_registers, action="increase")
+            consumer, part = lax.rem(warpgroup, consumers), lax.div(warpgroup, consumers)
+
+            @pl.when(part == 0)
+            def _():
+                for slot in range(stages):
+                    plgpu.barrier_arrive(free.at[slot])
+
+            my_steps = units.count_with_matrix(table, block) * k_steps
             nothing = plgpu.layout_cast(jnp.zeros((ROWS, tile_rows), jnp.float32), FRAGMENT)
 
             @pl.loop(0, my_units)
@@ -313,9 +353,7 @@ def _build(rows, k, groups, columns, fused, dtype, float8, layout, config, block
 
                 def factors(step):
                     at = 0 if layout.inputs is None else lax.div(step * STEP, jnp.int32(layout.inputs))
-                    return load_scales(
-                        scales, warpgroup, group, at, column, half_step, layout.outputs, width, tile_rows
-                    )
+                    return load_scales(scales, consumer, group, at, column, half_step, layout.outputs, width, tile_rows)
 
                 def multiply_float8(step, totals):
                     slot = lax.rem(index * k_steps + step, jnp.int32(stages))
@@ -328,7 +366,7 @@ def _build(rows, k, groups, columns, fused, dtype, float8, layout, config, block
                         lhs_smem.at[slot],
                         own_scales.at[slot],
                         row,
-                        warpgroup,
+                        consumer,
                         weight_transforms,
                         lhs_transforms,
                         tile_rows,
@@ -337,37 +375,75 @@ def _build(rows, k, groups, columns, fused, dtype, float8, layout, config, block
                     plgpu.barrier_arrive(free.at[slot])
                     return totals
 
+                def start(slot):
+                    plgpu.barrier_wait(full.at[slot])
+                    return start_products(
+                        weights.at[slot], lhs_smem.at[slot], consumer, weight_transforms, lhs_transforms, tile_rows
+                    )
+
                 def multiply(step, totals):
                     slot = lax.rem(index * k_steps + step, jnp.int32(stages))
                     own = (None, None) if layout.inputs is None else factors(step)
-                    plgpu.barrier_wait(full.at[slot])
-                    products = start_products(
-                        weights.at[slot], lhs_smem.at[slot], warpgroup, weight_transforms, lhs_transforms, tile_rows
-                    )
+                    products = start(slot)
                     first = add_scaled(totals[0], finish_dots(products[0], 1), own[0])
                     second = finish_dots(products[1], 0)
                     release()
                     plgpu.barrier_arrive(free.at[slot])
                     return first, add_scaled(totals[1], second, own[1])
 
+                def multiply_in_turn(step):
+                    number = index * k_steps + step
+                    slot = lax.rem(number, jnp.int32(stages))
+                    own = None if layout.inputs is None else factors(step)
+                    products = start(slot)
+                    products = finish_dots(products[0], 1), finish_dots(products[1], 0)
+                    release()
+                    plgpu.barrier_arrive(free.at[slot])
+                    return add_in_turn(
+                        shared_totals.at[consumer],
+                        products,
+                        own,
+                        warpgroup,
+                        step > 0,
+                        number > 0,
+                        number + 1 < my_steps,
+                        warpgroups,
+                        consumers,
+                    )
+
+                def store_totals(totals, own=None):
+                    if layout.inputs is None and not float8:
+                        own = own or factors(0)
+                        totals = tuple(add_scaled(nothing, each, f) for each, f in zip(totals, own, strict=True))
+                    if rounds:
+                        store_float8(out, out_scales, maxima, totals, consumer, row, left, column, width)
+                    else:
+                        store(out, totals, consumer, row, left, column, half_step, width, fused)
+
                 @pl.when(group < groups)
                 def _():
-                    step = multiply_float8 if float8 else multiply
-                    totals = lax.fori_loop(0, k_steps, step, (nothing, nothing))
-                    if layout.inputs is None and not float8:
-                        totals = tuple(
-                            add_scaled(nothing, each, own) for each, own in zip(totals, factors(0), strict=True)
-                        )
-                    if rounds:
-                        store_float8(out, out_scales, maxima, totals, warpgroup, row, left, column, width)
-                    else:
-                        store(out, totals, warpgroup, row, left, column, half_step, width, fused)
+                    if parts == 1:
+                        step = multiply_float8 if float8 else multiply
+                        store_totals(lax.fori_loop(0, k_steps, step, (nothing, nothing)))
+                        return
+                    first, count = own_steps(part, index, k_steps, parts)
+                    # Loaded now, they are there when the last step ends.
+                    own = factors(0) if layout.inputs is None else None
+
+                    @pl.loop(0, count)
+                    def _(at):
+                        step = first + at * parts
+                        totals = multiply_in_turn(step)
+
+                        @pl.when(step == k_steps - 1)
+                        def _():
+                            store_totals(totals, own)
 
                 if not rounds:
 
-                    @pl.when(group == groups)
+                    @pl.when((group == groups) & (part == 0))
                     def _():
-                        store(out, (nothing, nothing), warpgroup, row, left, column, half_step, width, fused)
+                        store(out, (nothing, nothing), consumer, row, left, column, half_step, width, fused)
 
     out_type = jax.ShapeDtypeStruct((rows, columns), lhs_dtype if rounds else bf16)
     if rounds:
@@ -377,7 +453,7 @@ def _build(rows, k, groups, columns, fused, dtype, float8, layout, config, block
         out_type=out_type,
         grid=(blocks,),
         grid_names=("block",),
-        num_threads=consumers + 1,
+        num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=[
             lhs_views,
@@ -388,6 +464,7 @@ def _build(rows, k, groups, columns, fused, dtype, float8, layout, config, block
             plgpu.Barrier(),
             *([plgpu.SMEM((stages, scale_rows), jnp.float32)] if float8 else []),
             *([plgpu.SMEM((tile_rows,), jnp.int32)] if rounds else []),
+            *([plgpu.SMEM(totals_shape, jnp.float32)] if parts > 1 else []),
         ],
         compiler_params=plgpu.CompilerParams(
             approx_math=True,

@@ -171,6 +171,65 @@ def add_scaled(totals, sums, factors):
     return add(totals, sums, *(() if factors is None else (factors,)))
 
 
+def add_in_turn(totals, products, factors, warpgroup, continues, waits, passes, warpgroups, consumers):
+    """Adds the products of a step to totals in shared memory, after the step before it and before the next one.
+
+    The warpgroups of a consumer are every `consumers`-th, and the next step is the next one's. Thread i of each has the
+    same sums, so a thread reads what one thread wrote.
+
+    Args:
+      totals: float32 `[rows / 4, 128, 4]`, of all warpgroups of the consumer.
+      products: two `[64, rows]` in the layout `FRAGMENT`.
+      factors: two of the same shape; None for 1.
+      warpgroup: its number.
+      continues: whether there are totals to add to. If not, they begin at zero.
+      waits: whether a step was before this one, maybe of another tile.
+      passes: whether a step follows, maybe of another tile.
+      warpgroups: number of warpgroups of all consumers.
+
+    Returns:
+      The new totals, as the products.
+    """
+    rows = products[0].shape[1]
+    result = plgpu.ShapeDtypeStruct((ROWS, rows), jnp.float32, FRAGMENT)
+    arrays = (*products, *(factors or ()))
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),) + (_SPLAT,) * 4 + (FRAGMENT,) * len(arrays), return_type=(result, result)
+    )
+    def add(_, totals, *others):
+        machine, f32 = _Thread(totals), ir.F32Type.get()
+        four = ir.VectorType.get((4,), f32)
+        warpgroup, *conditions = (Value(machine, x.registers.item()) for x in others[:4])
+        continues, waits, passes = (condition.ne(0).raw for condition in conditions)
+        sums = [x for product in others[4:6] for x in scalars(product)]
+        scales = [x for factor in others[6:] for x in scalars(factor)]
+        after = warpgroup + consumers
+        after = machine.select(after < warpgroups, after, after - warpgroups)
+        base, zero = utils.getelementptr(machine.shared, [(machine.thread & 127).raw], four), _float(0.0)
+        _turn("sync", warpgroup, waits)
+        new = []
+        for place in range(rows // 4):
+            pointer = byte_offset(base, const(2048 * place))
+            before = llvm.load(four, pointer, alignment=16)
+            for i in range(4):
+                at = 4 * place + i
+                total = arith.select(continues, llvm.extractelement(before, const(i)), zero)
+                if scales:
+                    new.append(mlir_math.fma(sums[at], scales[at], total))
+                else:
+                    new.append(arith.addf(total, sums[at]))
+            packed = llvm.mlir_undef(four)
+            for i in range(4):
+                packed = llvm.insertelement(packed, new[4 * place + i], const(i))
+            llvm.store(packed, pointer, alignment=16)
+        _turn("arrive", after, passes)
+        return fragment(new[: rows // 2], rows), fragment(new[rows // 2 :], rows)
+
+    numbers = (jnp.asarray(x, jnp.int32) for x in (warpgroup, continues, waits, passes))
+    return add(totals, *numbers, *arrays)
+
+
 def release():
     """Waits until all threads of the warpgroup have read a stage."""
 
@@ -293,3 +352,14 @@ def _store_words(pointer, words, predicate):
 def _sync_consumers():
     """Barrier of two consumer warpgroups. Barriers below 9 are Mosaic's."""
     utils.inline_ptx("bar.sync 9, 256;", has_side_effects=True, convergent=True)
+
+
+def _turn(action, warpgroup, predicate):
+    """Waits for a warpgroup's turn ("sync") or gives it to it ("arrive"). Barriers below 9 are Mosaic's."""
+    utils.inline_ptx(
+        f"bar.{action} $0, 256;", (warpgroup + 9).raw, predicate=predicate, has_side_effects=True, convergent=True
+    )
+
+
+def _float(number):
+    return arith.constant(ir.F32Type.get(), number)

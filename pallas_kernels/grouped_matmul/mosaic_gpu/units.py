@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend import backend
 from jaxlib.mlir import ir
@@ -55,18 +55,21 @@ class Units:
 
     def count(self, table, block):
         """Units of a block."""
-        units = self._tiles_before(table, self.groups + 1) * self.column_tiles
+        return self._count_until(table, self.groups + 1, block)
+
+    def count_with_matrix(self, table, block):
+        """Units of a block whose rows are of a group; they come first."""
+        return self._count_until(table, self.groups, block)
+
+    def _count_until(self, table, group, block):
+        units = self._tiles_before(table, group) * self.column_tiles
         return lax.div(units - block + (self.blocks - 1), jnp.int32(self.blocks))
 
     def locate(self, table, block, index):
         """A unit's group, first row, number of rows from there to the group's end, and column tile."""
         unit = block + index * self.blocks
         tile = lax.div(unit, jnp.int32(self.column_tiles))
-        group, step = jnp.int32(0), 1 << (self.groups.bit_length() - 1)
-        while step:
-            ahead = group + step
-            inside = (ahead <= self.groups) & (self._tiles_before(table, jnp.minimum(ahead, self.groups)) <= tile)
-            group, step = jnp.where(inside, ahead, group), step // 2
+        group = _last_group(table, tile, self.groups)
         row = table[group] + (tile - self._tiles_before(table, group)) * self.tile_rows
         return group, row, table[group + 1] - row, unit - tile * self.column_tiles
 
@@ -81,6 +84,34 @@ def num_blocks() -> int:
         return device.num_cores
     device = backend.get_default_device()
     return device.core_count if device.platform == "gpu" else MULTIPROCESSORS
+
+
+def _last_group(table, tile, groups):
+    """The last group, `groups` for the rows behind them, with no more row tiles before it than `tile`.
+
+    The lanes of a warp look at all groups at once: a search takes several times longer, and nothing can be fetched
+    before a block knows its first unit.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT),
+    )
+    def run(_, table, tile):
+        tile, count = tile.registers.item(), const(0)
+        lane = arith.remui(utils.thread_idx(), const(32))
+        for first in range(1, groups + 1, 32):
+            group = arith.addi(lane, const(first))
+            at = arith.addi(arith.minui(group, const(groups)), const(groups + 2))
+            before = memref.load(table, [arith.index_cast(ir.IndexType.get(), at)])
+            found = arith.cmpi(arith.CmpIPredicate.sle, before, tile)
+            if first + 31 > groups:
+                found = arith.andi(found, arith.cmpi(arith.CmpIPredicate.ule, group, const(groups)))
+            count = arith.addi(count, arith.extui(const(0).type, found))
+        count = utils.redux(count, const(-1), nvvm.ReductionKind.ADD)
+        return fragmented_array.FragmentedArray.splat(count, (), is_signed=True)
+
+    return run(table, tile)
 
 
 def _scan_groups(sizes, table, rows, tile_m):

@@ -59,7 +59,7 @@ def test_ragged(case, config, fused):
     check_rows(out, expected(lhs, jnp.nan_to_num(rhs), sizes, fused), valid)
 
 
-@pytest.mark.parametrize("groups", [1, 200])
+@pytest.mark.parametrize("groups", [1, 31, 32, 33, 200, 1024])
 def test_number_of_groups(groups):
     sizes = np.random.default_rng(0).multinomial(900, np.ones(groups) / groups)
     lhs, rhs = normal((900, 64), 0), normal((groups, 64, 128), 1)

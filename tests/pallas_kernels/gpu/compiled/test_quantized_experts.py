@@ -14,10 +14,10 @@ from pallas_kernels.grouped_matmul.mosaic_gpu.quantized import QuantizedConfig, 
 
 KINDS: dict[str, tuple[Format, bool]] = {**{format: (format, False) for format in FORMATS}, "fp8 by fp8": ("fp8", True)}
 """Formats of the matrices, and whether rows are in float8 too."""
-TILINGS = {
-    kind: [QuantizedConfig(n, rows) for n in (1, 2) for rows in (8, 16, 32, 64) + (128,) * float8]
-    for kind, (_, float8) in KINDS.items()
-}
+ALONE = [QuantizedConfig(n, rows) for n in (1, 2) for rows in (8, 16, 32, 64)]
+SHARED = [QuantizedConfig(n, rows, parts) for n, parts in ((1, 2), (1, 4), (2, 2)) for rows in (8, 16)]
+FLOAT8 = [QuantizedConfig(n, 128) for n in (1, 2)]
+TILINGS = {kind: ALONE + (FLOAT8 if float8 else SHARED) for kind, (_, float8) in KINDS.items()}
 EVERY_VALUE = {"fp8": jnp.float8_e4m3fn, "int8": jnp.int8, "int4": jnp.uint8}
 
 
@@ -95,6 +95,34 @@ def test_tilings_and_places_change_no_bit(kind):
     for row, group in ((0, 0), (69, 0), (72, 1), (75, 3)):
         alone = product(kind, lhs[row : row + 1], rhs, np.eye(4, dtype=int)[group])
         np.testing.assert_array_equal(np.asarray(alone[0].astype(jnp.float32)), want[row])
+
+
+@pytest.mark.parametrize("inputs", [128, 256, 384, 640, 2048])
+@pytest.mark.parametrize("format", FORMATS)
+def test_parts_change_no_bit(format, inputs):
+    """Blocks have many units, whose steps begin at every part. Races would show in some of the calls."""
+    rhs, _ = matrices(format, 16, inputs, 4096)
+    sizes, lhs = [40, 1, 0, 9] * 4, rows_of(210, inputs)
+    want = np.asarray(product(format, lhs, rhs, sizes, ALONE[0]).astype(jnp.float32))
+    for config in SHARED:
+        for _ in range(10):
+            got = np.asarray(product(format, lhs, rhs, sizes, config).astype(jnp.float32))
+            np.testing.assert_array_equal(got, want, str(config))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_of_a_batch_have_the_bits_they_have_alone(format):
+    gate_up, down = matrices(format, 32, 2048, 1536, 2)[0], matrices(format, 32, 768, 2048)[0]
+    run = jax.jit(functools.partial(quantized_expert_mlp, implementation="mosaic_gpu"))
+    for tokens in (2, 8, 9, 16, 17, 64, 300):
+        chosen = np.random.default_rng(tokens).integers(0, 32, 8 * tokens)
+        sizes, lhs = np.bincount(chosen, minlength=32).astype(np.int32), rows_of(8 * tokens, 2048, tokens)
+        batch = np.asarray(run(lhs, gate_up, down, jnp.asarray(sizes)).astype(jnp.float32))
+        # The last row of each of eight groups, all in one call.
+        groups = np.flatnonzero(sizes)[-8:]
+        rows = np.cumsum(sizes)[groups] - 1
+        alone = run(lhs[rows], gate_up, down, jnp.zeros(32, jnp.int32).at[groups].set(1))
+        np.testing.assert_array_equal(np.asarray(alone.astype(jnp.float32)), batch[rows], str(tokens))
 
 
 def test_every_value_in_float8():
