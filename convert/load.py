@@ -62,9 +62,7 @@ def load_params(
         _verify(directory)
     source = detect.open_source(directory)
     try:
-        found, problems = checks.check(source, config)
-        checks.raise_problems(directory, problems)
-        wanted = [item for item in found if item.tensor.in_model]
+        wanted = _wanted(source, config, directory)
         targets = _targets(wanted, shardings)
         if isinstance(source, SafetensorsSource):
             return nest(
@@ -94,11 +92,9 @@ def abstract_params(
     directory = buckets.local(path)
     source = detect.open_source(directory)
     try:
-        found, problems = checks.check(source, config)
+        wanted = _wanted(source, config, directory)
     finally:
         source.close()
-    checks.raise_problems(directory, problems)
-    wanted = [item for item in found if item.tensor.in_model]
     targets = _targets(wanted, shardings)
     # Orbax commits what it restores, `device_put` without a sharding does not.
     default = None if isinstance(source, SafetensorsSource) else jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -125,6 +121,13 @@ def _verify(directory: Path) -> None:
     shared = buckets.origin(directory) is not None
     part = (jax.process_index(), jax.process_count()) if shared else (0, 1)
     checks.raise_problems(directory, checks.damage(directory, part=part))
+
+
+def _wanted(source: SafetensorsSource | OrbaxSource, config: KeyeConfig, directory: Path) -> list[FoundTensor]:
+    """The model's tensors of a checkpoint. Raises UserError if it does not match `config`."""
+    found, problems = checks.check(source, config)
+    checks.raise_problems(directory, problems)
+    return [item for item in found if item.tensor.in_model]
 
 
 def _targets(

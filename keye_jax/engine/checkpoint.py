@@ -62,54 +62,39 @@ def load_runtime(
     *,
     rules: MeshRules | None = None,
     dtype: str | None = None,
+    attention: AttentionOptions = AttentionOptions(),  # noqa: B008 (frozen)
+    prefill_chunk: int | None = None,
+    dense_below: int = 0,
     verify_checksums: bool = False,
-    **settings: Any,
+    abstract: bool = False,
 ) -> Runtime:
     """Loads the weights of a checkpoint.
 
     Args:
       rules: where parameters and pages lie; all on one device if left out.
       dtype: what the parameters are cast to; as they are if left out.
+      attention, prefill_chunk, dense_below: as for `Runtime`.
       verify_checksums: as for `convert.load_params`.
-      settings: `attention`, `prefill_chunk` and `dense_below`, as for `Runtime`, where attention is called `options`.
+      abstract: whether no weights are loaded, so that the runtime can compile, and not run.
 
     Raises:
       UserError: the checkpoint is not whole, or cannot be computed so.
     """
-    settings.get("attention", AttentionOptions()).check(config)
+    attention.check(config)
     rules = rules or MeshRules.single_device()
-    shardings = parameter_shardings(config, rules)
-    params = load_params(directory, config, dtype=dtype, shardings=shardings, verify_checksums=verify_checksums)
-    return _runtime(params, config, rules, **settings)
-
-
-def abstract_runtime(
-    directory: str | Path,
-    config: KeyeConfig,
-    *,
-    rules: MeshRules | None = None,
-    dtype: str | None = None,
-    verify_checksums: bool = False,
-    **settings: Any,
-) -> Runtime:
-    """What `load_runtime` returns for these arguments, without weights: it can compile, not run."""
-    del verify_checksums
-    rules = rules or MeshRules.single_device()
-    params = abstract_params(directory, config, dtype=dtype, shardings=parameter_shardings(config, rules))
-    return _runtime(params, config, rules, **settings)
-
-
-def _runtime(
-    params: Mapping[str, Any],
-    config: KeyeConfig,
-    rules: MeshRules,
-    *,
-    attention: AttentionOptions = AttentionOptions(),  # noqa: B008 (frozen)
-    prefill_chunk: int | None = None,
-    dense_below: int = 0,
-) -> Runtime:
-    model = Keye.from_params(config, params)
-    return Runtime(model, config, options=attention, prefill_chunk=prefill_chunk, dense_below=dense_below, rules=rules)
+    how: dict[str, Any] = {"dtype": dtype, "shardings": parameter_shardings(config, rules)}
+    if abstract:
+        params = abstract_params(directory, config, **how)
+    else:
+        params = load_params(directory, config, **how, verify_checksums=verify_checksums)
+    return Runtime(
+        Keye.from_params(config, params),
+        config,
+        options=attention,
+        prefill_chunk=prefill_chunk,
+        dense_below=dense_below,
+        rules=rules,
+    )
 
 
 def load_and_compile(
@@ -134,7 +119,7 @@ def load_and_compile(
     """
     if jax.process_count() > 1:
         return load_runtime(directory, config, **settings)
-    runtime = abstract_runtime(directory, config, **settings)
+    runtime = load_runtime(directory, config, **settings, abstract=True)
     largest = most_patches(runtime, processor)
     scheduler = scheduler_config(runtime, options, largest)
 

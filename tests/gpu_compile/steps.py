@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 import jax
+from jax.experimental import topologies
 
 from keye_jax import presets
 from keye_jax.config import KeyeConfig
@@ -34,8 +35,6 @@ def hopper_runtime(
     config: KeyeConfig, options: AttentionOptions, *, layers: int, prefill_chunk: int | None = None
 ) -> Runtime:
     """A runtime of the first layers of a model without weights, whose programs are compiled for an H100."""
-    from jax.experimental import topologies
-
     described: Any = {"platform": "cuda", "topology": "1x1x1", "target_config": CHIPS["h100"].description}
     devices = topologies.get_topology_desc(**described).devices
     config = dataclasses.replace(config, num_hidden_layers=layers)
