@@ -20,7 +20,9 @@ class StandInHub:
 
     Attributes:
       breaks: by file name, the number of bytes sent before the connection breaks, once.
-      stays_up: whether the server answers other requests after a break; if not, the break sets `down`.
+      stays_up: whether the server answers a second request for a file whose connection broke; if not, that request
+        sets `down`. By then the client has read all that was sent.
+      broken: names of the files whose connection broke.
       down: whether the server refuses every request.
       requests: method, path and Range header of every request.
       sent: bytes sent of each file.
@@ -29,6 +31,7 @@ class StandInHub:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.breaks: dict[str, int] = {}
+        self.broken: set[str] = set()
         self.requests: list[tuple[str, str, str | None]] = []
         self.sent: dict[str, int] = {}
         self.down = False
@@ -136,6 +139,11 @@ def _handler(hub: StandInHub) -> type[http.server.BaseHTTPRequestHandler]:
             if path not in hub.files():
                 self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
                 return
+            if self.command == "GET" and name in hub.broken and not hub.stays_up:
+                hub.broken.remove(name)
+                hub.down = True
+                self._send(404, b"{}")
+                return
             data = path.read_bytes()
             headers = {"ETag": f'"{_sha256(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
             start, stop, status = 0, len(data), 200
@@ -145,7 +153,7 @@ def _handler(hub: StandInHub) -> type[http.server.BaseHTTPRequestHandler]:
                 headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
             body = data[start:stop]
             if self.command == "GET" and name in hub.breaks:
-                hub.down = not hub.stays_up
+                hub.broken.add(name)
                 self.send_response(status)
                 for key, value in ({"Content-Length": str(len(body))} | headers).items():
                     self.send_header(key, value)
