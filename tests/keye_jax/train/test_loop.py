@@ -82,7 +82,7 @@ def stage(**values) -> StageConfig:
     return StageConfig.from_dict(given | {"batch": batch} | values)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def trainer(folder):
     """Makes a trainer and its batches."""
 
@@ -180,7 +180,6 @@ def test_indexers_alone_are_compared_by_their_divergence(trainer):
     assert found["loss"] == found["kl"] > 0
 
 
-@pytest.mark.slow
 def run(folder, output, config=None, **settings):
     return session.train(
         config or stage(),
@@ -339,6 +338,23 @@ class TestMistakes:
             trainer(stage(), rules)
 
 
+# One sample for each of at most eight groups of devices, so that all take the same ones.
+EIGHT_SAMPLES = stage(
+    optimizer=PLAIN,
+    batch={"tokens": 2048, "row": 64, "samples": 8, "images": {96: 16}},
+    data=DATA | {"lookahead": 8},
+)
+
+
+@pytest.fixture(scope="module")
+def step_of_one(trainer):
+    """Of one device: its weights before a step, the loss, and the weights after it."""
+    made, batches = trainer(EIGHT_SAMPLES)
+    before = host_weights(made)
+    loss = losses(made, batches, 1)
+    return before, loss, host_weights(made)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "rules", "scan"),
@@ -349,16 +365,10 @@ class TestMistakes:
     ],
     ids=["data", "experts", "both, layers in a loop"],
 )
-def test_several_devices_make_the_step_of_one(trainer, folder, mesh, rules, scan):
+def test_several_devices_make_the_step_of_one(trainer, folder, step_of_one, mesh, rules, scan):
     sharding = ShardingConfig.from_dict({"mesh": mesh, "rules": rules})
     devices = MeshRules.create(sharding, KeyeConfig.from_file(folder / "hf"))
-    # Eight samples, one for each of at most eight groups of devices, so that all take the same ones.
-    batch = {"tokens": 2048, "row": 64, "samples": 8, "images": {96: 16}}
-    config = stage(optimizer=PLAIN, batch=batch, data=DATA | {"lookahead": 8})
-    (one, its_batches), (several, others) = (
-        trainer(config),
-        trainer(dataclasses.replace(config, scan_layers=scan), devices),
-    )
-    before = host_weights(one)
-    np.testing.assert_allclose(losses(several, others, 1), losses(one, its_batches, 1), rtol=1e-5)
-    assert_same_change(before, host_weights(several), host_weights(one))
+    several, batches = trainer(dataclasses.replace(EIGHT_SAMPLES, scan_layers=scan), devices)
+    before, expected, after = step_of_one
+    np.testing.assert_allclose(losses(several, batches, 1), expected, rtol=1e-5)
+    assert_same_change(before, host_weights(several), after)
