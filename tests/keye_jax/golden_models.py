@@ -20,7 +20,7 @@ from keye_jax.model.keye import Keye
 from keye_jax.runtime import programs
 from keye_jax.runtime.prefill import Segment
 from keye_jax.runtime.runtime import Runtime
-from keye_jax.sharding import MeshRules, ShardingConfig
+from keye_jax.sharding import MeshRules, ShardingConfig, StepSharding
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -104,7 +104,7 @@ class Trace:
         return cls(**joined)
 
 
-def _trace(logits: jax.Array, layers: tuple[LayerIntermediates, ...]) -> Trace:
+def _trace(logits: jax.Array | np.ndarray, layers: tuple[LayerIntermediates, ...]) -> Trace:
     attention = [layer.attention for layer in layers]
     return Trace(
         np.asarray(logits),
@@ -139,8 +139,7 @@ def traced_decode(
     ids = runtime.put(tokens[:, None].astype(np.int32))
     no_vision = runtime.put(np.zeros((1, runtime.config.hidden_size), np.float32))
     text_only = runtime.put(np.full((count + idle, 1), -1, np.int32))
-    embed = jax.jit(lambda params: runtime.model_def.merge(params).embed(ids, no_vision, text_only, step))
-    x = embed(runtime.params)
+    x = _embed(runtime.model_def, runtime.params, ids, no_vision, text_only, step=step)
     lengths = np.maximum(lengths, 0).astype(np.int32)
     logits, pool, layers = programs.forward_with_intermediates(
         runtime.model_def,
@@ -152,5 +151,18 @@ def traced_decode(
         step=step,
         options=dataclasses.replace(runtime.options, intermediates=True),
     )
-    only = jax.tree.map(lambda x: x[:count, 0], layers)
-    return _trace(logits[:count, 0], only), pool
+    only = jax.tree.map(lambda x: np.asarray(x)[:count, 0], layers)
+    return _trace(np.asarray(logits)[:count, 0], only), pool
+
+
+@functools.partial(jax.jit, static_argnames=("model", "step"))
+def _embed(
+    model: programs.ModelDef,
+    params: programs.Params,
+    ids: jax.Array,
+    vision_embeds: jax.Array,
+    vision_index: jax.Array,
+    *,
+    step: StepSharding,
+) -> jax.Array:
+    return model.merge(params).embed(ids, vision_embeds, vision_index, step)
