@@ -16,11 +16,11 @@ from keye_jax.runtime.sampling import SamplingParams
 from tests.keye_jax.engine.conftest import GREEDY, ask, words
 from tests.keye_jax.golden_models import preset
 
-ROWS, TOKENS, WATCHED_TOKENS = 16, 140, 32
+ROWS, TOKENS, WATCHED_TOKENS = 16, 104, 32
 # Two sequences share a home under `expert`. Their prompts have 6 pages and a part of a seventh: longer than top_k, and
 # than a large chunk of 256 tokens.
 OPTIONS = EngineOptions(rows=ROWS, cache_tokens=16384, max_context=1024, small_chunk=64, media_workers=1)
-# With `optimistic` each of 16 sequences begins with 8 pages, and grows to 9 or 10: the second of a shard finds none.
+# With `optimistic` each of 16 sequences begins with 8 pages, and grows to 9: the second of a shard finds none.
 SHORT = 8 * 17 * 64
 WATCHED = (0, ROWS - 1)
 
@@ -43,7 +43,7 @@ def make(request, files):
 def request(number, count=TOKENS):
     """Each has a prompt of its own. One in two is greedy."""
     sampling = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, seed=number) if number % 2 else GREEDY
-    return ask(words(number, 88 + number % 3), tokens=count, sampling=sampling)
+    return ask(words(number, 94 + number % 3), tokens=count, sampling=sampling)
 
 
 def tokens(handle):
