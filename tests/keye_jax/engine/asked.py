@@ -62,7 +62,7 @@ def main() -> None:
     options = EngineOptions(
         rows=4, cache_tokens=8192, max_context=2048, small_chunk=64, media_workers=1, media_bytes=1 << 26
     )
-    loading = {"dtype": "float32", "prefill_chunk": 128, "media": {"max_pixels": 200704}}
+    loading = {"dtype": "float32", "prefill_chunk": 128, "media": {"max_pixels": 100352}}
     with Engine.from_checkpoint(files / "orbax", rules=rules, options=options, **loading) as engine:
         if engine.takes_requests:
             print(json.dumps(answers(engine, files)), file=said, flush=True)

@@ -17,7 +17,7 @@ GREEDY = SamplingParams(temperature=0.0)
 @pytest.fixture(scope="session")
 def loaded(files):
     """The arguments of an `Engine`: large chunks have 128 tokens."""
-    return load(files / "checkpoint", dtype="float32", prefill_chunk=128, media={"max_pixels": 200704})
+    return load(files / "checkpoint", dtype="float32", prefill_chunk=128, media={"max_pixels": 100352})
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ def test_the_same_tokens_whatever_runs_beside(engine, make, sampling):
 @pytest.mark.parametrize("prefix_cache", [False, True])
 def test_prompts_read_together_have_the_same_tokens(files, monkeypatch, prefix_cache):
     """Alone, and in one step with others: texts of one chunk and of two, and a picture."""
-    loaded = load(files / "checkpoint", dtype="float32", prefill_chunk=256, media={"max_pixels": 200704})
+    loaded = load(files / "checkpoint", dtype="float32", prefill_chunk=256, media={"max_pixels": 100352})
     together = dataclasses.replace(OPTIONS, prompts_together=4, chunks_between=4, prefix_cache=prefix_cache)
     picture = [{"type": "image", "image": str(files / "picture.png")}, {"type": "text", "text": "What?"}]
     asked = [ask(words(1, 5)), ask(words(2, 8), sampling=sampled(3)), ask(words(1, 20)), ask(picture)]
@@ -260,7 +260,9 @@ def test_progress_is_told(make, files):
         total = result.usage.prompt if name == "reading the prompt" else len(result.frame_times[0])
         assert rows == sorted(rows) and rows[-1] == (total, total)
     timings = result.timings
-    assert timings.planned < timings.media <= timings.encoded < timings.first_token
+    # That all is decoded may be told before the last frames are encoded, or after it.
+    assert timings.planned < min(timings.media, timings.encoded)
+    assert max(timings.media, timings.encoded) < timings.first_token
 
 
 def test_awaiting(engine):
