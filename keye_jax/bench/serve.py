@@ -218,7 +218,8 @@ def main() -> int:
     )
     with tempfile.TemporaryDirectory(prefix="keye-jax-") as directory:
         write_processor_files(directory, config)
-        processor = Processor.from_checkpoint(directory, config)
+        # Nothing is asked about images, so warm-up compiles one small one.
+        processor = Processor.from_checkpoint(directory, config, defaults={"max_pixels": 64 * 784})
         defaults = GenerationDefaults.from_checkpoint(directory)
 
         @contextlib.contextmanager
