@@ -61,14 +61,6 @@ def test_serve(tmp_path):
     assert found["heat"]["with_ms"] > 0 and found["masks"]["with_ms"] > 0
 
 
-def test_train(tmp_path):
-    options = ["--length", "256", "--repeats", "1", "--json", str(tmp_path / "found.json")]
-    out = run("train", "--stage", "indexer_warmup", *options)
-    assert re.search(r"^step [\d,]+ ms, its forward pass alone [\d,]+ ms\n[\d,]+ tokens a second\nit needs", out, re.M)
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["step"] > 0 and found["forward"] > 0 and found["tokens"] == 256
-
-
 def test_what_a_steps_products_are_of():
     """Against sums written out for one layer of the tiny model and three tokens."""
     config = with_layers(KeyeConfig.from_file(presets.TINY), 1)
