@@ -298,7 +298,7 @@ def test_recorded_attention_is_the_teacher(golden: Path, attention: str):
 
 @pytest.mark.slow
 def test_two_backward_passes_are_equal_to_the_bit():
-    batch, options = batch_of(64, rows=6), TrainOptions(router=True)
+    batch, options = batch_of(64, rows=6), TrainOptions(router=True, remat="attention", scan_layers=True)
     first, second = (gradients(batch, options)[1] for _ in range(2))
     for name in first:
         np.testing.assert_array_equal(first[name], second[name])
