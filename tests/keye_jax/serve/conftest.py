@@ -26,7 +26,7 @@ def engine(files):
         selection_heat=True, rows=4, cache_tokens=8192, max_context=2048, small_chunk=64, media_workers=2
     )
     guard = MediaGuard(max_seconds=10, max_pixels=640 * 480)
-    settings = {"dtype": "float32", "prefill_chunk": 128, "media": {"max_pixels": 200704}, "allow_remote": True}
+    settings = {"dtype": "float32", "prefill_chunk": 128, "media": {"max_pixels": 100352}, "allow_remote": True}
     with Engine(*load(files / "checkpoint", **settings, guard=guard), options=options) as engine:
         engine.warmup()
         yield engine

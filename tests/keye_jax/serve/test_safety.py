@@ -190,7 +190,7 @@ class TestConnections:
 
     @pytest.fixture
     def impatient(self, serving):
-        return serving(stall_s=1.0)
+        return serving(stall_s=2.0)
 
     @pytest.fixture
     def connect(self, impatient):
@@ -283,7 +283,7 @@ class TestConnections:
         size = 0
         while data := response.read(256 << 10):
             size += len(data)
-            time.sleep(0.1)
+            time.sleep(0.2)  # 3.2 s in all, longer than it may stand still
         assert size == 4 << 20
 
     def test_two_hundred_at_once(self, server):
