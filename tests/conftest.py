@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.compiler_flags import COMPILER_FLAGS
+
 # On Linux a process has 65,530 mappings of memory, and a compiled program takes about 20. When they are used up, XLA
 # logs "Cannot allocate memory" and the process ends with a segmentation fault.
 _MOST_MAPPINGS = 15_000
 
 # Layouts of up to eight devices are tested on virtual ones.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+flags = (os.environ.get("XLA_FLAGS", ""), COMPILER_FLAGS, "--xla_force_host_platform_device_count=8")
+os.environ["XLA_FLAGS"] = " ".join(flags)
 # Compiled programs are kept beside the checkout, not in the user's cache. Workers and the processes that tests start
 # have many small ones in common.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "compiled"))

@@ -40,6 +40,7 @@ from keye_jax.config import KeyeConfig
 from keye_jax.testing import write_clip
 from keye_jax.train.report import MEASURES
 from keye_jax.train.shapes.files import write_model_files
+from tests.compiler_flags import COMPILER_FLAGS
 from tests.keye_jax.processes import ROOT, free_port, write_inputs
 
 LIMIT_S = 10.0
@@ -188,7 +189,7 @@ def _start(arguments: Sequence[str]) -> tuple[subprocess.Popen[str], float]:
     Returns:
       The process, and the seconds that it took to take over signals.
     """
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": COMPILER_FLAGS}
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / "build" / "compiled"))
     began = time.monotonic()
     process = subprocess.Popen(

@@ -11,6 +11,7 @@ from convert import convert
 from convert.synthetic import write_checkpoint
 from keye_jax.config import KeyeConfig
 from keye_jax.testing import write_clip, write_picture, write_processor_files
+from tests.compiler_flags import COMPILER_FLAGS
 
 ROOT = Path(__file__).parents[2]
 SHARDING = ROOT / "configs" / "sharding" / "combined.yaml"
@@ -38,7 +39,8 @@ def free_port():
 
 def begin(*arguments, environment=None):
     """Starts Python with arguments, on one CPU device, and with these variables too. Programs are quick to compile."""
-    given = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    given = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": COMPILER_FLAGS}
+    given["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     environment = os.environ | given | (environment or {})
     command = [sys.executable, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
