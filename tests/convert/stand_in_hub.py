@@ -8,8 +8,9 @@ import http.server
 import json
 import re
 import threading
+import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -20,9 +21,10 @@ class StandInHub:
 
     Attributes:
       breaks: by file name, the number of bytes sent before the connection breaks, once.
-      stays_up: whether the server answers a second request for a file whose connection broke; if not, that request
-        sets `down`. By then the client has read all that was sent.
       broken: names of the files whose connection broke.
+      stays_up: whether the server answers a second request for a broken file; if not, it goes down with that request.
+        By then the client has read all that was sent.
+      others_arrived: whether the client has the other files. The server waits for them before it goes down.
       down: whether the server refuses every request.
       requests: method, path and Range header of every request.
       sent: bytes sent of each file.
@@ -36,6 +38,7 @@ class StandInHub:
         self.sent: dict[str, int] = {}
         self.down = False
         self.stays_up = False
+        self.others_arrived: Callable[[], bool] = lambda: True
         self.url = ""
 
     def files(self) -> list[Path]:
@@ -141,6 +144,8 @@ def _handler(hub: StandInHub) -> type[http.server.BaseHTTPRequestHandler]:
                 return
             if self.command == "GET" and name in hub.broken and not hub.stays_up:
                 hub.broken.remove(name)
+                while not hub.others_arrived():
+                    time.sleep(0.01)
                 hub.down = True
                 self._send(404, b"{}")
                 return

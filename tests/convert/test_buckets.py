@@ -21,7 +21,6 @@ from convert.orbax_layout import flatten
 from convert.storage import BucketError
 from keye_jax.cli import app, run
 from keye_jax.errors import UserError
-from tests.compiler_flags import COMPILER_FLAGS
 from tests.convert import stand_in_buckets
 from tests.convert.convert_helpers import ROOT, contents, greedy_tokens, small_config, write
 
@@ -231,12 +230,12 @@ from keye_jax.runtime import distributed
 from keye_jax.sharding import MeshRules, ShardingConfig
 from tests.convert.convert_helpers import greedy_tokens
 
-url, config, port, count, process, out = sys.argv[1:]
+url, config, port, process, out = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-distributed.start(f"localhost:{port}", int(count), int(process))
+distributed.start(f"localhost:{port}", 4, int(process))
 config = KeyeConfig.from_file(config)
 rules = {"experts": "a", "vocab": "a"}
-sharding = ShardingConfig.from_dict({"mesh": {"a": int(count)}, "rules": rules})
+sharding = ShardingConfig.from_dict({"mesh": {"a": 4}, "rules": rules})
 rules = MeshRules.create(sharding, config)
 params = load_params(url, config, shardings=parameter_shardings(config, rules))
 whole = {
@@ -250,8 +249,8 @@ distributed.finish()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scheme", "count"), [("gs", 4), ("s3", 2)])
-def test_processes_restore_a_checkpoint_read_their_parts_and_answer_alike(scheme, count, tmp_path):
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_four_processes_restore_a_checkpoint_read_their_parts_and_answer_alike(scheme, tmp_path):
     """Prints the bytes that each process read, with `-s`."""
     config = dataclasses.replace(small_config(1), hidden_size=512, moe_intermediate_size=512, num_experts=8)
     synthetic.write_checkpoint(tmp_path / "source", config, dtype="float32")
@@ -261,11 +260,10 @@ def test_processes_restore_a_checkpoint_read_their_parts_and_answer_alike(scheme
     assert min(leads) > 1e-3
     with contextlib.ExitStack() as opened:
         # Each process has a door of its own to the same bucket, which counts what goes through it.
-        doors = [opened.enter_context(stand_in_buckets.serve(scheme)) for _ in range(count)]
+        doors = [opened.enter_context(stand_in_buckets.serve(scheme)) for _ in range(4)]
         for door in doors[1:]:
             door.share(doors[0])
-        given = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": COMPILER_FLAGS, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-        environment = os.environ | given
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "XDG_CACHE_HOME": str(tmp_path / "cache")}
         url = f"{scheme}://made/orbax"
         command = [sys.executable, "-m", "convert", str(tmp_path / "source"), url]
         subprocess.run(command, env=environment | doors[0].environment, cwd=ROOT, check=True, timeout=200)
@@ -275,7 +273,7 @@ def test_processes_restore_a_checkpoint_read_their_parts_and_answer_alike(scheme
             port = held.getsockname()[1]
         for door in doors:
             door.sent.clear()
-        arguments = [url, str(tmp_path / "source" / "config.json"), str(port), str(count)]
+        arguments = [url, str(tmp_path / "source" / "config.json"), str(port)]
         processes = [
             subprocess.Popen(
                 [sys.executable, "-c", LOAD, *arguments, str(number), str(tmp_path / "whole.npz")],
@@ -284,14 +282,14 @@ def test_processes_restore_a_checkpoint_read_their_parts_and_answer_alike(scheme
             )
             for number, door in enumerate(doors)
         ]
-        assert [process.wait(timeout=600) for process in processes] == [0] * count
+        assert [process.wait(timeout=600) for process in processes] == [0] * 4
         read = [sum(door.sent.values()) for door in doors]
         print(f"{scheme}: {total:,} bytes in the bucket; read by each process: {', '.join(f'{n:,}' for n in read)}")
     with np.load(tmp_path / "whole.npz") as whole:
         assert len(whole.files) == len(expected)
         for path, array in expected.items():
             assert np.array_equal(whole[".".join(path)], np.asarray(array)), path
-    answers = [json.loads((tmp_path / f"whole.npz.{number}").read_text()) for number in range(count)]
-    print(f"{scheme}: tokens {tokens} of one process; of the {count}: {answers}")
-    assert answers == [tokens] * count
-    assert max(read) < (1 / count + 0.2) * total
+    answers = [json.loads((tmp_path / f"whole.npz.{number}").read_text()) for number in range(4)]
+    print(f"{scheme}: tokens {tokens} of one process; of the four: {answers}")
+    assert answers == [tokens] * 4
+    assert max(read) < 0.45 * total

@@ -265,7 +265,7 @@ def test_cancelled_requests_tell_nothing_more(workers, clips, clip, tmp_path):
             time.sleep(0.002)
     begin = time.monotonic()
     while workers.arena.used:
-        assert time.monotonic() < begin + 60
+        assert time.monotonic() < begin + 5
         time.sleep(0.01)
     assert workers.poll() == []
     workers.submit("late", user(video(clip)))  # the name is free
