@@ -14,8 +14,9 @@ from tests.compiler_flags import COMPILER_FLAGS
 _MOST_MAPPINGS = 15_000
 
 # Layouts of up to eight devices are tested on virtual ones.
-flags = (os.environ.get("XLA_FLAGS", ""), COMPILER_FLAGS, "--xla_force_host_platform_device_count=8")
-os.environ["XLA_FLAGS"] = " ".join(flags)
+os.environ["XLA_FLAGS"] = " ".join(
+    (os.environ.get("XLA_FLAGS", ""), COMPILER_FLAGS, "--xla_force_host_platform_device_count=8")
+)
 # Compiled programs are kept beside the checkout, not in the user's cache. Workers and the processes that tests start
 # have many small ones in common.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "compiled"))

@@ -21,6 +21,7 @@ from convert.orbax_layout import flatten
 from convert.storage import BucketError
 from keye_jax.cli import app, run
 from keye_jax.errors import UserError
+from tests.compiler_flags import COMPILER_FLAGS
 from tests.convert import stand_in_buckets
 from tests.convert.convert_helpers import ROOT, contents, greedy_tokens, small_config, write
 
@@ -263,7 +264,8 @@ def test_four_processes_restore_a_checkpoint_read_their_parts_and_answer_alike(s
         doors = [opened.enter_context(stand_in_buckets.serve(scheme)) for _ in range(4)]
         for door in doors[1:]:
             door.share(doors[0])
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        given = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": COMPILER_FLAGS, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        environment = os.environ | given
         url = f"{scheme}://made/orbax"
         command = [sys.executable, "-m", "convert", str(tmp_path / "source"), url]
         subprocess.run(command, env=environment | doors[0].environment, cwd=ROOT, check=True, timeout=200)
