@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         quantized_grouped_matmul,
     )
     from pallas_kernels.indexer_scores import hadamard, indexer_scores, quantize
+    from pallas_kernels.nucleus import nucleus
     from pallas_kernels.quantized import QuantizedMatrices
     from pallas_kernels.select_topk import select_topk
     from pallas_kernels.sparse_attention import sparse_attention
@@ -51,6 +52,7 @@ __all__ = [
     "grouped_matmul",
     "hadamard",
     "indexer_scores",
+    "nucleus",
     "output_projection",
     "paged_flash_attention",
     "quantize",
@@ -83,9 +85,10 @@ _MODULES = {
     "grouped_matmul.activations": ("QuantizedRows", "quantize_rows"),
     "grouped_matmul.api": ("expert_mlp", "grouped_matmul"),
     "grouped_matmul.quantized": ("quantized_expert_mlp", "quantized_grouped_matmul"),
-    "quantized": ("QuantizedMatrices",),
     "indexer_scores.api": ("indexer_scores",),
     "indexer_scores.quantize": ("hadamard", "quantize"),
+    "nucleus.api": ("nucleus",),
+    "quantized": ("QuantizedMatrices",),
     "select_topk.api": ("select_topk",),
     "sparse_attention.api": ("sparse_attention",),
     "topk_attention.api": ("topk_attention",),

@@ -36,6 +36,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "indexer_scores": Operation("indexer_scores"),
     # The SparseCores' kernel runs by name only, until a TPU has measured it.
     "select_topk": Operation("select_topk", ("mosaic_gpu", "mosaic_tpu", "xla", "sparse_core")),
+    "nucleus": Operation("nucleus"),
     "sparse_attention": Operation("sparse_attention"),
     "topk_attention": Operation("topk_attention"),
     "flash_attention": Operation("flash_attention", ("cudnn", "mosaic_tpu", "xla")),

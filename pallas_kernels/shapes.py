@@ -41,6 +41,7 @@ class ModelShapes:
       index_dim: elements of one indexer head.
       top_k: positions that a query selects.
       hidden: elements of one token's activations.
+      vocab: tokens of the vocabulary.
       experts: experts of one layer.
       experts_per_token: experts that one token is routed to.
       expert_hidden: elements between an expert's two matrix products.
@@ -55,6 +56,7 @@ class ModelShapes:
     index_dim: int
     top_k: int
     hidden: int
+    vocab: int
     experts: int
     experts_per_token: int
     expert_hidden: int
@@ -144,6 +146,7 @@ KEYE_VL_2 = ModelShapes(
     index_dim=64,
     top_k=2048,
     hidden=2048,
+    vocab=151_936,
     experts=128,
     experts_per_token=8,
     expert_hidden=768,

@@ -206,13 +206,13 @@ def _draw(
       rows: bool `[b]`, those that draw; the others stay as they are.
     """
     lengths = state.lengths + rows
-    select = resolve("select_topk", implementation)
+    names = {operation: resolve(operation, implementation) for operation in ("nucleus", "select_topk")}
 
     def draw_tokens(
         logits: jax.Array, sampling: SamplingState, lengths: jax.Array, rows: jax.Array
     ) -> tuple[jax.Array, TokenScores]:
-        tokens = sample(logits, sampling, lengths, active=rows, implementation=select)
-        return tokens, token_scores(logits, tokens, active=rows, implementation=select)
+        tokens = sample(logits, sampling, lengths, active=rows, implementation=names["nucleus"])
+        return tokens, token_scores(logits, tokens, active=rows, implementation=names["select_topk"])
 
     tokens, scores = step.shard_map(draw_tokens, (spec(),) * 4, spec())(logits, state.sampling, lengths, rows)
     return dataclasses.replace(

@@ -13,20 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from keye_jax.errors import UserError
+from pallas_kernels.nucleus import MOST_TOP_K, nucleus
 from pallas_kernels.select_topk import select_topk
-
-MOST_CANDIDATES = 2048
-"""Most tokens that top_k leaves."""
 
 MOST_SCORES = 20
 """How many of the likeliest tokens of a step `TokenScores` has."""
-
-_SEARCHED_BITS, _BITS_PER_PASS = 21, 3
-"""Bits of a logit that the search for a large nucleus settles, in all and in one pass over the logits.
-
-One pass compares the logits with 2^3 - 1 values at once. Of 2 to 6 bits a pass, 3 were the fastest in sum on one H100.
-"""
-_SIGN = np.uint32(1 << 31)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +27,7 @@ class SamplingParams:
     Attributes:
       temperature: divides the logits; 0 takes the most likely token.
       top_p: draws from the fewest tokens that together have this probability, above 0 to 1.
-      top_k: draws from this many of the most likely tokens, at most `MOST_CANDIDATES`; 0 for all.
+      top_k: draws from this many of the most likely tokens, at most `MOST_TOP_K`; 0 for all.
       min_p: draws from tokens at least this many times as likely as the most likely one, 0 to 1.
       repetition_penalty: divides positive logits, and multiplies negative ones, of tokens in the prompt or the answer
         (Keskar et al., arXiv 1909.05858); 1 for none.
@@ -58,7 +49,7 @@ class SamplingParams:
         for name, allowed, fits in (
             ("temperature", "0 (greedy) or more", self.temperature >= 0),
             ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
-            ("top_k", f"from 0 (all tokens) to {MOST_CANDIDATES}", 0 <= self.top_k <= MOST_CANDIDATES),
+            ("top_k", f"from 0 (all tokens) to {MOST_TOP_K}", 0 <= self.top_k <= MOST_TOP_K),
             ("min_p", "from 0 to 1", 0 <= self.min_p <= 1),
             ("repetition_penalty", "above 0", self.repetition_penalty > 0),
             ("presence_penalty", "from -2 to 2", -2 <= self.presence_penalty <= 2),
@@ -195,7 +186,7 @@ def sample(
       state: how each row draws.
       positions: int32 `[b]`, the index that the token will have in its sequence.
       active: bool `[b]`, the rows that draw; None for all. The others cost less and get any token.
-      implementation: of `select_topk`; None for the best there is.
+      implementation: of `nucleus`; None for the best there is.
 
     Returns:
       int32 `[b]`; of equally likely tokens the lower id where temperature is 0.
@@ -216,7 +207,12 @@ def sample(
 def token_scores(
     logits: jax.Array, tokens: jax.Array, *, active: jax.Array | None = None, implementation: str | None = None
 ) -> TokenScores:
-    """Log probabilities of `tokens`, int32 `[b]`, and of the likeliest ones; other arguments as for `sample`."""
+    """Log probabilities of `tokens`, int32 `[b]`, and of the likeliest ones.
+
+    Args:
+      logits, active: as for `sample`.
+      implementation: of `select_topk`; None for the best there is.
+    """
     total = jax.nn.logsumexp(logits, axis=-1)
     found = _likeliest(logits, MOST_SCORES, active, implementation)
     values = jnp.take_along_axis(logits, found, axis=1)
@@ -264,62 +260,13 @@ def kept_tokens(
 ) -> jax.Array:
     """Which tokens top-k, top-p and min-p leave, bool `[b, vocab]`; tokens as likely as the last one stay too.
 
-    top_p counts the probabilities among the tokens that top_k leaves. The `MOST_CANDIDATES` most likely tokens of a row
-    settle all but a nucleus of more tokens than that, whose last token is found to within 2^-12 of its logit.
+    top_p counts the probabilities among the tokens that top_k leaves. See `pallas_kernels.nucleus` for how exact it is.
 
     Args:
       scaled: float32 `[b, vocab]`, logits divided by the temperature.
       active, implementation: as for `sample`.
     """
-    top = jnp.max(scaled, axis=-1, keepdims=True)
-    found = _likeliest(scaled, MOST_CANDIDATES, active, implementation)
-    count = found.shape[1]
-    candidates = -jnp.sort(-jnp.take_along_axis(scaled, found, axis=1), axis=1)
-    limited = state.top_k > 0
-    kept = jnp.arange(count) < jnp.where(limited, state.top_k, count)[:, None]
-    mass = jnp.where(kept, jnp.exp(candidates - top), 0.0)
-    reached = jnp.cumsum(mass, axis=1)
-    total = jnp.where(limited, reached[:, -1], jnp.sum(jnp.exp(scaled - top), axis=-1))
-    target = jnp.where(state.top_p < 1, state.top_p * total, jnp.inf)
-    kept &= reached - mass < target[:, None]
-    # The first candidate stays, whatever rounding makes of a tiny target.
-    number = jnp.maximum(jnp.sum(kept, axis=1, keepdims=True), 1)
-    last = jnp.take_along_axis(candidates, number - 1, axis=1)[:, 0]
-    if count < scaled.shape[1]:
-        beyond = _lowest_of_nucleus(scaled, top, target)
-        last = jnp.where(limited | (reached[:, -1] >= target), last, beyond)
-    return (scaled >= last[:, None]) & (scaled >= top + jnp.log(state.min_p)[:, None])
-
-
-def _lowest_of_nucleus(scaled: jax.Array, top: jax.Array, target: jax.Array) -> jax.Array:
-    """The lowest logit from which on the likelihoods `exp(scaled - top)` sum up to a row's target or more.
-
-    It is cut to its upper `_SEARCHED_BITS` bits, in passes over the logits.
-
-    Args:
-      scaled: float32 `[b, vocab]`.
-      top: float32 `[b, 1]`.
-      target: float32 `[b]`; where it is infinite, the result is below all logits.
-
-    Returns:
-      float32 `[b]`.
-    """
-    bits = jax.lax.bitcast_convert_type(scaled, jnp.uint32)
-    order = jnp.where(bits >> 31 == 1, ~bits, bits | _SIGN)  # as integers of the same order
-    mass = jnp.exp(scaled - top)
-    threshold = jnp.zeros(len(scaled), jnp.uint32)
-    for shift in range(32 - _BITS_PER_PASS, 31 - _SEARCHED_BITS, -_BITS_PER_PASS):
-        digits = [np.uint32(digit << shift) for digit in range(1, 2**_BITS_PER_PASS)]
-        terms = [jnp.where(order >= (threshold + digit)[:, None], mass, 0.0) for digit in digits]
-        sums = jax.lax.reduce(terms, [jnp.float32(0)] * len(terms), _add_each, [1])
-        # Sums fall with the digit: the number of those that reach the target is the threshold's.
-        hits = [jnp.where(found >= target, np.uint32(1 << shift), np.uint32(0)) for found in sums]
-        threshold += functools.reduce(jnp.add, hits)
-    lowest = jnp.where(threshold >> 31 == 1, threshold ^ _SIGN, ~threshold)
-    lowest = jax.lax.bitcast_convert_type(lowest, jnp.float32)
-    # Rounding may leave all of a row below its target: then all of it is kept.
-    return jnp.where(jnp.isfinite(target) & (threshold > 0), lowest, -jnp.inf)
-
-
-def _add_each(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
-    return [x + y for x, y in zip(a, b, strict=True)]
+    counts = jnp.ones(len(scaled), jnp.int32) if active is None else active.astype(jnp.int32)
+    highest, span = nucleus(scaled, state.top_k, state.top_p, counts, implementation=implementation)
+    span = jnp.minimum(span, -jnp.log(state.min_p))
+    return highest[:, None] - scaled <= span[:, None]

@@ -167,6 +167,19 @@ def _selection_cases(sizes: list[tuple[int, int]]) -> Iterator[BenchCase]:
             yield BenchCase("select_topk", size, candidates, make, (int(kind == "close"),), nbytes=4.0 * rows * context)
 
 
+def _nucleus_cases(sizes: list[tuple[int, int]]) -> Iterator[BenchCase]:
+    for rows, vocab in sizes:
+        for top_k in (20, 0):
+
+            def make(top_k: int, rows: int = rows, vocab: int = vocab) -> Arguments:
+                logits = 3 * inputs.normal(0, rows, vocab, dtype=jnp.float32)
+                ones = jnp.ones(rows, jnp.int32)
+                return logits, top_k * ones, jnp.full(rows, 0.95), ones
+
+            size = f"{rows} x {size_name(vocab)}, top_k {top_k}"
+            yield BenchCase("nucleus", size, implementations("nucleus"), make, (top_k,), nbytes=4.0 * rows * vocab)
+
+
 @functools.cache
 def sequence(queries: int, context: int) -> Callable[..., Arguments]:
     """The `make` of sparse attention of `queries` queries of one sequence, from the settings (start, union).
@@ -455,6 +468,7 @@ def cases(*, quick: bool) -> list[BenchCase]:
         return [
             *_indexer_cases([4096], 64),
             *_selection_cases([(16, 8192)]),
+            *_nucleus_cases([(1, 8192)]),
             *_prefill_cases([8192], 64),
             *_decode_cases([(1, 8192)]),
             *_expert_cases([1, 16]),
@@ -465,6 +479,7 @@ def cases(*, quick: bool) -> list[BenchCase]:
     return [
         *_indexer_cases([32_768, 131_072, 262_144], 2048),
         *_selection_cases([(1024, 131_072), (4096, 32_768), (64, 262_144), (1, 131_072)]),
+        *_nucleus_cases([(rows, MODEL.vocab) for rows in [1, 8, 32, 64]]),
         *_prefill_cases([32_768, 131_072], 2048),
         *_decode_cases([(1, 131_072), (8, 131_072), (64, 131_072)]),
         *_expert_cases([1, 16, 64, 2048, 16_384]),

@@ -32,6 +32,18 @@ class TensorMachine(Machine):
         places = ", ".join(f"${i}" for i in range(len(words) + 1))
         return self._emit(f"{self._FLOAT[name]} {places};", *words)
 
+    def round_up(self, number):
+        """The least integer from a float32 number on, from 0 to 2^32 - 1; NaN gives 0."""
+        return self._emit("cvt.rpi.u32.f32 $0, $1;", number)
+
+    def round_nearest(self, number):
+        """The nearest integer to a float32 number, an even one of two, from 0 to 2^32 - 1; NaN gives 0."""
+        return self._emit("cvt.rni.u32.f32 $0, $1;", number)
+
+    def to_float(self, integer):
+        """The float32 number that is next to an integer and not above it."""
+        return self._emit("cvt.rz.f32.u32 $0, $1;", integer)
+
     def pack_bfloat16(self, low, high):
         """One word of two float32 numbers, rounded to bfloat16."""
         return self._emit("cvt.rn.bf16x2.f32 $0, $1, $2;", high, low)

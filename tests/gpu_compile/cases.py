@@ -15,6 +15,7 @@ from pallas_kernels.decode_layer.mosaic_gpu import decode_projections, output_pr
 from pallas_kernels.flash_attention.mosaic_gpu import paged_flash_attention
 from pallas_kernels.grouped_matmul.mosaic_gpu import expert_mlp, grouped_matmul, quantized_expert_mlp
 from pallas_kernels.indexer_scores.mosaic_gpu import indexer_scores
+from pallas_kernels.nucleus.mosaic_gpu import nucleus
 from pallas_kernels.select_topk.mosaic_gpu import select_topk
 from pallas_kernels.shapes import KEYE_VL_2 as MODEL
 from pallas_kernels.shapes import PAGE_SIZE, float32, int32, spec
@@ -252,6 +253,11 @@ def _route(tokens: int, *, quick: bool = False) -> KernelCase:
     return KernelCase("route", f"{tokens} tokens", function, arguments, quick=quick)
 
 
+def _nucleus(rows: int, *, quick: bool = False) -> KernelCase:
+    arguments = float32(rows, MODEL.vocab), int32(rows), float32(rows), int32(rows)
+    return KernelCase("nucleus", f"{rows} x {MODEL.vocab}", nucleus, arguments, quick=quick)
+
+
 CASES = [
     _scores(1, 2048, 131_072, quick=True),
     _scores(1, 2048, 131_072, fill=False),
@@ -271,6 +277,7 @@ CASES = [
     _selection(32, 262_144),
     _selection(64, 262_144),
     _selection(1, 131_072),
+    *(_nucleus(rows, quick=rows == 32) for rows in [1, 8, 32, 64]),
     *(_unions(context) for context in [32_768, 131_072, 262_144, 524_288]),
     *(_union_attention(q_per_kv, quick=q_per_kv == 8) for q_per_kv in [1, 2, 4, 8, 16]),
     *(_sparse(batch, 32_768, quick=batch == 8) for batch in [1, 8, 64]),

@@ -20,6 +20,7 @@ def test_the_catalogue_is_the_released_configuration():
         "index_dim": indexer["indexer_head_dim"],
         "top_k": indexer["topk"],
         "hidden": config["hidden_size"],
+        "vocab": config["vocab_size"],
         "experts": config["num_experts"],
         "experts_per_token": config["num_experts_per_tok"],
         "expert_hidden": config["moe_intermediate_size"],

@@ -222,9 +222,9 @@ class TestMixedBatch:
 
 
 class TestManyTokens:
-    """A vocabulary larger than `MOST_CANDIDATES`, so that a nucleus may be too."""
+    """A vocabulary larger than `MOST_TOP_K`, so that a nucleus may be too."""
 
-    VOCAB = 3 * module.MOST_CANDIDATES + 5
+    VOCAB = 3 * module.MOST_TOP_K + 5
     SETTINGS = (
         SamplingParams(temperature=0.0),
         SamplingParams(temperature=0.3, top_p=1.0, top_k=2048),
@@ -253,7 +253,7 @@ class TestManyTokens:
             lowest = x[expected].min()
             # The last token of a large nucleus is found to within 2^-12 of its logit.
             assert (extra >= lowest - abs(lowest) * 2**-11 - 1e-4).all()
-        assert min(sizes) < module.MOST_CANDIDATES < max(sizes[4:])
+        assert min(sizes) < module.MOST_TOP_K < max(sizes[4:])
 
 
 class TestTies:

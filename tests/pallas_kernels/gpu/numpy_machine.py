@@ -313,6 +313,20 @@ class NumpyTensorMachine(NumpyMachine):
                     raise ValueError(name)
         return self._value(r.astype(np.float32).view(U32))
 
+    def round_up(self, number):
+        return self._to_integer(np.ceil(self.word(number).raw.view(np.float32).astype(np.float64)))
+
+    def round_nearest(self, number):
+        return self._to_integer(np.rint(self.word(number).raw.view(np.float32).astype(np.float64)))
+
+    def _to_integer(self, numbers):
+        return self._value(np.clip(np.nan_to_num(numbers, nan=0.0, posinf=2**33), 0, 2**32 - 1).astype(np.int64))
+
+    def to_float(self, integer):
+        exact = self.word(integer).raw.astype(np.float64)
+        near = exact.astype(np.float32)
+        return self._value(np.where(near > exact, np.nextafter(near, np.float32(0)), near).view(U32))
+
     def pack_bfloat16(self, low, high):
         low, high = (
             self.word(w).raw.view(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16).astype(U32)
