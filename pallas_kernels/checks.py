@@ -183,16 +183,16 @@ def number(operation: str, name: str, value: Any) -> float:
     return float(value)
 
 
-def count(operation: str, name: str, value: Any) -> int:
-    """A whole number from 1 that is known while a program is traced.
+def count(operation: str, name: str, value: Any, *, least: int = 1) -> int:
+    """A whole number from `least` that is known while a program is traced.
 
     Raises:
       ArgumentError: `value` is none.
     """
     if isinstance(value, Tracer):
         raise ArgumentError(f"{operation}: {name} is a traced array; it must be a whole number, static under jax.jit")
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value < 2**31:
-        raise ArgumentError(f"{operation}: {name} is {_short(value)}; it must be a whole number from 1")
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < 2**31:
+        raise ArgumentError(f"{operation}: {name} is {_short(value)}; it must be a whole number from {least}")
     return int(value)
 
 

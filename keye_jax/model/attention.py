@@ -333,6 +333,8 @@ def attend_sparse(
     """
     pages, preferred = keys.pages, options.implementation
     start = keys.start
+    # Other queries below `top_k` select all that they see, whatever the scores.
+    shows_scores = options.intermediates or options.selection != "indexer" or bool(keys.split)
     if inputs.q.shape[1] == 1 and keys.count is not None:
         # An idle row of a step of decode sees no key, so that kernels are soon done with it.
         start = jnp.where(keys.count > 0, start, -1)
@@ -351,6 +353,7 @@ def attend_sparse(
                 scale=index_scale,
                 key_scales=pages.index_scales,
                 fill=options.intermediates,
+                skip_below=0 if shows_scores else top_k,
                 implementation=resolve("indexer_scores", preferred),
             )
         scores = _scores_of_selection(options.selection, scores, start, keys.split)

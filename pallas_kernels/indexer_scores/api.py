@@ -5,7 +5,7 @@ import math
 import jax
 from jax.typing import ArrayLike
 
-from pallas_kernels.checks import INDEX_FLOATS, INTEGERS, Array, Result, Signature, flag, number
+from pallas_kernels.checks import INDEX_FLOATS, INTEGERS, Array, Result, Signature, count, flag, number
 from pallas_kernels.dispatch import dispatch
 
 _SIGNATURE = Signature(
@@ -33,6 +33,7 @@ def indexer_scores(
     scale: float,
     key_scales: ArrayLike | None = None,
     fill: bool = True,
+    skip_below: int = 0,
     implementation: str | None = None,
 ) -> jax.Array:
     """`I[b,t,s] = scale * sum_n weights[b,t,n] * relu(q[b,t,n] . keys[b,s])` (DeepSeek-V3.2, equation 1), causal.
@@ -55,6 +56,8 @@ def indexer_scores(
       key_scales: float32 `[p, page_size]`, a factor on each key's scores; None for ones.
       fill: False leaves the scores after a query's own position undefined. This saves time for a caller that does not
         read them: they are most of the result where a chunk begins a long prompt.
+      skip_below: leaves the scores of queries at positions below it undefined, for a caller that does not read them:
+        such as those of queries that select all that they see.
       implementation: None, "mosaic_gpu", "mosaic_tpu" or "xla".
 
     Returns:
@@ -73,4 +76,5 @@ def indexer_scores(
         "key_scales": key_scales,
     }
     scale, fill = number("indexer_scores", "scale", scale), flag("indexer_scores", "fill", fill)
-    return dispatch(_SIGNATURE, implementation, arrays, scale=scale, fill=fill)
+    skip_below = count("indexer_scores", "skip_below", skip_below, least=0)
+    return dispatch(_SIGNATURE, implementation, arrays, scale=scale, fill=fill, skip_below=skip_below)

@@ -24,9 +24,13 @@ def indexer_scores(
     scale: float,
     key_scales: jax.Array | None = None,
     fill: bool = True,
+    skip_below: int = 0,
 ) -> jax.Array:
-    """See `api.indexer_scores`. It ignores `fill` and always fills. It has a gradient, which scores the keys again."""
-    del fill
+    """See `api.indexer_scores`. It ignores `fill` and `skip_below`, and scores and fills all.
+
+    It has a gradient, which scores the keys again.
+    """
+    del fill, skip_below
     table = jnp.clip(page_table, 0, keys.shape[0] - 1)
     return _indexer_scores(scale, q, weights, keys, key_scales, table, query_start)
 

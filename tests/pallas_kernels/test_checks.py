@@ -89,6 +89,8 @@ class TestArguments:
             "lengths has shape [3]; it must be [...] with ... = [8, 17], as scores has"
         )
         assert refusal(CALLS["select_topk"], k=0).endswith("k is 0; it must be a whole number from 1")
+        text = "skip_below is -1; it must be a whole number from 0"
+        assert refusal(CALLS["indexer_scores"], skip_below=-1).endswith(text)
 
 
 class TestNothingToDo:

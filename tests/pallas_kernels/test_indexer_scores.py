@@ -84,7 +84,7 @@ CASES = {  # batch, queries, heads, dim, length, page size, starts
     "decode, 12 heads": (2, 1, 12, 64, 2048, 64, [2047, 100]),
 }
 
-run = jax.jit(indexer_scores, static_argnames=("scale", "implementation"))
+run = jax.jit(indexer_scores, static_argnames=("scale", "skip_below", "implementation"))
 
 
 class TestBfloat16:
@@ -93,6 +93,20 @@ class TestBfloat16:
     @pytest.mark.parametrize("case", CASES)
     def test_matches_the_formula(self, rng, case, implementation):
         self.check(rng, CASES[case], jnp.float32, implementation)
+
+    @pytest.mark.parametrize("case", ["ragged starts", "few queries", "decode"])
+    def test_queries_that_are_skipped_change_no_others(self, rng, case, implementation):
+        """Whole blocks of queries, parts of them, and all."""
+        batch, queries, heads, dim, length, page_size, starts = CASES[case]
+        q, gates, keys = make(rng, batch=batch, queries=queries, heads=heads, dim=dim, length=length)
+        pages, table = to_pages(rng, keys, page_size)
+        arrays = jnp.asarray(q, jnp.bfloat16), gates, jnp.asarray(pages, jnp.bfloat16), table, np.asarray(starts)
+        expected = np.asarray(run(*arrays, scale=0.125, implementation=implementation))
+        position = np.asarray(starts)[:, None] + np.arange(queries)
+        for skip_below in (1, 800, 2000, 4096):
+            got = run(*arrays, scale=0.125, skip_below=skip_below, implementation=implementation)
+            read = position >= skip_below
+            np.testing.assert_array_equal(np.asarray(got)[read], expected[read])
 
     @pytest.mark.parametrize("case", ["of the model", "decode"])
     def test_gates_of_bfloat16(self, rng, case, implementation):

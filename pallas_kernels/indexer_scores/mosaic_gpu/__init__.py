@@ -5,6 +5,8 @@ In both, queries stay in shared memory and keys are streamed through it. `produc
 are `inline_mgpu` bodies.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -23,6 +25,7 @@ def indexer_scores(
     scale: float,
     key_scales: jax.Array | None = None,
     fill: bool = True,
+    skip_below: int = 0,
 ) -> jax.Array:
     """See `api.indexer_scores`.
 
@@ -35,6 +38,7 @@ def indexer_scores(
       scale: factor on the sum.
       key_scales: fp32 `[p, page_size]`, or None.
       fill: whether positions after a query's own are written.
+      skip_below: blocks of queries that all lie below this position are not scored, if there are several queries.
 
     Returns:
       float32 `[b, t, m * page_size]`; -inf after a query's own position.
@@ -60,7 +64,7 @@ def indexer_scores(
         raise NotImplementedError(
             f"takes scales in pages of 32 keys or more, not {page_size}: TMA writes whole 128 bytes"
         )
-    run = decode_scores if queries == 1 and heads % 8 == 0 else prefill_scores
+    run = decode_scores if queries == 1 and heads % 8 == 0 else functools.partial(prefill_scores, skip_below=skip_below)
     if key_scales is not None:
         key_scales = key_scales.astype(jnp.float32)
     return run(

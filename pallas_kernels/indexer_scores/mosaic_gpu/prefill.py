@@ -1,8 +1,9 @@
 """Index scores of several queries per sequence.
 
-The grid is persistent. Every CTA gets an equal, contiguous part of the (block of 16 queries, step of 256 keys) pairs.
-So it loads queries and gates once or twice, and then streams keys. A producer warpgroup fetches key pages through the
-page table with TMA. Two consumer warpgroups read the same keys, each for 8 queries of its own.
+The grid is persistent. Every CTA gets an equal, contiguous part of the (block of 16 queries, step of 256 keys) pairs in
+which a query sees a key. So it loads the queries and gates of few blocks, and then streams keys. A producer warpgroup
+fetches key pages through the page table with TMA. Two consumer warpgroups read the same keys, each for 8 queries of its
+own.
 
 * One wgmma tile is 64 keys (M) x [head, query] (N, 16 heads x 8 queries = 128) x dim (K). Heads are the slow index of
   N. So the 16 terms of one score are in one thread's registers, and their sum needs no exchange between threads.
@@ -37,6 +38,7 @@ from pallas_kernels.indexer_scores.mosaic_gpu.epilogues import (
     sum_heads,
 )
 from pallas_kernels.indexer_scores.mosaic_gpu.products import start_dots, sync_warpgroup
+from pallas_kernels.indexer_scores.mosaic_gpu.shares import EqualSteps, SeenSteps
 
 _WIDTH = 8  # Queries of one warpgroup.
 _COLUMNS = 128  # Largest N of one product.
@@ -79,8 +81,8 @@ def _choose(queries: int, heads: int, row_bytes: int, length: int) -> _Tiling:
     raise NotImplementedError(f"{heads} heads of {row_bytes} bytes do not fit shared memory")
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "fill"))
-def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, scale, fill):
+@functools.partial(jax.jit, static_argnames=("scale", "fill", "skip_below"))
+def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, scale, fill, skip_below):
     batch, queries, heads, dim = q.shape
     _, page_size, _ = keys.shape
     length = page_table.shape[1] * page_size
@@ -112,31 +114,32 @@ def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, sca
             """Steps that some query of sequence b sees."""
             return jnp.clip((start_ref[b] + (queries + step - 1)) // step, 0, steps)
 
-        def segments(body, steps_of):
+        def seen(b):
+            """The steps that must be scored of the blocks of sequence b."""
+            return SeenSteps.of(start_ref[b], blocks, block, step=step, steps=steps, skip_below=skip_below)
+
+        def segments(body, work_of):
             """Calls body(sequence, block, first step, end, carry) for each block of which this CTA has a part."""
-            total = lax.fori_loop(0, batch, lambda b, n: n + steps_of(b), int32(0)) * blocks
+            total = lax.fori_loop(0, batch, lambda b, n: n + work_of(b).total, int32(0))
             each, rest = total // MULTIPROCESSORS, lax.rem(total, int32(MULTIPROCESSORS))
             first = cta * each + jnp.minimum(cta, rest)
             end = first + each + (cta < rest).astype(int32)
 
             def sequence(b, carry):
                 origin, done = carry
-                count = steps_of(b)
-                own_first, own_end = (
-                    jnp.clip(first - origin, 0, blocks * count),
-                    jnp.clip(end - origin, 0, blocks * count),
-                )
-                divisor = jnp.maximum(count, 1)
-                block_first, block_end = own_first // divisor, (own_end + divisor - 1) // divisor
+                work = work_of(b)
+                own_first, own_end = (jnp.clip(at - origin, 0, work.total) for at in (first, end))
+                block_first, block_end = work.blocks_of(own_first, own_end)
 
-                def one(i, done):
-                    lo = jnp.maximum(own_first - i * count, 0)
-                    hi = jnp.minimum(own_end - i * count, count)
-                    return body(b, i, lo, hi, done)
+                def one(i, carry):
+                    first, end, done = carry  # counted from the block's first step
+                    count = work.count(i)
+                    done = body(b, i, jnp.maximum(first, 0), jnp.minimum(end, count), done)
+                    return first - count, end - count, done
 
-                return origin + blocks * count, lax.fori_loop(
-                    block_first, jnp.where(own_end > own_first, block_end, block_first), one, done
-                )
+                before = work.before(block_first)
+                carry = own_first - before, own_end - before, done
+                return origin + work.total, lax.fori_loop(block_first, block_end, one, carry)[-1]
 
             lax.fori_loop(0, batch, sequence, (int32(0), int32(0)))
 
@@ -182,7 +185,7 @@ def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, sca
                 lax.fori_loop(lo, hi, load, addresses(jnp.minimum(lo, steps - 1)))
                 return done + hi - lo
 
-            segments(load_segment, reach)
+            segments(load_segment, seen)
             if fill:
                 inf_smem[...] = jnp.full(inf_smem.shape, -jnp.inf, jnp.float32)
                 plgpu.commit_smem()
@@ -204,8 +207,8 @@ def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, sca
                     fill_steps(b, i, lo + reach(b), hi + reach(b))
                     return done
 
-                segments(fill_near, reach)
-                segments(fill_far, lambda b: steps - reach(b))
+                segments(fill_near, lambda b: EqualSteps(blocks, reach(b)))
+                segments(fill_far, lambda b: EqualSteps(blocks, steps - reach(b)))
                 plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg < c.groups)
@@ -282,7 +285,7 @@ def prefill_scores(q, weights, keys, page_table, query_start, key_scales, *, sca
                 lax.fori_loop(unmasked, hi, functools.partial(score, masked=True), None)
                 return done + hi - lo
 
-            segments(score_segment, reach)
+            segments(score_segment, seen)
             if staged:
                 plgpu.wait_smem_to_gmem(0)
 

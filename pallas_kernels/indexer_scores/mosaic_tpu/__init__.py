@@ -41,13 +41,14 @@ def indexer_scores(
     scale: float,
     key_scales: jax.Array | None = None,
     fill: bool = True,
+    skip_below: int = 0,
 ) -> jax.Array:
-    """See `api.indexer_scores`. It ignores `fill` and always fills.
+    """See `api.indexer_scores`. It ignores `fill` and `skip_below`, and scores and fills all.
 
     Raises:
       NotImplementedError: dtypes or sizes that the kernel does not take.
     """
-    del fill
+    del fill, skip_below
     batch, queries, heads, dim = q.shape
     page_size, pages = keys.shape[1], page_table.shape[1]
     if q.dtype != keys.dtype or q.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):

@@ -1,4 +1,4 @@
-"""The Hopper index scores: `fill=False`, equal results on every run, and refusals."""
+"""The Hopper index scores: `fill=False`, `skip_below`, equal results on every run, and refusals."""
 
 import functools
 
@@ -40,6 +40,17 @@ def test_unfilled_matches_where_seen(case):
     expected = np.asarray(jax.jit(functools.partial(xla.indexer_scores, scale=0.125))(*args))
     seen = ~np.isneginf(expected)
     np.testing.assert_allclose(out[seen], expected[seen], atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("skip_below", [1, 100, 800, 15_900, 2**20])
+@pytest.mark.parametrize("case", ["model", "ragged starts", "queries no multiple of 8", "decode"])
+def test_other_scores_are_the_same_where_some_are_skipped(case, skip_below):
+    args = make_inputs(*CASES[case])
+    run = functools.partial(mosaic_gpu.indexer_scores, *args, scale=0.125, fill=False)
+    position = np.asarray(args[4])[:, None] + np.arange(args[0].shape[1])
+    seen = np.arange(args[3].shape[1] * 64) <= position[..., None]
+    seen &= position[..., None] >= skip_below
+    np.testing.assert_array_equal(np.asarray(run(skip_below=skip_below))[seen], np.asarray(run())[seen])
 
 
 @pytest.mark.parametrize("case", ["model", "decode many"])
