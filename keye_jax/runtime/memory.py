@@ -137,7 +137,9 @@ def _attention_bytes(
     block = math.ceil(tokens / math.ceil(tokens / queries_at_once(implementation, context)))
     q = heads * config.head_dim
     kept = config.hidden_size + q + sa.indexer_num_heads * sa.indexer_head_dim
-    scoring = 4 * block * (context + sa.topk) + tokens * kept * item
+    # Bits of all positions, or positions that are selected.
+    selected = context // 8 if implementation == "mosaic_gpu" and cache_dtype is None else 4 * sa.topk
+    scoring = block * (4 * context + selected) + tokens * kept * item
     row = 2 * config.num_key_value_heads // step.size(step.kv_heads) * config.head_dim * item
     # Positions that are selected, and which of them are there; queries and what they attended to.
     kept = 5 * block * sa.topk + tokens * (config.hidden_size + 2 * q) * item

@@ -36,8 +36,8 @@ def topk_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """`sparse_attention` to the result of `select_topk`: each query attends to its `top_k` highest scores.
 
-    Memory: the results, and a workspace: at most the selected positions, int32 `[b, t, top_k]`, and what
-    `sparse_attention` takes.
+    Memory: the results, and a workspace: at most the selected positions, int32 `[b, t, top_k]`, or in "mosaic_gpu" a
+    bit for each score, and what `sparse_attention` takes.
 
     Args:
       q: `[b, t, n, d]`, bfloat16, float16 or float32. n is a multiple of k.

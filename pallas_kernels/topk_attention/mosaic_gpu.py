@@ -1,9 +1,17 @@
-"""The Hopper selection, then the Hopper sparse attention."""
+"""The Hopper selection, then the Hopper sparse attention.
+
+In prefill the selection passes bitmaps on, from which the lists of neighbouring queries are built. In decode, and of
+few queries, it passes positions on.
+"""
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.select_topk.mosaic_gpu import select_topk
+from pallas_kernels.gpu.hopper import MULTIPROCESSORS
+from pallas_kernels.select_topk.mosaic_gpu import select_bits, select_topk
 from pallas_kernels.sparse_attention.mosaic_gpu import sparse_attention
+from pallas_kernels.sparse_attention.mosaic_gpu.gather import GROUP
+from pallas_kernels.sparse_attention.mosaic_gpu.prefill import bits_prefill
 
 
 def topk_attention(
@@ -17,6 +25,13 @@ def topk_attention(
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.topk_attention`; bfloat16 queries, keys and values with heads of 128 elements."""
+    batch, queries, size = scores.shape
+    if queries % GROUP or batch * queries <= MULTIPROCESSORS:
+        with jax.named_scope("selection"):
+            indices = select_topk(scores, lengths, top_k)
+        return sparse_attention(q, kv, indices, page_table, scale=scale)
     with jax.named_scope("selection"):
-        indices = select_topk(scores, lengths, top_k)
-    return sparse_attention(q, kv, indices, page_table, scale=scale)
+        limits = jnp.clip(lengths, 0, size).reshape(-1)
+        reach = jnp.max(limits.reshape(-1, GROUP), axis=1)
+        bits = select_bits(scores.reshape(-1, size), limits, reach, top_k)
+    return bits_prefill(q, kv, bits, reach, page_table, top_k=top_k, scale=scale)

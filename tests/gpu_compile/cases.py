@@ -25,8 +25,8 @@ from pallas_kernels.sparse_attention.mosaic_gpu.unions import build_unions
 from pallas_kernels.topk_attention.mosaic_gpu import topk_attention
 
 _SELECTION_STACK = 96
-"""The selection holds a row in registers, or decides by its length, or has 64 registers with two teams of threads. It
-keeps counts in memory."""
+"""The selection holds a row in registers, or decides by its length, or has 64 registers with several teams of threads.
+It keeps counts in memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +57,13 @@ def _words(batch: int, queries: int, context: int) -> str:
     return f"{batch} x {queries} queries, {context // 1024}K"
 
 
-def _scores(batch: int, queries: int, context: int, *, fill: bool = True, quick: bool = False) -> KernelCase:
+def _scores(
+    batch: int, queries: int, context: int, *, fill: bool = True, skip_below: int = 0, quick: bool = False
+) -> KernelCase:
     return KernelCase(
         "indexer_scores",
-        _words(batch, queries, context) + ("" if fill else ", not filled"),
-        functools.partial(indexer_scores, scale=MODEL.index_scale, fill=fill),
+        _words(batch, queries, context) + ("" if fill else ", not filled") + (", some skipped" if skip_below else ""),
+        functools.partial(indexer_scores, scale=MODEL.index_scale, fill=fill, skip_below=skip_below),
         MODEL.indexer_arguments(batch, queries, context),
         quick=quick,
         stack=0 if queries == 1 else 16,  # an address, read again for each 256 keys
@@ -261,6 +263,8 @@ def _nucleus(rows: int, *, quick: bool = False) -> KernelCase:
 CASES = [
     _scores(1, 2048, 131_072, quick=True),
     _scores(1, 2048, 131_072, fill=False),
+    _scores(1, 8192, 8192, fill=False, skip_below=2048),
+    _scores(64, 128, 32_768, fill=False, skip_below=2048),
     _scores(1, 1001, 262_144),
     _scores(1, 1001, 262_144, fill=False),
     _scores(8, 1, 131_072, quick=True),
@@ -285,6 +289,8 @@ CASES = [
     _topk(1, 2048, 131_072),
     _topk(1, 777, 32_768),
     _topk(8, 1, 131_072),
+    _topk(1, 8192, 8192),
+    _topk(8, 128, 32_768),
     *_experts(1),
     *_experts(64),
     *_experts(1024),

@@ -14,7 +14,7 @@ run = jax.jit(topk_attention, static_argnames=("top_k", "scale", "implementation
 
 
 class TestTopkAttention:
-    @pytest.mark.parametrize("queries", [1, 3, 16, 40])
+    @pytest.mark.parametrize("queries", [1, 3, 16, 40, 80])
     @pytest.mark.parametrize("top_k", [64, 200])
     def test_queries(self, rng, queries, top_k, form, implementation):
         """Lengths from 1 to ten times `top_k`."""

@@ -92,6 +92,17 @@ def write_short_row(machine, out, length, rank, k):
     machine.loop(rank * machine.threads + machine.thread, k, machine.cluster * machine.threads, put)
 
 
+def write_all_bits(machine, out, length, words):
+    """Writes the bitmap of a row of which all positions are selected, `words` words."""
+
+    def put(at):
+        left = length - (at * 32).min(length)
+        some = (machine.word(1) << left.min(31)) - 1
+        machine.store_global(out, at, machine.select(left >= 32, HIGHEST, some))
+
+    machine.loop(machine.thread, words, machine.threads, put)
+
+
 class Collected(NamedTuple):
     """The scores that a pass over a row has collected in shared memory.
 

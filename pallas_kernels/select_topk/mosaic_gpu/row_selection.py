@@ -7,7 +7,7 @@ A row is read about once:
    ring in shared memory run a few steps ahead. Each thread copies the scores that it reads, so no barriers are needed.
 3. Histograms of the collected scores find the k-th highest. Histograms of positions find the last of the equal scores
    that is kept.
-4. A bitmap in shared memory marks the selected positions, which are then written in order.
+4. A bitmap in shared memory marks the selected positions. They are then written in order, or the bitmap is.
 
 Exactness does not depend on the sample. If fewer than k scores were collected, or more than shared memory holds (many
 equal scores, for example), histograms over the whole row narrow down the k-th highest. Each pass narrows it by 2048x,
@@ -16,9 +16,9 @@ in the same order, -0.0 as 0.0.
 
 A team of 512 threads works on a row. Two teams share a block; each has its own rows, barrier and shared memory. The
 second team starts later, by about the time to read a row, so that one team reads while the other is in its short steps.
-Reading is slower while both read, which keeps them apart. With too few rows to fill the GPU, a cluster of up to 8
-blocks works on a row instead. Each block reads a part, and histograms and counts are added up through distributed
-shared memory.
+Reading is slower while both read, which keeps them apart. Where bitmaps of short rows are written, four teams of 256
+threads share a block. With too few rows to fill the GPU, a cluster of up to 8 blocks works on a row instead. Each block
+reads a part, and histograms and counts are added up through distributed shared memory.
 """
 
 import functools
@@ -277,8 +277,8 @@ class RowSelection(RowReader):
         [last] = machine.branch(tied & collected.fits.eq(0), lambda _: [self.last_tie(threshold, kept)], [last])
         return threshold, last, collected
 
-    def write(self, out, threshold, last, collected):
-        """Writes the selected positions to the row `out`, ascending."""
+    def mark_selected(self, threshold, last, collected):
+        """Sets the bits of this block's selected positions. Returns the bitmap's address and its chunks of 32 words."""
         machine, fits = self.machine, collected.fits
         # The bitmap replaces the ring. If the buffer did not hold all scores, the row is read again through the ring,
         # and the bitmap replaces the buffer.
@@ -310,6 +310,24 @@ class RowSelection(RowReader):
         with machine.when(fits.eq(0)):
             mark_row()
         machine.barrier()
+        return bitmap, chunks
+
+    def write_bits(self, out, words, *found):
+        """Writes the bitmap of the selected positions to the row `out`, `words` words. One block has the whole row."""
+        machine = self.machine
+        bitmap, chunks = self.mark_selected(*found)
+        held = chunks * 32
+
+        def put(at):
+            word = machine.load_shared(bitmap + at.min(held - 1))
+            machine.store_global(out, at, machine.select(at < held, word, 0))
+
+        machine.loop(machine.thread, words, self.plan.threads, put)
+
+    def write(self, out, *found):
+        """Writes the selected positions to the row `out`, ascending."""
+        machine = self.machine
+        bitmap, chunks = self.mark_selected(*found)
         warps = self.plan.threads // 32
         each = (chunks + (warps - 1)) // warps
         begin = (machine.warp * each).min(chunks)

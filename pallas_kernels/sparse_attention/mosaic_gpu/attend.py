@@ -146,7 +146,8 @@ def attend(
         cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
         # Heads vary slowest, so CTAs that run at the same time read the same slices of the pool, through the L2 cache.
         head, cta = lax.div(cta, groups * blocks), lax.rem(cta, groups * blocks)
-        block, group_index = lax.rem(cta, blocks), lax.div(cta, blocks)
+        # The last queries of a prompt see most keys. They begin, so that no block is left alone in the end.
+        block, group_index = lax.rem(cta, blocks), (groups - 1) - lax.div(cta, blocks)
         first, other, both = (counts_ref[group_index, part] for part in range(3))
         count = first + other + both
         first, other, both = (lax.div(part + (STEP - 1), STEP) for part in (first, other, both))

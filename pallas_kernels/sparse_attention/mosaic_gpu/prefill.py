@@ -1,32 +1,69 @@
 """Attention of neighbouring queries to the union of their selected keys, on Hopper GPUs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gpu.wgmma import ROWS
 from pallas_kernels.sparse_attention.mosaic_gpu.attend import attend, check
 from pallas_kernels.sparse_attention.mosaic_gpu.gather import DIM, GROUP, STEP
-from pallas_kernels.sparse_attention.mosaic_gpu.unions import build_unions
+from pallas_kernels.sparse_attention.mosaic_gpu.unions import build_unions, unions_of_bits
 
 
 def sparse_prefill(
     q: jax.Array, kv: jax.Array, indices: jax.Array, page_table: jax.Array, *, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """`sparse_attention` in groups of 16 neighbouring queries, each group over the union of its selections."""
-    queries, heads, dim = q.shape[1:]
-    kv_heads = check(q, kv, scale)
+    queries = q.shape[1]
     padding = -queries % GROUP
     if padding:
         q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
         indices = jnp.pad(indices, ((0, 0), (0, padding), (0, 0)), constant_values=-1)
-    # Half of a group's rows are one warpgroup's.
-    split = GROUP * heads == 2 * ROWS * kv_heads
-    context = page_table.shape[1] * kv.shape[1]
-    limit = -(-min(GROUP * indices.shape[2], context) // STEP) * STEP
-    unions = build_unions(indices, page_table, page_size=kv.shape[1], limit=limit, split=split)
-    out, lse = union_attention(q.reshape(-1, heads, dim), kv, *unions, scale=scale)
-    out, lse = out.reshape(q.shape), lse.reshape(q.shape[:3])
+    build = functools.partial(build_unions, indices)
+    out, lse = _attend_to_unions(build, q, kv, page_table, top_k=indices.shape[2], scale=scale)
     return out[:, :queries], lse[:, :queries]
+
+
+def bits_prefill(
+    q: jax.Array,
+    kv: jax.Array,
+    bits: jax.Array,
+    reach: jax.Array,
+    page_table: jax.Array,
+    *,
+    top_k: int,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """`sparse_prefill` with selections as bitmaps. The result has the same bits.
+
+    Args:
+      q: bfloat16 `[b, t, n, 128]`, t a multiple of 16.
+      kv, page_table, scale: as for `sparse_attention`.
+      bits: int32 `[b * t, w]`, see `select_bits`.
+      reach: int32 `[b * t / 16]`, the number of positions that each 16 queries see.
+      top_k: most positions that a query selects.
+
+    Returns:
+      As `sparse_attention`.
+
+    Raises:
+      NotImplementedError: dtypes or sizes that the kernels do not take.
+    """
+    build = functools.partial(unions_of_bits, bits, reach)
+    return _attend_to_unions(build, q, kv, page_table, top_k=top_k, scale=scale)
+
+
+def _attend_to_unions(build, q, kv, page_table, *, top_k, scale):
+    """`build` makes the lists. t is a multiple of 16."""
+    heads, dim = q.shape[2:]
+    # Half of a group's rows are one warpgroup's.
+    split = GROUP * heads == 2 * ROWS * check(q, kv, scale)
+    page_size = kv.shape[1]
+    limit = -(-min(GROUP * top_k, page_table.shape[1] * page_size) // STEP) * STEP
+    unions = build(page_table, page_size=page_size, limit=limit, split=split)
+    out, lse = union_attention(q.reshape(-1, heads, dim), kv, *unions, scale=scale)
+    return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
 
 def union_attention(

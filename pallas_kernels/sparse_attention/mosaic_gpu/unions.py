@@ -1,10 +1,10 @@
 """The union of the selections of neighbouring queries, on Hopper GPUs (Pallas Mosaic GPU).
 
 A cluster of blocks works on a group of 16 queries. Each block keeps a halfword of shared memory for every position of
-its part of the context, and sets the bits of the queries that select the position. Then the blocks exchange their
-numbers of selected positions, and write the selected positions: first those that only the first 8 queries select, then
-those that only the other 8 select, then those of both. The first two parts are whole steps of attention. What is left
-of them begins the third.
+its part of the context, and sets the bits of the queries that select the position: with atomic operations from lists of
+positions, and by transposing from bitmaps. Then the blocks exchange their numbers of selected positions, and write the
+selected positions: first those that only the first 8 queries select, then those that only the other 8 select, then
+those of both. The first two parts are whole steps of attention. What is left of them begins the third.
 """
 
 import functools
@@ -39,17 +39,13 @@ def union_body(
     *,
     size,
     top_k,
-    limit,
-    page_size,
-    table_groups,
-    split,
+    **how,
 ):
     """Runs in each thread: writes the union of group `index`. `rank` is the block's number in the cluster.
 
-    Each row of the page table serves `table_groups` groups. `split` is that of `build_unions`.
+    `how` is passed to `_write`.
     """
     index, rank = machine.word(index), machine.word(rank)
-    warps = machine.threads // 32
     lists = machine.row(indices, index, GROUP * top_k)
     width = 4 if top_k % 4 == 0 else 1
     entries = GROUP * top_k // width
@@ -78,9 +74,8 @@ def union_body(
     with machine.when(machine.lane.eq(0)):
         machine.store_shared(machine.warp + COUNTS, longest)
     machine.barrier()
-    longest = machine.warp_max(machine.load_shared(machine.lane.min(warps - 1) + COUNTS)).min(size)
-    chunks = (longest + (_CHUNK * machine.cluster - 1)) // (_CHUNK * machine.cluster)
-    first = rank * chunks * _CHUNK
+    longest = machine.load_shared(machine.lane.min(machine.threads // 32 - 1) + COUNTS)
+    chunks, first = _part(machine, machine.warp_max(longest).min(size), rank)
     zeros = [machine.word(0)] * 4
     machine.loop(
         machine.thread,
@@ -98,6 +93,87 @@ def union_body(
 
     visit_lists(mark)
     machine.barrier()
+    refs = page_table, slots, members, counts
+    _write(machine, *refs, index, rank, first, chunks, size=size, **how)
+
+
+def bits_body(
+    machine,
+    bits,
+    reach,
+    page_table,
+    slots,
+    members,
+    counts,
+    index,
+    rank,
+    *,
+    size,
+    width,
+    **how,
+):
+    """As `union_body`, from the queries' bitmaps of `width` words; see `unions_of_bits`."""
+    index, rank = machine.word(index), machine.word(rank)
+    end = machine.load_global(machine.row(reach, index, 1), 0).min(size)
+    chunks, first = _part(machine, end, rank)
+    words = machine.row(bits, index, GROUP * width)
+
+    def mark(i):
+        at = (first >> 5) + i
+        inside = at * 32 < end
+        own = [machine.load_global(words, at.min(width - 1) + query * width) for query in range(GROUP)]
+        columns = _transpose([machine.select(inside, word, 0) for word in own])
+        for half in range(2):
+            own = [column >> 16 * half & 0xFFFF for column in columns]
+            pairs = [low | high << 16 for low, high in zip(own[::2], own[1::2], strict=True)]
+            machine.store_shared_vector(i * 16 + (BITS + 8 * half), pairs)
+
+    machine.loop(machine.thread, chunks * (_CHUNK // 32), machine.threads, mark)
+    machine.barrier()
+    refs = page_table, slots, members, counts
+    _write(machine, *refs, index, rank, first, chunks, size=size, **how)
+
+
+def _part(machine, longest, rank):
+    """The chunks of each block of a cluster that works on `longest` positions, and this block's first position."""
+    chunks = (longest + (_CHUNK * machine.cluster - 1)) // (_CHUNK * machine.cluster)
+    return chunks, rank * chunks * _CHUNK
+
+
+def _transpose(words):
+    """Bits of 16 words: bit j of the low half of word i goes to bit i of the low half of word j; high halves too."""
+    words = list(words)
+    for distance, mask in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
+        for i in range(16):
+            if not i & distance:
+                differ = (words[i] >> distance ^ words[i + distance]) & mask
+                words[i + distance] = words[i + distance] ^ differ
+                words[i] = words[i] ^ (differ << distance)
+    return words
+
+
+def _write(
+    machine,
+    page_table,
+    slots,
+    members,
+    counts,
+    index,
+    rank,
+    first,
+    chunks,
+    *,
+    size,
+    limit,
+    page_size,
+    table_groups,
+    split,
+):
+    """Writes the lists of a group from the bits of this block's chunks, which begin at position `first`.
+
+    Each row of the page table serves `table_groups` groups. `split` is that of `build_unions`.
+    """
+    warps = machine.threads // 32
     each = (chunks + (warps - 1)) // warps
     begin = (machine.warp * each).min(chunks)
     end = (begin + each).min(chunks)
@@ -188,6 +264,17 @@ def union_plan(groups: int, size: int) -> tuple[int, int]:
     return cluster, BITS + words(cluster)
 
 
+def _launch(body, *arrays, page_table, page_size, limit, split):
+    """Runs a body for each group. The last array has a row for each; the rest is as for `build_unions`."""
+    groups, size = len(arrays[-1]), page_table.shape[1] * page_size
+    cluster, words = union_plan(groups, size)
+    how = {"size": size, "limit": limit, "page_size": page_size, "split": split}
+    body = functools.partial(body, table_groups=groups // len(page_table), **how)
+    keys = jax.ShapeDtypeStruct((groups, limit), jnp.int32)
+    out_type = (keys, keys, jax.ShapeDtypeStruct((groups, 3), jnp.int32))
+    return launch(body, out_type, groups, cluster, THREADS, words)(*arrays, page_table)
+
+
 def build_unions(
     indices: jax.Array, page_table: jax.Array, *, page_size: int, limit: int, split: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -216,10 +303,25 @@ def build_unions(
     batch, queries, top_k = indices.shape
     if queries % GROUP:
         raise NotImplementedError(f"the number of queries must be a multiple of {GROUP}")
-    groups, size = batch * queries // GROUP, page_table.shape[1] * page_size
-    cluster, words = union_plan(groups, size)
-    shapes = {"size": size, "top_k": top_k, "limit": limit, "page_size": page_size, "table_groups": groups // batch}
-    body = functools.partial(union_body, **shapes, split=split)
-    keys = jax.ShapeDtypeStruct((groups, limit), jnp.int32)
-    out_type = (keys, keys, jax.ShapeDtypeStruct((groups, 3), jnp.int32))
-    return launch(body, out_type, groups, cluster, THREADS, words)(indices.reshape(groups, -1), page_table)
+    groups = batch * queries // GROUP
+    body, lists = functools.partial(union_body, top_k=top_k), indices.reshape(groups, -1)
+    return _launch(body, lists, page_table=page_table, page_size=page_size, limit=limit, split=split)
+
+
+def unions_of_bits(
+    bits: jax.Array, reach: jax.Array, page_table: jax.Array, *, page_size: int, limit: int, split: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The lists of `build_unions` from bitmaps.
+
+    Args:
+      bits: int32 `[t, w]`, a bitmap for each query, t a multiple of 16; bit i of word j is for position `32 * j + i`.
+      reach: int32 `[t / 16]`, the number of positions that a group sees. Bits from there to the next multiple of 32 are
+        0, and words behind are not used.
+      page_table: int32 `[b, m]`; t is a multiple of 16 * b.
+      page_size, limit, split: as for `build_unions`.
+
+    Raises:
+      NotImplementedError: the context is too long.
+    """
+    body = functools.partial(bits_body, width=bits.shape[1])
+    return _launch(body, bits, reach, page_table=page_table, page_size=page_size, limit=limit, split=split)

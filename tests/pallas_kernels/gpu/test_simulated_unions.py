@@ -1,28 +1,43 @@
-"""A NumPy machine runs the kernel that lists unions of selections, and the order of attention's steps is checked."""
+"""A NumPy machine runs the kernels that list unions of selections, and the order of attention's steps is checked."""
+
+import functools
 
 import numpy as np
 import pytest
 
 from pallas_kernels.sparse_attention.mosaic_gpu.attend import choose_step
-from pallas_kernels.sparse_attention.mosaic_gpu.unions import BITS, union_body
+from pallas_kernels.sparse_attention.mosaic_gpu.unions import BITS, bits_body, union_body
 from tests.pallas_kernels.gpu.numpy_machine import NumpyMachine
-from tests.pallas_kernels.gpu.union_lists import CASES, in_parts, selections
+from tests.pallas_kernels.gpu.union_lists import CASES, bitmaps, in_parts, selections
 
 THREADS = 128
 
 
 def check_unions(indices, tables, *, page_size, cluster, split, limit=None):
-    """Of groups `[g, 16, top_k]` whose sequences have these page tables `[b, m]`."""
+    """Of groups `[g, 16, top_k]` whose sequences have these page tables `[b, m]`, from lists and from bitmaps."""
     groups, _, top_k = indices.shape
     size, limit = tables.shape[1] * page_size, limit or 16 * top_k
+    selected = np.zeros((groups * 16, size + 1), bool)
+    np.put_along_axis(selected, indices.reshape(groups * 16, -1), True, axis=1)
+    reach = indices.max((1, 2)) + 1
+    bits = bitmaps(selected[:, :-1], np.repeat(reach, 16))
+    lists = indices.astype(np.uint32).reshape(groups, -1)
+    check_body(functools.partial(union_body, top_k=top_k), [lists], indices, tables, page_size, cluster, split, limit)
+    bits_of = functools.partial(bits_body, width=bits.shape[1])
+    arrays = bits, reach.astype(np.uint32)
+    check_body(bits_of, arrays, indices, tables, page_size, cluster, split, limit)
+
+
+def check_body(body, arrays, indices, tables, page_size, cluster, split, limit):
+    groups, size = len(indices), tables.shape[1] * page_size
     slots, members = (np.full((groups, limit), 7, np.uint32) for _ in range(2))
-    counts = np.zeros((groups, 3), np.uint32)
+    counts = np.full((groups, 3), 9, np.uint32)
     words = BITS + -(-size // (256 * cluster)) * 128
     for index in range(groups):
         machine = NumpyMachine(THREADS, cluster, words, index)
-        union_body(
+        body(
             machine,
-            indices.astype(np.uint32).reshape(groups, -1),
+            *arrays,
             tables.astype(np.uint32),
             slots,
             members,
@@ -30,7 +45,6 @@ def check_unions(indices, tables, *, page_size, cluster, split, limit=None):
             machine.word(index),
             machine.rank,
             size=size,
-            top_k=top_k,
             limit=limit,
             page_size=page_size,
             table_groups=groups // len(tables),
@@ -75,11 +89,12 @@ def test_parts_of_unions(case, cluster, page_size):
 
 
 def test_keys_of_many_queries_at_one_place():
-    """All positions of a chunk of 256 are selected, by one half, by the other and by both."""
+    """All positions of a chunk of 256 are selected, by one half, by the other and by both. The last begins a word."""
     rng = np.random.default_rng(4)
     indices = np.full((16, 1024), -1)
     indices[3, :256], indices[12, :256] = np.arange(256), np.arange(256, 512)
     indices[[0, 15], :256] = np.arange(512, 768)
+    indices[7, 0] = 768
     check_unions(indices[None], page_tables(rng, 1, 16), page_size=64, cluster=1, split=True)
 
 

@@ -3,6 +3,8 @@
 import numpy as np
 
 STEP = 128
+UNWRITTEN = 0xABCDEF01
+"""What words of a bitmap hold that no kernel writes."""
 
 CASES = {
     "all shared": (0, 0, 700),
@@ -34,6 +36,14 @@ def selections(rng: np.random.Generator, sizes: tuple[int, int, int], size: int,
                     if (free := np.flatnonzero(row < 0)).size and key not in row:
                         row[rng.choice(free)] = key
     return indices
+
+
+def bitmaps(selected: np.ndarray, reach: np.ndarray) -> np.ndarray:
+    """Of bool `[t, s]`, uint32 `[t, w]` as the selection writes them: up to how far a row's group sees, int `[t]`."""
+    padded = np.pad(selected, ((0, 0), (0, -selected.shape[1] % STEP)))
+    bits = np.packbits(padded, axis=1, bitorder="little").view(np.uint32)
+    written = np.arange(bits.shape[1]) < -(-reach // STEP)[:, None] * (STEP // 32)
+    return np.where(written, bits, np.uint32(UNWRITTEN))
 
 
 def in_parts(indices: np.ndarray, size: int, *, split: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
