@@ -238,7 +238,7 @@ class Trace:
                 self.requests[event.id].ready = event.tokens
             elif isinstance(event, Cancel | Failed | Ended):
                 self._end(event.id, type(event).__name__.lower())
-        running = [row.request for row in self.device.rows if row and not row.request.how]
+        running = {row.request.arrival.id for row in self.device.rows if row and not row.request.how}
         plan = self.scheduler.step(tuple(events))
         self.events.append(events)
         self.plans.append(plan)
@@ -248,7 +248,7 @@ class Trace:
         if plan.reads:
             most = self.config.chunk_shape(plan.reads[0].program)[1]
             assert len(plan.reads) <= most and len({read.program for read in plan.reads}) == 1
-            self._check_gap(bool(running))
+            self._check_gap(bool(running - {placed.id for placed in plan.offload}))
         for read in plan.reads:
             self._check_read(read)
         self.device.run(plan)
