@@ -137,8 +137,10 @@ def _attention_bytes(
     block = math.ceil(tokens / math.ceil(tokens / queries_at_once(implementation, context)))
     q = heads * config.head_dim
     kept = config.hidden_size + q + sa.indexer_num_heads * sa.indexer_head_dim
-    # Bits of all positions, or positions that are selected.
-    selected = context // 8 if implementation == "mosaic_gpu" and cache_dtype is None else 4 * sa.topk
+    # Positions that are selected, or bits of all where they take less.
+    selected = 4 * sa.topk
+    if implementation == "mosaic_gpu" and cache_dtype is None:
+        selected = min(selected, context // 8)
     scoring = block * (4 * context + selected) + tokens * kept * item
     row = 2 * config.num_key_value_heads // step.size(step.kv_heads) * config.head_dim * item
     # Positions that are selected, and which of them are there; queries and what they attended to.

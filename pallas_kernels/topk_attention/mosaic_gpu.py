@@ -1,7 +1,7 @@
 """The Hopper selection, then the Hopper sparse attention.
 
-In prefill the selection passes bitmaps on, from which the lists of neighbouring queries are built. In decode, and of
-few queries, it passes positions on.
+In prefill the selection passes bitmaps on, from which the lists of neighbouring queries are built. In decode, of few
+queries, and where a bitmap is longer than a list of positions, it passes positions on.
 """
 
 import jax
@@ -26,7 +26,7 @@ def topk_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.topk_attention`; bfloat16 queries, keys and values with heads of 128 elements."""
     batch, queries, size = scores.shape
-    if queries % GROUP or batch * queries <= MULTIPROCESSORS:
+    if queries % GROUP or batch * queries <= MULTIPROCESSORS or size > 32 * top_k:
         with jax.named_scope("selection"):
             indices = select_topk(scores, lengths, top_k)
         return sparse_attention(q, kv, indices, page_table, scale=scale)

@@ -23,7 +23,7 @@ _MAX_K = 4096
 _STEP = 128
 """Bitmaps are written up to a multiple of this number of positions."""
 
-_SMALL_TEAMS_SIZE = 16_384
+_SMALL_TEAMS_SIZE = 32_768
 """Most scores of a row for which four teams of 256 threads share a block that writes bitmaps."""
 
 _SHORT_CHUNKS = 4

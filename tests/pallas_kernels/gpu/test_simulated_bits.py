@@ -38,9 +38,9 @@ def test_selection(kind, plan):
 
 @pytest.mark.parametrize("k", [1, 2048, 4096])
 def test_teams_fit_a_block(k):
-    """Rows of up to 16K have four small teams, unless k scores of each do not fit."""
-    for size in (4, 2048, 16_384, 16_388, 131_072, 524_288):
+    """Rows of up to 32K have four small teams, unless k scores of each do not fit."""
+    for size in (4, 2048, 32_768, 32_772, 131_072, 524_288):
         plan, teams = bits_plan(200, size, k)
         assert teams * plan.words <= SHARED_WORDS
         assert teams * plan.threads <= 1024
-        assert (teams == 4) == (size <= 16_384 and k <= 2048)
+        assert (teams == 4) == (size <= 32_768 and k <= 2048)
