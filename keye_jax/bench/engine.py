@@ -2,9 +2,8 @@
 
 A cell has a number of requests at once, each with a prompt of random tokens. Figures are of the time in which all of
 them write: output tokens a second, and the time between two tokens of an answer. The bare loop runs the engine's own
-program of decode, with as many rows active, and nothing else. For cells of one request there is also the loop of a
-batch of one row, once with the engine's page table and once with one of that context alone. Selection has less to do in
-the latter, and nothing up to `top_k` tokens.
+program of decode from the prompts' ends on, with as many rows active, and nothing else. For cells of one request there is
+also the loop of a batch of one row, once with the engine's page table and once with one of that context alone.
 """
 
 from __future__ import annotations
@@ -78,26 +77,25 @@ class OneRow:
 def bare_rate(
     runtime: Runtime, config: SchedulerConfig, requests: int, context: int, *, rows: int | None = None
 ) -> float:
-    """Tokens a second of the bare loop, for `requests` sequences of random keys and `context` tokens each.
+    """Tokens a second of the bare loop, for `requests` sequences of random keys, which begin with `context` tokens.
 
     Args:
       rows: of the batch; as many as the engine's if left out.
     """
     pool = random_pool(runtime, config.pages_per_shard * config.homes * config.turns)
     state = runtime.new_state(rows or config.rows, config.table_width)
-    each = pages_for(context)
+    each = pages_for(context + SHORTEST_CONTEXT)
     for row, sampling in zip(range(requests), itertools.cycle(MIXED_SAMPLING), strict=False):
         pages = np.arange(row * each, (row + 1) * each, dtype=np.int32)
-        length = context - SHORTEST_CONTEXT
-        state = runtime.set_row(state, row, token=0, length=length, position_delta=0, pages=pages, sampling=sampling)
+        state = runtime.set_row(state, row, token=0, length=context, position_delta=0, pages=pages, sampling=sampling)
     return requests / time_steps(runtime, state, pool)
 
 
 def one_row(runtime: Runtime, config: SchedulerConfig, context: int) -> OneRow:
-    """Rates of a batch of one row, for a sequence of random keys and `context` tokens."""
+    """Rates of a batch of one row, for a sequence of random keys that begins with `context` tokens."""
     return OneRow(
         bare_rate(runtime, config, 1, context, rows=1),
-        time_decode(runtime, 1, context).tokens_per_second,
+        time_decode(runtime, 1, context + SHORTEST_CONTEXT).tokens_per_second,
     )
 
 
