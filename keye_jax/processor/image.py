@@ -92,6 +92,21 @@ def smart_resize(height: int, width: int, *, factor: int = 28, min_pixels: int, 
     return new_height, new_width
 
 
+def largest_area(*, factor: int = 28, min_pixels: int, max_pixels: int) -> int:
+    """Pixels that no size of `smart_resize` exceeds: rounding up may exceed `max_pixels`.
+
+    Args:
+      factor, min_pixels, max_pixels: as for `smart_resize`.
+    """
+    # An image that shrinks to less than `factor` on one side.
+    largest = max(max_pixels, factor * math.floor(math.sqrt(max_pixels * MAX_ASPECT_RATIO)))
+    # One that grows: its short side is between two multiples of `factor`, and the long one at most as long as below.
+    for short in range(factor, math.ceil(math.sqrt(min_pixels)) + factor, factor):
+        least = max(short - factor, math.sqrt(min_pixels / MAX_ASPECT_RATIO))
+        largest = max(largest, short * math.ceil(min_pixels / least / factor) * factor)
+    return largest
+
+
 def open_image(source: Any, field: str) -> Image.Image:
     """Opens an image and reads its header, but not its pixels.
 

@@ -20,6 +20,7 @@ from keye_jax.processor.image import (
     MAX_SHOWN_PIXELS,
     image_notes,
     is_image,
+    largest_area,
     opened_image,
     smart_resize,
     to_rgb,
@@ -176,8 +177,12 @@ class MediaPlanner:
 
     @property
     def most_pixels(self) -> int:
-        """Pixels of the largest image or frame, as the model sees it, unless a request sets its own limits."""
-        return max(self._image_options.max_pixels, self._video_options.max_pixels)
+        """Pixels that no image or frame exceeds, as the model sees it, unless a request sets its own limits."""
+        factor = self._settings.token_side
+        return max(
+            largest_area(factor=factor, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
+            for options in (self._image_options, self._video_options)
+        )
 
     @property
     def reads_files(self) -> bool:

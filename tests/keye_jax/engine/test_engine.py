@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from keye_jax.engine.checkpoint import load
 from keye_jax.engine.engine import Engine
@@ -117,6 +118,16 @@ def test_videos_and_pictures(engine, files, loaded):
     assert plan.num_tokens == first.usage.prompt
     third = engine.submit(Request(plan=plan, max_tokens=8, sampling=GREEDY)).result(120)
     assert third.choices[0].token_ids == first.choices[0].token_ids
+
+
+def test_a_picture_of_an_extreme_shape_compiles_nothing(engine, tmp_path):
+    """It has more pixels than `max_pixels` says, since no side is shorter than a token's."""
+    Image.new("RGB", (20_000, 100)).save(tmp_path / "long.png")
+    picture, text = {"type": "image", "image": str(tmp_path / "long.png")}, {"type": "text", "text": "What?"}
+    before = engine.stats().compilations
+    result = engine.submit(ask([picture, text])).result(120)
+    assert result.usage.image * 784 > 100_352
+    assert engine.stats().compilations == before
 
 
 def logprobs(runtime, processor, inputs, tokens, answer):

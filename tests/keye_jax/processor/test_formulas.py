@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from keye_jax.errors import UserError
-from keye_jax.processor.image import smart_resize
+from keye_jax.processor.image import MAX_ASPECT_RATIO, largest_area, smart_resize
 from keye_jax.processor.options import VideoOptions, read_options, resolve_options
 from keye_jax.processor.positions import mrope_positions
 from keye_jax.processor.video import adaptive_factor, frame_indices, frame_size
@@ -23,6 +23,23 @@ def test_smart_resize(case):
             smart_resize(case["height"], case["width"], **limits)
     else:
         assert smart_resize(case["height"], case["width"], **limits) == tuple(case["expect"])
+
+
+@pytest.mark.parametrize(
+    ("min_pixels", "max_pixels"), [(1, 784), (784, 784), (50_176, 50_176), (3136, 60_000), (50_176, 200_704)]
+)
+def test_no_size_exceeds_the_largest_area(min_pixels, max_pixels):
+    rng, largest = np.random.default_rng(max_pixels), 0
+    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    for _ in range(3000):
+        short, ratio = 10 ** rng.uniform(0, 3.5), MAX_ASPECT_RATIO ** rng.uniform(0, 1)
+        sides = max(1, int(short)), int(max(1, int(short)) * ratio)
+        sides = sides if rng.random() < 0.5 else sides[::-1]
+        height, width = smart_resize(*sides, **limits)
+        largest = max(largest, height * width)
+    assert largest <= largest_area(**limits)
+    # The last limits are those of frames by default: nothing larger is prepared for them.
+    assert (largest > max_pixels) == (largest_area(**limits) > max_pixels) == (max_pixels < 200_704)
 
 
 def options(case, *names):
