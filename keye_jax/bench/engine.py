@@ -2,8 +2,8 @@
 
 A cell has a number of requests at once, each with a prompt of random tokens. Figures are of the time in which all of
 them write: output tokens a second, and the time between two tokens of an answer. The bare loop runs the engine's own
-program of decode from the prompts' ends on, with as many rows active, and nothing else. For cells of one request there is
-also the loop of a batch of one row, once with the engine's page table and once with one of that context alone.
+program of decode from the prompts' ends on, with as many rows active, and nothing else. For cells of one request there
+is also the loop of a batch of one row, once with the engine's page table and once with one of that context alone.
 """
 
 from __future__ import annotations
