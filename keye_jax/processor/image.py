@@ -1,4 +1,4 @@
-"""Images: their size for the model, opening and decoding them, and cutting them into patches."""
+"""Images: opening and decoding them, and cutting them into patches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from keye_jax.errors import UserError
 # What Pillow logs of a damaged file, it also raises. Without a handler, Python prints it on stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-MAX_ASPECT_RATIO = 200
 # Pillow's own limit against decompression bombs.
 MAX_SOURCE_PIXELS = 178_956_970
 MAX_SHOWN_PIXELS = 65536 * 784
@@ -51,60 +50,6 @@ _VIDEO_SIGNATURES = (
     *((0, b"\x1a\x45\xdf\xa3"), (8, b"AVI "), (0, b"OggS"), (0, b"FLV"), (4, b"ftyp"), (4, b"moov"), (4, b"mdat")),
     *((0, b"\0\0\1\xba"), (0, b"\0\0\1\xb3"), (0, b"\0\0\0\1"), (0, b"\x30\x26\xb2\x75")),
 )
-
-
-def smart_resize(height: int, width: int, *, factor: int = 28, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size at which the model sees an image: multiples of `factor`, within the pixel limits where possible.
-
-    Each side is rounded to the nearest multiple of `factor`, ties to even, and is at least `factor`. If the area is
-    then out of bounds, the original sides are scaled by the square root of limit / area, and rounded down if the area
-    was too large or up if it was too small. This is the publisher's formula, the one of Qwen2-VL.
-
-    Args:
-      height, width: the image's size in pixels.
-      factor: side of one token in pixels.
-      min_pixels, max_pixels: limits on the area in pixels.
-
-    Returns:
-      (height, width) in pixels.
-
-    Raises:
-      UserError: a side is not positive, the aspect ratio is above 200, or min_pixels is above max_pixels.
-    """
-    if height <= 0 or width <= 0:
-        raise UserError(f"the image is {height}x{width} (height x width); both must be positive")
-    if min_pixels > max_pixels:
-        raise UserError(f"min_pixels is {min_pixels}; it must be at most max_pixels {max_pixels}")
-    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise UserError(
-            f"the image is {height}x{width} (height x width); its aspect ratio must be at most {MAX_ASPECT_RATIO}"
-        )
-    new_height = max(factor, round(height / factor) * factor)
-    new_width = max(factor, round(width / factor) * factor)
-    if new_height * new_width > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        new_height = max(factor, math.floor(height / shrink / factor) * factor)
-        new_width = max(factor, math.floor(width / shrink / factor) * factor)
-    elif new_height * new_width < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * grow / factor) * factor
-        new_width = math.ceil(width * grow / factor) * factor
-    return new_height, new_width
-
-
-def largest_area(*, factor: int = 28, min_pixels: int, max_pixels: int) -> int:
-    """Pixels that no size of `smart_resize` exceeds: rounding up may exceed `max_pixels`.
-
-    Args:
-      factor, min_pixels, max_pixels: as for `smart_resize`.
-    """
-    # An image that shrinks to less than `factor` on one side.
-    largest = max(max_pixels, factor * math.floor(math.sqrt(max_pixels * MAX_ASPECT_RATIO)))
-    # One that grows: its short side is between two multiples of `factor`, and the long one at most as long as below.
-    for short in range(factor, math.ceil(math.sqrt(min_pixels)) + factor, factor):
-        least = max(short - factor, math.sqrt(min_pixels / MAX_ASPECT_RATIO))
-        largest = max(largest, short * math.ceil(min_pixels / least / factor) * factor)
-    return largest
 
 
 def open_image(source: Any, field: str) -> Image.Image:

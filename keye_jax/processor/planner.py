@@ -20,12 +20,11 @@ from keye_jax.processor.image import (
     MAX_SHOWN_PIXELS,
     image_notes,
     is_image,
-    largest_area,
     opened_image,
-    smart_resize,
     to_rgb,
     upright_size,
 )
+from keye_jax.processor.image_size import largest_area, smart_resize
 from keye_jax.processor.media import DownloadedFile, fetch
 from keye_jax.processor.messages import MediaPart
 from keye_jax.processor.options import VideoOptions, read_options, resized, resolve_options

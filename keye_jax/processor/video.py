@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from keye_jax.errors import UserError
-from keye_jax.processor.image import smart_resize
+from keye_jax.processor.image_size import smart_resize
 
 TOKEN_PIXELS = 28 * 28
 MIN_FRAME_PIXELS = 64 * TOKEN_PIXELS

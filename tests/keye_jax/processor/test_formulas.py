@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from keye_jax.errors import UserError
-from keye_jax.processor.image import MAX_ASPECT_RATIO, largest_area, smart_resize
+from keye_jax.processor.image_size import MAX_ASPECT_RATIO, largest_area, smart_resize
 from keye_jax.processor.options import VideoOptions, read_options, resolve_options
 from keye_jax.processor.positions import mrope_positions
 from keye_jax.processor.video import adaptive_factor, frame_indices, frame_size

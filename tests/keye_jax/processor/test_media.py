@@ -16,7 +16,8 @@ from PIL import Image
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError
 from keye_jax.processor import Processor
-from keye_jax.processor.image import open_image, patchify, smart_resize, to_rgb, upright_size
+from keye_jax.processor.image import open_image, patchify, to_rgb, upright_size
+from keye_jax.processor.image_size import smart_resize
 from keye_jax.testing import write_clip, write_picture, write_processor_files
 
 
