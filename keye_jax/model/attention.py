@@ -333,7 +333,7 @@ def attend_sparse(
     """
     pages, preferred = keys.pages, options.implementation
     start = keys.start
-    # Other queries below `top_k` select all that they see, whatever the scores.
+    # Queries below `top_k` select all that they see: their scores matter only where something else reads them.
     shows_scores = options.intermediates or options.selection != "indexer" or bool(keys.split)
     if inputs.q.shape[1] == 1 and keys.count is not None:
         # An idle row of a step of decode sees no key, so that kernels are soon done with it.
