@@ -125,7 +125,7 @@ def select_topk(scores: jax.Array, lengths: jax.Array, k: int, *, cluster: int |
     plan, teams = make_plan(rows, size, k, cluster)
     short = None
     if cluster is None and plan.cluster > 1:
-        short = HeldRowPlan(min(size, _SHORT_CHUNKS * 4 * plan.cluster * plan.threads), k, plan.cluster, plan.threads)
+        short = HeldRowPlan(size, k, plan.cluster, plan.threads).shortened(_SHORT_CHUNKS)
     body = functools.partial(row_body, rows=rows, plan=plan, short=short)
     out_type = jax.ShapeDtypeStruct((rows, k), jnp.int32)
     words = plan.words if short is None else max(plan.words, HELD_WORDS)

@@ -32,6 +32,9 @@ MAX_CHUNKS = 16
 # Up to _WIDE_ROWS rows that are longer than _WIDE_SIZE get clusters of 16 blocks.
 _WIDE_ROWS, _WIDE_SIZE = 4, 65_536
 
+_SHORT_CHUNKS = 2
+"""Loads of each thread where a row is short for its array: it is held by the same threads, in fewer registers."""
+
 # Addresses in shared memory, in words. In order: a block's histogram; three histograms of the cluster, used in turn;
 # sums and minima of warps; the result of find_bin; each block's floor and highest score; the number of finalists; the
 # finalists; the warps' counts.
@@ -71,6 +74,10 @@ class HeldRowPlan:
         """Number of warps of the cluster, each with one run of positions."""
         return self.cluster * self.threads // 32
 
+    def shortened(self, chunks: int) -> "HeldRowPlan":
+        """The plan for rows of this array that need at most this number of loads."""
+        return dataclasses.replace(self, size=min(self.size, chunks * 4 * self.cluster * self.threads))
+
 
 def few_rows_plan(rows: int, size: int, k: int) -> HeldRowPlan | None:
     """The plan with the widest cluster that the GPU has room for; None if the rows do not fit registers."""
@@ -99,8 +106,15 @@ def few_rows_body(machine, scores, lengths, positions, row, rank, *, rows, plan)
     out = machine.row(positions, row, plan.k)
     with machine.when(length <= plan.k):
         write_short_row(machine, out, length, rank, plan.k)
-    with machine.when(length > plan.k):
-        held = HeldRow(machine, machine.row(scores, row, plan.size), length, rank, plan)
+    own, short = machine.row(scores, row, plan.size), plan.shortened(_SHORT_CHUNKS)
+    least = plan.k
+    if short.size < plan.size:
+        with machine.when((length > plan.k) & (length <= short.size)):
+            held = HeldRow(machine, own, length, rank, short)
+            held.write(out, *held.find())
+        least = max(plan.k, short.size)
+    with machine.when(length > least):
+        held = HeldRow(machine, own, length, rank, plan)
         held.write(out, *held.find())
 
 

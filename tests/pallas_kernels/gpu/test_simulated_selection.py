@@ -9,7 +9,7 @@ from pallas_kernels.select_topk.mosaic_gpu import few_rows, row_body
 from pallas_kernels.select_topk.mosaic_gpu.row_reader import RowPlan
 from tests.pallas_kernels.gpu.numpy_machine import NumpyMachine
 
-ROWS, SIZE, K, THREADS = 4, 6004, 100, 128
+ROWS, SIZE, K, THREADS = 5, 6004, 100, 128
 KINDS = ("normal", "clustered", "ties", "zeros", "constant", "infinite", "front", "periodic")
 
 
@@ -62,7 +62,7 @@ def select(scores, lengths, body, plan, words):
 def check_selection(kind, cluster, body, plan, words):
     rng = np.random.default_rng(cluster)
     scores = make_scores(kind, rng)
-    given = np.array([-3, 1, SIZE - 1, 5001] if cluster == 2 else [SIZE + 9, SIZE - 3, K + 1, 50])
+    given = np.array([-3, 1, SIZE - 1, 5001, 1999] if cluster == 2 else [SIZE + 9, SIZE - 3, K + 1, 50, 4000])
     lengths = given.clip(0, SIZE)
     for row, length in enumerate(lengths):
         scores[row, length:] = np.nan
