@@ -21,7 +21,7 @@ import types
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pallas_kernels.decode_layer import decode_projections, output_projection, route
+    from pallas_kernels.decode_layer import Routed, combine_experts, finish_projections, route
     from pallas_kernels.dispatch import available, resolve
     from pallas_kernels.errors import ArgumentError, UnsupportedError
     from pallas_kernels.flash_attention import flash_attention, paged_flash_attention
@@ -44,16 +44,17 @@ __all__ = [
     "ArgumentError",
     "QuantizedMatrices",
     "QuantizedRows",
+    "Routed",
     "UnsupportedError",
     "available",
-    "decode_projections",
+    "combine_experts",
     "expert_mlp",
+    "finish_projections",
     "flash_attention",
     "grouped_matmul",
     "hadamard",
     "indexer_scores",
     "nucleus",
-    "output_projection",
     "paged_flash_attention",
     "quantize",
     "quantize_rows",
@@ -78,7 +79,7 @@ def _public(module: str, name: str) -> property:
 
 
 _MODULES = {
-    "decode_layer.api": ("decode_projections", "output_projection", "route"),
+    "decode_layer.api": ("Routed", "combine_experts", "finish_projections", "route"),
     "dispatch": ("available", "resolve"),
     "errors": ("ArgumentError", "UnsupportedError"),
     "flash_attention.api": ("flash_attention", "paged_flash_attention"),

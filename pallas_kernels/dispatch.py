@@ -46,10 +46,9 @@ OPERATIONS: Mapping[str, Operation] = {
     # What these two run where matrices have fewer bits.
     "quantized_grouped_matmul": Operation("grouped_matmul", ("mosaic_gpu", "xla")),
     "quantized_expert_mlp": Operation("grouped_matmul", ("mosaic_gpu", "xla")),
+    "finish_projections": Operation("decode_layer", ("mosaic_gpu", "xla")),
     "route": Operation("decode_layer", ("mosaic_gpu", "xla")),
-    # Their kernels run by name only: measured on a GPU, they bring nothing to a whole step.
-    "decode_projections": Operation("decode_layer", ("xla", "mosaic_gpu")),
-    "output_projection": Operation("decode_layer", ("xla", "mosaic_gpu")),
+    "combine_experts": Operation("decode_layer", ("mosaic_gpu", "xla")),
 }
 """Every operation, by the name of its function."""
 

@@ -114,18 +114,15 @@ class ModelShapes:
             int32(self.experts),
         )
 
-    def projection_arguments(self, tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """The arrays of `decode_projections` by name, without pages."""
-        index_rows = self.index_heads * (self.index_dim + 1)
+    def projected_arguments(self, tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The arrays of `finish_projections` by name, without pages."""
         angles, index_angles = float32(tokens, self.head_dim // 2), float32(tokens, self.index_dim // 2)
         return {
-            "x": spec(tokens, self.hidden),
-            "norm": spec(self.hidden),
-            "q": spec(self.heads, self.head_dim, self.hidden),
-            "k": spec(self.kv_heads, self.head_dim, self.hidden),
-            "v": spec(self.kv_heads, self.head_dim, self.hidden),
-            "index_q": spec(index_rows, self.hidden),
-            "index_k": spec(self.index_dim, self.hidden),
+            "q": spec(tokens, self.heads, self.head_dim),
+            "k": spec(tokens, self.kv_heads, self.head_dim),
+            "v": spec(tokens, self.kv_heads, self.head_dim),
+            "index": spec(tokens, self.index_heads * (self.index_dim + 1)),
+            "index_k": spec(tokens, self.index_dim),
             "q_norm": spec(self.head_dim),
             "k_norm": spec(self.head_dim),
             "index_q_norm": spec(self.index_dim),

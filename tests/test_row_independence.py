@@ -16,7 +16,7 @@ import pytest
 
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.runtime.sampling import SamplingParams, sample, sampling_row
-from pallas_kernels.decode_layer import decode_projections, output_projection, route
+from pallas_kernels.decode_layer import combine_experts, finish_projections, route
 from pallas_kernels.dispatch import available
 from pallas_kernels.errors import UnsupportedError
 from pallas_kernels.flash_attention import flash_attention, paged_flash_attention
@@ -92,25 +92,36 @@ def _flash(tokens: int) -> Case:
 
 def _decode_layer() -> dict[str, Case]:
     size = 256
-    x, attended = numbers(1, ROWS, size), numbers(2, ROWS, HEADS, DIM)
+    x, index_size = numbers(1, ROWS, size), 16 * (INDEX_DIM + 1)
     angles = [jnp.cos(numbers(seed, ROWS, dim // 2)).astype(jnp.float32) for dim in (DIM, INDEX_DIM) for seed in (3, 4)]
-    heads = (numbers(5 + i, count, DIM, size) for i, count in enumerate((HEADS, KV_HEADS, KV_HEADS)))
-    index = numbers(8, 16 * (INDEX_DIM + 1), size), numbers(9, INDEX_DIM, size)
-    norms = (numbers(10 + i, dim) for i, dim in enumerate((DIM, DIM, INDEX_DIM, INDEX_DIM, INDEX_DIM)))
+    heads = (numbers(5 + i, ROWS, count, DIM) for i, count in enumerate((HEADS, KV_HEADS, KV_HEADS)))
+    products = *heads, numbers(8, ROWS, index_size), numbers(9, ROWS, INDEX_DIM)
+    norms = tuple(numbers(10 + i, dim) for i, dim in enumerate((DIM, DIM, INDEX_DIM, INDEX_DIM, INDEX_DIM)))
 
-    def project(x: jax.Array, *arrays: jax.Array, **kwargs: Any) -> Any:
-        angles, weights = arrays[:4], arrays[4:]
-        run: Callable[..., Any] = decode_projections
-        return run(x, *weights, *angles, **kwargs)
+    def finish(*arrays: jax.Array, **kwargs: Any) -> Any:
+        products, angles, norms = arrays[:5], arrays[5:9], arrays[9:]
+        run: Callable[..., Any] = finish_projections
+        return run(*products, *norms, *angles, **kwargs)
 
-    def output(attended: jax.Array, residual: jax.Array, weight: jax.Array, **kwargs: Any) -> Any:
-        return output_projection(attended, weight, residual, **kwargs)
+    def combine(
+        rows: jax.Array, weights: jax.Array, x: jax.Array, row_of: jax.Array, norm: jax.Array, **kwargs: Any
+    ) -> Any:
+        return combine_experts(rows.reshape(-1, size), row_of, weights, x, norm, **kwargs)
 
-    weights, eps = (numbers(15, size), *heads, *index, *norms), {"eps": 1e-6}
+    def routing(x: jax.Array, update: jax.Array, valid: jax.Array, *arrays: jax.Array, **kwargs: Any) -> Any:
+        run: Callable[..., Any] = route
+        found = run(x, update, *arrays, valid, **kwargs)
+        # Where a row is depends on all tokens, and what it is does not.
+        return found.y, found.normed, found.experts, found.weights, found.rows[found.row_of]
+
+    expert_rows, shares = numbers(19, ROWS, 8, size), jax.nn.softmax(numbers(20, ROWS, 8).astype(jnp.float32))
+    places = jnp.arange(ROWS)[:, None] * 8 + jnp.asarray([3, 0, 7, 5, 1, 2, 6, 4])
+    eps = {"eps": 1e-6}
+    router, valid = (numbers(17, size), numbers(18, 32, size)), jnp.asarray([True, True, False, True])
     return {
-        "decode_projections": (project, (x, *angles), weights, eps | {"index_heads": 16, "index_eps": 1e-6}),
-        "output_projection": (output, (attended, x), (numbers(16, size, HEADS, DIM),), {}),
-        "route": (route, (x,), (numbers(17, size), numbers(18, 32, size)), eps | {"top_k": 8}),
+        "finish_projections": (finish, (*products, *angles), norms, eps | {"index_eps": 1e-6}),
+        "route": (routing, (x, numbers(22, ROWS, size), valid), router, eps | {"top_k": 8}),
+        "combine_experts": (combine, (expert_rows, shares, x), (places, numbers(21, size)), eps),
     }
 
 

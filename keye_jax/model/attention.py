@@ -89,8 +89,6 @@ class AttentionOptions:
     Attributes:
       attention: "sparse", the model as released, or "dense", every visible key, for comparison.
       implementation: of the kernels; operations without one of that name use "xla". None takes the best there is.
-      decode: implementation of the three operations of `keye_jax.model.decode_layer` in steps of decode, "xla" or
-        "mosaic_gpu". None takes `route` alone, by `implementation`.
       indexer_dtype: of index queries and keys, and of the pool's: "float8_e4m3fn", as the publisher serves them and
         less exact, or None for the parameters' dtype.
       cache_dtype: of the pool's keys and values: "float8_e4m3fn", with a scale for each token and head, half as large
@@ -110,7 +108,6 @@ class AttentionOptions:
     implementation: str | None = None
     indexer_dtype: Literal["float8_e4m3fn"] | None = None
     cache_dtype: Literal["float8_e4m3fn"] | None = None
-    decode: Literal["xla", "mosaic_gpu"] | None = None
     activation_dtype: Literal["float8_e4m3fn"] | None = None
     intermediates: bool = False
     selections: bool = False

@@ -13,14 +13,13 @@ from flax import nnx
 from keye_jax.config import KeyeConfig
 from keye_jax.model.attention import Attention, AttentionIntermediates, AttentionOptions
 from keye_jax.model.context import Context
-from keye_jax.model.decode_layer import decodes_few_rows, route_and_mix, run_decode_layer, takes_few_launches
+from keye_jax.model.decode_layer import DecodeIntermediates, decode_layers, decodes_few_rows
 from keye_jax.model.embedding import Embedding
 from keye_jax.model.indexer import Indexer
 from keye_jax.model.layers import Linear, RMSNorm
 from keye_jax.model.moe import MoE
 from keye_jax.model.rope import mrope_angles
 from keye_jax.sharding.step import StepSharding
-from pallas_kernels.dispatch import resolve
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +38,12 @@ class LayerIntermediates:
     moe_input: jax.Array
     experts: jax.Array
     hidden: jax.Array
+
+    @classmethod
+    def of_decode(cls, found: DecodeIntermediates) -> LayerIntermediates:
+        """Of a token of each row."""
+        assert found.attention is not None, "the options ask for them"
+        return cls(found.attention, *(each[:, None] for each in (found.moe_input, found.experts, found.hidden)))
 
 
 @jax.tree_util.register_dataclass
@@ -75,29 +80,20 @@ class DecoderLayer(nnx.Module):
         options: AttentionOptions,
         step: StepSharding,
     ) -> tuple[jax.Array, C, LayerIntermediates | LayerLearned | None]:
-        if takes_few_launches(self, x, context, options, step):
-            found = run_decode_layer(self, x, angles, index_angles, context, options, step)
-            x, context, attention, normed, experts = found
-            return x, context, None if attention is None else LayerIntermediates(attention, normed, experts, x)
         attended, context, found = self.attention(
             self.input_norm(x), self.indexer, angles, index_angles, context, options, step
         )
         x = step.constrain(x + attended, step.rows)
         valid = context.batch.valid(x.shape[1])
-        if decodes_few_rows(x, context, options, step):
-            implementation = resolve("route", options.implementation)
-            of_tokens = route_and_mix(self, x[:, 0], context, options, implementation)
-            mixed, normed, experts = (each[:, None] for each in of_tokens)
-        else:
-            normed = self.post_attention_norm(x)
-            mixed, experts = self.moe(
-                normed,
-                valid,
-                step,
-                activation_dtype=options.activation_dtype if step.reads_prompts else None,
-                implementation=options.implementation,
-                training=options.training,
-            )
+        normed = self.post_attention_norm(x)
+        mixed, experts = self.moe(
+            normed,
+            valid,
+            step,
+            activation_dtype=options.activation_dtype if step.reads_prompts else None,
+            implementation=options.implementation,
+            training=options.training,
+        )
         x = x + mixed
         if options.training is not None:
             return x, context, LayerLearned(found, options.training.balance(self.moe, normed, experts, valid))
@@ -173,6 +169,11 @@ class Decoder(nnx.Module):
         index_angles = mrope_angles(positions, self.index_section, self.rope_theta)
         if options.training is not None:
             return self._train(x, angles, index_angles, contexts, options, step)
+        if decodes_few_rows(x, contexts, options, step):
+            args = x, angles, index_angles, contexts, options, step
+            x, after, found = decode_layers(self.layers, self.norm, *args)
+            wanted = (each for each in found if each.attention is not None)
+            return x, tuple(after), tuple(LayerIntermediates.of_decode(each) for each in wanted)
         after, found = [], []
         for layer, context in zip(self.layers, contexts, strict=True):
             graph, state = nnx.split(layer)

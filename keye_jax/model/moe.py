@@ -15,12 +15,16 @@ from keye_jax.model.layers import Linear, param
 from keye_jax.quantization.weights import expert_param
 from keye_jax.sharding.step import StepSharding
 from pallas_kernels.dispatch import resolve
-from pallas_kernels.grouped_matmul import QuantizedRows, expert_mlp, quantize_rows, quantized_expert_mlp
+from pallas_kernels.grouped_matmul import (
+    QuantizedRows,
+    expert_mlp,
+    quantize_rows,
+    quantized_expert_mlp,
+    sort_rows,
+    take_rows,
+)
 from pallas_kernels.portable import small_top_k
 from pallas_kernels.quantized import QuantizedMatrices
-
-_FEW_ROWS = 512
-"""At most this number is ordered by comparing all with all in one pass; sorting takes a GPU several small kernels."""
 
 
 class MoE(nnx.Module):
@@ -128,7 +132,7 @@ def mix_experts(
     tokens_in = x if activation_dtype is None else quantize_rows(x)
 
     def mix(order: jax.Array, row_of: jax.Array, group_sizes: jax.Array, weights: jax.Array) -> jax.Array:
-        out = _run_matrices(_take_tokens(tokens_in, order // k), gate_up, down, group_sizes, implementation)
+        out = run_matrices(_take_tokens(tokens_in, order // k), gate_up, down, group_sizes, implementation)
         # One term for each of the few experts: XLA gathers and adds in one pass, without an array of all terms.
         terms = (weights[:, i, None] * out[row_of[:, i]] for i in range(k))
         return functools.reduce(jnp.add, terms).astype(x.dtype)
@@ -156,7 +160,7 @@ def mix_experts(
     return jax.lax.fori_loop(0, turns, turn, zeros)
 
 
-def _run_matrices(
+def run_matrices(
     rows: jax.Array | QuantizedRows,
     gate_up: jax.Array | QuantizedMatrices,
     down: jax.Array | QuantizedMatrices,
@@ -172,27 +176,7 @@ def _run_matrices(
     return expert_mlp(rows, gate_up, down, group_sizes, implementation=resolve("expert_mlp", preferred))
 
 
-def sort_rows(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The stable order of int32 keys `[n]`, and its inverse: which key each place gets, and the place of each key."""
-    at = jnp.arange(keys.size)
-    if keys.size > _FEW_ROWS:
-        order = jnp.argsort(keys, stable=True)
-        return order, jnp.zeros_like(order).at[order].set(at, unique_indices=True)
-    ahead = (keys < keys[:, None]) | ((keys == keys[:, None]) & (at < at[:, None]))
-    place = jnp.sum(ahead, axis=-1)
-    return jnp.sum(jnp.where(place == at[:, None], at, 0), axis=-1), place
-
-
 def _take_tokens(x: jax.Array | QuantizedRows, rows: jax.Array) -> jax.Array | QuantizedRows:
     if isinstance(x, QuantizedRows):
         return QuantizedRows(take_rows(x.values, rows), x.scales[rows], x.dtype)
     return take_rows(x, rows)
-
-
-def take_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
-    """`x[rows]` of `[n, width]`; small elements are gathered as words: 0.7 of a GPU's time for bfloat16."""
-    each = 4 // x.dtype.itemsize
-    if each == 1 or x.shape[1] % each:
-        return x[rows]
-    words = jax.lax.bitcast_convert_type(x.reshape(len(x), -1, each), jnp.uint32)
-    return jax.lax.bitcast_convert_type(words[rows], x.dtype).reshape(len(rows), -1)

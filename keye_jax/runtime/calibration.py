@@ -14,14 +14,14 @@ import numpy as np
 from keye_jax.kv_cache import BatchMetadata, PagePool
 from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.context import paged_contexts
-from keye_jax.model.moe import MoE, sort_rows, take_rows
+from keye_jax.model.moe import MoE
 from keye_jax.quantization.calibration import MatrixInputs
 from keye_jax.runtime.prefill import Segment
 from keye_jax.runtime.programs import ModelDef, Params
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.sharding.step import StepSharding
 from pallas_kernels.dispatch import resolve
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import grouped_matmul, sort_rows, take_rows
 
 type Progress = Callable[[int], None]
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from keye_jax.model.moe import sort_rows
 from keye_jax.train.blocks import wide
+from pallas_kernels.grouped_matmul import sort_rows
 
 _MOST_WASTE = 4
 """Times the least work that experts on all tokens may do: sorting and gathering rows costs as much."""

@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -421,31 +422,34 @@ def _quantized_expert_cases(token_counts: list[int]) -> Iterator[BenchCase]:
 
 
 def _decode_layer_cases(token_counts: list[int]) -> Iterator[BenchCase]:
-    """Bytes are those of weights."""
+    """Bytes are those of weights, or of rows where there are no weights."""
     eps = {"eps": 1e-6}
-    projections = implementations("decode_projections", index_heads=MODEL.index_heads, index_eps=1e-6, **eps)
+    finished = implementations("finish_projections", index_eps=1e-6, **eps)
     for tokens in token_counts:
-        shapes = MODEL.projection_arguments(tokens)
+        shapes = MODEL.projected_arguments(tokens)
 
-        def make_projections(shapes: Any = shapes) -> Arguments:
+        def make_projected(shapes: Any = shapes) -> Arguments:
             return tuple(inputs.normal(i, *x.shape).astype(x.dtype) for i, x in enumerate(shapes.values()))
 
-        def make_output(tokens: int = tokens) -> Arguments:
-            heads = MODEL.heads, MODEL.head_dim
-            rows = inputs.normal(0, tokens, *heads), inputs.normal(1, MODEL.hidden, *heads)
-            return *rows, inputs.normal(2, tokens, MODEL.hidden)
-
         def make_route(tokens: int = tokens) -> Arguments:
-            rows, norm = inputs.normal(0, tokens, MODEL.hidden), inputs.normal(1, MODEL.hidden)
-            return rows, norm, inputs.normal(2, MODEL.experts, MODEL.hidden)
+            x, update = (inputs.normal(seed, tokens, MODEL.hidden) for seed in (0, 1))
+            norm, router = inputs.normal(2, MODEL.hidden), inputs.normal(3, MODEL.experts, MODEL.hidden)
+            return x, update, norm, router, jnp.ones(tokens, bool)
+
+        def make_combine(tokens: int = tokens) -> Arguments:
+            places = tokens, MODEL.experts_per_token
+            row_of = jax.random.permutation(jax.random.key(1), math.prod(places)).astype(jnp.int32).reshape(places)
+            rows, weights = inputs.normal(0, row_of.size, MODEL.hidden), jax.random.uniform(jax.random.key(2), places)
+            return rows, row_of, weights, inputs.normal(3, tokens, MODEL.hidden), inputs.normal(4, MODEL.hidden)
 
         name, hidden = f"{tokens:,} tokens", 2.0 * MODEL.hidden
-        weights = hidden * sum(shapes[key].size // MODEL.hidden for key in ("q", "k", "v", "index_q", "index_k"))
-        yield BenchCase("decode_projections", name, projections, make_projections, nbytes=weights)
-        outputs, heads = implementations("output_projection"), MODEL.heads * MODEL.head_dim
-        yield BenchCase("output_projection", name, outputs, make_output, nbytes=hidden * heads)
+        # Read, and about as much is written.
+        nbytes = 2.0 * sum(x.size * x.dtype.itemsize for x in shapes.values())
+        yield BenchCase("finish_projections", name, finished, make_projected, nbytes=nbytes)
         routes = implementations("route", top_k=MODEL.experts_per_token, **eps)
         yield BenchCase("route", name, routes, make_route, nbytes=hidden * MODEL.experts)
+        combines, rows = implementations("combine_experts", **eps), tokens * (MODEL.experts_per_token + 3)
+        yield BenchCase("combine_experts", name, combines, make_combine, nbytes=hidden * rows)
 
 
 def _vision_cases(frames: int, patches: int) -> Iterator[BenchCase]:

@@ -1,6 +1,7 @@
 """What a decoder layer computes of single tokens beside its attention and its experts."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 from jax.typing import ArrayLike
@@ -9,21 +10,48 @@ from pallas_kernels.checks import FLOAT32, INTEGERS, Array, Result, Signature, c
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.errors import ArgumentError
 
-_OUTPUT = Signature(
-    "output_projection",
-    {"attended": Array("tokens n d"), "weight": Array("in n d"), "residual": Array("tokens in")},
-    (Result("tokens in", "residual"),),
-    same_dtype=("residual", "attended", "weight"),
+_COMBINE = Signature(
+    "combine_experts",
+    {
+        "rows": Array("r in"),
+        "row_of": Array("tokens k", INTEGERS),
+        "weights": Array("tokens k", FLOAT32),
+        "x": Array("tokens in"),
+        "norm": Array("in"),
+    },
+    (Result("tokens in", "x"), Result("tokens in", "x")),
+    same_dtype=("x", "rows", "norm"),
 )
 
 
-def decode_projections(
-    x: ArrayLike,
-    norm: ArrayLike,
+class Routed(NamedTuple):
+    """What `route` gives. A row is a pair of a token and one of its experts.
+
+    Attributes:
+      y: `[tokens, in]`, the tokens with what was added.
+      normed: `[tokens, in]`, their RMS norms.
+      experts: int32 `[tokens, top_k]`, best first, of tokens that are not valid too.
+      weights: float32 `[tokens, top_k]`; 0 for tokens that are not valid.
+      rows: `[tokens * top_k, in]`, the normed token of each row. Rows are sorted by expert, those of one expert by
+        token, and rows of tokens that are not valid are behind the last expert's.
+      row_of: int32 `[tokens, top_k]`, the place of each row.
+      group_sizes: int32 `[e]`, rows of each expert.
+    """
+
+    y: jax.Array
+    normed: jax.Array
+    experts: jax.Array
+    weights: jax.Array
+    rows: jax.Array
+    row_of: jax.Array
+    group_sizes: jax.Array
+
+
+def finish_projections(
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,
-    index_q: ArrayLike,
+    index: ArrayLike,
     index_k: ArrayLike,
     q_norm: ArrayLike,
     k_norm: ArrayLike,
@@ -38,26 +66,25 @@ def decode_projections(
     index_pages: ArrayLike | None = None,
     slots: ArrayLike | None = None,
     *,
-    index_heads: int,
     eps: float,
     index_eps: float,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """What attention and its indexer need of one new token of each sequence, and the token's rows of the cache.
 
-    `h = rms_norm(x)` is multiplied by all projections. Heads of q and k get their RMS norm and their rotation. So do
-    the indexer's queries; its key gets a layer norm and the rotation. Products are summed in float32. They, and what
-    norms give, are rounded to the dtype of x, as in a layer of single operations.
+    It takes the products of the normed tokens with a layer's projections. Heads of q and k get their RMS norm and their
+    rotation. So do the indexer's queries; its key gets a layer norm and the rotation. What norms give is rounded to the
+    dtype of q, as in a layer of single operations.
 
     Where pages are given, the new rows are written to them, and a caller that donates the pages gets them without a
     copy. Otherwise the rows are returned, for a cache that stores them in another form.
 
     Args:
-      x: `[tokens, in]`, bfloat16, float16 or float32; at least one token. All weights have its dtype.
-      norm: `[in]`.
-      q, k, v: weights `[n, d, in]`, `[kv_heads, d, in]` and the same.
-      index_q: weights `[index_heads * c + index_heads, in]`: of the indexer's queries, and then of its gates.
-      index_k: weights `[c, in]`.
+      q: `[tokens, n, d]`, bfloat16, float16 or float32; at least one token.
+      k, v: `[tokens, kv_heads, d]`. They, all arrays of the indexer but angles and pages, and all norms have the dtype
+        of q.
+      index: `[tokens, index_heads * c + index_heads]`: the indexer's queries, and then its gates.
+      index_k: `[tokens, c]`.
       q_norm, k_norm: `[d]`.
       index_q_norm, index_k_norm, index_k_bias: `[c]`.
       cos, sin: float32 `[tokens, d / 2]`, of each token's rotary angles.
@@ -66,10 +93,9 @@ def decode_projections(
       index_pages: `[pages, page_size, c]`, with `kv_pages`.
       slots: int32 `[tokens]`, `page * page_size + offset`, with `kv_pages`. A slot that is not in the pages is dropped.
         No two tokens have one slot.
-      index_heads: how many queries the indexer has.
-      eps: of the RMS norms of x, q and k.
+      eps: of the RMS norms of q and k.
       index_eps: of the indexer's norms.
-      implementation: None, "xla" or "mosaic_gpu". None runs "xla".
+      implementation: None, "mosaic_gpu" or "xla".
 
     Returns:
       queries `[tokens, n, d]`, the indexer's queries `[tokens, index_heads, c]` and its gates float32 `[tokens,
@@ -79,43 +105,41 @@ def decode_projections(
       ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.
       UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
-    name = "decode_projections"
-    index_heads = count(name, "index_heads", index_heads)
-    arrays = {"x": x, "norm": norm, "q": q, "k": k, "v": v, "index_q": index_q, "index_k": index_k}
-    arrays |= {"q_norm": q_norm, "k_norm": k_norm, "index_q_norm": index_q_norm, "index_k_norm": index_k_norm}
-    arrays |= {"index_k_bias": index_k_bias, "cos": cos, "sin": sin, "index_cos": index_cos, "index_sin": index_sin}
+    name = "finish_projections"
+    arrays = {"q": q, "k": k, "v": v, "index": index, "index_k": index_k, "q_norm": q_norm, "k_norm": k_norm}
+    arrays |= {"index_q_norm": index_q_norm, "index_k_norm": index_k_norm, "index_k_bias": index_k_bias}
+    arrays |= {"cos": cos, "sin": sin, "index_cos": index_cos, "index_sin": index_sin}
     cache = {"kv_pages": kv_pages, "index_pages": index_pages, "slots": slots}
     given = [key for key, value in cache.items() if value is not None]
     if given and len(given) < len(cache):
         raise ArgumentError(f"{name}: {', '.join(given)} given alone; {', '.join(cache)} go together")
-    signature = _projections(index_heads, bool(given))
-    _, sizes = signature.check(**arrays, **cache)
-    if sizes["index_rows"] != index_heads * (2 * sizes["c"] + 1):
+    # How many heads the indexer has follows from sizes that fit.
+    _, sizes = _finish(1, bool(given)).check(**arrays, **cache)
+    columns, of_head = sizes["index_columns"], 2 * sizes["c"] + 1
+    if not columns or columns % of_head:
         raise ArgumentError(
-            f"{name}: index_q has {sizes['index_rows']} rows; it must have {index_heads} * {2 * sizes['c']} of queries "
-            f"and {index_heads} of gates"
+            f"{name}: index has {columns} columns; it must have {of_head} for each head of the indexer, "
+            f"{of_head - 1} of its query and one of its gate"
         )
     how = {"eps": number(name, "eps", eps), "index_eps": number(name, "index_eps", index_eps)}
-    return dispatch(signature, implementation, arrays | cache, index_heads=index_heads, **how)
+    return dispatch(_finish(columns // of_head, bool(given)), implementation, arrays | cache, **how)
 
 
 @functools.cache
-def _projections(index_heads: int, paged: bool) -> Signature:
+def _finish(index_heads: int, paged: bool) -> Signature:
     arrays = {
-        "x": Array("tokens in"),
-        "norm": Array("in"),
-        "q": Array("n 2*d in"),
-        "k": Array("k 2*d in"),
-        "v": Array("k 2*d in"),
-        "index_q": Array("index_rows in"),
-        "index_k": Array("2*c in"),
+        "q": Array("tokens n 2*d"),
+        "k": Array("tokens k 2*d"),
+        "v": Array("tokens k 2*d"),
+        "index": Array("tokens index_columns"),
+        "index_k": Array("tokens 2*c"),
         "q_norm": Array("2*d"),
         "k_norm": Array("2*d"),
         "index_q_norm": Array("2*c"),
         "index_k_norm": Array("2*c"),
         "index_k_bias": Array("2*c"),
     }
-    weights = tuple(arrays)
+    of_one_dtype = tuple(arrays)
     arrays |= dict.fromkeys(("cos", "sin"), Array("tokens d", FLOAT32))
     arrays |= dict.fromkeys(("index_cos", "index_sin"), Array("tokens c", FLOAT32))
     arrays |= {
@@ -123,68 +147,51 @@ def _projections(index_heads: int, paged: bool) -> Signature:
         "index_pages": Array("pages page_size 2*c", optional=True),
         "slots": Array("tokens", INTEGERS, optional=True),
     }
-    rows = ("pages page_size", "kv_pages", "index_pages") if paged else ("tokens", "x", "x")
+    rows = ("pages page_size", "kv_pages", "index_pages") if paged else ("tokens", "q", "q")
     return Signature(
-        "decode_projections",
+        "finish_projections",
         arrays,
         (
-            Result("tokens n 2*d", "x"),
-            Result(f"tokens {index_heads} 2*c", "x"),
+            Result("tokens n 2*d", "q"),
+            Result(f"tokens {index_heads} 2*c", "q"),
             Result(f"tokens {index_heads}", "float32"),
             Result(f"{rows[0]} 2*k 2*d", rows[1]),
             Result(f"{rows[0]} 2*c", rows[2]),
         ),
-        same_dtype=weights,
+        same_dtype=of_one_dtype,
     )
-
-
-def output_projection(
-    attended: ArrayLike, weight: ArrayLike, residual: ArrayLike, *, implementation: str | None = None
-) -> jax.Array:
-    """`residual + attended @ weight^T`, with float32 sums, rounded before and after the addition.
-
-    Args:
-      attended: `[tokens, n, d]`, bfloat16, float16 or float32; at least one token.
-      weight: `[in, n, d]`.
-      residual: `[tokens, in]`.
-      implementation: None, "xla" or "mosaic_gpu". None runs "xla".
-
-    Returns:
-      `[tokens, in]` in the dtype of residual.
-
-    Raises:
-      ArgumentError: a shape or dtype does not fit. `implementation` is no implementation's name.
-      UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
-    """
-    return dispatch(_OUTPUT, implementation, {"attended": attended, "weight": weight, "residual": residual})
 
 
 def route(
     x: ArrayLike,
+    update: ArrayLike,
     norm: ArrayLike,
     router: ArrayLike,
+    valid: ArrayLike,
     *,
     top_k: int,
     eps: float,
     normalise: bool = True,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The RMS norm of each token, and the experts with the highest probabilities for it.
+) -> Routed:
+    """Adds to each token, and gives its RMS norm, the experts with the highest probabilities, and rows for these.
 
-    Probabilities are the softmax of `rms_norm(x) @ router^T`, in float32. Of equal ones the lower expert comes first.
+    Of `y = x + update`, rounded, probabilities are the softmax of `rms_norm(y) @ router^T`, in float32. Of equal ones
+    the lower expert comes first.
 
     Args:
       x: `[tokens, in]`, bfloat16, float16 or float32; at least one token.
+      update: `[tokens, in]`, what attention adds.
       norm: `[in]`.
       router: `[e, in]`.
+      valid: bool `[tokens]`. The others go to no expert.
       top_k: experts of a token, at most e.
       eps: of the norm.
       normalise: whether the weights of a token are divided by their sum.
       implementation: None, "mosaic_gpu" or "xla".
 
     Returns:
-      the normed tokens `[tokens, in]`, experts int32 `[tokens, top_k]`, best first, and weights float32 `[tokens,
-      top_k]`.
+      As `Routed` describes.
 
     Raises:
       ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.
@@ -192,18 +199,77 @@ def route(
     """
     top_k = count("route", "top_k", top_k)
     how = {"eps": number("route", "eps", eps), "normalise": flag("route", "normalise", normalise)}
-    signature, arrays = _route(top_k), {"x": x, "norm": norm, "router": router}
+    arrays = {"x": x, "update": update, "norm": norm, "router": router, "valid": valid}
+    signature = _route(top_k)
     _, sizes = signature.check(**arrays)
     if top_k > sizes["e"]:
         raise ArgumentError(f"route: top_k is {top_k}; it must be at most e = {sizes['e']} of router")
-    return dispatch(signature, implementation, arrays, top_k=top_k, **how)
+    return Routed(*dispatch(signature, implementation, arrays, top_k=top_k, **how))
 
 
 @functools.cache
 def _route(top_k: int) -> Signature:
     return Signature(
         "route",
-        {"x": Array("tokens in"), "norm": Array("in"), "router": Array("e in")},
-        (Result("tokens in", "x"), Result(f"tokens {top_k}", "int32"), Result(f"tokens {top_k}", "float32")),
-        same_dtype=("x", "norm", "router"),
+        {
+            "x": Array("tokens in"),
+            "update": Array("tokens in"),
+            "norm": Array("in"),
+            "router": Array("e in"),
+            "valid": Array("tokens", ("bool",)),
+        },
+        (
+            Result("tokens in", "x"),
+            Result("tokens in", "x"),
+            Result(f"tokens {top_k}", "int32"),
+            Result(f"tokens {top_k}", "float32"),
+            Result(f"tokens*{top_k} in", "x"),
+            Result(f"tokens {top_k}", "int32"),
+            Result("e", "int32"),
+        ),
+        same_dtype=("x", "update", "norm", "router"),
     )
+
+
+def combine_experts(
+    rows: ArrayLike,
+    row_of: ArrayLike,
+    weights: ArrayLike,
+    x: ArrayLike,
+    norm: ArrayLike,
+    *,
+    eps: float,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of what a token's experts gave, the residual, and the RMS norm of the next layer.
+
+    `y = x + sum(weights[:, i] * rows[row_of[:, i]])`. The sum is in float32, in the order of i, and rounded to the
+    dtype of x before the addition, as y is behind it.
+
+    Args:
+      rows: `[tokens * k, in]`, bfloat16, float16 or float32, in any order; at least one token. They must be finite:
+        one with the weight 0 is multiplied too.
+      row_of: int32 `[tokens, k]`, the place in `rows` of each of a token's rows, from 0 to `tokens * k - 1`. A place
+        out of range is the nearest in range. Places may be the same.
+      weights: float32 `[tokens, k]`; 0 for an expert that is not there.
+      x: `[tokens, in]`, the residual, in the dtype of rows.
+      norm: `[in]`, in the same dtype.
+      eps: of the norm.
+      implementation: None, "mosaic_gpu" or "xla".
+
+    Returns:
+      y and `rms_norm(y)`, both `[tokens, in]` in the dtype of x.
+
+    Raises:
+      ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.
+      UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
+    """
+    arrays = {"rows": rows, "row_of": row_of, "weights": weights, "x": x, "norm": norm}
+    how = {"eps": number("combine_experts", "eps", eps)}
+    _, sizes = _COMBINE.check(**arrays)
+    if sizes["r"] != sizes["tokens"] * sizes["k"]:
+        raise ArgumentError(
+            f"combine_experts: rows has {sizes['r']} rows; it must have tokens * k = {sizes['tokens']} * {sizes['k']}, "
+            "as many as row_of has places"
+        )
+    return dispatch(_COMBINE, implementation, arrays, **how)

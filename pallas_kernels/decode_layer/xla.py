@@ -1,18 +1,19 @@
 """Portable implementations: the formulas of a decoder layer, with its roundings."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.grouped_matmul import sort_rows, take_rows
 from pallas_kernels.portable import small_top_k
 
 
-def decode_projections(
-    x: jax.Array,
-    norm: jax.Array,
+def finish_projections(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    index_q: jax.Array,
+    index: jax.Array,
     index_k: jax.Array,
     q_norm: jax.Array,
     k_norm: jax.Array,
@@ -27,49 +28,66 @@ def decode_projections(
     index_pages: jax.Array | None,
     slots: jax.Array | None,
     *,
-    index_heads: int,
     eps: float,
     index_eps: float,
 ) -> tuple[jax.Array, ...]:
-    """See `api.decode_projections`."""
-    x = _rms_norm(x, norm, eps)
-    queries = _rotate(_rms_norm(_product(x, q), q_norm, eps), cos, sin)
-    keys = _rotate(_rms_norm(_product(x, k), k_norm, eps), cos, sin)
-    rows = jnp.concatenate([keys, _product(x, v)], axis=1)
-    index_rows, dim = _product(x, index_q), index_k.shape[0]
-    index_queries, gates = jnp.split(index_rows, [index_heads * dim], axis=1)
-    index_queries = _rms_norm(index_queries.reshape(-1, index_heads, dim), index_q_norm, index_eps)
+    """See `api.finish_projections`."""
+    queries = _rotate(_rms_norm(q, q_norm, eps), cos, sin)
+    rows = jnp.concatenate([_rotate(_rms_norm(k, k_norm, eps), cos, sin), v], axis=1)
+    tokens, dim = index_k.shape
+    index_heads = index.shape[1] // (dim + 1)
+    index_queries, gates = jnp.split(index, [index_heads * dim], axis=1)
+    index_queries = _rms_norm(index_queries.reshape(tokens, index_heads, dim), index_q_norm, index_eps)
     index_queries = _rotate(index_queries, index_cos, index_sin)
-    index_keys = _layer_norm(_product(x, index_k), index_k_norm, index_k_bias, index_eps)
+    index_keys = _layer_norm(index_k, index_k_norm, index_k_bias, index_eps)
     index_keys = _rotate(index_keys[:, None], index_cos, index_sin)[:, 0]
     if kv_pages is not None and index_pages is not None and slots is not None:
         rows, index_keys = _write(kv_pages, slots, rows), _write(index_pages, slots, index_keys)
     return queries, index_queries, gates.astype(jnp.float32), rows, index_keys
 
 
-def output_projection(attended: jax.Array, weight: jax.Array, residual: jax.Array) -> jax.Array:
-    """See `api.output_projection`."""
-    contracted = ((1, 2), (1, 2)), ((), ())
-    out = jax.lax.dot_general(attended, weight, contracted, preferred_element_type=jnp.float32)
-    return residual + out.astype(residual.dtype)
-
-
 def route(
-    x: jax.Array, norm: jax.Array, router: jax.Array, *, top_k: int, eps: float, normalise: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x: jax.Array,
+    update: jax.Array,
+    norm: jax.Array,
+    router: jax.Array,
+    valid: jax.Array,
+    *,
+    top_k: int,
+    eps: float,
+    normalise: bool,
+) -> tuple[jax.Array, ...]:
     """See `api.route`."""
-    normed = _rms_norm(x, norm, eps)
+    y = x + update
+    normed = _rms_norm(y, norm, eps)
     logits = jax.lax.dot_general(normed, router, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     weights, experts = small_top_k(jax.nn.softmax(logits, axis=-1), top_k)
     if normalise:
         weights /= jnp.sum(weights, axis=-1, keepdims=True)
-    return normed, experts, weights
+    weights = jnp.where(valid[:, None], weights, 0.0)
+    return y, normed, experts, weights, *sort_by_expert(normed, experts, valid, len(router))
 
 
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`[tokens, in]` times `[..., in]`, `[tokens, ...]` in the dtype of x."""
-    contracted = (((1,), (weight.ndim - 1,)), ((), ()))
-    return jax.lax.dot_general(x, weight, contracted, preferred_element_type=jnp.float32).astype(x.dtype)
+def sort_by_expert(
+    normed: jax.Array, experts: jax.Array, valid: jax.Array, number: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`rows`, `row_of` and `group_sizes` of `api.Routed`, for this number of experts."""
+    keys = jnp.where(valid[:, None], experts, number).reshape(-1)
+    order, row_of = sort_rows(keys)
+    group_sizes = jnp.sum(keys == jnp.arange(number)[:, None], axis=-1, dtype=jnp.int32)
+    rows = take_rows(normed, order // experts.shape[1])
+    return rows, row_of.reshape(experts.shape).astype(jnp.int32), group_sizes
+
+
+def combine_experts(
+    rows: jax.Array, row_of: jax.Array, weights: jax.Array, x: jax.Array, norm: jax.Array, *, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.combine_experts`."""
+    # One term for each of the few experts: XLA gathers and adds in one pass, without an array of all terms.
+    taken = (jnp.take(rows, row_of[:, i], axis=0, mode="clip") for i in range(row_of.shape[1]))
+    terms = (weights[:, i, None] * row for i, row in enumerate(taken))
+    y = x + functools.reduce(jnp.add, terms).astype(x.dtype)
+    return y, _rms_norm(y, norm, eps)
 
 
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -102,10 +102,6 @@ class Machine:
         offset = arith.muli(arith.extui(self.i64, self.word(index).raw), arith.constant(self.i64, 4 * size))
         return byte_offset(base, offset)
 
-    def select_row(self, condition, a, b):
-        """Row `a` where the condition holds, else `b`. It is the same in all threads of a cluster."""
-        return arith.select(condition.raw, a, b)
-
     def _at(self, pointer, index):
         offset = arith.muli(arith.extui(self.i64, self.word(index).raw), arith.constant(self.i64, 4))
         return byte_offset(pointer, offset)
@@ -117,6 +113,16 @@ class Machine:
         """Four words from a multiple of four. They are read once and not kept in L1."""
         words = utils.inline_ptx(
             "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];",
+            self._at(row, index),
+            result_types=[self.i32] * 4,
+            has_side_effects=True,
+        )
+        return [Value(self, w) for w in words]
+
+    def load_global4_in_order(self, row, index):
+        """As `load_global4`, but behind all barriers that come before it; compilers move the other loads ahead."""
+        words = utils.inline_ptx(
+            "ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];",
             self._at(row, index),
             result_types=[self.i32] * 4,
             has_side_effects=True,
@@ -142,6 +148,11 @@ class Machine:
 
     def store_global(self, row, index, value):
         llvm.store(self.word(value).raw, self._at(row, index), alignment=4)
+
+    def store_global4(self, row, index, values):
+        """Stores four words at a multiple of four."""
+        words = (self.word(v).raw for v in values)
+        utils.inline_ptx("st.global.v4.b32 [$0], {$1, $2, $3, $4};", self._at(row, index), *words)
 
     def store_global_where(self, row, index, value, condition):
         """Stores a word where `condition` holds, with no branch."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from keye_jax.quantization.quantize import VALUES, scales_dtype
 from keye_jax.quantization.schemes import FORMATS, Format, grid, standard
-from pallas_kernels.decode_layer.mosaic_gpu import decode_projections, output_projection, route
+from pallas_kernels.decode_layer.mosaic_gpu import combine_experts, finish_projections, route
 from pallas_kernels.flash_attention.mosaic_gpu import paged_flash_attention
 from pallas_kernels.grouped_matmul.mosaic_gpu import expert_mlp, grouped_matmul, quantized_expert_mlp
 from pallas_kernels.indexer_scores.mosaic_gpu import indexer_scores
@@ -225,34 +225,35 @@ def _dense(batch: int, context: int) -> KernelCase:
     )
 
 
-def _projections(tokens: int, *, paged: bool = True, quick: bool = False) -> KernelCase:
-    arrays = MODEL.projection_arguments(tokens)
-    how = {"index_heads": MODEL.index_heads, "eps": 1e-6, "index_eps": 1e-6}
+def _finished(tokens: int, *, paged: bool = True, quick: bool = False) -> KernelCase:
+    arrays = MODEL.projected_arguments(tokens)
     cache = {"kv_pages": None, "index_pages": None, "slots": None}
     if paged:
         pages = spec(512, PAGE_SIZE, MODEL.index_dim)
         cache = {"kv_pages": MODEL.kv_pages(512 * PAGE_SIZE), "index_pages": pages, "slots": int32(tokens)}
     names = [*arrays, *(name for name in cache if paged)]
 
-    def project(*given):
+    def run(*given):
         arguments: dict[str, Any] = dict.fromkeys(cache) | dict(zip(names, given, strict=True))
-        return decode_projections(**arguments, **how)
+        return finish_projections(**arguments, eps=1e-6, index_eps=1e-6)
 
     words = f"{tokens} tokens" + ("" if paged else ", no pages")
     given = (*arrays.values(), *(x for x in cache.values() if x is not None))
-    return KernelCase("decode_projections", words, project, given, quick=quick)
-
-
-def _output(tokens: int, *, quick: bool = False) -> KernelCase:
-    weight = spec(MODEL.hidden, MODEL.heads, MODEL.head_dim)
-    arguments = spec(tokens, MODEL.heads, MODEL.head_dim), weight, spec(tokens, MODEL.hidden)
-    return KernelCase("output_projection", f"{tokens} tokens", output_projection, arguments, quick=quick)
+    return KernelCase("finish_projections", words, run, given, quick=quick)
 
 
 def _route(tokens: int, *, quick: bool = False) -> KernelCase:
-    arguments = spec(tokens, MODEL.hidden), spec(MODEL.hidden), spec(MODEL.experts, MODEL.hidden)
+    rows, router = spec(tokens, MODEL.hidden), spec(MODEL.experts, MODEL.hidden)
+    arguments = rows, rows, spec(MODEL.hidden), router, spec(tokens, dtype=jnp.bool_)
     function = functools.partial(route, top_k=MODEL.experts_per_token, eps=1e-6, normalise=True)
     return KernelCase("route", f"{tokens} tokens", function, arguments, quick=quick)
+
+
+def _combine(tokens: int, experts: int = MODEL.experts_per_token, *, quick: bool = False) -> KernelCase:
+    x, places = spec(tokens, MODEL.hidden), (tokens, experts)
+    arguments = spec(tokens * experts, MODEL.hidden), int32(*places), float32(*places), x, spec(MODEL.hidden)
+    words = f"{tokens} x {experts} rows"
+    return KernelCase("combine_experts", words, functools.partial(combine_experts, eps=1e-6), arguments, quick=quick)
 
 
 def _nucleus(rows: int, *, quick: bool = False) -> KernelCase:
@@ -306,10 +307,11 @@ CASES = [
         for tokens in [1, 64, 512, 2048, 16_384]
     ),
     *(_dense(batch, 131_072) for batch in [1, 8, 64]),
-    *(_projections(tokens, quick=tokens == 16) for tokens in [1, 4, 16, 64]),
-    *(_projections(tokens, paged=False) for tokens in [1, 16]),
-    *(_output(tokens, quick=tokens == 16) for tokens in [1, 4, 16, 64]),
-    *(_route(tokens, quick=tokens == 16) for tokens in [1, 4, 16, 64]),
+    *(_finished(tokens, quick=tokens == 16) for tokens in [1, 4, 16, 64]),
+    *(_finished(tokens, paged=False) for tokens in [1, 16]),
+    *(_route(tokens, quick=tokens in (8, 16)) for tokens in [1, 4, 8, 16, 64]),
+    *(_combine(tokens, quick=tokens == 1) for tokens in [1, 64]),
+    *(_combine(4, experts) for experts in [7, 32]),
 ]
 """What the released model runs, alone and in an engine."""
 

@@ -1,16 +1,15 @@
 """Products of a few rows with a tile of a weight matrix, and norms of rows, as code for single threads.
 
-A weight matrix is `[out, in]`. A block of 8 warps takes a tile of 16 or 64 of its rows, the outputs, and a group of 8,
-16 or 32 tokens. In a step the warps take 32 inputs each, 256 neighbouring ones together. Weights go from memory
-straight to registers, several steps ahead, and each is read once by a block. A thread loads 8 neighbouring inputs of a
-row where the tensor cores want pairs from two places: products sum over inputs, so any order will do that tokens and
-weights share.
+A weight matrix is `[out, in]`. A block of 8 warps takes 16 of its rows, the outputs, or a multiple of them, and a group
+of 8 tokens, or a multiple. In a step the warps take 32 inputs each, 256 neighbouring ones together. Weights go
+from memory straight to registers, several steps ahead, and each is read once by a block. A thread loads 8 neighbouring
+inputs of a row where the tensor cores want pairs from two places: products sum over inputs, so any order will do that
+tokens and weights share.
 
 The warps' sums are added through shared memory, in the order of the warps. So the order of every sum follows from the
 sizes of the matrix alone: a token's results have the same bits in any group, alone or with others.
 """
 
-import dataclasses
 import functools
 
 from pallas_kernels.gpu.simt import float_bits
@@ -23,28 +22,6 @@ STEP = 32 * WARPS
 _CHUNK = 16
 """Words of the inputs of one step of a warp."""
 _HIGH = 0xFFFF0000
-
-
-@dataclasses.dataclass(frozen=True)
-class GroupedShape:
-    """The sizes of a launch whose blocks take groups of tokens.
-
-    Attributes:
-      rows: tokens.
-      size: inputs.
-    """
-
-    rows: int
-    size: int
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a group: 8, 16 or 32."""
-        return next((tokens for tokens in (8, 16) if tokens >= self.rows), 32)
-
-    @property
-    def groups(self) -> int:
-        return -(-self.rows // self.tokens)
 
 
 def row_pitch(size: int) -> int:
@@ -72,14 +49,14 @@ class TileProduct:
       size: inputs.
       tokens: of the group, a multiple of 8.
       ahead: steps whose weights are on their way.
-      load_tokens: gives a lane's 4 words of token g of each 8, from a word on; None for tokens in shared memory.
+      load_weights: gives 4 words of weights, from a word on.
     """
 
-    def __init__(self, machine, weights, rows, size, tokens, ahead, load_tokens=None):
+    def __init__(self, machine, weights, rows, size, tokens, ahead, load_weights):
         self.machine, self.weights, self.tokens, self.ahead = machine, weights, tokens, ahead
         self.g, self.c = machine.lane >> 2, machine.lane & 3
         self.rows = [[row * (size // 2) for row in pair] for pair in rows]
-        self.steps, self.load_tokens = size // STEP, load_tokens
+        self.steps, self.load_weights = size // STEP, load_weights
         self.pending = [self._load(step) for step in range(min(ahead, self.steps))]
 
     def _word(self, step):
@@ -87,11 +64,10 @@ class TileProduct:
 
     def _load(self, step):
         word = self._word(step)
-        tiles = [[self.machine.load_global4(self.weights, row + word) for row in pair] for pair in self.rows]
-        return tiles, self.load_tokens(word) if self.load_tokens else None
+        return [[self.load_weights(self.weights, row + word) for row in pair] for pair in self.rows]
 
     def shared_tokens(self, start, pitch):
-        """Loads tokens from shared memory: `load_tokens` of rows of `pitch` words from `start` on."""
+        """For `sums`: tokens in shared memory, in rows of `pitch` words from `start` on."""
 
         def load(word):
             machine = self.machine
@@ -100,17 +76,19 @@ class TileProduct:
 
         return load
 
-    def sums(self, load_tokens=None):
-        """This warp's part: float32 `[tile, 8 tokens, 4]`, each four as `multiply_tiles` gives them."""
+    def sums(self, load_tokens):
+        """This warp's part: float32 `[tile, 8 tokens, 4]`, each four as `multiply_tiles` gives them.
+
+        Args:
+          load_tokens: gives a lane's 4 words of token g of each 8, from a word on.
+        """
         machine = self.machine
         sums = [[[machine.word(0)] * 4 for _ in range(0, self.tokens, 8)] for _ in self.rows]
         for step in range(self.steps):
-            tiles, tokens = self.pending.pop(0)
+            tiles = self.pending.pop(0)
             if step + self.ahead < self.steps:
                 self.pending.append(self._load(step + self.ahead))
-            if tokens is None:
-                assert load_tokens is not None, "tokens are loaded ahead or here"
-                tokens = load_tokens(self._word(step))
+            tokens = load_tokens(self._word(step))
             for half in (0, 2):
                 for own, (low, high) in zip(sums, tiles, strict=True):
                     a = low[half], high[half], low[half + 1], high[half + 1]
@@ -140,51 +118,25 @@ def unpack(machine, words):
     return [half for word in words for half in (word << 16, word & _HIGH)]
 
 
-def rounded(machine, *numbers):
-    """Float32 numbers rounded to bfloat16, still as float32."""
-    return [word << 16 for word in (machine.pack_bfloat16(x, x) for x in numbers)]
-
-
-def lane_sum(machine, number):
-    """The sum over a warp, in an order that is always the same; every lane gets it."""
-    for mask in (16, 8, 4, 2, 1):
+def lane_sum(machine, number, lanes=32):
+    """The sum over each `lanes` lanes, 32 or 16, in an order that is always the same; every lane gets it."""
+    for mask in (16, 8, 4, 2, 1) if lanes == 32 else (8, 4, 2, 1):
         number = machine.float_op("add", number, machine.shuffle_xor(number, mask))
     return number
 
 
-def load_bfloat16(machine, row, index):
-    """One number of a row of bfloat16, as float32."""
-    return machine.load_global(row, index >> 1) >> ((index & 1) << 4) << 16
-
-
-def normalise(machine, x, norm, first, tokens, rows, size, eps, start):
-    """Writes the RMS norms of a group of tokens to shared memory, in rows of `row_pitch(size)` words from `start` on.
-
-    Args:
-      x, norm: bfloat16 `[rows, size]` and `[size]`.
-      first: the group's first row. Rows that do not exist count as zeros.
-      tokens: of the group.
-      eps: a float32 word.
-    """
-    op, weights = machine.float_op, machine.row(norm, 0, size // 2)
-    for group in range(0, tokens, WARPS):
-        token = machine.warp + group
-        row = first + token
-        exists = row < rows
-        source = machine.row(x, machine.select(exists, row, 0), size // 2)
-        places = [machine.lane * 4 + word for word in range(0, size // 2, 128)]
-        loaded = [machine.load_global4_where(source, place, exists) for place in places]
-        total = machine.word(0)
-        for words in loaded:
-            for number in unpack(machine, words):
-                total = op("fma", number, number, total)
-        scale = mean_scale(machine, lane_sum(machine, total), size, eps)
-        for place, words in zip(places, loaded, strict=True):
-            factors = unpack(machine, machine.load_global4(weights, place))
-            scaled = [op("mul", x, scale) for x in unpack(machine, words)]
-            scaled = [op("mul", x, factor) for x, factor in zip(scaled, factors, strict=True)]
-            packed = [machine.pack_bfloat16(*scaled[i : i + 2]) for i in range(0, 8, 2)]
-            machine.store_shared_vector(token * row_pitch(size) + place + start, packed)
+def normalise_token(machine, token, factors, size, eps):
+    """The RMS norm of a warp's token, from a lane's words of it and of the norm's weights, each in lists of four."""
+    op, total = machine.float_op, machine.word(0)
+    for words in token:
+        for number in unpack(machine, words):
+            total = op("fma", number, number, total)
+    scale, normed = mean_scale(machine, lane_sum(machine, total), size, eps), []
+    for words, own in zip(token, factors, strict=True):
+        scaled = [op("mul", x, scale) for x in unpack(machine, words)]
+        scaled = [op("mul", x, factor) for x, factor in zip(scaled, unpack(machine, own), strict=True)]
+        normed.append([machine.pack_bfloat16(*scaled[i : i + 2]) for i in range(0, 8, 2)])
+    return normed
 
 
 def mean_scale(machine, total, size, eps):

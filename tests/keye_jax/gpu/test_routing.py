@@ -34,7 +34,8 @@ def test_weights_are_those_of_the_chosen_experts(moe, tokens, implementation):
         if implementation is None:
             return (x, *moe.route(x))
         how = {"top_k": moe.experts_per_token, "eps": 1e-6, "normalise": moe.normalise}
-        return route(x, norm, router, **how, implementation=implementation)
+        out = route(x, jnp.zeros_like(x), norm, router, jnp.ones(tokens, bool), **how, implementation=implementation)
+        return out.normed, out.experts, out.weights
 
     for seed in range(5):
         x = 3 * jax.random.normal(jax.random.key(seed), (tokens, router.shape[1]))

@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 from keye_jax.config import KeyeConfig
-from keye_jax.model.moe import MoE, sort_rows, take_rows
+from keye_jax.model.moe import MoE
 from keye_jax.sharding import MeshRules, StepSharding
+from pallas_kernels.grouped_matmul import sort_rows, take_rows
 
 ONE = StepSharding.prefill(MeshRules.single_device())
 

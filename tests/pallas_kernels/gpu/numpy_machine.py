@@ -87,11 +87,6 @@ class NumpyMachine:
     def row(self, ref, index, size):
         return ref.reshape(-1, size), self.word(index).raw
 
-    def select_row(self, condition, a, b):
-        chosen = condition.raw[self.active]
-        assert chosen.all() or not chosen.any(), "a row that differs between threads"
-        return a if chosen.all() else b
-
     def load_global(self, row, index):
         array, rows = row
         index = self.word(index).raw.astype(np.int64)
@@ -101,6 +96,9 @@ class NumpyMachine:
     def load_global4(self, row, index):
         assert (self.word(index).raw[self.active] % 4 == 0).all()
         return [self.load_global(row, index + i) for i in range(4)]
+
+    def load_global4_in_order(self, row, index):
+        return self.load_global4(row, index)
 
     def copy_shared4(self, address, row, index, condition):
         with self.when(condition):
@@ -126,6 +124,11 @@ class NumpyMachine:
         array, rows = row
         at = self.active
         array[rows[at], self.word(index).raw[at]] = self.word(value).raw[at]
+
+    def store_global4(self, row, index, values):
+        assert (self.word(index).raw[self.active] % 4 == 0).all()
+        for i, value in enumerate(values):
+            self.store_global(row, index + i, value)
 
     def store_global_where(self, row, index, value, condition):
         with self.when(condition):
@@ -383,6 +386,13 @@ class NumpyTensorMachine(NumpyMachine):
         with self.when(condition):
             words = self.load_global4(row, index)
         return [self.select(condition, word, 0) for word in words]
+
+    def load_global_pair(self, row, index):
+        assert (self.word(index).raw[self.active] % 2 == 0).all()
+        return [self.load_global(row, index + i) for i in range(2)]
+
+    def load_global_now(self, row, index, size):
+        return self.load_global4(row, index) if size == 4 else [self.load_global(row, index)]
 
     def store_global_pair(self, row, index, a, b):
         assert (self.word(index).raw[self.active] % 2 == 0).all()

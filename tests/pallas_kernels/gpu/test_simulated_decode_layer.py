@@ -1,6 +1,6 @@
 """A NumPy machine runs the kernels for single tokens of a decoder layer. It tests logic, not races, without a GPU."""
 
-import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,20 +8,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import decode_projections, kernel_call, output_projection, route
+from pallas_kernels import combine_experts, finish_projections, kernel_call, route
 from pallas_kernels.decode_layer import xla
-from pallas_kernels.decode_layer.mosaic_gpu import output, projections, routing
+from pallas_kernels.decode_layer.mosaic_gpu import combining, finishing, ordering, routing
 from tests.pallas_kernels.gpu.numpy_machine import numpy_launch
 
 BF16, PAGE_SIZE = ml_dtypes.bfloat16, 16
-HEADS, KV_HEADS, INDEX_HEADS, EPS, INDEX_EPS = 2, 1, 3, 1e-6, 1e-5
+HEADS, KV_HEADS, INDEX_HEADS, EPS, INDEX_EPS = 2, 2, 6, 1e-6, 1e-5
 
 
 @pytest.fixture(autouse=True)
 def in_numpy(monkeypatch, quick_to_compile):
     """Lets the public functions run their kernels in a NumPy machine."""
     monkeypatch.setattr(kernel_call, "interpreted", lambda name: True)
-    for module in (output, projections, routing):
+    for module in (combining, finishing, ordering, routing):
         monkeypatch.setattr(module, "launch", numpy_launch)
 
 
@@ -33,21 +33,15 @@ def near_one(rng, *shape):
     return (1 + rng.standard_normal(shape) / 4).astype(BF16)
 
 
-def projection_arguments(rows, size):
+def arguments(rows):
     rng = np.random.default_rng(rows)
-
-    def weight(*shape):
-        return (rng.standard_normal((*shape, size)) * size**-0.5).astype(BF16)
-
     angles, index_angles = rng.uniform(-9, 9, (rows, 64)), rng.uniform(-9, 9, (rows, 32))
     return {
-        "x": 2 * numbers(rng, rows, size),
-        "norm": near_one(rng, size),
-        "q": weight(HEADS, 128),
-        "k": weight(KV_HEADS, 128),
-        "v": weight(KV_HEADS, 128),
-        "index_q": weight(INDEX_HEADS * 65),
-        "index_k": weight(64),
+        "q": 3 * numbers(rng, rows, HEADS, 128),
+        "k": numbers(rng, rows, KV_HEADS, 128),
+        "v": numbers(rng, rows, KV_HEADS, 128),
+        "index": numbers(rng, rows, INDEX_HEADS * 65),
+        "index_k": 3 + 2 * numbers(rng, rows, 64),
         "q_norm": near_one(rng, 128),
         "k_norm": near_one(rng, 128),
         "index_q_norm": near_one(rng, 64),
@@ -60,17 +54,10 @@ def projection_arguments(rows, size):
     }
 
 
-def projected(arrays, cache=None):
+def finished(arrays, cache=None):
     """Queries, the indexer's, its gates, and rows of keys and values and of index keys, or pages with them."""
-    how = {"index_heads": INDEX_HEADS, "eps": EPS, "index_eps": INDEX_EPS}
-    out = decode_projections(**arrays, **(cache or {}), **how, implementation="mosaic_gpu")
+    out = finish_projections(**arrays, **(cache or {}), eps=EPS, index_eps=INDEX_EPS, implementation="mosaic_gpu")
     return [np.asarray(x) for x in out]
-
-
-def expected_projections(arrays):
-    how = {"kv_pages": None, "index_pages": None, "slots": None, "index_heads": INDEX_HEADS}
-    given = {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
-    return xla.decode_projections(**given, **how, eps=EPS, index_eps=INDEX_EPS)
 
 
 def assert_near(got, wanted, tolerance=2e-2):
@@ -81,32 +68,36 @@ def assert_near(got, wanted, tolerance=2e-2):
         assert np.linalg.norm(one - other) < tolerance / 2 * np.linalg.norm(other)
 
 
-@pytest.mark.parametrize(("rows", "size"), [(1, 512), (5, 256), (13, 256), (35, 256)])
-def test_projections(rows, size):
-    arrays = projection_arguments(rows, size)
-    assert_near(projected(arrays), expected_projections(arrays))
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_finish_projections(rows):
+    """Near the portable formulas, whose roundings are the same: few numbers differ, by one rounding."""
+    arrays, none = arguments(rows), dict.fromkeys(("kv_pages", "index_pages", "slots"))
+    given = {name: jnp.asarray(x) for name, x in arrays.items()}
+    got, wanted = finished(arrays), xla.finish_projections(**given, **none, eps=EPS, index_eps=INDEX_EPS)
+    assert [x.dtype.name for x in got] == ["bfloat16", "bfloat16", "float32", "bfloat16", "bfloat16"]
+    assert_near(got, wanted, 1e-2)
+    for one, other in zip(got, wanted, strict=True):
+        assert np.mean(one != np.asarray(other)) < 5e-3
 
 
-def test_a_token_has_the_same_bits_in_every_group():
-    arrays = projection_arguments(35, 512)
-    together = projected(arrays)
-    by_row = ("x", "cos", "sin", "index_cos", "index_sin")
+def test_a_token_has_the_same_bits_alone():
+    arrays = arguments(35)
+    together = finished(arrays)
     for count in (1, 9):
-        part = {name: x[34 - count : 34].copy() if name in by_row else x for name, x in arrays.items()}
-        for one, all_of_them in zip(projected(part), together, strict=True):
+        part = {name: x[34 - count : 34].copy() if len(x) == 35 else x for name, x in arrays.items()}
+        for one, all_of_them in zip(finished(part), together, strict=True):
             np.testing.assert_array_equal(one, all_of_them[34 - count : 34])
 
 
 def test_rows_go_to_their_places_in_pages():
     """Where a token has no place, nothing is written; all other places keep what they have."""
-    rows, pages = 5, 3
-    arrays = projection_arguments(rows, 256)
+    pages, arrays = 3, arguments(5)
     rng = np.random.default_rng(1)
     before = numbers(rng, pages, PAGE_SIZE, 2 * KV_HEADS, 128), numbers(rng, pages, PAGE_SIZE, 64)
     places = np.array([PAGE_SIZE * pages, 7, PAGE_SIZE * pages - 1, -1, 0], np.int32)
     cache = {"kv_pages": before[0], "index_pages": before[1], "slots": places}
-    *_, kv, index_keys = projected(arrays, cache)
-    *_, new_kv, new_keys = projected(arrays)
+    *_, kv, index_keys = finished(arrays, cache)
+    *_, new_kv, new_keys = finished(arrays)
     wanted = [x.reshape(-1, *x.shape[2:]).copy() for x in before]
     for row in (1, 2, 4):
         wanted[0][places[row]], wanted[1][places[row]] = new_kv[row], new_keys[row]
@@ -114,81 +105,146 @@ def test_rows_go_to_their_places_in_pages():
     np.testing.assert_array_equal(index_keys.reshape(wanted[1].shape), wanted[1])
 
 
-@pytest.mark.parametrize("rows", [1, 8, 13, 40])
-def test_output_projection(rows):
-    rng, size, outputs = np.random.default_rng(rows), 512, 48
-    attended, weight = numbers(rng, rows, size), (numbers(rng, outputs, size) * size**-0.5).astype(BF16)
-    residual = numbers(rng, rows, outputs)
-
-    def project(first, count):
-        part = slice(first, first + count)
-        given = attended[part].reshape(count, 4, -1), weight.reshape(outputs, 4, -1), residual[part]
-        return np.asarray(output_projection(*given, implementation="mosaic_gpu"))
-
-    out = project(0, rows)
-    wanted = residual.astype(np.float64) + attended.astype(np.float64) @ weight.astype(np.float64).T
-    assert_near([out], [wanted], 1e-2)
-    np.testing.assert_array_equal(project(rows - 1, 1), out[-1:])
+def routed(arrays, top_k=5, normalise=True, named="mosaic_gpu") -> Any:
+    """`Routed` of NumPy arrays."""
+    return jax.tree.map(np.asarray, route(**arrays, top_k=top_k, eps=EPS, normalise=normalise, implementation=named))
 
 
-@dataclasses.dataclass
-class Routed:
-    normed: np.ndarray
-    experts: np.ndarray
-    weights: np.ndarray
+def route_arguments(rows, experts, size=256, seed=None):
+    rng = np.random.default_rng(rows if seed is None else seed)
+    return {
+        "x": 2 * numbers(rng, rows, size),
+        "update": numbers(rng, rows, size),
+        "norm": near_one(rng, size),
+        "router": (numbers(rng, experts, size) / 8).astype(BF16),
+        "valid": rng.random(rows) < 0.7,
+    }
 
 
-def routed(x, norm, router, top_k=5, normalise=True):
-    out = route(x, norm, router, top_k=top_k, eps=EPS, normalise=normalise, implementation="mosaic_gpu")
-    return Routed(*(np.asarray(x) for x in out))
+def sorted_rows(out, valid, experts):
+    """Rows, places and counts that follow from the chosen experts."""
+    top_k = out.experts.shape[1]
+    keys = np.where(valid[:, None], out.experts, experts).reshape(-1)
+    order = np.argsort(keys, kind="stable")
+    counts = np.bincount(keys, minlength=experts + 1)[:experts]
+    return out.normed[order // top_k], np.argsort(order).reshape(-1, top_k), counts
 
 
 class TestRoute:
-    @pytest.mark.parametrize(("rows", "experts"), [(1, 128), (7, 16), (9, 64), (3, 32)])
+    @pytest.mark.parametrize(
+        ("rows", "experts", "top_k"),
+        [(1, 128, 8), (3, 128, 8), (8, 128, 8), (7, 16, 5), (8, 32, 32), (5, 64, 3), (9, 64, 5), (17, 128, 8)],
+    )
     @pytest.mark.parametrize("normalise", [True, False])
-    def test_experts(self, rows, experts, normalise):
+    def test_experts(self, rows, experts, top_k, normalise):
         """A token's choice is that of its logits wherever these lead by more than rounding."""
-        rng = np.random.default_rng(rows)
-        x, norm, router = 2 * numbers(rng, rows, 256), near_one(rng, 256), numbers(rng, experts, 256)
-        router = (router / 8).astype(BF16)
-        out = routed(x, norm, router, normalise=normalise)
-        arrays = (jnp.asarray(a, jnp.float32) for a in (x, norm, router))
-        normed, _, _ = xla.route(*arrays, top_k=5, eps=EPS, normalise=normalise)
-        assert_near([out.normed], [normed])
-        logits = out.normed.astype(np.float64) @ router.astype(np.float64).T
+        arrays = route_arguments(rows, experts)
+        out, portable = (routed(arrays, top_k, normalise, named) for named in ("mosaic_gpu", "xla"))
+        np.testing.assert_array_equal(out.y, portable.y)
+        assert_near([out.normed], [portable.normed])
+        logits = out.normed.astype(np.float64) @ arrays["router"].astype(np.float64).T
         probabilities = np.asarray(jax.nn.softmax(logits, axis=-1), np.float64)
         chosen = np.take_along_axis(probabilities, out.experts, axis=1)
-        best = -np.sort(-probabilities, axis=1)[:, :5]
+        best = -np.sort(-probabilities, axis=1)[:, :top_k]
         np.testing.assert_allclose(chosen, best, rtol=1e-4)
-        assert all(len(set(row)) == 5 for row in out.experts)
+        assert all(len(set(row)) == top_k for row in out.experts)
         wanted = chosen / chosen.sum(axis=1, keepdims=True) if normalise else chosen
-        np.testing.assert_allclose(out.weights, wanted, rtol=1e-4)
+        np.testing.assert_allclose(out.weights, np.where(arrays["valid"][:, None], wanted, 0), rtol=1e-4)
+
+    @pytest.mark.parametrize("valid", ["all", "none", "some"])
+    @pytest.mark.parametrize(
+        ("rows", "experts", "top_k"),
+        [
+            *((1, 128, 8), (3, 32, 8), (8, 128, 8), (6, 64, 5), (8, 16, 16)),
+            *((9, 64, 5), (17, 128, 9), (40, 128, 8), (64, 32, 32)),
+        ],
+    )
+    def test_rows_are_sorted_by_expert(self, rows, experts, top_k, valid):
+        """Tokens share experts: half of them are twice there."""
+        arrays = route_arguments(rows, experts)
+        for name in ("x", "update"):
+            arrays[name][rows // 2 :] = arrays[name][: rows - rows // 2].copy()
+        if valid != "some":
+            arrays["valid"] = np.full(rows, valid == "all")
+        for named in ("mosaic_gpu", "xla"):
+            out = routed(arrays, top_k, named=named)
+            given, places, counts = sorted_rows(out, arrays["valid"], experts)
+            np.testing.assert_array_equal(out.row_of, places)
+            np.testing.assert_array_equal(out.group_sizes, counts)
+            np.testing.assert_array_equal(out.rows, given)
+            np.testing.assert_array_equal((out.weights > 0).all(axis=1), arrays["valid"])
+            assert counts.sum() == top_k * np.count_nonzero(arrays["valid"])
 
     def test_of_equal_experts_the_lower_come_first(self):
-        rng = np.random.default_rng(0)
-        x, norm, router = numbers(rng, 2, 256), near_one(rng, 256), numbers(rng, 128, 256)
-        router[[3, 17, 40, 90, 127]] = router[99]
-        router = np.where(np.isin(np.arange(128), [3, 17, 40, 90, 99, 127])[:, None], router, 0).astype(BF16)
-        out = routed(x, norm, router, top_k=8)
-        for own in out.experts:
-            like = [3, 17, 40, 90, 99, 127]
-            others = [0, 1, 2, 4, 5, 6, 7, 8]
+        arrays, like = route_arguments(2, 128), [3, 17, 40, 90, 99, 127]
+        arrays["router"][like] = arrays["router"][99]
+        arrays["router"] = np.where(np.isin(np.arange(128), like)[:, None], arrays["router"], 0).astype(BF16)
+        others = [0, 1, 2, 4, 5, 6, 7, 8]
+        for own in routed(arrays, top_k=8).experts:
             assert own.tolist() in ([*like, *others[:2]], others)
 
     def test_probabilities_of_zero_are_chosen_last_and_in_order(self):
         """Far below the best, all probabilities are 0."""
-        x, norm = np.ones((1, 256), BF16), np.ones(256, BF16)
+        arrays = {"x": np.ones((1, 256), BF16), "update": np.zeros((1, 256), BF16), "norm": np.ones(256, BF16)}
         router = np.full((16, 256), -4, BF16)
         router[[2, 9]] = [[1], [0.99]]
-        out = routed(x, norm, router, top_k=4)
+        out = routed(arrays | {"router": router, "valid": np.ones(1, bool)}, top_k=4)
         assert out.experts.tolist() == [[2, 9, 0, 1]]
         np.testing.assert_array_equal(out.weights[0, 2:], 0)
 
+    def test_a_token_has_the_same_bits_in_every_group(self):
+        """One of 17 tokens alone and among 8, which one cluster has."""
+        arrays = route_arguments(17, 64, 512)
+        arrays["valid"][[0, 7, 16]] = True
+        together = routed(arrays)
+        for rows in ([0], [7], [16], [3, 4, 16, 1, 7, 2, 9, 0]):
+            part = {name: x[rows] if name in ("x", "update", "valid") else x for name, x in arrays.items()}
+            found = routed(part)
+            for name in ("y", "normed", "experts", "weights"):
+                np.testing.assert_array_equal(getattr(found, name), getattr(together, name)[rows])
+
+
+def expert_rows(tokens, experts, size):
+    rng = np.random.default_rng(tokens)
+    weights = rng.uniform(0, 1, (tokens, experts)).astype(np.float32)
+    weights[0, -1] = 0
+    row_of = rng.permutation(tokens * experts).reshape(tokens, experts).astype(np.int32)
+    return numbers(rng, tokens * experts, size), row_of, weights, 2 * numbers(rng, tokens, size), near_one(rng, size)
+
+
+def combined(*arrays):
+    return [np.asarray(x) for x in combine_experts(*arrays, eps=EPS, implementation="mosaic_gpu")]
+
+
+class TestCombineExperts:
+    @pytest.mark.parametrize(
+        ("tokens", "experts", "size"),
+        [(1, 8, 2048), (3, 8, 256), (8, 1, 512), (17, 8, 768), (1, 32, 256), (2, 6, 1792)],
+    )
+    def test_sums(self, tokens, experts, size):
+        """Sums have the bits of single operations; norms differ by the order in which squares are added."""
+        arrays = expert_rows(tokens, experts, size)
+        y, normed = combined(*arrays)
+        wanted, wanted_norm = xla.combine_experts(*map(jnp.asarray, arrays), eps=EPS)
+        np.testing.assert_array_equal(y, np.asarray(wanted))
+        near, wanted_norm = normed.astype(np.float32), np.asarray(wanted_norm, np.float32)
+        np.testing.assert_allclose(near, wanted_norm, rtol=2**-7, atol=0)
+        assert np.mean(near == wanted_norm) > 0.98
+
+    def test_places_out_of_range_are_the_nearest_in_range(self):
+        rows, _, *others = expert_rows(2, 4, 256)
+        bad = np.array([[-1, 8, 3, 2**31 - 1], [-(2**31), 0, 7, 5]], np.int32)
+        for one, other in zip(combined(rows, bad, *others), combined(rows, bad.clip(0, 7), *others), strict=True):
+            np.testing.assert_array_equal(one, other)
+
     def test_a_token_has_the_same_bits_alone(self):
-        rng = np.random.default_rng(5)
-        x, norm, router = numbers(rng, 11, 512), near_one(rng, 512), numbers(rng, 64, 512)
-        together = routed(x, norm, router)
-        for row in (0, 7, 10):
-            alone = routed(x[row : row + 1].copy(), norm, router)
-            for name in ("normed", "experts", "weights"):
-                np.testing.assert_array_equal(getattr(alone, name)[0], getattr(together, name)[row])
+        rows, row_of, weights, x, norm = expert_rows(17, 8, 512)
+        together = combined(rows, row_of, weights, x, norm)
+        for token in (0, 9, 16):
+            # Alone, its rows lie in another order.
+            own = np.roll(np.arange(8, dtype=np.int32), token)[None]
+            mine = np.empty_like(rows[:8])
+            mine[own[0]] = rows[row_of[token]]
+            part = slice(token, token + 1)
+            for one, all_of_them in zip(combined(mine, own, weights[part], x[part], norm), together, strict=True):
+                np.testing.assert_array_equal(one, all_of_them[part])
