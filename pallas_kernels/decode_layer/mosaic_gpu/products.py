@@ -1,10 +1,9 @@
-"""Products of a few rows with a tile of a weight matrix, and norms of rows, as code for single threads.
+"""Products of eight rows with 16 rows of a weight matrix, and norms of rows, as code for single threads.
 
-A weight matrix is `[out, in]`. A block of 8 warps takes 16 of its rows, the outputs, or a multiple of them, and a group
-of 8 tokens, or a multiple. In a step the warps take 32 inputs each, 256 neighbouring ones together. Weights go
-from memory straight to registers, several steps ahead, and each is read once by a block. A thread loads 8 neighbouring
-inputs of a row where the tensor cores want pairs from two places: products sum over inputs, so any order will do that
-tokens and weights share.
+A weight matrix is `[out, in]`. A block of 8 warps takes 16 of its rows, the outputs, and eight tokens. In a step the
+warps take 32 inputs each, 256 neighbouring ones together. Weights go from memory straight to registers, those of all
+steps at once, and each is read once by a block. A thread loads 8 neighbouring inputs of a row where the tensor cores
+want pairs from two places: products sum over inputs, so any order will do that tokens and weights share.
 
 The warps' sums are added through shared memory, in the order of the warps. So the order of every sum follows from the
 sizes of the matrix alone: a token's results have the same bits in any group, alone or with others.
@@ -14,13 +13,16 @@ import functools
 
 from pallas_kernels.gpu.simt import float_bits
 
-WARPS = 8
+OUTPUTS, TOKENS, WARPS = 16, 8, 8
 THREADS = 32 * WARPS
 STEP = 32 * WARPS
 """Inputs of one step of a block."""
 
 _CHUNK = 16
 """Words of the inputs of one step of a warp."""
+_SUMS_PITCH = OUTPUTS + 4
+SUMS_WORDS = WARPS * TOKENS * _SUMS_PITCH
+"""Words of shared memory that `TileProduct.share` takes."""
 _HIGH = 0xFFFF0000
 
 
@@ -29,87 +31,50 @@ def row_pitch(size: int) -> int:
     return size // 2 + 16
 
 
-def sums_words(tiles: int, tokens: int) -> int:
-    """Words of shared memory that `TileProduct.share` takes."""
-    return WARPS * tokens * _sums_pitch(tiles)
-
-
-def _sums_pitch(tiles: int) -> int:
-    return 16 * tiles + 4
-
-
 class TileProduct:
-    """The product of a tile of `16 * len(rows)` outputs with a group of tokens, as each thread sees it.
+    """The product of 16 outputs with eight tokens, as each thread sees it.
 
     Its weights begin to arrive when it is made. A lane is 4 * g + c.
 
     Args:
       weights: the whole matrix as one row.
-      rows: for each 16 outputs, the rows of outputs g and g + 8.
+      first: the first output.
       size: inputs.
-      tokens: of the group, a multiple of 8.
-      ahead: steps whose weights are on their way.
       load_weights: gives 4 words of weights, from a word on.
     """
 
-    def __init__(self, machine, weights, rows, size, tokens, ahead, load_weights):
-        self.machine, self.weights, self.tokens, self.ahead = machine, weights, tokens, ahead
-        self.g, self.c = machine.lane >> 2, machine.lane & 3
-        self.rows = [[row * (size // 2) for row in pair] for pair in rows]
-        self.steps, self.load_weights = size // STEP, load_weights
-        self.pending = [self._load(step) for step in range(min(ahead, self.steps))]
+    def __init__(self, machine, weights, first, size, load_weights):
+        self.machine, self.g, self.c = machine, machine.lane >> 2, machine.lane & 3
+        self.words = [machine.warp * _CHUNK + self.c * 4 + begin for begin in range(0, size // 2, WARPS * _CHUNK)]
+        rows = [(first + self.g + half) * (size // 2) for half in (0, 8)]
+        self.weights = [[load_weights(weights, row + word) for row in rows] for word in self.words]
 
-    def _word(self, step):
-        return self.machine.warp * _CHUNK + self.c * 4 + step * (WARPS * _CHUNK)
-
-    def _load(self, step):
-        word = self._word(step)
-        return [[self.load_weights(self.weights, row + word) for row in pair] for pair in self.rows]
-
-    def shared_tokens(self, start, pitch):
-        """For `sums`: tokens in shared memory, in rows of `pitch` words from `start` on."""
-
-        def load(word):
-            machine = self.machine
-            rows = [(self.g + first) * pitch + word for first in range(0, self.tokens, 8)]
-            return [machine.load_shared_vector(row + start, 4) for row in rows]
-
-        return load
-
-    def sums(self, load_tokens):
-        """This warp's part: float32 `[tile, 8 tokens, 4]`, each four as `multiply_tiles` gives them.
+    def sums(self, start, pitch):
+        """This warp's part, four float32 sums as `multiply_tiles` gives them.
 
         Args:
-          load_tokens: gives a lane's 4 words of token g of each 8, from a word on.
+          start: where shared memory has the tokens, in rows of `pitch` words.
         """
-        machine = self.machine
-        sums = [[[machine.word(0)] * 4 for _ in range(0, self.tokens, 8)] for _ in self.rows]
-        for step in range(self.steps):
-            tiles = self.pending.pop(0)
-            if step + self.ahead < self.steps:
-                self.pending.append(self._load(step + self.ahead))
-            tokens = load_tokens(self._word(step))
+        machine, sums = self.machine, [self.machine.word(0)] * 4
+        for word, (low, high) in zip(self.words, self.weights, strict=True):
+            token = machine.load_shared_vector(self.g * pitch + word + start, 4)
             for half in (0, 2):
-                for own, (low, high) in zip(sums, tiles, strict=True):
-                    a = low[half], high[half], low[half + 1], high[half + 1]
-                    for i, b in enumerate(tokens):
-                        own[i] = machine.multiply_tiles(a, b[half : half + 2], own[i])
+                a = low[half], high[half], low[half + 1], high[half + 1]
+                sums = machine.multiply_tiles(a, token[half : half + 2], sums)
         return sums
 
     def share(self, sums, start):
         """Writes this warp's sums to shared memory from `start` on, for `total`."""
-        machine, pitch = self.machine, _sums_pitch(len(self.rows))
-        base = (machine.warp * self.tokens + self.c * 2) * pitch + self.g + start
-        for tile, own in enumerate(sums):
-            for i, four in enumerate(own):
-                for j, word in enumerate(four):
-                    machine.store_shared(base + ((8 * i + j % 2) * pitch + 16 * tile + j // 2 * 8), word)
+        machine = self.machine
+        base = (machine.warp * TOKENS + self.c * 2) * _SUMS_PITCH + self.g + start
+        for j, word in enumerate(sums):
+            machine.store_shared(base + (j % 2 * _SUMS_PITCH + j // 2 * 8), word)
 
     def total(self, start, token, output):
-        """The sum of all warps for a token of the group and an output of the tile, after a barrier."""
-        machine, pitch = self.machine, _sums_pitch(len(self.rows))
-        at = machine.word(token) * pitch + output + start
-        words = [machine.load_shared(at + warp * self.tokens * pitch) for warp in range(WARPS)]
+        """The sum of all warps for one of the tokens and one of the outputs, after a barrier."""
+        machine = self.machine
+        at = machine.word(token) * _SUMS_PITCH + output + start
+        words = [machine.load_shared(at + warp * TOKENS * _SUMS_PITCH) for warp in range(WARPS)]
         return functools.reduce(functools.partial(machine.float_op, "add"), words)
 
 

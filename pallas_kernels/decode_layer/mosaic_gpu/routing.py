@@ -17,13 +17,16 @@ import jax.numpy as jnp
 
 from pallas_kernels.decode_layer.mosaic_gpu import products
 from pallas_kernels.decode_layer.mosaic_gpu.ordering import NO_KEY, OrderShape, group_size, order, place_of, row_key
-from pallas_kernels.decode_layer.mosaic_gpu.products import TileProduct
+from pallas_kernels.decode_layer.mosaic_gpu.products import TOKENS, TileProduct
 from pallas_kernels.gpu.machine import launch
 from pallas_kernels.gpu.simt import float_bits
 from pallas_kernels.gpu.tensor_machine import TensorMachine
 
-EXPERTS, TOKENS, MOST_CHOSEN = 16, 8, 32
-_AHEAD, _LOG2E = 8, math.log2(math.e)
+MOST_CHOSEN = 32
+EXPERTS = products.OUTPUTS
+"""Of a block."""
+
+_LOG2E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ class RouteShape:
     @property
     def logits(self) -> int:
         """Where it holds the logits of the tokens that the block chooses for."""
-        return self.sums + products.sums_words(1, TOKENS)
+        return self.sums + products.SUMS_WORDS
 
     @property
     def sorts(self) -> bool:
@@ -136,12 +139,9 @@ def route_body(machine, x, update, norm, router, valid, y, normed, experts, weig
         place = machine.thread * 4 + begin
         machine.copy_shared4(place + shape.factors, machine.row(norm, 0, words), place, place < words)
     machine.commit_copies()
-    start = rank * EXPERTS + (machine.lane >> 2)
     matrix = machine.row(router, 0, shape.experts * words)
-    product = TileProduct(
-        *(machine, matrix, [[start, start + 8]], shape.size, TOKENS, _AHEAD),
-        load_weights=functools.partial(machine.load_global_now, size=4),
-    )
+    load = functools.partial(machine.load_global_now, size=4)
+    product = TileProduct(machine, matrix, rank * EXPERTS, shape.size, load)
     (counts,) = machine.load_global_now(machine.row(valid, 0, shape.rows), row, 1)
     machine.barrier()  # ptxas would wait for the copies in the midst of the loads.
     machine.wait_copies(0)
@@ -156,7 +156,7 @@ def route_body(machine, x, update, norm, router, valid, y, normed, experts, weig
             machine.store_shared_vector(at + shape.updates, four)
             machine.store_shared_vector(at, scaled)
     machine.barrier()
-    product.share(product.sums(product.shared_tokens(0, pitch)), shape.sums)
+    product.share(product.sums(0, pitch), shape.sums)
     machine.barrier()
 
     send_logits(machine, product, token, owner, rank, shape)
