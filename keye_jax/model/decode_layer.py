@@ -184,10 +184,12 @@ def _project(
 ) -> tuple[_Queries, PagedContext, Any]:
     """Queries of the normed tokens `[b, embed]`, the context with the new rows, and the keys that the queries see.
 
-    Pages of full width get their rows in one operation with the rest, float8 ones as in any other step.
+    Pages of full width get their rows in one operation with the rest. Those in float8, and on TPUs all, get them as in
+    any other step.
     """
     attention, indexer, pages, batch = layer.attention, layer.indexer, context.pages, context.batch
-    writes = pages.kv_scales is None and pages.index_scales is None
+    # TPUs lay out two index keys as one row: to write one as a row of its own they would copy all pages.
+    writes = pages.kv_scales is None and pages.index_scales is None and options.kernels != "mosaic_tpu"
     cache = (pages.kv, pages.index_pages, batch.slots(batch.page_table, pages.count, 1)[:, 0]) if writes else ()
     heads = [each(normed) for each in (attention.q_proj, attention.k_proj, attention.v_proj)]
     with jax.named_scope("indexer"):

@@ -11,6 +11,7 @@ from keye_jax.config import KeyeConfig
 from keye_jax.kv_cache import PAGE_SIZE, BatchMetadata, Pages
 from keye_jax.model.attention import AttentionOptions
 from keye_jax.model.context import PagedContext
+from keye_jax.model.decode_layer import decode_layers, decodes_few_rows
 from keye_jax.model.decoder import DecoderLayer
 from keye_jax.model.vision import VisionEncoder
 from keye_jax.sharding import MeshRules, StepSharding
@@ -38,7 +39,13 @@ def _decoder_layer(
 
     def run(state, x, angles, index_angles, pages, batch):
         # The pages are updated in place, as in the runtime's steps.
-        x, context, _ = nnx.merge(graph, state)(x, angles, index_angles, PagedContext(pages, batch), options, step)
+        layer: Any = nnx.merge(graph, state)
+        context = PagedContext(pages, batch)
+        if decodes_few_rows(x, [context], options, step):
+            norm = layer.input_norm  # In place of the next layer's.
+            x, (context,), _ = decode_layers([layer], norm, x, angles, index_angles, [context], options, step)
+        else:
+            x, context, _ = layer(x, angles, index_angles, context, options, step)
         return x, context.pages
 
     rows = batch * pages, PAGE_SIZE, 2 * CONFIG.num_key_value_heads
