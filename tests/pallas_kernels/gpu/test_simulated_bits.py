@@ -7,9 +7,10 @@ from pallas_kernels.gpu.machine import SHARED_WORDS
 from pallas_kernels.select_topk.mosaic_gpu import bits_body, bits_plan
 from pallas_kernels.select_topk.mosaic_gpu.row_reader import RowPlan
 from tests.pallas_kernels.gpu.numpy_machine import NumpyMachine
-from tests.pallas_kernels.gpu.test_simulated_selection import KINDS, ROWS, SIZE, THREADS, K, make_scores, oracle
+from tests.pallas_kernels.gpu.test_simulated_selection import KINDS, SIZE, THREADS, K, make_scores, oracle
 from tests.pallas_kernels.gpu.union_lists import UNWRITTEN, bitmaps
 
+ROWS = 4
 PLANS = {
     "few slots": RowPlan(SIZE, K, THREADS, slots=4, spill=160, stages=3, samples=512),
     "more slots": RowPlan(SIZE, K, THREADS, slots=8, spill=160, stages=3, samples=512),
@@ -21,7 +22,7 @@ PLANS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_selection(kind, plan):
     """Of rows of which the first two and the other two are groups. No score behind a length is read."""
-    scores = make_scores(kind, np.random.default_rng(4))
+    scores = make_scores(kind, np.random.default_rng(4), ROWS)
     for given in ([0, 1, K, K + 1], [64, 5001, SIZE, 33], [K - 1, 128, SIZE - 3, 4096]):
         lengths = np.array(given, np.int32)
         hidden = np.where(np.arange(SIZE) < lengths[:, None], scores, np.nan).astype(np.float32)

@@ -13,8 +13,8 @@ ROWS, SIZE, K, THREADS = 5, 6004, 100, 128
 KINDS = ("normal", "clustered", "ties", "zeros", "constant", "infinite", "front", "periodic")
 
 
-def make_scores(kind, rng):
-    scores = rng.standard_normal((ROWS, SIZE)).astype(np.float32)
+def make_scores(kind, rng, rows=ROWS):
+    scores = rng.standard_normal((rows, SIZE)).astype(np.float32)
     match kind:
         case "clustered":
             scores = 1 + scores * 1e-5
