@@ -65,10 +65,10 @@ def route(
     if normalise:
         weights /= jnp.sum(weights, axis=-1, keepdims=True)
     weights = jnp.where(valid[:, None], weights, 0.0)
-    return y, normed, experts, weights, *sort_by_expert(normed, experts, valid, len(router))
+    return y, normed, experts, weights, *_sort_by_expert(normed, experts, valid, len(router))
 
 
-def sort_by_expert(
+def _sort_by_expert(
     normed: jax.Array, experts: jax.Array, valid: jax.Array, number: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`rows`, `row_of` and `group_sizes` of `api.Routed`, for this number of experts."""

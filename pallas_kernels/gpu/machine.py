@@ -111,20 +111,20 @@ class Machine:
 
     def load_global4(self, row, index):
         """Four words from a multiple of four. They are read once and not kept in L1."""
-        words = utils.inline_ptx(
-            "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];",
-            self._at(row, index),
-            result_types=[self.i32] * 4,
-            has_side_effects=True,
-        )
-        return [Value(self, w) for w in words]
+        return self._load("ld.global.nc.L1::no_allocate", row, index, 4)
 
     def load_global4_in_order(self, row, index):
         """As `load_global4`, but behind all barriers that come before it; compilers move the other loads ahead."""
+        return self._load("ld.global.L1::no_allocate", row, index, 4)
+
+    def _load(self, instruction, row, index, size):
+        """One, two or four words, by an instruction that stays where it is written."""
+        places = ", ".join(f"${i}" for i in range(size))
+        kind, places = (f".v{size}", f"{{{places}}}") if size > 1 else ("", places)
         words = utils.inline_ptx(
-            "ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];",
+            f"{instruction}{kind}.b32 {places}, [${size}];",
             self._at(row, index),
-            result_types=[self.i32] * 4,
+            result_types=[self.i32] * size,
             has_side_effects=True,
         )
         return [Value(self, w) for w in words]

@@ -95,28 +95,14 @@ class TensorMachine(Machine):
 
     def load_global_pair(self, row, index):
         """Two words from an even index. They are read here, also if only a branch below uses them."""
-        words = utils.inline_ptx(
-            "ld.global.nc.v2.b32 {$0, $1}, [$2];",
-            self._at(row, index),
-            result_types=[self.i32] * 2,
-            has_side_effects=True,
-        )
-        return [Value(self, w) for w in words]
+        return self._load("ld.global.nc", row, index, 2)
 
     def load_global_now(self, row, index, size):
         """One word, or four from a multiple of four, not kept in L1.
 
         ptxas moves no such load behind a barrier, as it does with others, to where the words are needed.
         """
-        places = ", ".join(f"${i}" for i in range(size))
-        kind, places = (".v4", f"{{{places}}}") if size == 4 else ("", places)
-        words = utils.inline_ptx(
-            f"ld.relaxed.cta.global.L1::no_allocate{kind}.b32 {places}, [${size}];",
-            self._at(row, index),
-            result_types=[self.i32] * size,
-            has_side_effects=True,
-        )
-        return [Value(self, w) for w in words]
+        return self._load("ld.relaxed.cta.global.L1::no_allocate", row, index, size)
 
     def store_global_pair(self, row, index, a, b):
         """Stores two words at an even index."""

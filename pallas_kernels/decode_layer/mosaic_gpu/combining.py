@@ -69,8 +69,7 @@ def combine_body(machine, rows, row_of, weights, x, norm, y, normed, block, rank
     mixed = [op("mul", shares[0], number) for number in products.unpack(machine, taken[0])]
     for share, row in zip(shares[1:], taken[1:], strict=True):
         mixed = [op("fma", share, *pair) for pair in zip(products.unpack(machine, row), mixed, strict=True)]
-    pairs = zip(*(products.unpack(machine, each) for each in (before, _pack(machine, mixed))), strict=True)
-    sums = _pack(machine, [op("add", *pair) for pair in pairs])
+    sums = products.add_bfloat16(machine, before, products.pack(machine, mixed))
     with machine.when(there):
         machine.store_global4(machine.row(y, token, words), at, sums)
 
@@ -89,7 +88,7 @@ def combine_body(machine, rows, row_of, weights, x, norm, y, normed, block, rank
     factors = products.unpack(machine, machine.load_shared_vector(machine.thread * 4, 4))
     scaled = [op("mul", op("mul", number, scale), factor) for number, factor in zip(sums, factors, strict=True)]
     with machine.when(there):
-        machine.store_global4(machine.row(normed, token, words), at, _pack(machine, scaled))
+        machine.store_global4(machine.row(normed, token, words), at, products.pack(machine, scaled))
 
 
 def _load(machine, array, token, size):
@@ -98,8 +97,3 @@ def _load(machine, array, token, size):
     if size % 4:
         return [machine.load_global(row, i) for i in range(size)]
     return [word for i in range(0, size, 4) for word in machine.load_global4(row, i)]
-
-
-def _pack(machine, numbers):
-    """Float32 numbers rounded to bfloat16, two in a word."""
-    return [machine.pack_bfloat16(*numbers[i : i + 2]) for i in range(0, len(numbers), 2)]

@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode_layer.mosaic_gpu.products import lane_sum, mean_scale, unpack
+from pallas_kernels.decode_layer.mosaic_gpu.products import lane_sum, mean_scale, pack, unpack
 from pallas_kernels.gpu.machine import launch
 from pallas_kernels.gpu.simt import float_bits
 from pallas_kernels.gpu.tensor_machine import TensorMachine
@@ -189,7 +189,7 @@ class Token:
 
     def rounded(self, numbers):
         """Float32 numbers rounded to bfloat16, still as float32."""
-        return unpack(self.machine, [self.machine.pack_bfloat16(*numbers[i : i + 2]) for i in (0, 2)])
+        return unpack(self.machine, pack(self.machine, numbers))
 
     def rotate(self, numbers, cosines, sines):
         op, first, second = self.machine.float_op, [], []
@@ -201,7 +201,7 @@ class Token:
     def store(self, row, head, dim, numbers):
         """Stores the lane's numbers of a head, rounded to bfloat16."""
         for i, at in enumerate(self.words(head, dim)):
-            self.machine.store_global(row, at, self.machine.pack_bfloat16(*numbers[2 * i : 2 * i + 2]))
+            self.machine.store_global(row, at, *pack(self.machine, numbers[2 * i : 2 * i + 2]))
 
     def place(self, name, words):
         """The token's row of an array of the cache, of `words` words, and its number."""

@@ -83,6 +83,17 @@ def unpack(machine, words):
     return [half for word in words for half in (word << 16, word & _HIGH)]
 
 
+def pack(machine, numbers):
+    """Float32 numbers rounded to bfloat16, two in a word."""
+    return [machine.pack_bfloat16(*numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
+
+
+def add_bfloat16(machine, a, b):
+    """The sums of the bfloat16 numbers of words, rounded."""
+    pairs = zip(unpack(machine, a), unpack(machine, b), strict=True)
+    return pack(machine, [machine.float_op("add", *pair) for pair in pairs])
+
+
 def lane_sum(machine, number, lanes=32):
     """The sum over each `lanes` lanes, 32 or 16, in an order that is always the same; every lane gets it."""
     for mask in (16, 8, 4, 2, 1) if lanes == 32 else (8, 4, 2, 1):
@@ -100,7 +111,7 @@ def normalise_token(machine, token, factors, size, eps):
     for words, own in zip(token, factors, strict=True):
         scaled = [op("mul", x, scale) for x in unpack(machine, words)]
         scaled = [op("mul", x, factor) for x, factor in zip(scaled, unpack(machine, own), strict=True)]
-        normed.append([machine.pack_bfloat16(*scaled[i : i + 2]) for i in range(0, 8, 2)])
+        normed.append(pack(machine, scaled))
     return normed
 
 

@@ -150,7 +150,7 @@ def route_body(machine, x, update, norm, router, valid, y, normed, experts, weig
     with machine.when(exists):
         given, added = ([machine.load_shared_vector(at + i, 4) for at in held_at] for i in (0, shape.updates))
         factors = [machine.load_shared_vector(place + shape.factors, 4) for place in places]
-        sums = [add_bfloat16(machine, *pair) for pair in zip(given, added, strict=True)]
+        sums = [products.add_bfloat16(machine, *pair) for pair in zip(given, added, strict=True)]
         own = products.normalise_token(machine, sums, factors, shape.size, float_bits(shape.eps))
         for at, four, scaled in zip(held_at, sums, own, strict=True):
             machine.store_shared_vector(at + shape.updates, four)
@@ -227,13 +227,6 @@ def sort_tokens(machine, results, token, rank, places, held, shape):
     sizes = [group_size(machine, keys, expert + i) for i in range(each)]
     with machine.when(first_lane):
         machine.store_global_pair(machine.row(group_sizes, 0, shape.experts), expert, *sizes)
-
-
-def add_bfloat16(machine, a, b):
-    """The sums of the bfloat16 numbers of words, rounded."""
-    pairs = zip(products.unpack(machine, a), products.unpack(machine, b), strict=True)
-    sums = [machine.float_op("add", *pair) for pair in pairs]
-    return [machine.pack_bfloat16(*sums[i : i + 2]) for i in range(0, len(sums), 2)]
 
 
 def choose_experts(machine, start, shape):

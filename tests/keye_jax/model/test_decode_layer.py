@@ -65,6 +65,8 @@ def test_a_step_is_the_same(single_operations: Callable[[], None]):
     assert 2 * top_k <= min(LENGTHS[row] for row in ACTIVE)
     assert_leads(selection_leads(wanted.scores[:, ACTIVE], top_k), LEAD)
     np.testing.assert_array_equal(got.selected[:, ACTIVE], wanted.selected[:, ACTIVE])
+    # No expert adds to the idle row.
+    np.testing.assert_allclose(got.hidden[:, 1], wanted.hidden[:, 1], atol=ATOL)
     for name in ("logits", "scores", "hidden"):
         one, other = getattr(got, name), getattr(wanted, name)
         rows = (slice(None), ACTIVE) if name != "logits" else ACTIVE
