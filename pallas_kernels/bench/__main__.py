@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.bench import plot, tables
+from pallas_kernels.bench import plot, power, tables
 from pallas_kernels.bench.cases import BenchCase, cases
 from pallas_kernels.bench.layers import Layer, layers, summary
 from pallas_kernels.bench.measure import Programs, measure
@@ -26,6 +26,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description=__doc__)
     parser.add_argument("--operation", action="append", help="measure only this operation; may be repeated")
     parser.add_argument("--quick", action="store_true", help="small sizes, for a machine without an accelerator")
+    parser.add_argument(
+        "--power", action="store_true", help="also run each kernel for two seconds, and show the GPU's clock and power"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw attention of whole layers to this SVG or PNG file"
@@ -43,6 +46,8 @@ def main() -> None:
     for name, file in (("--json", arguments.json), ("--plot", arguments.plot)):
         if file and (file.is_dir() or not file.parent.is_dir()):
             parser.error(f"{name} is {str(file)!r}; it must be a file in a directory that exists")
+    if arguments.power and not power.available():
+        parser.error("--power needs nvidia-smi, which is not on the PATH")
     if arguments.source:
         try:
             result = json.loads(arguments.source.read_text())
@@ -78,7 +83,7 @@ def _measure(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
     programs = Programs([*chosen, *(case for layer in whole for case in (*layer.chunks, layer.dense))])
 
     def rows_of(case: BenchCase) -> list[dict[str, Any]]:
-        rows = measure(case, programs, ceilings)
+        rows = measure(case, programs, ceilings, with_power=arguments.power)
         times = ", ".join(f"{row['candidate']} {row['seconds'] * 1e3:.3f} ms" for row in rows if "seconds" in row)
         print(f"{case.operation}, {case.size}: {times}", file=sys.stderr, flush=True)
         return rows

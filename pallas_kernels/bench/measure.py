@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.bench import power
 from pallas_kernels.bench.cases import BenchCase, TorchCall
 from pallas_kernels.bench.timing import (
     Arguments,
@@ -77,13 +78,16 @@ class Programs:
         return lambda: (function.lower(specs) if takes_calls else function.lower(*specs)).compile()
 
 
-def measure(case: BenchCase, programs: Programs, ceilings: dict[str, float | None]) -> list[dict[str, Any]]:
+def measure(
+    case: BenchCase, programs: Programs, ceilings: dict[str, float | None], *, with_power: bool = False
+) -> list[dict[str, Any]]:
     """Times the candidates of a case.
 
     Args:
       case: the measurement.
       programs: the compiled programs; they include those of `case`.
       ceilings: the machine's FLOP/s ("flops") and bytes per second ("bytes"); None if unknown.
+      with_power: whether accelerated candidates are also run for the two seconds of `power.record`.
 
     Returns:
       A row for each candidate that supports the arguments. A candidate that fails has its reason in place of a time.
@@ -105,7 +109,8 @@ def measure(case: BenchCase, programs: Programs, ceilings: dict[str, float | Non
             if isinstance(function, TorchCall):
                 row["seconds"] = torch_seconds_per_call(function.function, *arguments, calls=calls)
             else:
-                row |= _time(programs.candidate(function, calls, arguments), arguments, calls, case)
+                with_own_power = with_power and name in _FAST
+                row |= _time(programs.candidate(function, calls, arguments), arguments, calls, case, with_own_power)
         except UnsupportedError:
             continue
         except _FAILURES as error:
@@ -120,7 +125,7 @@ def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:100]
 
 
-def _time(compiled: Any, arguments: Arguments, calls: int, case: BenchCase) -> dict[str, Any]:
+def _time(compiled: Any, arguments: Arguments, calls: int, case: BenchCase, with_power: bool) -> dict[str, Any]:
     inputs = jax.block_until_ready(copies(arguments, calls))
 
     def run() -> Any:
@@ -129,7 +134,7 @@ def _time(compiled: Any, arguments: Arguments, calls: int, case: BenchCase) -> d
     times: dict[str, Any] = {"seconds": median_seconds(run) / calls}
     if case.floor_seconds < _SHORT_SECONDS and (found := device_seconds(run)):
         times["device_seconds"], times["launches"] = (x / calls for x in found)
-    return times
+    return times | (power.record(run) if with_power else {})
 
 
 def _calls(case: BenchCase, name: str, specs: Any) -> int:

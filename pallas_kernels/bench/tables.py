@@ -24,7 +24,9 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _operations(result: dict[str, Any]) -> Table:
-    table = Table("operation", "size", "candidate", "ms", "on the device", "rate", "of ceiling", title=result["device"])
+    columns = ["operation", "size", "candidate", "ms", "on the device", "rate", "of ceiling"]
+    with_power = any("watts" in row for row in result["rows"])
+    table = Table(*columns, *(["MHz", "W", "capped"] if with_power else []), title=result["device"])
     for column in table.columns[3:]:
         column.justify = "right"
     for row in result["rows"]:
@@ -40,8 +42,14 @@ def _operations(result: dict[str, Any]) -> Table:
             device = f"{row['device_seconds'] * 1e3:.3f} in {row['launches']:.0f}"
         rate = f"{row['rate'] / 1e12:.3g} {'TFLOP/s' if row['unit'] == 'flops' else 'TB/s'}"
         share = f"{row['share_of_ceiling']:.0%}" if "share_of_ceiling" in row else ""
-        table.add_row(*cells, f"{row['seconds'] * 1e3:.3f}", device, rate, share)
+        cells += [f"{row['seconds'] * 1e3:.3f}", device, rate, share]
+        if "watts" in row:
+            power = f"{row['watts']:.0f} of {row['limit_watts']:.0f}"
+            cells += [f"{row['clock_hertz'] / 1e6:,.0f}", power, f"{row['capped']:.0%}"]
+        table.add_row(*cells)
     table.caption = "ms: wall clock, with launches. On the device: ms of the kernels alone, and kernels per call."
+    if with_power:
+        table.caption += " Capped: how often the limit of power held the clock down."
     return table
 
 

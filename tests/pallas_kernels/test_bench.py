@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.bench import inputs, timing
+from pallas_kernels.bench import inputs, power, tables, timing
 from pallas_kernels.bench.__main__ import main
 from pallas_kernels.bench.cases import KINDS
 from pallas_kernels.bench.layers import Layer, layers, summary
@@ -123,6 +123,39 @@ def test_an_unknown_operation_is_refused(monkeypatch, capsys):
     assert "--operation is 'sort'; it must be one of: DSA attention" in refusal(
         monkeypatch, capsys, "--quick", "--operation", "sort"
     )
+
+
+class TestPower:
+    LINES = ("1575, 700.50, 700.00, Active", "1545, 690.50, 700.00, Not Active", "1560, 695.50, 700.00, Active")
+
+    def test_medians_and_how_often_the_clock_was_held_down(self):
+        found = power.read([*self.LINES, "[N/A], [N/A], 700.00, Not Active"])
+        assert found == {"clock_hertz": 1.56e9, "watts": 695.5, "limit_watts": 700, "capped": pytest.approx(2 / 3)}
+        assert power.read([]) == {}
+
+    def test_the_gpu_is_asked_while_the_program_runs(self, monkeypatch, tmp_path):
+        tool, asked = tmp_path / "nvidia-smi", tmp_path / "asked"
+        line = f"[ -f {tmp_path / 'runs'} ] && echo '{self.LINES[0]}' || echo '210, 70.00, 700.00, Not Active'"
+        tool.write_text(f'#!/bin/sh\necho "$@" > {asked}\nwhile true; do {line}; sleep 0.05; done\n')
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+        assert power.available()
+        found = power.record((tmp_path / "runs").touch)
+        assert found == {"clock_hertz": 1.575e9, "watts": 700.5, "limit_watts": 700, "capped": 1}
+        assert "--id=3 " in asked.read_text()
+
+    def test_without_nvidia_smi_it_is_refused(self, monkeypatch, capsys, tmp_path):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert "--power needs nvidia-smi, which is not on the PATH" in refusal(monkeypatch, capsys, "--power")
+
+    def test_it_has_columns_of_its_own(self, capsys):
+        row = {"operation": "sort", "size": "8", "unit": "flops", "candidate": "xla", "seconds": 1, "rate": 1e12}
+        result = {"device": "H200", "ceilings": {"flops": None}, "layers": []}
+        tables.show(result | {"rows": [row]})
+        assert "capped" not in capsys.readouterr().out
+        tables.show(result | {"rows": [row, row | {"candidate": "mosaic_gpu"} | power.read(list(self.LINES))]})
+        assert " 1,560 │ 696 of 700 │    67% " in capsys.readouterr().out
 
 
 class TestPlot:
