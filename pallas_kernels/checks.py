@@ -149,7 +149,7 @@ class Signature:
     def _match(self, name: str, shape: tuple[int, ...], wanted: str, sizes: Sizes) -> None:
         terms = wanted.split()
         text = f"{name} has shape {list(shape)}; it must be [{', '.join(terms)}]"
-        if terms[0] == "...":
+        if terms[:1] == ["..."]:
             leading = shape[: len(shape) - len(terms) + 1]
             if sizes.setdefault("...", leading) != leading:
                 self._refuse(f"{text} with ... = {list(sizes['...'])}, as {sizes.source['...']} has")

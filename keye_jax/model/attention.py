@@ -265,7 +265,7 @@ class Attention(nnx.Module):
         sharded = step.shard_map(
             attend,
             (inputs.specs(step), context.specs(step)),
-            (_output_specs(step, options), context.specs(step)),
+            (output_specs(step, options), context.specs(step)),
         )
         found, context = sharded(inputs, context)
         intermediates = AttentionIntermediates(inputs.q, found.lse, found.index_scores, found.selected)
@@ -447,7 +447,7 @@ def merge(found: AttentionOutput, axes: Axes) -> AttentionOutput:
     return dataclasses.replace(found, out=out, lse=lse)
 
 
-def _output_specs(step: StepSharding, options: AttentionOptions) -> Any:
+def output_specs(step: StepSharding, options: AttentionOptions) -> Any:
     """Partitions in place of the arrays of an `AttentionOutput`."""
     by_head: Any = spec(step.rows, (), step.heads)
     if options.selections:

@@ -68,28 +68,34 @@ class PagedContext:
         Memory: where a row needs pages of other devices (`query_sequence`), a copy of those of all s sequences.
         """
         batch, tokens, pages = self.batch, new.kv.shape[1], self.pages
-        table = batch.page_table - rank(step.pages) * pages.count
+        table = self._own_table(step)
         # Gathered before the new rows are there, so that it can begin while they are computed.
         gathered = _gather_pages(pages, table, step) if step.gathers_pages else None
         rows = jax.tree.map(lambda x: all_gather(x, step.query_sequence, axis=0), new)
-        pages = pages.write(batch.slots(table, pages.count, tokens), rows)
+        pages = pages.write(self.slots(step, tokens), rows)
+        if not gathered:
+            return self.with_new_rows(pages, step)
         own = own_rows(batch, step)
-        if gathered:
-            whole, whole_table = gathered
-            whole = whole.write(batch.slots(whole_table, whole.count, tokens), rows)
-            keys = Keys(whole, own.tables(whole_table), own.start, count=own.count)
-        else:
-            start = _start_among_own(own.start, step)
-            table = _own_columns(own.tables(table), step)
-            # Entries of pages that are not here are not looked at, but kernels may read what they point to.
-            table = jnp.clip(table, 0, pages.count - 1) if step.pages else table
-            keys = Keys(pages, table, start, step.cache_sequence, own.count)
-        return PagedContext(pages, batch), keys
+        whole, whole_table = gathered
+        whole = whole.write(batch.slots(whole_table, whole.count, tokens), rows)
+        return PagedContext(pages, batch), Keys(whole, own.tables(whole_table), own.start, count=own.count)
 
-    def with_new_rows(self, pages: Pages) -> tuple[PagedContext, Keys]:
-        """As `append` on one device, of pages that hold the new rows already."""
-        batch = self.batch
-        return PagedContext(pages, batch), Keys(pages, batch.tables(batch.page_table), batch.start, count=batch.count)
+    def slots(self, step: StepSharding, tokens: int) -> jax.Array:
+        """Where the step's tokens belong among the pages that this device has, as `BatchMetadata.slots`."""
+        return self.batch.slots(self._own_table(step), self.pages.count, tokens)
+
+    def with_new_rows(self, pages: Pages, step: StepSharding) -> tuple[PagedContext, Keys]:
+        """As `append`, of this device's pages with the new rows, where no row needs pages of other devices."""
+        own = own_rows(self.batch, step)
+        table = _own_columns(own.tables(self._own_table(step)), step)
+        # Entries of pages that are not here are not looked at, but kernels may read what they point to.
+        table = jnp.clip(table, 0, pages.count - 1) if step.pages else table
+        keys = Keys(pages, table, _start_among_own(own.start, step), step.cache_sequence, own.count)
+        return PagedContext(pages, self.batch), keys
+
+    def _own_table(self, step: StepSharding) -> jax.Array:
+        """The page table, relative to this device's pages."""
+        return self.batch.page_table - rank(step.pages) * self.pages.count
 
     def specs(self, step: StepSharding) -> Any:
         return PagedContext(self.pages.specs((step.pages,), step), _batch_specs(self.batch, step))

@@ -42,7 +42,6 @@ class LayerIntermediates:
     @classmethod
     def of_decode(cls, found: DecodeIntermediates) -> LayerIntermediates:
         """Of a token of each row."""
-        assert found.attention is not None, "the options ask for them"
         return cls(found.attention, *(each[:, None] for each in (found.moe_input, found.experts, found.hidden)))
 
 
@@ -172,8 +171,7 @@ class Decoder(nnx.Module):
         if decodes_few_rows(x, contexts, options, step):
             args = x, angles, index_angles, contexts, options, step
             x, after, found = decode_layers(self.layers, self.norm, *args)
-            wanted = (each for each in found if each.attention is not None)
-            return x, tuple(after), tuple(LayerIntermediates.of_decode(each) for each in wanted)
+            return x, tuple(after), tuple(LayerIntermediates.of_decode(each) for each in found)
         after, found = [], []
         for layer, context in zip(self.layers, contexts, strict=True):
             graph, state = nnx.split(layer)

@@ -73,7 +73,7 @@ def run_experts(
     """
     num_experts = moe.num_experts
     assert moe.hidden_parts == step.size(step.expert_hidden), "the parameters were not placed as this step's rules say"
-    owners = step.experts + step.expert_hidden
+    owners = step.expert_parts
     exchanged = only(step.experts, step.rows) if step.rules.expert_exchange == "all_to_all" else ()
     gathered = without(only(owners, step.rows), exchanged)
 

@@ -92,6 +92,11 @@ class StepSharding:
         return self.rules.axes("expert_hidden")
 
     @property
+    def expert_parts(self) -> Axes:
+        """Axes along which devices have other parts of the experts."""
+        return self.experts + self.expert_hidden
+
+    @property
     def vocab(self) -> Axes:
         return self.rules.axes("vocab")
 

@@ -31,11 +31,11 @@ class Routed(NamedTuple):
       y: `[tokens, in]`, the tokens with what was added.
       normed: `[tokens, in]`, their RMS norms.
       experts: int32 `[tokens, top_k]`, best first, of tokens that are not valid too.
-      weights: float32 `[tokens, top_k]`; 0 for tokens that are not valid.
+      weights: float32 `[tokens, top_k]`; 0 for tokens that are not valid, and for experts that are not here.
       rows: `[tokens * top_k, in]`, the normed token of each row. Rows are sorted by expert, those of one expert by
-        token, and rows of tokens that are not valid are behind the last expert's.
+        token. Rows of tokens that are not valid, or of experts that are not here, are behind the last expert's.
       row_of: int32 `[tokens, top_k]`, the place of each row.
-      group_sizes: int32 `[e]`, rows of each expert.
+      group_sizes: int32 `[e]`, rows of each expert, or `[own]` of those that are here.
     """
 
     y: jax.Array
@@ -168,10 +168,12 @@ def route(
     norm: ArrayLike,
     router: ArrayLike,
     valid: ArrayLike,
+    first_own: ArrayLike | None = None,
     *,
     top_k: int,
     eps: float,
     normalise: bool = True,
+    own: int | None = None,
     implementation: str | None = None,
 ) -> Routed:
     """Adds to each token, and gives its RMS norm, the experts with the highest probabilities, and rows for these.
@@ -185,9 +187,11 @@ def route(
       norm: `[in]`.
       router: `[e, in]`.
       valid: bool `[tokens]`. The others go to no expert.
+      first_own: int32 `[]`, the first of the experts that are here, or None if all are. The choice is among all.
       top_k: experts of a token, at most e.
       eps: of the norm.
       normalise: whether the weights of a token are divided by their sum.
+      own: how many experts are here, at most e; with `first_own`.
       implementation: None, "mosaic_gpu" or "xla".
 
     Returns:
@@ -199,16 +203,20 @@ def route(
     """
     top_k = count("route", "top_k", top_k)
     how = {"eps": number("route", "eps", eps), "normalise": flag("route", "normalise", normalise)}
-    arrays = {"x": x, "update": update, "norm": norm, "router": router, "valid": valid}
-    signature = _route(top_k)
+    arrays = {"x": x, "update": update, "norm": norm, "router": router, "valid": valid, "first_own": first_own}
+    if (first_own is None) != (own is None):
+        raise ArgumentError("route: first_own and own go together; one of them is None")
+    own = None if own is None else count("route", "own", own)
+    signature = _route(top_k, own)
     _, sizes = signature.check(**arrays)
-    if top_k > sizes["e"]:
-        raise ArgumentError(f"route: top_k is {top_k}; it must be at most e = {sizes['e']} of router")
-    return Routed(*dispatch(signature, implementation, arrays, top_k=top_k, **how))
+    for name, number_of in (("top_k", top_k), ("own", own or 0)):
+        if number_of > sizes["e"]:
+            raise ArgumentError(f"route: {name} is {number_of}; it must be at most e = {sizes['e']} of router")
+    return Routed(*dispatch(signature, implementation, arrays, top_k=top_k, own=own, **how))
 
 
 @functools.cache
-def _route(top_k: int) -> Signature:
+def _route(top_k: int, own: int | None) -> Signature:
     return Signature(
         "route",
         {
@@ -217,6 +225,7 @@ def _route(top_k: int) -> Signature:
             "norm": Array("in"),
             "router": Array("e in"),
             "valid": Array("tokens", ("bool",)),
+            "first_own": Array("", INTEGERS, optional=True),
         },
         (
             Result("tokens in", "x"),
@@ -225,7 +234,7 @@ def _route(top_k: int) -> Signature:
             Result(f"tokens {top_k}", "float32"),
             Result(f"tokens*{top_k} in", "x"),
             Result(f"tokens {top_k}", "int32"),
-            Result("e", "int32"),
+            Result("e" if own is None else f"{own}", "int32"),
         ),
         same_dtype=("x", "update", "norm", "router"),
     )

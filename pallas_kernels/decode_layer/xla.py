@@ -52,10 +52,12 @@ def route(
     norm: jax.Array,
     router: jax.Array,
     valid: jax.Array,
+    first_own: jax.Array | None,
     *,
     top_k: int,
     eps: float,
     normalise: bool,
+    own: int | None,
 ) -> tuple[jax.Array, ...]:
     """See `api.route`."""
     y = x + update
@@ -64,15 +66,16 @@ def route(
     weights, experts = small_top_k(jax.nn.softmax(logits, axis=-1), top_k)
     if normalise:
         weights /= jnp.sum(weights, axis=-1, keepdims=True)
-    weights = jnp.where(valid[:, None], weights, 0.0)
-    return y, normed, experts, weights, *_sort_by_expert(normed, experts, valid, len(router))
+    number = len(router) if own is None else own
+    from_first = experts if first_own is None else experts - first_own
+    here = valid[:, None] & (from_first >= 0) & (from_first < number)
+    weights = jnp.where(here, weights, 0.0)
+    return y, normed, experts, weights, *_sort_by_expert(normed, jnp.where(here, from_first, number), number)
 
 
-def _sort_by_expert(
-    normed: jax.Array, experts: jax.Array, valid: jax.Array, number: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`rows`, `row_of` and `group_sizes` of `api.Routed`, for this number of experts."""
-    keys = jnp.where(valid[:, None], experts, number).reshape(-1)
+def _sort_by_expert(normed: jax.Array, experts: jax.Array, number: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`rows`, `row_of` and `group_sizes` of `api.Routed`, of expert 0 to this number, which is for rows of none."""
+    keys = experts.reshape(-1)
     order, row_of = sort_rows(keys)
     group_sizes = jnp.sum(keys == jnp.arange(number)[:, None], axis=-1, dtype=jnp.int32)
     rows = take_rows(normed, order // experts.shape[1])

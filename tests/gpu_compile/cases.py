@@ -242,11 +242,16 @@ def _finished(tokens: int, *, paged: bool = True, quick: bool = False) -> Kernel
     return KernelCase("finish_projections", words, run, given, quick=quick)
 
 
-def _route(tokens: int, *, quick: bool = False) -> KernelCase:
+def _route(tokens: int, *, own: int | None = None, quick: bool = False) -> KernelCase:
     rows, router = spec(tokens, MODEL.hidden), spec(MODEL.experts, MODEL.hidden)
-    arguments = rows, rows, spec(MODEL.hidden), router, spec(tokens, dtype=jnp.bool_)
-    function = functools.partial(route, top_k=MODEL.experts_per_token, eps=1e-6, normalise=True)
-    return KernelCase("route", f"{tokens} tokens", function, arguments, quick=quick)
+    arguments = rows, rows, spec(MODEL.hidden), router, spec(tokens, dtype=jnp.bool_), int32()
+
+    def function(x, update, norm, router, valid, first_own):
+        how = {"top_k": MODEL.experts_per_token, "eps": 1e-6, "normalise": True, "own": own}
+        return route(x, update, norm, router, valid, None if own is None else first_own, **how)
+
+    words = f"{tokens} tokens" + ("" if own is None else f", {own} experts here")
+    return KernelCase("route", words, function, arguments, quick=quick)
 
 
 def _combine(tokens: int, experts: int = MODEL.experts_per_token, *, quick: bool = False) -> KernelCase:
@@ -310,6 +315,7 @@ CASES = [
     *(_finished(tokens, quick=tokens == 16) for tokens in [1, 4, 16, 64]),
     *(_finished(tokens, paged=False) for tokens in [1, 16]),
     *(_route(tokens, quick=tokens in (8, 16)) for tokens in [1, 4, 8, 16, 64]),
+    *(_route(tokens, own=own, quick=tokens == 16) for tokens, own in [(2, 64), (16, 64), (64, 16)]),
     *(_combine(tokens, quick=tokens == 1) for tokens in [1, 64]),
     *(_combine(4, experts) for experts in [7, 32]),
 ]

@@ -1,8 +1,9 @@
-"""`python -m tests.gpu_compile.launches`: kernels that a layer launches, by XLA's compiler for an H100.
+"""`python -m tests.gpu_compile.launches`: kernels that a layer launches, by XLA's compiler for H100s.
 
-They are counted in the compiled programs of three layers and of two. XLA chooses among its ways of a product by their
-times where there is a GPU, so some steps have a kernel more or less there: a product in parts needs one more to add
-them up. It fails where experts of fewer bits take more kernels than those of 16 with the same cache.
+They are counted in the compiled programs of three layers and of two, without what devices exchange. XLA chooses among
+its ways of a product by their times where there is a GPU, so some steps have a kernel more or less there: a product in
+parts needs one more to add them up. It fails where experts of fewer bits take more kernels than those of 16 with the
+same cache.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ def main() -> int:
     """Parses the command line, compiles and prints; returns 1 if experts of fewer bits take more kernels."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu_compile.launches", description=__doc__)
     parser.add_argument("--context", type=int, default=2**15, help="tokens of a prompt, and that a row has room for")
+    parser.add_argument("--sharding", default="one_device", help="a preset")
+    parser.add_argument("--devices", type=int, default=1, help="GPUs of one host that it is for")
     arguments = parser.parse_args()
     use_compilers(parser)
-    print("experts  cache          prompt  decode x 1  decode x 16")
+    few = arguments.devices
+    print(f"experts  cache          prompt  decode x {few}  decode x 16")
     wrong = 0
     for cache in _CACHES:
         first: list[int] = []
         for experts in _EXPERTS:
-            found = [launches(experts, cache, arguments.context, rows) for rows in (0, 1, 16)]
+            found = [launches(experts, cache, rows, arguments) for rows in (0, few, 16)]
             counts = f"{found[0]:6}  {found[1]:10}  {found[2]:11}"
             print(f"{experts or '-':7}  {cache or '-':13}  {counts}", flush=True)
             first = first or found
@@ -46,13 +50,16 @@ def main() -> int:
     return 1 if wrong else 0
 
 
-def launches(experts: str | None, cache: Literal["float8_e4m3fn"] | None, context: int, rows: int) -> int:
+def launches(
+    experts: str | None, cache: Literal["float8_e4m3fn"] | None, rows: int, arguments: argparse.Namespace
+) -> int:
     """Kernels of a layer in a step of decode of this number of rows, or with 0 in the last chunk of a prompt."""
+    context, on = arguments.context, {"sharding": arguments.sharding, "devices": arguments.devices}
     config = with_quantization(KeyeConfig.from_file(presets.RELEASED), quantization(experts))
     counts: list[int] = []
     for layers in (2, 3):
         runtime = hopper_runtime(
-            config, AttentionOptions(implementation="mosaic_gpu", cache_dtype=cache), layers=layers
+            config, AttentionOptions(implementation="mosaic_gpu", cache_dtype=cache), layers=layers, **on
         )
         if rows:
             program = lowering.decode_program(runtime, rows, context)

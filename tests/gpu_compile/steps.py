@@ -32,14 +32,20 @@ def use_compilers(parser: argparse.ArgumentParser) -> None:
 
 
 def hopper_runtime(
-    config: KeyeConfig, options: AttentionOptions, *, layers: int, prefill_chunk: int | None = None
+    config: KeyeConfig,
+    options: AttentionOptions,
+    *,
+    layers: int,
+    prefill_chunk: int | None = None,
+    sharding: str = "one_device",
+    devices: int = 1,
 ) -> Runtime:
-    """A runtime of the first layers of a model without weights, whose programs are compiled for an H100."""
-    described: Any = {"platform": "cuda", "topology": "1x1x1", "target_config": CHIPS["h100"].description}
-    devices = topologies.get_topology_desc(**described).devices
+    """A runtime of the first layers of a model without weights, whose programs are compiled for H100s of one host."""
+    described: Any = {"platform": "cuda", "topology": f"1x1x{devices}", "target_config": CHIPS["h100"].description}
+    found = topologies.get_topology_desc(**described).devices
     config = dataclasses.replace(config, num_hidden_layers=layers)
-    sharding = ShardingConfig.from_file(presets.sharding_file("one_device"))
-    rules = MeshRules.create(sharding, config, devices=devices)
+    rules_file = ShardingConfig.from_file(presets.sharding_file(sharding))
+    rules = MeshRules.create(rules_file, config, devices=found)
     return Runtime(Keye.abstract(config), config, rules=rules, options=options, prefill_chunk=prefill_chunk)
 
 

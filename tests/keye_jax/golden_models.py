@@ -86,20 +86,26 @@ class Trace:
       logits: `[t, vocab]`.
       scores: `[l, t, s]`, -inf after the query.
       selected: int32 `[l, t, top_k]`.
+      moe_input: `[l, t, embed]`.
+      experts: int32 `[l, t, k]`.
       hidden: `[l, t, embed]`.
     """
 
     logits: np.ndarray
     scores: np.ndarray
     selected: np.ndarray
+    moe_input: np.ndarray
+    experts: np.ndarray
     hidden: np.ndarray
 
     @classmethod
     def join(cls, parts: list[Trace]) -> Trace:
         """The traces of parts, one after the other."""
         joined = {
-            name: np.concatenate([getattr(part, name) for part in parts], axis=0 if name == "logits" else 1)
-            for name in ("logits", "scores", "selected", "hidden")
+            field.name: np.concatenate(
+                [getattr(part, field.name) for part in parts], axis=0 if field.name == "logits" else 1
+            )
+            for field in dataclasses.fields(cls)
         }
         return cls(**joined)
 
@@ -110,7 +116,7 @@ def _trace(logits: jax.Array | np.ndarray, layers: tuple[LayerIntermediates, ...
         np.asarray(logits),
         np.stack([np.asarray(each.index_scores) for each in attention]),
         np.stack([np.asarray(each.selected) for each in attention]),
-        np.stack([np.asarray(layer.hidden) for layer in layers]),
+        *(np.stack([np.asarray(getattr(x, name)) for x in layers]) for name in ("moe_input", "experts", "hidden")),
     )
 
 

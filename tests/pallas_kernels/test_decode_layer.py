@@ -196,6 +196,25 @@ class TestRoute:
         np.testing.assert_array_equal(np.asarray(out.row_of).reshape(-1)[order], np.arange(6 * tokens))
         np.testing.assert_array_equal(out.group_sizes, np.bincount(keys, minlength=17)[:16])
 
+    @pytest.mark.parametrize("tokens", [1, 8, 9, 64])
+    def test_rows_of_experts_that_are_here(self, tokens: int, named: str):
+        """The choice is among all 16, and its weights have the same bits."""
+        arrays, how = route_arguments(tokens, 16), {"top_k": 6, "eps": EPS, "implementation": named}
+        everywhere = jax.jit(lambda arrays: route(**arrays, **how))(arrays)
+        run = jax.jit(lambda arrays, first: route(**arrays, first_own=first, own=4, **how))
+        for first in (0, 4, 12):
+            out = run(arrays, first)
+            for name in ("y", "normed", "experts"):
+                np.testing.assert_array_equal(wide(getattr(out, name)), wide(getattr(everywhere, name)))
+            own = np.asarray(out.experts) - first
+            here = np.asarray(arrays["valid"])[:, None] & (own >= 0) & (own < 4)
+            np.testing.assert_array_equal(out.weights, np.where(here, everywhere.weights, 0))
+            keys = np.where(here, own, 4).reshape(-1)
+            order = np.argsort(keys, kind="stable")
+            np.testing.assert_array_equal(wide(out.rows), wide(out.normed)[order // 6])
+            np.testing.assert_array_equal(np.asarray(out.row_of).reshape(-1)[order], np.arange(6 * tokens))
+            np.testing.assert_array_equal(out.group_sizes, np.bincount(keys, minlength=5)[:4])
+
     def test_a_token_has_the_same_bits_alone(self, named: str):
         if named == "xla":
             pytest.skip("XLA orders sums by the number of tokens")
@@ -237,6 +256,14 @@ class TestRoute:
         for changed, top_k, message in changes:
             with pytest.raises(ArgumentError, match=message):
                 route(**arrays | changed, top_k=top_k, eps=EPS)
+        parts: list[tuple[dict[str, Any], str]] = [
+            ({"own": 4}, "route: first_own and own go together; one of them is None"),
+            ({"own": 17, "first_own": 0}, "route: own is 17; it must be at most e = 16 of router"),
+            ({"own": 4, "first_own": jnp.zeros(2, jnp.int32)}, r"route: first_own has shape \[2\]; it must be \[\]"),
+        ]
+        for given, message in parts:
+            with pytest.raises(ArgumentError, match=message):
+                route(**arrays, **given, top_k=8, eps=EPS)
 
 
 def expert_rows(tokens: int, experts: int, size: int = SIZE, dtype: Any = jnp.bfloat16) -> dict[str, jax.Array]:

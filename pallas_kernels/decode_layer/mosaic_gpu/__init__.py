@@ -77,10 +77,12 @@ def route(
     norm: jax.Array,
     router: jax.Array,
     valid: jax.Array,
+    first_own: jax.Array | None,
     *,
     top_k: int,
     eps: float,
     normalise: bool,
+    own: int | None,
 ) -> tuple[jax.Array, ...]:
     """See `api.route`.
 
@@ -88,6 +90,7 @@ def route(
       x: bfloat16 `[tokens, in]`, at most 64 tokens; `in` a multiple of 256 up to 2,048.
       update, norm, router: bfloat16; 16, 32, 64 or 128 experts.
       top_k: at most 32.
+      own: an even number.
 
     Raises:
       NotImplementedError: dtypes or sizes that the kernel does not take. The device is not checked.
@@ -97,8 +100,13 @@ def route(
         raise NotImplementedError(
             f"takes 16, 32, 64 or 128 experts, and chooses up to {MOST_CHOSEN}, not {top_k} of {len(router)}"
         )
-    shape = RouteShape(len(x), x.shape[1], len(router), top_k, float(eps), normalise)
-    return choose(x, update, norm, router, valid.astype(jnp.int32), shape)
+    if own is not None and own % 2:
+        raise NotImplementedError(f"takes an even number of experts that are here, not {own}")
+    flags = valid.astype(jnp.int32)
+    if first_own is not None:
+        flags *= first_own + 1
+    shape = RouteShape(len(x), x.shape[1], len(router), top_k, float(eps), normalise, own)
+    return choose(x, update, norm, router, flags, shape)
 
 
 def combine_experts(

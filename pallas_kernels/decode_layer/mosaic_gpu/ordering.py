@@ -23,12 +23,18 @@ NO_KEY = 0xFFFFFFFF
 
 @dataclasses.dataclass(frozen=True)
 class OrderShape:
-    """The sizes of a launch: tokens, inputs, experts and those that a token has."""
+    """The sizes of a launch: tokens, inputs, experts, those that a token has, and those that are here if not all."""
 
     rows: int
     size: int
     experts: int
     top_k: int
+    own: int | None
+
+    @property
+    def groups(self) -> int:
+        """Experts that are here."""
+        return self.experts if self.own is None else self.own
 
     @property
     def keys(self) -> int:
@@ -44,23 +50,23 @@ class OrderShape:
         return self.places + -(-self.top_k // 4) * 4
 
 
-def order(normed: jax.Array, experts: jax.Array, valid: jax.Array, shape: OrderShape) -> tuple[jax.Array, ...]:
-    """Gives `rows`, `row_of` and `group_sizes` of `api.Routed` in one launch, with `valid` as int32."""
+def order(normed: jax.Array, experts: jax.Array, flags: jax.Array, shape: OrderShape) -> tuple[jax.Array, ...]:
+    """Gives `rows`, `row_of` and `group_sizes` of `api.Routed` in one launch, with flags of tokens as `own_expert`."""
     out_type = (
         jax.ShapeDtypeStruct((shape.keys, shape.size), normed.dtype),
         jax.ShapeDtypeStruct(experts.shape, jnp.int32),
-        jax.ShapeDtypeStruct((shape.experts,), jnp.int32),
+        jax.ShapeDtypeStruct((shape.groups,), jnp.int32),
     )
     body = functools.partial(order_body, shape=shape)
     launched = launch(body, out_type, shape.rows, 1, THREADS, shape.words, machine_type=TensorMachine)
-    return tuple(launched(normed, experts, valid))
+    return tuple(launched(normed, experts, flags))
 
 
-def order_body(machine, normed, experts, valid, rows, row_of, group_sizes, block, rank, *, shape):
+def order_body(machine, normed, experts, flags, rows, row_of, group_sizes, block, rank, *, shape):
     """Runs in each thread of block number `block`, which is that of its token."""
     del rank
     token, words, last = machine.word(block), shape.size // 2, shape.keys - 1
-    chosen, flags = machine.row(experts, 0, shape.keys), machine.row(valid, 0, shape.rows)
+    chosen, flags = machine.row(experts, 0, shape.keys), machine.row(flags, 0, shape.rows)
     indices = [machine.thread + begin for begin in range(0, shape.places, THREADS)]
     # All loads are on their way together.
     found = []
@@ -71,7 +77,7 @@ def order_body(machine, normed, experts, valid, rows, row_of, group_sizes, block
     there, at = machine.thread < words // 4, (machine.thread * 4).min(words - 4)
     held = machine.load_global_now(machine.row(normed, token, words), at, 4)
     for index, (expert,), (flag,) in zip(indices, found[::2], found[1::2], strict=True):
-        key = row_key(machine, flag, expert, index, shape.experts)
+        key = row_key(machine, *own_expert(machine, flag, expert, shape.own), index, shape.groups)
         machine.store_shared(index, machine.select(index <= last, key, NO_KEY))
     machine.barrier()
 
@@ -95,16 +101,29 @@ def order_body(machine, normed, experts, valid, rows, row_of, group_sizes, block
     for slot, place in zip(slots, own, strict=True):
         stores = first_lane & (slot < shape.top_k)
         machine.store_global_where(machine.row(row_of, token, shape.top_k), slot, place, stores)
-    for turn in range(0, shape.experts, WARPS * shape.rows):
+    for turn in range(0, shape.groups, WARPS * shape.rows):
         expert = machine.warp * shape.rows + token + turn
-        stores = first_lane & (expert < shape.experts)
+        stores = first_lane & (expert < shape.groups)
         size = group_size(machine, keys, expert)
-        machine.store_global_where(machine.row(group_sizes, 0, shape.experts), expert, size, stores)
+        machine.store_global_where(machine.row(group_sizes, 0, shape.groups), expert, size, stores)
 
 
-def row_key(machine, valid, expert, index, experts):
-    """The key of row number `index`; those of tokens that are not valid are behind all `experts`."""
-    return machine.select(valid.ne(0), expert, experts) * MOST_KEYS + index
+def own_expert(machine, flag, expert, own):
+    """Whether an expert of a token is here, and its number among those that are.
+
+    Args:
+      flag: 0 if the token is not valid. If not all experts are here, it is otherwise the first one's number and 1.
+      own: how many are here; None for all.
+    """
+    if own is None:
+        return flag.ne(0), expert
+    number = expert - (flag - 1)
+    return flag.ne(0) & (number < own), number
+
+
+def row_key(machine, here, expert, index, groups):
+    """The key of row number `index`; those of experts that are not here are behind all `groups`."""
+    return machine.select(here, expert, groups) * MOST_KEYS + index
 
 
 def place_of(machine, keys, key):

@@ -16,7 +16,15 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decode_layer.mosaic_gpu import products
-from pallas_kernels.decode_layer.mosaic_gpu.ordering import NO_KEY, OrderShape, group_size, order, place_of, row_key
+from pallas_kernels.decode_layer.mosaic_gpu.ordering import (
+    NO_KEY,
+    OrderShape,
+    group_size,
+    order,
+    own_expert,
+    place_of,
+    row_key,
+)
 from pallas_kernels.decode_layer.mosaic_gpu.products import TOKENS, TileProduct
 from pallas_kernels.gpu.machine import launch
 from pallas_kernels.gpu.simt import float_bits
@@ -31,7 +39,14 @@ _LOG2E = math.log2(math.e)
 
 @dataclasses.dataclass(frozen=True)
 class RouteShape:
-    """The sizes of a launch: tokens, inputs, experts and those chosen; eps of the norm; whether weights sum to 1."""
+    """How a launch is made.
+
+    Attributes:
+      rows, size, experts, top_k: numbers of tokens, of their inputs, of experts, and of those chosen.
+      eps: of the norm.
+      normalise: whether weights sum to 1.
+      own: how many experts are here; None for all.
+    """
 
     rows: int
     size: int
@@ -39,6 +54,12 @@ class RouteShape:
     top_k: int
     eps: float
     normalise: bool
+    own: int | None
+
+    @property
+    def order(self) -> OrderShape:
+        """Of the launch that sorts the rows."""
+        return OrderShape(self.rows, self.size, self.experts, self.top_k, self.own)
 
     @property
     def cluster(self) -> int:
@@ -89,9 +110,9 @@ class RouteShape:
 
 
 def choose(
-    x: jax.Array, update: jax.Array, norm: jax.Array, router: jax.Array, valid: jax.Array, shape: RouteShape
+    x: jax.Array, update: jax.Array, norm: jax.Array, router: jax.Array, flags: jax.Array, shape: RouteShape
 ) -> tuple[jax.Array, ...]:
-    """Launches `api.route`, with `valid` as int32; without `shape.sorts` that is two launches."""
+    """Launches `api.route`, with flags of tokens as `own_expert`; without `shape.sorts` that is two launches."""
     of_rows = shape.rows, shape.top_k
     out_type = (
         jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -103,20 +124,20 @@ def choose(
         out_type += (
             jax.ShapeDtypeStruct((shape.keys, shape.size), x.dtype),
             jax.ShapeDtypeStruct(of_rows, jnp.int32),
-            jax.ShapeDtypeStruct((shape.experts,), jnp.int32),
+            jax.ShapeDtypeStruct((shape.order.groups,), jnp.int32),
         )
     body = functools.partial(route_body, shape=shape)
     launched = launch(
         body, out_type, shape.groups, shape.cluster, products.THREADS, shape.words, machine_type=TensorMachine
     )
-    found = tuple(launched(x, update, norm, router, valid))
+    found = tuple(launched(x, update, norm, router, flags))
     if shape.sorts:
         return found
     _, normed, experts, _ = found
-    return *found, *order(normed, experts, valid, OrderShape(shape.rows, shape.size, shape.experts, shape.top_k))
+    return *found, *order(normed, experts, flags, shape.order)
 
 
-def route_body(machine, x, update, norm, router, valid, y, normed, experts, weights, *rest, shape):
+def route_body(machine, x, update, norm, router, flags, y, normed, experts, weights, *rest, shape):
     """Runs in each thread of a cluster. `rest` ends with the cluster's number, and that of the block in it."""
     *sorted_rows, block, rank = rest
     rank, first = machine.word(rank), machine.word(block) * TOKENS
@@ -142,7 +163,7 @@ def route_body(machine, x, update, norm, router, valid, y, normed, experts, weig
     matrix = machine.row(router, 0, shape.experts * words)
     load = functools.partial(machine.load_global_now, size=4)
     product = TileProduct(machine, matrix, rank * EXPERTS, shape.size, load)
-    (counts,) = machine.load_global_now(machine.row(valid, 0, shape.rows), row, 1)
+    (flag,) = machine.load_global_now(machine.row(flags, 0, shape.rows), row, 1)
     machine.barrier()  # ptxas would wait for the copies in the midst of the loads.
     machine.wait_copies(0)
     machine.barrier()
@@ -172,12 +193,13 @@ def route_body(machine, x, update, norm, router, valid, y, normed, experts, weig
         mine = machine.lane < shape.top_k
         at = machine.lane.min(shape.top_k - 1)
         machine.store_global_where(machine.row(experts, row, shape.top_k), at, chosen, mine & stores)
-        found = machine.select(counts.ne(0), found, 0)
+        here, number = own_expert(machine, flag, chosen, shape.own)
+        found = machine.select(here, found, 0)
         machine.store_global_where(machine.row(weights, row, shape.top_k), at, found, mine & stores)
         if shape.sorts:
             index = token * shape.top_k + machine.lane
             with machine.when(mine):
-                key = row_key(machine, counts, chosen, index, shape.experts)
+                key = row_key(machine, here, number, index, shape.order.groups)
                 machine.store_shared(index + shape.key_words, key)
     if shape.sorts:
         machine.barrier()
@@ -225,8 +247,9 @@ def sort_tokens(machine, results, token, rank, places, held, shape):
     each = EXPERTS // products.WARPS
     expert = rank * EXPERTS + machine.warp * each
     sizes = [group_size(machine, keys, expert + i) for i in range(each)]
-    with machine.when(first_lane):
-        machine.store_global_pair(machine.row(group_sizes, 0, shape.experts), expert, *sizes)
+    groups = shape.order.groups
+    with machine.when(first_lane if shape.own is None else first_lane & (expert < groups)):
+        machine.store_global_pair(machine.row(group_sizes, 0, groups), expert, *sizes)
 
 
 def choose_experts(machine, start, shape):

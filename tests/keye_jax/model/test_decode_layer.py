@@ -26,10 +26,12 @@ LEAD, ATOL = 4e-4, 2e-4
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
-def step_of(options: AttentionOptions, layers: int | None = None) -> tuple[Any, Any, np.ndarray, Runtime]:
-    """What a step computes of a token of each text, the pool after it, and the texts' pages."""
+def step_of(
+    options: AttentionOptions, layers: int | None = None, mesh: dict[str, int] | None = None, **rules: Any
+) -> tuple[Any, Any, np.ndarray, Runtime]:
+    """What a step computes of a token of each text, the pool after it, and the texts' pages. A mesh has these rules."""
     model, config = golden_model("a", layers)
-    runtime = Runtime(model, config, options=options)
+    runtime = Runtime(model, config, options=options, rules=rules_of(config, mesh, rules) if mesh else None)
     pool, tables = runtime.new_cache(len(LENGTHS), 128)
     tokens = np.zeros(len(LENGTHS), np.int32)
     for row, (length, seed) in enumerate(zip(LENGTHS, SEEDS, strict=True)):
@@ -75,6 +77,27 @@ def test_a_step_is_the_same(single_operations: Callable[[], None]):
         np.testing.assert_allclose(one, other, atol=ATOL)
 
 
+ON_A_MESH: list[dict[str, Any]] = [
+    {"mesh": {"x": 2}, "batch": "x", "experts": "x"},
+    {"mesh": {"x": 2}, "query_sequence": "x", "cache_sequence": "x", "experts": "x"},
+    {"mesh": {"x": 4}, "batch": "x"},
+    {"mesh": {"x": 2, "y": 2}, "batch": ["x", "y"], "experts": ["y", "x"]},
+    {"mesh": {"x": 2, "y": 2}, "batch": "x", "heads": "y", "kv_heads": "y", "expert_hidden": ["x"], "experts": "y"},
+]
+"""Which devices share a sequence, heads and experts: the same ones, others, or none."""
+
+
+@pytest.mark.parametrize("over", ON_A_MESH, ids=str)
+def test_several_devices(over: dict[str, Any]):
+    got, wanted = step_of(AttentionOptions(), **over)[0], step_of(AttentionOptions())[0]
+    np.testing.assert_array_equal(np.sort(got.selected[:, ACTIVE]), np.sort(wanted.selected[:, ACTIVE]))
+    np.testing.assert_array_equal(got.experts[:, ACTIVE], wanted.experts[:, ACTIVE])
+    np.testing.assert_allclose(got.logits[ACTIVE], wanted.logits[ACTIVE], atol=ATOL)
+    for name in ("scores", "hidden", "moe_input"):
+        rows = (slice(None), ACTIVE)
+        np.testing.assert_allclose(getattr(got, name)[rows], getattr(wanted, name)[rows], atol=ATOL)
+
+
 @pytest.mark.parametrize("dtypes", [{"indexer_dtype": "float8_e4m3fn"}, {"cache_dtype": "float8_e4m3fn"}], ids=str)
 def test_float8_pages(dtypes: dict[str, Any], single_operations: Callable[[], None]):
     """In one layer all tokens select alike, so what the pages get differs by rounding alone."""
@@ -106,9 +129,9 @@ def test_dense_attention(single_operations: Callable[[], None]):
 class TestOtherStepsStay:
     """What the operations do not take has the program that it had."""
 
-    def decode(self, rows: int, mesh: dict[str, int] | None = None, **rules: Any) -> str:
+    def decode(self, rows: int, mesh: dict[str, int] | None = None, exchange: str = "auto", **rules: Any) -> str:
         model, config = golden_model("a", 1)
-        over = rules_of(config, mesh, rules) if mesh else None
+        over = rules_of(config, mesh, rules, exchange) if mesh else None
         runtime = Runtime(model, config, options=AttentionOptions(), rules=over)
         return lowering.decode_program(runtime, rows, 128, sample=False).lower().as_text()
 
@@ -129,11 +152,19 @@ class TestOtherStepsStay:
         assert many == self.decode(65)
         assert few != self.decode(64)
 
-    def test_several_devices(self, single_operations: Callable[[], None]):
-        over: dict[str, Any] = {"mesh": {"x": 2}, "experts": "x", "heads": "x", "kv_heads": "x"}
-        got = self.decode(2, **over)
+    @pytest.mark.parametrize(
+        "over",
+        [
+            {"mesh": {"x": 2, "y": 2}, "batch": ["x", "y"], "experts": "y"},
+            {"mesh": {"x": 2}, "batch": "x", "experts": "x", "exchange": "all_to_all"},
+        ],
+        ids=str,
+    )
+    def test_tokens_that_go_to_some_devices(self, over: dict[str, Any], single_operations: Callable[[], None]):
+        got, of_all = self.decode(4, **over), self.decode(4, **ON_A_MESH[0])
         single_operations()
-        assert got == self.decode(2, **over)
+        assert got == self.decode(4, **over)
+        assert of_all != self.decode(4, **ON_A_MESH[0])
 
 
 @pytest.mark.parametrize(("rows", "mosaic"), [(1, 8), (8, 8), (9, 9), (64, 9)])

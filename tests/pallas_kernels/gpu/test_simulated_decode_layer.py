@@ -105,9 +105,10 @@ def test_rows_go_to_their_places_in_pages():
     np.testing.assert_array_equal(index_keys.reshape(wanted[1].shape), wanted[1])
 
 
-def routed(arrays, top_k=5, normalise=True, named="mosaic_gpu") -> Any:
+def routed(arrays, top_k=5, normalise=True, named="mosaic_gpu", **here) -> Any:
     """`Routed` of NumPy arrays."""
-    return jax.tree.map(np.asarray, route(**arrays, top_k=top_k, eps=EPS, normalise=normalise, implementation=named))
+    how = {"top_k": top_k, "eps": EPS, "normalise": normalise, "implementation": named}
+    return jax.tree.map(np.asarray, route(**arrays, **how, **here))
 
 
 def route_arguments(rows, experts, size=256, seed=None):
@@ -121,10 +122,10 @@ def route_arguments(rows, experts, size=256, seed=None):
     }
 
 
-def sorted_rows(out, valid, experts):
-    """Rows, places and counts that follow from the chosen experts."""
-    top_k = out.experts.shape[1]
-    keys = np.where(valid[:, None], out.experts, experts).reshape(-1)
+def sorted_rows(out, valid, experts, first=0):
+    """Rows, places and counts of this number of experts, from the first one on, that follow from the chosen ones."""
+    top_k, own = out.experts.shape[1], out.experts - first
+    keys = np.where(valid[:, None] & (own >= 0) & (own < experts), own, experts).reshape(-1)
     order = np.argsort(keys, kind="stable")
     counts = np.bincount(keys, minlength=experts + 1)[:experts]
     return out.normed[order // top_k], np.argsort(order).reshape(-1, top_k), counts
@@ -174,6 +175,27 @@ class TestRoute:
             np.testing.assert_array_equal(out.rows, given)
             np.testing.assert_array_equal((out.weights > 0).all(axis=1), arrays["valid"])
             assert counts.sum() == top_k * np.count_nonzero(arrays["valid"])
+
+    @pytest.mark.parametrize(
+        ("rows", "experts", "top_k", "first", "own"),
+        [
+            *((1, 128, 8, 64, 64), (7, 128, 8, 0, 64), (8, 64, 5, 48, 16), (3, 16, 16, 6, 2)),
+            *((9, 64, 5, 16, 16), (17, 128, 9, 112, 16), (40, 128, 8, 64, 64), (64, 32, 32, 0, 30)),
+        ],
+    )
+    def test_rows_of_experts_that_are_here(self, rows, experts, top_k, first, own):
+        arrays = route_arguments(rows, experts)
+        for named in ("mosaic_gpu", "xla"):
+            everywhere = routed(arrays, top_k, named=named)
+            out = routed(arrays, top_k, named=named, first_own=first, own=own)
+            for name in ("y", "normed", "experts"):
+                np.testing.assert_array_equal(getattr(out, name), getattr(everywhere, name))
+            given, places, counts = sorted_rows(out, arrays["valid"], own, first)
+            np.testing.assert_array_equal(out.row_of, places)
+            np.testing.assert_array_equal(out.group_sizes, counts)
+            np.testing.assert_array_equal(out.rows, given)
+            here = (out.experts >= first) & (out.experts < first + own)
+            np.testing.assert_array_equal(out.weights, np.where(here, everywhere.weights, 0))
 
     def test_of_equal_experts_the_lower_come_first(self):
         arrays, like = route_arguments(2, 128), [3, 17, 40, 90, 99, 127]
