@@ -34,6 +34,7 @@ from keye_jax.model.context import Context, PagedContext
 from keye_jax.model.indexer import Indexer, in_dtype
 from keye_jax.model.layers import RMSNorm, rms_norm
 from keye_jax.model.moe import MoE, run_matrices
+from keye_jax.quantization.weights import QuantizedLinear
 from keye_jax.sharding.collectives import all_gather, only, rank, sum_over, without
 from keye_jax.sharding.step import StepSharding, spec
 from pallas_kernels.decode_layer import Routed, combine_experts, finish_projections, route
@@ -78,18 +79,27 @@ class _Queries:
     gates: jax.Array
 
 
-def decodes_few_rows(x: jax.Array, contexts: Sequence[Context], options: AttentionOptions, step: StepSharding) -> bool:
+def decodes_few_rows(
+    layers: Sequence[Layer],
+    x: jax.Array,
+    contexts: Sequence[Context],
+    options: AttentionOptions,
+    step: StepSharding,
+) -> bool:
     """Whether `[b, t, embed]` are the tokens of a step of decode, and of few rows.
 
     A device runs its experts for its own rows or for all. Where it would for those of some devices, or tokens are to
-    travel to single ones, layers run as in other steps.
+    travel to single ones, layers run as in other steps. So they do where devices have some of the heads, but the scales
+    of all.
     """
     shared = only(step.expert_parts, step.rows)
+    has_scales = isinstance(layers[0].attention.q_proj.weight.get_value(), QuantizedLinear)
     return (
         options.training is None
         and all(isinstance(context, PagedContext) for context in contexts)
         and not step.reads_prompts
         and (not shared or (set(shared) == set(step.rows) and step.rules.expert_exchange == "all_gather"))
+        and not (has_scales and step.heads)
         and len(x) <= MOST_ROWS
         and x.shape[1] == 1
     )

@@ -168,7 +168,7 @@ class Decoder(nnx.Module):
         index_angles = mrope_angles(positions, self.index_section, self.rope_theta)
         if options.training is not None:
             return self._train(x, angles, index_angles, contexts, options, step)
-        if decodes_few_rows(x, contexts, options, step):
+        if decodes_few_rows(self.layers, x, contexts, options, step):
             args = x, angles, index_angles, contexts, options, step
             x, after, found = decode_layers(self.layers, self.norm, *args)
             return x, tuple(after), tuple(LayerIntermediates.of_decode(each) for each in found)

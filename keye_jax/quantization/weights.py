@@ -69,7 +69,8 @@ class QuantizedLinear:
 
     def numbers(self, dtype: Any) -> jax.Array:
         """`[*outputs, *inputs]` in a dtype."""
-        outputs = math.prod(self.shape[: -self.num_inputs])
+        outputs, inputs = math.prod(self.shape[: -self.num_inputs]), math.prod(self.shape[-self.num_inputs :])
+        assert self.scales.shape == grid(self.block, outputs, inputs), "scales and values are parts of different sizes"
         flat = self.values.reshape(outputs, -1)
         return dequantize(flat, self.scales, self.zeros, self.block, dtype, packed_axis=-1).reshape(self.shape)
 

@@ -41,7 +41,7 @@ def _decoder_layer(
         # The pages are updated in place, as in the runtime's steps.
         layer: Any = nnx.merge(graph, state)
         context = PagedContext(pages, batch)
-        if decodes_few_rows(x, [context], options, step):
+        if decodes_few_rows([layer], x, [context], options, step):
             norm = layer.input_norm  # In place of the next layer's.
             x, (context,), _ = decode_layers([layer], norm, x, angles, index_angles, [context], options, step)
         else:
