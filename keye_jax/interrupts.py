@@ -4,7 +4,8 @@ Python runs a signal's handler between two of its instructions, in the main thre
 other processes can be one such instruction that takes minutes. So a thread of this module gets signals too, over a
 pipe that Python's C handler writes to. The first signal raises KeyboardInterrupt where files have to be closed; nothing
 else is printed from then on. If that has not led to the end after a moment, or at the second signal, the thread ends
-the process. What is written is safe from that, as from SIGKILL.
+the process. What is written is safe from that, as from SIGKILL. A signal during an import ends the process too: native
+modules abort it when Python code that their imports call raises an exception.
 
 A command that ends in its own order at a signal takes signals with `given_to`, and tells the user with `say_stopped`.
 
@@ -119,7 +120,10 @@ def ended_by_second() -> Iterator[None]:
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """In it the first signal raises KeyboardInterrupt in the main thread; outside, it ends the process at once."""
+    """In it the first signal raises KeyboardInterrupt in the main thread, unless that imports a module.
+
+    Outside, the first signal ends the process at once.
+    """
     global _raises
     _raises = True
     try:
@@ -265,7 +269,7 @@ def _undisturbed() -> Iterator[None]:
     finally:
         if main and _late is not None:
             number, _late = _late, None
-            _take(number, None)
+            _take(number, sys._getframe())
 
 
 def _watched_bell() -> int:
@@ -278,7 +282,7 @@ def _watched_bell() -> int:
     return _bell
 
 
-def _take(number: int, _: FrameType | None) -> None:
+def _take(number: int, frame: FrameType | None) -> None:
     """The handler, in the main thread."""
     global _told, _taken, _late
     if _main_is_in_whole:
@@ -287,12 +291,18 @@ def _take(number: int, _: FrameType | None) -> None:
     # The thread may have read the same signal before, and have set `_told`.
     first, _taken = not _taken, True
     _told = _told or signal.Signals(number)
-    if first and _raises:
+    if first and _raises and not _is_in_import(frame):
         _mute()
         assert _bell is not None
         os.write(_bell, b"\0")  # to the thread, which did not count the signal if another's handler has passed it on
         raise KeyboardInterrupt
     _end()
+
+
+def _is_in_import(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib."):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _leave(number: int, _: FrameType | None) -> None:

@@ -74,6 +74,21 @@ import time
 ready()
 time.sleep(60)
 """,
+    "during a command's import of native code": """
+import importlib.abc, importlib.util, os, time
+class Native(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path, target=None):
+        return importlib.util.spec_from_loader(name, self) if name == "native" else None
+    def exec_module(self, module):
+        try:
+            ready()
+            time.sleep(60)
+        except BaseException:  # as nanobind's enumerations do
+            os.abort()
+sys.meta_path.insert(0, Native())
+with interrupts.raised():
+    import native
+""",
 }
 
 
