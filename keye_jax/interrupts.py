@@ -300,6 +300,7 @@ def _take(number: int, frame: FrameType | None) -> None:
 
 
 def _is_in_import(frame: FrameType | None) -> bool:
+    """Whether a frame, or one that has called it, is of Python's import system."""
     while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib."):
         frame = frame.f_back
     return frame is not None
