@@ -21,7 +21,7 @@ import types
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pallas_kernels.decode_layer import Routed, combine_experts, finish_projections, route
+    from pallas_kernels.decode_layer import Routed, combine_experts, finish_projections, gather_tokens, route
     from pallas_kernels.dispatch import available, resolve
     from pallas_kernels.errors import ArgumentError, UnsupportedError
     from pallas_kernels.flash_attention import flash_attention, paged_flash_attention
@@ -51,6 +51,7 @@ __all__ = [
     "expert_mlp",
     "finish_projections",
     "flash_attention",
+    "gather_tokens",
     "grouped_matmul",
     "hadamard",
     "indexer_scores",
@@ -79,7 +80,7 @@ def _public(module: str, name: str) -> property:
 
 
 _MODULES = {
-    "decode_layer.api": ("Routed", "combine_experts", "finish_projections", "route"),
+    "decode_layer.api": ("Routed", "combine_experts", "finish_projections", "gather_tokens", "route"),
     "dispatch": ("available", "resolve"),
     "errors": ("ArgumentError", "UnsupportedError"),
     "flash_attention.api": ("flash_attention", "paged_flash_attention"),

@@ -48,6 +48,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "quantized_expert_mlp": Operation("grouped_matmul", ("mosaic_gpu", "xla")),
     "finish_projections": Operation("decode_layer", ("mosaic_gpu", "xla")),
     "route": Operation("decode_layer", ("mosaic_gpu", "xla")),
+    "gather_tokens": Operation("decode_layer", ("mosaic_gpu", "xla")),
     "combine_experts": Operation("decode_layer", ("mosaic_gpu", "xla")),
 }
 """Every operation, by the name of its function."""

@@ -5,7 +5,8 @@ its attention and its experts is three operations: `finish_projections` with the
 residual and the rows that experts take, and `combine_experts` with the residual and the norm of the next layer.
 
 Over several devices a layer is one `StepSharding.shard_map`. Where experts are split, every device routes the tokens of
-all, runs its own experts, and the sums are added up: one exchange before the experts, and one after them.
+all, runs its own experts, and the sums are added up: one exchange before the experts, `gather_tokens`, and one after
+them, in `combine_experts`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from keye_jax.kv_cache import Pages
 from keye_jax.model.attention import (
@@ -32,13 +34,14 @@ from keye_jax.model.attention import (
 )
 from keye_jax.model.context import Context, PagedContext
 from keye_jax.model.indexer import Indexer, in_dtype
-from keye_jax.model.layers import RMSNorm, rms_norm
+from keye_jax.model.layers import RMSNorm
 from keye_jax.model.moe import MoE, run_matrices
 from keye_jax.quantization.weights import QuantizedLinear
-from keye_jax.sharding.collectives import all_gather, only, rank, sum_over, without
+from keye_jax.sharding.collectives import only, rank, sum_over, without
 from keye_jax.sharding.step import StepSharding, spec
-from pallas_kernels.decode_layer import Routed, combine_experts, finish_projections, route
+from pallas_kernels.decode_layer import Routed, combine_experts, finish_projections, gather_tokens, route
 from pallas_kernels.dispatch import resolve
+from pallas_kernels.gpu.peers import peer_addresses
 
 MOST_ROWS = 64
 """More rows keep a device busy with single operations."""
@@ -114,6 +117,7 @@ def decode_layers(
     contexts: Sequence[Any],
     options: AttentionOptions,
     step: StepSharding,
+    addresses: jax.Array | None = None,
 ) -> tuple[jax.Array, list[Any], list[DecodeIntermediates]]:
     """Runs all layers in a step that `decodes_few_rows`.
 
@@ -122,6 +126,7 @@ def decode_layers(
       x: `[b, 1, embed]`.
       angles, index_angles: float32 rotary angles `[b, 1, head_dim / 2]`, `[b, 1, indexer_head_dim / 2]`.
       contexts: each layer's.
+      addresses: what `exchange_addresses` gives for this step.
 
     Returns:
       `[b, 1, embed]` before the last norm, the contexts with the new tokens, and what each layer computed, if the
@@ -135,10 +140,23 @@ def decode_layers(
     for layer, norm, context in zip(layers, norms[1:], contexts, strict=True):
         graph, state = nnx.split(layer)
         run = functools.partial(_run_layer, graph, next_eps=norm.eps, options=options, step=step)
-        tokens, normed, context, intermediates = run(state, norm.weight[...], tokens, normed, rotations, valid, context)
+        tokens, normed, context, intermediates = run(
+            state, norm.weight[...], tokens, normed, rotations, valid, context, addresses
+        )
         after.append(context)
         found.append(intermediates)
     return tokens[:, None], after, [each for each in found if each is not None]
+
+
+def exchanges_tokens(step: StepSharding) -> bool:
+    """Whether each device has tokens and experts of its own, so that kernels can exchange tokens."""
+    return bool(step.rows) and set(step.rows) == set(step.expert_parts)
+
+
+def exchange_addresses(step: StepSharding) -> jax.Array | None:
+    """Where the step's GPUs exchange tokens inside kernels; None where XLA's collectives do it."""
+    mesh = step.rules.mesh
+    return peer_addresses(mesh, step.rows) if isinstance(mesh, Mesh) and exchanges_tokens(step) else None
 
 
 def _gathers(step: StepSharding) -> bool:
@@ -156,6 +174,7 @@ def _run_layer(
     rotations: tuple[jax.Array, ...],
     valid: jax.Array,
     context: PagedContext,
+    addresses: jax.Array | None,
     *,
     next_eps: float,
     options: AttentionOptions,
@@ -169,13 +188,13 @@ def _run_layer(
     wanted = options.intermediates or options.selections
 
     def run(layer: Layer, *arrays: Any) -> Any:
-        next_norm, tokens, normed, rotations, valid, context = arrays
+        next_norm, tokens, normed, rotations, valid, context, addresses = arrays
         queries, context, found = _attend(layer, normed, rotations, context, options, step)
         update = layer.attention.o_proj(found.out[:, 0], dtype=jnp.float32 if step.heads else None)
         update = sum_over(update, step.heads).astype(tokens.dtype)
         with jax.named_scope("experts"):
             tokens, normed, moe_input, experts = _mix(
-                layer, tokens, update, valid, next_norm, next_eps, options.implementation, step
+                layer, tokens, update, valid, next_norm, addresses, next_eps, options.implementation, step
             )
         return tokens, normed, context, (queries.q, found, moe_input, experts) if wanted else None
 
@@ -187,10 +206,10 @@ def _run_layer(
     sharded = step.shard_module(
         nnx.merge(graph, state),
         run,
-        (everywhere, rows, rows, rows, valid_rows, context.specs(step)),
+        (everywhere, rows, rows, rows, valid_rows, context.specs(step), rows),
         (rows, rows, context.specs(step), computed_specs),
     )
-    tokens, normed, context, computed = sharded(next_norm, tokens, normed, rotations, valid, context)
+    tokens, normed, context, computed = sharded(next_norm, tokens, normed, rotations, valid, context, addresses)
     if computed is None:
         return tokens, normed, context, None
     q, found, moe_input, experts = computed
@@ -223,6 +242,7 @@ def _mix(
     update: jax.Array,
     valid: jax.Array,
     next_norm: jax.Array,
+    addresses: jax.Array | None,
     next_eps: float,
     preferred: str | None,
     step: StepSharding,
@@ -234,6 +254,7 @@ def _mix(
       update: `[b, embed]`, what is added to it before.
       valid: bool `[b]`, or of the tokens of all devices if each needs them.
       next_norm: `[embed]`, weights of the norm that follows, with epsilon `next_eps`.
+      addresses: int32 `[1, n]`, this device's row of what `exchange_addresses` gives.
 
     Returns:
       The layer's output `[b, embed]`, its norm, what the experts were given, and int32 `[b, k]` of them.
@@ -256,9 +277,9 @@ def _mix(
         )
         return routed, run_matrices(routed.rows, *matrices, routed.group_sizes, preferred)
 
-    def combine(routed: Routed, rows: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def combine(routed: Routed, rows: jax.Array, x: jax.Array, *exchange: Any, **axes: Any) -> Any:
         how: dict[str, Any] = {"eps": next_eps, "implementation": resolve("combine_experts", preferred)}
-        return combine_experts(rows, routed.row_of, routed.weights, x, next_norm, **how)
+        return combine_experts(rows, routed.row_of, routed.weights, x, next_norm, *exchange, **axes, **how)
 
     if not step.expert_parts:
         routed, rows = run(tokens, update)
@@ -266,18 +287,18 @@ def _mix(
         return tokens, normed, routed.normed, routed.experts
 
     assert moe.hidden_parts == step.size(step.expert_hidden), "the parameters were not placed as this step's rules say"
-    gathered = step.rows if _gathers(step) else ()
-    tokens = tokens + update
-    everyone = all_gather(tokens, gathered, axis=0)
-    nothing, here = jnp.zeros_like(everyone), matrices[0].shape[0]
-    routed, rows = run(everyone, nothing, first_own=jnp.asarray(rank(step.experts) * here, jnp.int32), own=here)
-    mixed, _ = combine(routed, rows, nothing)
-    tokens = tokens + sum_over(mixed, without(step.expert_parts, gathered), scatter=gathered)
+    gathered, here = step.rows if _gathers(step) else (), matrices[0].shape[0]
+    place = None if addresses is None else addresses[0]
+    everyone = gather_tokens(tokens, update, place, axes=gathered, implementation=resolve("gather_tokens", preferred))
+    first_own = jnp.asarray(rank(step.experts) * here, jnp.int32)
+    routed, rows = run(everyone, jnp.zeros_like(everyone), first_own=first_own, own=here)
+    summed = without(step.expert_parts, gathered)
+    tokens, normed = combine(routed, rows, everyone, place, axes=gathered, summed=summed)
 
     def own(x: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(x, rank(gathered) * len(tokens), len(tokens))
 
-    return tokens, rms_norm(tokens, next_norm, next_eps), own(routed.normed), own(routed.experts)
+    return tokens, normed, own(routed.normed), own(routed.experts)
 
 
 def _project(

@@ -151,6 +151,7 @@ class Decoder(nnx.Module):
         contexts: tuple[C, ...],
         options: AttentionOptions,
         step: StepSharding,
+        addresses: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[C, ...], tuple[Any, ...]]:
         """Reads new tokens: a chunk of prompts, a step of decode, or packed samples.
 
@@ -159,6 +160,7 @@ class Decoder(nnx.Module):
           positions: int32 `[3, b, t]`: time, row, column.
           contexts: what each layer's tokens attend to.
           step: how the arrays lie over devices.
+          addresses: what `exchange_addresses` gives for a step of decode.
 
         Returns:
           hidden states `[b, t, embed]` before the final norm, the contexts with the new tokens, and of each layer
@@ -169,7 +171,7 @@ class Decoder(nnx.Module):
         if options.training is not None:
             return self._train(x, angles, index_angles, contexts, options, step)
         if decodes_few_rows(self.layers, x, contexts, options, step):
-            args = x, angles, index_angles, contexts, options, step
+            args = x, angles, index_angles, contexts, options, step, addresses
             x, after, found = decode_layers(self.layers, self.norm, *args)
             return x, tuple(after), tuple(LayerIntermediates.of_decode(each) for each in found)
         after, found = [], []

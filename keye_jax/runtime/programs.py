@@ -161,6 +161,7 @@ def forward_with_intermediates(
 def _decode(
     model: ModelDef,
     params: Params,
+    addresses: jax.Array | None,
     state: DecodeState,
     pool: PagePool,
     *,
@@ -168,6 +169,9 @@ def _decode(
     options: AttentionOptions,
 ) -> tuple[jax.Array, DecodeState, PagePool]:
     """Reads the last token of each row.
+
+    Args:
+      addresses: what `exchange_addresses` gives for the step.
 
     Returns:
       float32 logits `[b, vocab]` of the next ones, the state with the heat of what was selected, if it has that, and
@@ -181,7 +185,7 @@ def _decode(
     positions = jnp.broadcast_to(positions[None, :, None], (3, *positions.shape, 1))
     batch = BatchMetadata(state.page_table, state.lengths, state.active.astype(jnp.int32))
     x = decoder.embed_tokens(state.tokens[:, None], step)
-    hidden, contexts, found = decoder(x, positions, paged_contexts(pool, batch), options, step)
+    hidden, contexts, found = decoder(x, positions, paged_contexts(pool, batch), options, step, addresses)
     if heats:
         # All layers at once: one scatter-add a step.
         selected = jnp.concatenate([layer.attention.selected[:, 0] for layer in found], axis=1)
@@ -229,6 +233,7 @@ def _draw(
 def _decode_and_sample(
     model: ModelDef,
     params: Params,
+    addresses: jax.Array | None,
     state: DecodeState,
     pool: PagePool,
     *,
@@ -236,7 +241,7 @@ def _decode_and_sample(
     options: AttentionOptions,
 ) -> tuple[DecodeState, PagePool]:
     """`decode` and `draw` in one program."""
-    logits, state, pool = _decode(model, params, state, pool, step=step, options=options)
+    logits, state, pool = _decode(model, params, addresses, state, pool, step=step, options=options)
     # So the compiler does to either part what it does to the program of that part, and tokens have the same bits.
     logits = jax.lax.optimization_barrier(logits)
     return _draw(logits, state, state.active, step=step, implementation=options.implementation), pool

@@ -19,6 +19,7 @@ from flax import nnx
 from keye_jax.config import KeyeConfig
 from keye_jax.kv_cache import BatchMetadata, PagePool
 from keye_jax.model.attention import AttentionOptions
+from keye_jax.model.decode_layer import exchange_addresses
 from keye_jax.model.decoder import LayerIntermediates
 from keye_jax.model.keye import Keye
 from keye_jax.model.params import shard_params
@@ -60,6 +61,7 @@ class Runtime:
       rules: where parameters and pages lie.
       prefill_chunk: prompt tokens that each device reads in one step; the result does not depend on it.
       dense_below: prompt tokens at positions below it attend to all keys that they see; the model as released has 0.
+      addresses: where the GPUs exchange tokens inside kernels, as `exchange_addresses` gives it.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Runtime:
         # Shapes in place of arrays have a sharding where the arrays are going to be committed to one.
         committed = (x.sharding for x in arrays if not isinstance(x, jax.Array) or x.committed)
         self._device = next(committed, None) if self.rules.sharding() is None else None
+        self.addresses = exchange_addresses(self.decode_step)
         # What many steps take, by its shape, so that it is on the devices once.
         self._idle_rows: dict[tuple[int, int], tuple[DecodeState, jax.Array, WideValues]] = {}
         self._no_vision: dict[int, jax.Array] = {}
@@ -478,6 +481,11 @@ class Runtime:
         """What the rows drew last, in an array that no step overwrites, for `unpack_drawn` of `programs`."""
         return programs.drawn(state, step=self.decode_step)
 
+    @property
+    def decode_inputs(self) -> tuple[Any, ...]:
+        """What all steps of decode take before the state and the pool."""
+        return self.model_def, self.params, self.addresses
+
     def decode(self, state: DecodeState, pool: PagePool) -> tuple[jax.Array, DecodeState, PagePool]:
         """Reads the last token of each row.
 
@@ -488,7 +496,7 @@ class Runtime:
           float32 `[b, vocab]` logits of the next tokens, the state that `draw` takes next, and the pool.
         """
         run = programs.decode(self.rules.platform)
-        return run(self.model_def, self.params, state, pool, step=self.decode_step, options=self.options)
+        return run(*self.decode_inputs, state, pool, step=self.decode_step, options=self.options)
 
     def draw(self, logits: jax.Array, state: DecodeState) -> DecodeState:
         """The state, which is donated, after active rows have drawn their next token from `logits`, `[b, vocab]`."""
@@ -497,4 +505,4 @@ class Runtime:
     def decode_and_sample(self, state: DecodeState, pool: PagePool) -> tuple[DecodeState, PagePool]:
         """`decode` and `draw` in one program, for which both are donated."""
         run = programs.decode_and_sample(self.rules.platform)
-        return run(self.model_def, self.params, state, pool, step=self.decode_step, options=self.options)
+        return run(*self.decode_inputs, state, pool, step=self.decode_step, options=self.options)

@@ -6,22 +6,12 @@ from typing import NamedTuple
 import jax
 from jax.typing import ArrayLike
 
-from pallas_kernels.checks import FLOAT32, INTEGERS, Array, Result, Signature, count, flag, number
+from pallas_kernels.checks import FLOAT32, INTEGERS, Array, Result, Signature, Sizes, count, flag, number
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.errors import ArgumentError
 
-_COMBINE = Signature(
-    "combine_experts",
-    {
-        "rows": Array("r in"),
-        "row_of": Array("tokens k", INTEGERS),
-        "weights": Array("tokens k", FLOAT32),
-        "x": Array("tokens in"),
-        "norm": Array("in"),
-    },
-    (Result("tokens in", "x"), Result("tokens in", "x")),
-    same_dtype=("x", "rows", "norm"),
-)
+type Axes = tuple[str, ...]
+"""Mesh axes, outermost first."""
 
 
 class Routed(NamedTuple):
@@ -240,20 +230,80 @@ def _route(top_k: int, own: int | None) -> Signature:
     )
 
 
+def gather_tokens(
+    x: ArrayLike,
+    update: ArrayLike,
+    addresses: ArrayLike | None = None,
+    *,
+    axes: Axes = (),
+    implementation: str | None = None,
+) -> jax.Array:
+    """Adds to the tokens of each device, and gives every device those of all. Called inside `jax.shard_map`.
+
+    Args:
+      x: `[tokens, in]`, bfloat16, float16 or float32; at least one token, and as many on each device.
+      update: `[tokens, in]`, what attention adds, in the dtype of x.
+      addresses: int32 `[2 * devices + 1]`, this device's row of `peers.peer_addresses` for `axes`, through which a
+        kernel exchanges. None leaves the exchange to XLA.
+      axes: mesh axes along which devices have different tokens.
+      implementation: None, "mosaic_gpu" or "xla".
+
+    Returns:
+      `x + update`, rounded, of all devices along `axes` in the order of their ranks: `[devices * tokens, in]`.
+
+    Raises:
+      ArgumentError: a shape or dtype does not fit. `implementation` is no implementation's name.
+      UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
+    """
+    arrays = {"x": x, "update": update, "addresses": addresses}
+    signature = _gather(devices := _devices(axes))
+    _, sizes = signature.check(**arrays)
+    _check_addresses("gather_tokens", sizes, devices)
+    return dispatch(signature, implementation, arrays, axes=axes)
+
+
+_ADDRESSES = Array("halves", INTEGERS, optional=True)
+
+
+@functools.cache
+def _gather(devices: int) -> Signature:
+    arrays = {"x": Array("tokens in"), "update": Array("tokens in"), "addresses": _ADDRESSES}
+    return Signature("gather_tokens", arrays, (Result(f"{devices}*tokens in", "x"),), same_dtype=("x", "update"))
+
+
+def _devices(axes: Axes) -> int:
+    return jax.lax.axis_size(axes) if axes else 1
+
+
+def _check_addresses(name: str, sizes: Sizes, devices: int) -> None:
+    wanted = 2 * devices + 1
+    if sizes.get("halves", wanted) != wanted or ("halves" in sizes and devices == 1):
+        raise ArgumentError(
+            f"{name}: addresses has {sizes['halves']} numbers; it must have 2 * devices + 1 of the devices along axes, "
+            f"which are {devices}, and be None if that is 1"
+        )
+
+
 def combine_experts(
     rows: ArrayLike,
     row_of: ArrayLike,
     weights: ArrayLike,
     x: ArrayLike,
     norm: ArrayLike,
+    addresses: ArrayLike | None = None,
     *,
     eps: float,
+    axes: Axes = (),
+    summed: Axes = (),
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted sum of what a token's experts gave, the residual, and the RMS norm of the next layer.
 
     `y = x + sum(weights[:, i] * rows[row_of[:, i]])`. The sum is in float32, in the order of i, and rounded to the
     dtype of x before the addition, as y is behind it.
+
+    Inside `jax.shard_map` devices may have different experts of the same tokens. Then their rounded sums are added up
+    before the residual, and rounded. Along `axes` each device keeps its own tokens.
 
     Args:
       rows: `[tokens * k, in]`, bfloat16, float16 or float32, in any order; at least one token. They must be finite:
@@ -263,22 +313,48 @@ def combine_experts(
       weights: float32 `[tokens, k]`; 0 for an expert that is not there.
       x: `[tokens, in]`, the residual, in the dtype of rows.
       norm: `[in]`, in the same dtype.
+      addresses: as for `gather_tokens`; only without `summed`.
       eps: of the norm.
+      axes: mesh axes along which devices have different experts, and of the results different tokens.
+      summed: mesh axes along which devices have different experts, and of the results the same tokens.
       implementation: None, "mosaic_gpu" or "xla".
 
     Returns:
-      y and `rms_norm(y)`, both `[tokens, in]` in the dtype of x.
+      y and `rms_norm(y)`, both `[tokens / devices along axes, in]` in the dtype of x.
 
     Raises:
       ArgumentError: a shape, dtype or number does not fit. `implementation` is no implementation's name.
       UnsupportedError: the implementation does not exist, or none that may run supports the arguments.
     """
-    arrays = {"rows": rows, "row_of": row_of, "weights": weights, "x": x, "norm": norm}
+    arrays = {"rows": rows, "row_of": row_of, "weights": weights, "x": x, "norm": norm, "addresses": addresses}
     how = {"eps": number("combine_experts", "eps", eps)}
-    _, sizes = _COMBINE.check(**arrays)
-    if sizes["r"] != sizes["tokens"] * sizes["k"]:
+    signature = _combine(devices := _devices(axes))
+    _, sizes = signature.check(**arrays)
+    _check_addresses("combine_experts", sizes, devices)
+    if addresses is not None and summed:
+        raise ArgumentError(f"combine_experts: addresses and summed = {summed} are given; only one of them may be")
+    tokens = devices * sizes["tokens"]
+    if sizes["r"] != tokens * sizes["k"]:
         raise ArgumentError(
-            f"combine_experts: rows has {sizes['r']} rows; it must have tokens * k = {sizes['tokens']} * {sizes['k']}, "
+            f"combine_experts: rows has {sizes['r']} rows; it must have tokens * k = {tokens} * {sizes['k']}, "
             "as many as row_of has places"
         )
-    return dispatch(_COMBINE, implementation, arrays, **how)
+    return dispatch(signature, implementation, arrays, axes=axes, summed=summed, **how)
+
+
+@functools.cache
+def _combine(devices: int) -> Signature:
+    tokens = "tokens" if devices == 1 else f"{devices}*tokens"
+    return Signature(
+        "combine_experts",
+        {
+            "rows": Array("r in"),
+            "row_of": Array(f"{tokens} k", INTEGERS),
+            "weights": Array(f"{tokens} k", FLOAT32),
+            "x": Array(f"{tokens} in"),
+            "norm": Array("in"),
+            "addresses": _ADDRESSES,
+        },
+        (Result("tokens in", "x"), Result("tokens in", "x")),
+        same_dtype=("x", "rows", "norm"),
+    )

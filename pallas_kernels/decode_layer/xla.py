@@ -82,14 +82,45 @@ def _sort_by_expert(normed: jax.Array, experts: jax.Array, number: int) -> tuple
     return rows, row_of.reshape(experts.shape).astype(jnp.int32), group_sizes
 
 
+def gather_tokens(x: jax.Array, update: jax.Array, addresses: jax.Array | None, *, axes: tuple[str, ...]) -> jax.Array:
+    """See `api.gather_tokens`."""
+    del addresses
+    y = x + update
+    with jax.named_scope("collectives"):
+        return jax.lax.all_gather(y, axes, tiled=True) if axes else y
+
+
 def combine_experts(
-    rows: jax.Array, row_of: jax.Array, weights: jax.Array, x: jax.Array, norm: jax.Array, *, eps: float
+    rows: jax.Array,
+    row_of: jax.Array,
+    weights: jax.Array,
+    x: jax.Array,
+    norm: jax.Array,
+    addresses: jax.Array | None,
+    *,
+    eps: float,
+    axes: tuple[str, ...],
+    summed: tuple[str, ...],
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.combine_experts`."""
+    del addresses
     # One term for each of the few experts: XLA gathers and adds in one pass, without an array of all terms.
     taken = (jnp.take(rows, row_of[:, i], axis=0, mode="clip") for i in range(row_of.shape[1]))
     terms = (weights[:, i, None] * row for i, row in enumerate(taken))
-    y = x + functools.reduce(jnp.add, terms).astype(x.dtype)
+    mixed = functools.reduce(jnp.add, terms).astype(x.dtype)
+    return add_over_devices(mixed, x, norm, eps, axes, summed)
+
+
+def add_over_devices(
+    mixed: jax.Array, x: jax.Array, norm: jax.Array, eps: float, axes: tuple[str, ...], summed: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Adds to the tokens what the experts of all devices gave, and norms; axes as for `api.combine_experts`."""
+    with jax.named_scope("collectives"):
+        if axes:
+            mixed = jax.lax.psum_scatter(mixed, axes, tiled=True)
+            x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * len(mixed), len(mixed))
+        mixed = jax.lax.psum(mixed, summed) if summed else mixed
+    y = x + mixed
     return y, _rms_norm(y, norm, eps)
 
 

@@ -6,6 +6,7 @@
 import typing
 
 from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.gpu.machine import Machine
 from pallas_kernels.gpu.simt import Value
@@ -103,6 +104,40 @@ class TensorMachine(Machine):
         ptxas moves no such load behind a barrier, as it does with others, to where the words are needed.
         """
         return self._load("ld.relaxed.cta.global.L1::no_allocate", row, index, size)
+
+    def row_at(self, low, high):
+        """Pointer to global memory, of this GPU or another, from the halves of its address."""
+        halves = (arith.extui(self.i64, half.raw) for half in (low, high))
+        low, high = next(halves), arith.shli(next(halves), arith.constant(self.i64, 32))
+        return llvm.inttoptr(llvm.PointerType.get(address_space=1), arith.ori(low, high))
+
+    def send4(self, row, index, words, flag):
+        """Stores four words in another GPU's memory, each pair of them with a flag, for `receive4`."""
+        for i in (0, 2):
+            to = self._at(row, index + 2 * i)
+            ptx = "st.volatile.global.v4.b32 [$0], {$1, $3, $2, $3};"
+            utils.inline_ptx(ptx, to, words[i].raw, words[i + 1].raw, flag.raw)
+
+    def receive4(self, row, index, flag):
+        """Waits for four words from another GPU: until the flags beside them are `flag`.
+
+        A GPU reads and writes 8 bytes as one, so a word is there when its flag is.
+        """
+        words = []
+        for i in (0, 2):
+            words += utils.inline_ptx(
+                "{ .reg .pred missing; .reg .b32 a, b, flag_a, flag_b;\n"
+                "AGAIN: ld.volatile.global.v4.b32 {a, flag_a, b, flag_b}, [$2];\n"
+                "setp.ne.b32 missing, flag_a, $3;\n"
+                "setp.ne.or.b32 missing, flag_b, $3, missing;\n"
+                "@missing bra AGAIN;\n"
+                "mov.b32 $0, a; mov.b32 $1, b; }",
+                self._at(row, index + 2 * i),
+                flag.raw,
+                result_types=[self.i32] * 2,
+                has_side_effects=True,
+            )
+        return [Value(self, word) for word in words]
 
     def store_global_pair(self, row, index, a, b):
         """Stores two words at an even index."""

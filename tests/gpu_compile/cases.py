@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from keye_jax.quantization.quantize import VALUES, scales_dtype
 from keye_jax.quantization.schemes import FORMATS, Format, grid, standard
-from pallas_kernels.decode_layer.mosaic_gpu import combine_experts, finish_projections, route
+from pallas_kernels.decode_layer.mosaic_gpu import combine_experts, finish_projections, gather_tokens, route
 from pallas_kernels.flash_attention.mosaic_gpu import paged_flash_attention
 from pallas_kernels.grouped_matmul.mosaic_gpu import expert_mlp, grouped_matmul, quantized_expert_mlp
 from pallas_kernels.indexer_scores.mosaic_gpu import indexer_scores
@@ -254,11 +254,24 @@ def _route(tokens: int, *, own: int | None = None, quick: bool = False) -> Kerne
     return KernelCase("route", words, function, arguments, quick=quick)
 
 
-def _combine(tokens: int, experts: int = MODEL.experts_per_token, *, quick: bool = False) -> KernelCase:
+def _combine(
+    tokens: int, experts: int = MODEL.experts_per_token, *, devices: int = 1, quick: bool = False
+) -> KernelCase:
     x, places = spec(tokens, MODEL.hidden), (tokens, experts)
     arguments = spec(tokens * experts, MODEL.hidden), int32(*places), float32(*places), x, spec(MODEL.hidden)
-    words = f"{tokens} x {experts} rows"
-    return KernelCase("combine_experts", words, functools.partial(combine_experts, eps=1e-6), arguments, quick=quick)
+    words, exchange = f"{tokens} x {experts} rows", (int32(2 * devices + 1),) if devices > 1 else ()
+
+    def function(rows, row_of, weights, x, norm, addresses=None):
+        return combine_experts(rows, row_of, weights, x, norm, addresses, eps=1e-6, axes=(), summed=())
+
+    words += f", {devices} devices" if devices > 1 else ""
+    return KernelCase("combine_experts", words, function, (*arguments, *exchange), quick=quick)
+
+
+def _gather(tokens: int, devices: int, *, quick: bool = False) -> KernelCase:
+    x, words = spec(tokens // devices, MODEL.hidden), f"{tokens} tokens, {devices} devices"
+    function = functools.partial(gather_tokens, axes=())
+    return KernelCase("gather_tokens", words, function, (x, x, int32(2 * devices + 1)), quick=quick)
 
 
 def _nucleus(rows: int, *, quick: bool = False) -> KernelCase:
@@ -318,6 +331,8 @@ CASES = [
     *(_route(tokens, own=own, quick=tokens == 16) for tokens, own in [(2, 64), (16, 64), (64, 16)]),
     *(_combine(tokens, quick=tokens == 1) for tokens in [1, 64]),
     *(_combine(4, experts) for experts in [7, 32]),
+    *(_combine(tokens, devices=devices, quick=tokens == 16) for tokens, devices in [(2, 2), (16, 2), (64, 4), (64, 8)]),
+    *(_gather(tokens, devices, quick=tokens == 16) for tokens, devices in [(2, 2), (16, 2), (64, 4), (64, 8)]),
 ]
 """What the released model runs, alone and in an engine."""
 

@@ -8,11 +8,13 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 
 from keye_jax import presets
 from keye_jax.config import KeyeConfig
 from keye_jax.model.attention import AttentionOptions
+from keye_jax.model.decode_layer import exchanges_tokens
 from keye_jax.model.keye import Keye
 from keye_jax.planning.hardware import CHIPS
 from keye_jax.runtime.runtime import Runtime
@@ -40,13 +42,20 @@ def hopper_runtime(
     sharding: str = "one_device",
     devices: int = 1,
 ) -> Runtime:
-    """A runtime of the first layers of a model without weights, whose programs are compiled for H100s of one host."""
+    """A runtime of the first layers of a model without weights, whose programs are compiled for H100s of one host.
+
+    Its kernels exchange tokens where those of GPUs that are there would.
+    """
     described: Any = {"platform": "cuda", "topology": f"1x1x{devices}", "target_config": CHIPS["h100"].description}
     found = topologies.get_topology_desc(**described).devices
     config = dataclasses.replace(config, num_hidden_layers=layers)
     rules_file = ShardingConfig.from_file(presets.sharding_file(sharding))
     rules = MeshRules.create(rules_file, config, devices=found)
-    return Runtime(Keye.abstract(config), config, rules=rules, options=options, prefill_chunk=prefill_chunk)
+    runtime = Runtime(Keye.abstract(config), config, rules=rules, options=options, prefill_chunk=prefill_chunk)
+    if exchanges_tokens(step := runtime.decode_step):
+        addresses: Any = jax.ShapeDtypeStruct((devices, 2 * devices + 1), jnp.int32, sharding=rules.over(step.rows))
+        runtime.addresses = addresses
+    return runtime
 
 
 def compile_step(program: jax.stages.Traced) -> jax.stages.Compiled:

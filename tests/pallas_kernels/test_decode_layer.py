@@ -266,7 +266,7 @@ class TestRoute:
                 route(**arrays, **given, top_k=8, eps=EPS)
 
 
-def expert_rows(tokens: int, experts: int, size: int = SIZE, dtype: Any = jnp.bfloat16) -> dict[str, jax.Array]:
+def expert_rows(tokens: int, experts: int, size: int = SIZE, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
     rng = np.random.default_rng(tokens)
     weights = rng.uniform(0, 1, (tokens, experts)) * (rng.uniform(size=(tokens, experts)) < 0.9)
     return {
@@ -318,10 +318,8 @@ class TestCombineExperts:
     def test_places_out_of_range_are_the_nearest_in_range(self, named: str):
         arrays = expert_rows(2, 4)
         bad = jnp.array([[-1, 8, 3, 2**31 - 1], [-(2**31), 0, 7, 5]], jnp.int32)
-        got, wanted = (
-            combine_experts(**arrays | {"row_of": row_of}, eps=EPS, implementation=named)
-            for row_of in (bad, bad.clip(0, 7))
-        )
+        how: dict[str, Any] = {"eps": EPS, "implementation": named}
+        got, wanted = (combine_experts(**{**arrays, "row_of": row_of}, **how) for row_of in (bad, bad.clip(0, 7)))
         for one, other in zip(got, wanted, strict=True):
             np.testing.assert_array_equal(wide(one), wide(other))
 

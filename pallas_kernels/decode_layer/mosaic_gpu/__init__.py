@@ -1,16 +1,19 @@
 """What a decoder layer computes of few tokens on Hopper GPUs (Pallas Mosaic GPU, sm_90a), each in one launch or two.
 
-`products` multiplies, as code for single threads that a test runs in NumPy. `finishing`, `routing`, `ordering` and
-`combining` are the kernels.
+`products` multiplies, as code for single threads that a test runs in NumPy. `finishing`, `routing`, `ordering`,
+`combining` and `exchange` are the kernels.
 """
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.decode_layer import xla
 from pallas_kernels.decode_layer.mosaic_gpu import products
 from pallas_kernels.decode_layer.mosaic_gpu.combining import MOST_EXPERTS, CombineShape, combine
+from pallas_kernels.decode_layer.mosaic_gpu.exchange import GatherShape, gather
 from pallas_kernels.decode_layer.mosaic_gpu.finishing import DIM, INDEX_DIM, FinishShape, finish
 from pallas_kernels.decode_layer.mosaic_gpu.routing import EXPERTS, MOST_CHOSEN, RouteShape, choose
+from pallas_kernels.gpu.peers import MOST_DEVICES
 
 MOST_TOKENS = 64
 _MOST_INDEX_HEADS = 32
@@ -109,14 +112,41 @@ def route(
     return choose(x, update, norm, router, flags, shape)
 
 
+def gather_tokens(x: jax.Array, update: jax.Array, addresses: jax.Array | None, *, axes: tuple[str, ...]) -> jax.Array:
+    """See `api.gather_tokens`.
+
+    Args:
+      x, update: bfloat16 `[tokens, in]`, at most 64 tokens of all devices; `in` a multiple of 256 up to 2,048.
+      addresses: of 2 to 8 devices; without, XLA gathers.
+
+    Raises:
+      NotImplementedError: dtypes or sizes that the kernel does not take. The device is not checked.
+    """
+    if addresses is None:
+        return xla.gather_tokens(x, update, None, axes=axes)
+    devices = _devices_of(addresses)
+    _check(x, devices)
+    return gather(x, update, addresses, GatherShape(len(x), x.shape[1], devices))
+
+
 def combine_experts(
-    rows: jax.Array, row_of: jax.Array, weights: jax.Array, x: jax.Array, norm: jax.Array, *, eps: float
+    rows: jax.Array,
+    row_of: jax.Array,
+    weights: jax.Array,
+    x: jax.Array,
+    norm: jax.Array,
+    addresses: jax.Array | None,
+    *,
+    eps: float,
+    axes: tuple[str, ...],
+    summed: tuple[str, ...],
 ) -> tuple[jax.Array, ...]:
     """See `api.combine_experts`.
 
     Args:
       rows: bfloat16 `[tokens * k, in]`; k at most 32.
       x: bfloat16 `[tokens, in]`, at most 64 tokens; `in` a multiple of 256 up to 2,048.
+      addresses: of 2 to 8 devices; without, XLA adds up what several give.
 
     Raises:
       NotImplementedError: dtypes or sizes that the kernel does not take. The device is not checked.
@@ -125,15 +155,27 @@ def combine_experts(
     experts = row_of.shape[1]
     if experts > MOST_EXPERTS:
         raise NotImplementedError(f"takes up to {MOST_EXPERTS} rows of a token, not {experts}")
-    return tuple(combine(rows, row_of, weights, x, norm, CombineShape(len(x), x.shape[1], experts, float(eps))))
+    shape = CombineShape(len(x), x.shape[1], experts, float(eps), 1 if addresses is None else _devices_of(addresses))
+    if addresses is not None or not (axes or summed):
+        return tuple(combine(rows, row_of, weights, x, norm, addresses, shape))
+    mixed, _ = combine(rows, row_of, weights, jnp.zeros_like(x), norm, None, shape)
+    return xla.add_over_devices(mixed, x, norm, eps, axes, summed)
 
 
-def _check(x: jax.Array) -> None:
-    tokens, size = x.shape
+def _devices_of(addresses: jax.Array) -> int:
+    """How many devices exchange."""
+    devices = len(addresses) // 2
+    if not 1 < devices <= MOST_DEVICES:
+        raise NotImplementedError(f"exchanges between 2 to {MOST_DEVICES} devices, not {devices}")
+    return devices
+
+
+def _check(x: jax.Array, devices: int = 1) -> None:
+    tokens, size = devices * len(x), x.shape[1]
     if x.dtype != jnp.bfloat16:
         raise NotImplementedError(f"only bfloat16, not {x.dtype}")
     if tokens > MOST_TOKENS or size % products.STEP or size > _MOST_INPUTS:
         raise NotImplementedError(
             f"takes up to {MOST_TOKENS} tokens of a multiple of {products.STEP} inputs up to {_MOST_INPUTS}, "
-            f"not {list(x.shape)}"
+            f"not {[tokens, size]}"
         )

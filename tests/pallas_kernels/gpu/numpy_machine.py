@@ -1,6 +1,7 @@
 """A NumPy machine that runs per-thread kernel bodies, all threads of a cluster in lockstep."""
 
 import contextlib
+import time
 
 import jax
 import ml_dtypes
@@ -9,6 +10,9 @@ import numpy as np
 from pallas_kernels.gpu.simt import Value
 
 U32 = np.uint32
+
+MEMORIES: dict[tuple[int, int], np.ndarray] = {}
+"""What GPUs write to each other, by the low and the high half of its address."""
 
 
 class NumpyMachine:
@@ -91,7 +95,7 @@ class NumpyMachine:
         array, rows = row
         index = self.word(index).raw.astype(np.int64)
         assert (index[self.active] < array.shape[1]).all(), "read outside a row"
-        return self._value(array[rows, np.minimum(index, array.shape[1] - 1)])
+        return self._value(array[np.where(self.active, rows, 0), np.minimum(index, array.shape[1] - 1)])
 
     def load_global4(self, row, index):
         assert (self.word(index).raw[self.active] % 4 == 0).all()
@@ -394,6 +398,24 @@ class NumpyTensorMachine(NumpyMachine):
     def load_global_now(self, row, index, size):
         return self.load_global4(row, index) if size == 4 else [self.load_global(row, index)]
 
+    def row_at(self, low, high):
+        (address,) = {*zip(low.raw.tolist(), high.raw.tolist(), strict=True)}
+        return MEMORIES[address].reshape(1, -1), self.word(0).raw
+
+    def send4(self, row, index, words, flag):
+        for i, word in enumerate(words):
+            self.store_global(row, index + 2 * i, word)
+            self.store_global(row, index + 2 * i + 1, flag)
+
+    def receive4(self, row, index, flag):
+        """Waits for a thread of Python that simulates the other GPU."""
+        for _ in range(10_000):
+            flags = [self.load_global(row, index + i).eq(flag).raw[self.active].all() for i in (1, 3, 5, 7)]
+            if all(flags):
+                return [self.load_global(row, index + i) for i in (0, 2, 4, 6)]
+            time.sleep(0.001)
+        raise TimeoutError("nothing was sent")
+
     def store_global_pair(self, row, index, a, b):
         assert (self.word(index).raw[self.active] % 2 == 0).all()
         self.store_global(row, index, a)
@@ -409,6 +431,19 @@ class NumpyTensorMachine(NumpyMachine):
 
 def numpy_launch(body, out_type, rows, cluster, threads, shared_words, machine_type=None, in_place=0):
     """As `pallas_kernels.gpu.machine.launch`, but a `NumpyTensorMachine` runs each cluster after the other."""
+    results = out_type if isinstance(out_type, tuple) else (out_type,)
+    run = numpy_run(body, out_type, rows, cluster, threads, shared_words, machine_type, in_place)
+
+    def call(*arrays):
+        written = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[len(arrays) - in_place :]]
+        found = jax.pure_callback(run, (*results, *written), *arrays)
+        return found if isinstance(out_type, tuple) else found[0]
+
+    return call
+
+
+def numpy_run(body, out_type, rows, cluster, threads, shared_words, machine_type=None, in_place=0):
+    """As `numpy_launch`, but what it returns is no function of JAX, and always gives a tuple."""
     del machine_type
     results = out_type if isinstance(out_type, tuple) else (out_type,)
 
@@ -421,9 +456,4 @@ def numpy_launch(body, out_type, rows, cluster, threads, shared_words, machine_t
             body(machine, *refs, machine.word(block), machine.rank)
         return (*out, *arrays[len(arrays) - in_place :])
 
-    def call(*arrays):
-        written = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[len(arrays) - in_place :]]
-        found = jax.pure_callback(run, (*results, *written), *arrays)
-        return found if isinstance(out_type, tuple) else found[0]
-
-    return call
+    return run
