@@ -1,10 +1,11 @@
 """The engine's promise on Hopper kernels: a request has the same tokens whatever runs beside it.
 
-Prompts are longer than the selection, and end within a small chunk.
+On one GPU, and on two whose kernels exchange tokens. Prompts are longer than the selection, and end within a small chunk.
 """
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ from keye_jax.engine.request import Request
 from keye_jax.processor import Processor
 from keye_jax.runtime.runtime import Runtime
 from keye_jax.runtime.sampling import SamplingParams
+from keye_jax.sharding import MeshRules, ShardingConfig
 from keye_jax.testing import write_processor_files
 
 ROWS, TOKENS = 32, 96
@@ -35,10 +37,15 @@ def config():
     return dataclasses.replace(KeyeConfig.from_file(presets.RELEASED), num_hidden_layers=4)
 
 
-@pytest.fixture(scope="module")
-def make(config, tmp_path_factory):
-    """Makes an engine of one random model."""
-    runtime = Runtime(random_model(config), config, prefill_chunk=2048)
+@pytest.fixture(scope="module", params=["one_device", "expert"])
+def make(config, tmp_path_factory, request):
+    """Makes an engine of one random model, on one GPU or on two."""
+    devices = jax.devices()[:2] if request.param == "expert" else jax.devices()[:1]
+    if request.param == "expert" and len(devices) < 2:
+        pytest.skip("needs two GPUs")
+    rules = MeshRules.create(ShardingConfig.from_file(presets.sharding_file(request.param)), config, devices)
+    runtime = Runtime(random_model(config, rules=rules), config, rules=rules, prefill_chunk=2048)
+    assert (runtime.addresses is not None) == (request.param == "expert")
     directory, tiny = tmp_path_factory.mktemp("processor"), KeyeConfig.from_file(presets.TINY)
     write_processor_files(directory, tiny)
     processor = Processor.from_checkpoint(directory, tiny, defaults={"max_pixels": 256 * 784})
