@@ -105,7 +105,7 @@ def scheduler_config(runtime: Runtime, options: EngineOptions, most_patches: int
     # A small chunk is no larger than what a step reads, but at least a page.
     small = min(options.small_chunk, max(PAGE_SIZE, chunk // PAGE_SIZE * PAGE_SIZE))
     large = max(small, chunk // small * small)
-    if options.prompts_together > 1 and (runtime.rules.sharding() is not None or runtime.dense_below):
+    if options.prompts_together > 1 and (runtime.rules.devices > 1 or runtime.dense_below):
         together = f"prompts_together is {options.prompts_together}"
         raise UserError(f"{together}; it must be 1 on several devices, and where prompts are dense below a position")
     context = options.max_context or positions

@@ -68,6 +68,13 @@ def test_no_more_than_the_rows_can_use(make, tokens):
     assert tokens(make("expert", 4), H200, max_context=1000) == 32 * 1024
 
 
+def test_prompts_together_need_one_device(make, tokens):
+    """Also where a sharding file says that it is one."""
+    assert tokens(make(), H200, prompts_together=2) > 0
+    with pytest.raises(UserError, match="prompts_together is 2; it must be 1 on several devices"):
+        tokens(make("expert", 4), H200, prompts_together=2)
+
+
 def test_a_number_that_does_not_fit_is_refused_with_the_one_that_does(make, tokens):
     one = make()
     with pytest.raises(UserError, match=r"cache_tokens is 1,000,000; at most [0-9,]+ tokens fit beside") as error:

@@ -1,6 +1,7 @@
 """The engine's promise on Hopper kernels: a request has the same tokens whatever runs beside it.
 
-On one GPU, and on two whose kernels exchange tokens. Prompts are longer than the selection, and end within a small chunk.
+On one GPU, and on two whose kernels exchange tokens. Prompts are longer than the selection, and end within a small
+chunk.
 """
 
 import dataclasses
@@ -96,6 +97,7 @@ def test_among_others_and_with_a_cached_prefix(make, alone):
         assert engine.stats().compilations == 0
 
 
+@pytest.mark.parametrize("make", ["one_device"], indirect=True)
 def test_prompts_read_together(make):
     """Alone and in steps with others."""
     with make(prompts_together=4, chunks_between=ROWS, prefix_cache=False) as engine:
