@@ -37,7 +37,7 @@ from keye_jax.model.indexer import Indexer, in_dtype
 from keye_jax.model.layers import RMSNorm
 from keye_jax.model.moe import MoE, run_matrices
 from keye_jax.quantization.weights import QuantizedLinear
-from keye_jax.sharding.collectives import only, rank, sum_over, without
+from keye_jax.sharding.collectives import Axes, only, rank, sum_over, without
 from keye_jax.sharding.step import StepSharding, spec
 from pallas_kernels.decode_layer import Routed, combine_experts, finish_projections, gather_tokens, route
 from pallas_kernels.dispatch import resolve
@@ -277,9 +277,11 @@ def _mix(
         )
         return routed, run_matrices(routed.rows, *matrices, routed.group_sizes, preferred)
 
-    def combine(routed: Routed, rows: jax.Array, x: jax.Array, *exchange: Any, **axes: Any) -> Any:
+    def combine(
+        routed: Routed, rows: jax.Array, x: jax.Array, place: jax.Array | None = None, **axes: Axes
+    ) -> tuple[jax.Array, jax.Array]:
         how: dict[str, Any] = {"eps": next_eps, "implementation": resolve("combine_experts", preferred)}
-        return combine_experts(rows, routed.row_of, routed.weights, x, next_norm, *exchange, **axes, **how)
+        return combine_experts(rows, routed.row_of, routed.weights, x, next_norm, place, **axes, **how)
 
     if not step.expert_parts:
         routed, rows = run(tokens, update)
