@@ -175,7 +175,7 @@ def _nucleus_cases(sizes: list[tuple[int, int]]) -> Iterator[BenchCase]:
             def make(top_k: int, rows: int = rows, vocab: int = vocab) -> Arguments:
                 logits = 3 * inputs.normal(0, rows, vocab, dtype=jnp.float32)
                 ones = jnp.ones(rows, jnp.int32)
-                return logits, top_k * ones, jnp.full(rows, 0.95), ones
+                return logits, top_k * ones, jnp.full(rows, 0.95, jnp.float32), ones
 
             size = f"{rows} x {size_name(vocab)}, top_k {top_k}"
             yield BenchCase("nucleus", size, implementations("nucleus"), make, (top_k,), nbytes=4.0 * rows * vocab)

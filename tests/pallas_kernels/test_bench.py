@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels.bench import inputs, power, tables, timing
 from pallas_kernels.bench.__main__ import main
-from pallas_kernels.bench.cases import KINDS
+from pallas_kernels.bench.cases import KINDS, cases
 from pallas_kernels.bench.layers import Layer, layers, summary
 from pallas_kernels.shapes import KEYE_VL_2 as MODEL
 
@@ -103,6 +103,14 @@ class TestLayers:
         for layer in layers(quick=False):
             assert layer.sampled[0] == 0
             assert (layer.sampled[-1] + 1) * layer.chunk == layer.tokens
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_arguments_are_those_that_programs_are_compiled_for(quick):
+    """JAX takes a weak dtype for another one than the same that is not."""
+    for case in cases(quick=quick):
+        made = jax.eval_shape(case.make, *(jnp.int32(x) for x in case.settings))
+        assert not [x for x in jax.tree.leaves(made) if x.weak_type], (case.operation, case.size)
 
 
 def test_figures_are_printed_and_written_and_read_again(monkeypatch, capsys, tmp_path):
