@@ -86,7 +86,7 @@ def combine_over_devices_body(machine, rows, row_of, weights, x, norm, addresses
 
 
 class _Token:
-    """A block's token, as each thread sees it, whose loads begin when it is made.
+    """A block's token, as each thread sees it.
 
     Attributes:
       there, at: whether the thread has four words of the token, and which.
@@ -97,14 +97,14 @@ class _Token:
         self.machine, self.token, self.shape, self.words = machine, token, shape, words
         # Warps behind the last number load that one's words, and their results go nowhere.
         self.there, self.at = machine.thread < words // 4, (machine.thread * 4).min(words - 4)
-        self.norm = norm
-        self.before = machine.load_global4(machine.row(x, token, words), self.at)
+        self.x, self.norm = x, norm
 
     def mix(self, rows, row_of, weights):
         """The weighted sum of the rows of the token's experts, rounded, as words of two numbers."""
         machine, shape, op = self.machine, self.shape, self.machine.float_op
         places = _load(machine, row_of, self.token, shape.experts)
         shares = _load(machine, weights, self.token, shape.experts)
+        self.before = machine.load_global4(machine.row(self.x, self.token, self.words), self.at)
         # Factors come from far: no kernel has used them before. ptxas puts off loads and copies to where they are
         # waited for, but no copy beyond a barrier that the rows' loads stay behind. Here threads wait for the places
         # anyway.
