@@ -69,7 +69,8 @@ def _decode_program(
 ) -> jax.stages.Traced:
     program = (programs.decode_and_sample if sample else programs.decode)(runtime.rules.platform)
     pool = _pool_shape(runtime, pages)
-    arguments: Any = *runtime.decode_inputs, _state_shape(runtime, rows, width, heat), pool
+    state = _state_shape(runtime, rows, width, heat)
+    arguments: Any = runtime.model_def, runtime.params, runtime.addresses, state, pool
     return program.trace(*arguments, step=runtime.decode_step, options=runtime.options)
 
 

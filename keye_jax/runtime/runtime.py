@@ -481,11 +481,6 @@ class Runtime:
         """What the rows drew last, in an array that no step overwrites, for `unpack_drawn` of `programs`."""
         return programs.drawn(state, step=self.decode_step)
 
-    @property
-    def decode_inputs(self) -> tuple[Any, ...]:
-        """What all steps of decode take before the state and the pool."""
-        return self.model_def, self.params, self.addresses
-
     def decode(self, state: DecodeState, pool: PagePool) -> tuple[jax.Array, DecodeState, PagePool]:
         """Reads the last token of each row.
 
@@ -495,8 +490,8 @@ class Runtime:
         Returns:
           float32 `[b, vocab]` logits of the next tokens, the state that `draw` takes next, and the pool.
         """
-        run = programs.decode(self.rules.platform)
-        return run(*self.decode_inputs, state, pool, step=self.decode_step, options=self.options)
+        inputs = self.model_def, self.params, self.addresses, state, pool
+        return programs.decode(self.rules.platform)(*inputs, step=self.decode_step, options=self.options)
 
     def draw(self, logits: jax.Array, state: DecodeState) -> DecodeState:
         """The state, which is donated, after active rows have drawn their next token from `logits`, `[b, vocab]`."""
@@ -504,5 +499,5 @@ class Runtime:
 
     def decode_and_sample(self, state: DecodeState, pool: PagePool) -> tuple[DecodeState, PagePool]:
         """`decode` and `draw` in one program, for which both are donated."""
-        run = programs.decode_and_sample(self.rules.platform)
-        return run(*self.decode_inputs, state, pool, step=self.decode_step, options=self.options)
+        inputs = self.model_def, self.params, self.addresses, state, pool
+        return programs.decode_and_sample(self.rules.platform)(*inputs, step=self.decode_step, options=self.options)

@@ -13,12 +13,12 @@ from pallas_kernels.decode_layer.mosaic_gpu.combining import MOST_EXPERTS, Combi
 from pallas_kernels.decode_layer.mosaic_gpu.exchange import GatherShape, gather
 from pallas_kernels.decode_layer.mosaic_gpu.finishing import DIM, INDEX_DIM, FinishShape, finish
 from pallas_kernels.decode_layer.mosaic_gpu.routing import EXPERTS, MOST_CHOSEN, RouteShape, choose
-from pallas_kernels.gpu.peers import MOST_DEVICES
+from pallas_kernels.gpu.peers import MOST_DEVICES, MOST_ROWS, ROW_WORDS
 
-MOST_TOKENS = 64
+MOST_TOKENS = MOST_ROWS
 _MOST_INDEX_HEADS = 32
-_MOST_INPUTS = 2048
-"""Of matrices whose tokens are normed in shared memory."""
+_MOST_INPUTS = 2 * ROW_WORDS
+"""Of matrices whose tokens are normed in shared memory, and of tokens that are exchanged."""
 
 
 def finish_projections(
