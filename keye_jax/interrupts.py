@@ -238,22 +238,6 @@ def end_with(pipe: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def start_quiet_tracker() -> None:
-    """Starts the process that removes what a killed process of `multiprocessing` leaves; it prints nothing then."""
-    from multiprocessing import resource_tracker
-
-    before = os.environ.get("PYTHONWARNINGS")
-    os.environ["PYTHONWARNINGS"] = "ignore"
-    try:
-        with kept_from_children():
-            resource_tracker.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["PYTHONWARNINGS"]
-        else:
-            os.environ["PYTHONWARNINGS"] = before
-
-
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """The main thread takes no signal in it, and the process does not end, unless it takes long."""

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import multiprocessing
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from keye_jax import interrupts
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import UserError, shorten
 from keye_jax.page_allocator import PAGE_SIZE
@@ -27,6 +24,7 @@ from keye_jax.train.packing import PackedArrays
 from keye_jax.train.shapes.batches import Batch, BatchOptions, frame_patches
 from keye_jax.train.shapes.batches import Batches as Conversations
 from keye_jax.train.shapes.scene import SIDE, SceneOptions
+from keye_jax.train.workers import Crashed, Workers
 
 _log = logging.getLogger(__name__)
 _SETTINGS = ("turns", "apart", "kinds", *(field.name for field in dataclasses.fields(SceneOptions)))
@@ -59,10 +57,9 @@ class GeneratedBatches:
         count: int | None = None,
     ):
         options = [each for each in read_options(stage) if each is not None]
-        self._arguments = checkpoint, model, options
         self._makers = [Conversations(checkpoint, model, each) for each in options]
-        self._workers = 0 if count else stage.data.workers
-        self._pool: ProcessPoolExecutor | None = None
+        self._most_ahead = 0 if count else 2 * stage.data.workers
+        self._workers = Workers(stage.data.workers, _start, checkpoint, model, options) if self._most_ahead else None
         self._ahead: deque[Future[Batch]] = deque()
         self._share = stage.data.long.share if stage.data.long else 0.0
         self._accumulation = stage.batch.accumulation
@@ -83,9 +80,8 @@ class GeneratedBatches:
 
     def close(self) -> None:
         self._forget()
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
+        if self._workers is not None:
+            self._workers.close()
 
     def __next__(self) -> PackedArrays:
         if self._number == self._count:
@@ -111,25 +107,15 @@ class GeneratedBatches:
 
     def _make(self) -> Batch:
         """The next batch, and has processes make those behind it."""
-        which = self._which(self._number)
-        if not self._workers:
-            return self._makers[which].batch(self._seed, self._number)
-        try:
-            if self._pool is None:
-                interrupts.start_quiet_tracker()
-                context = multiprocessing.get_context("spawn")  # not forked: JAX has threads
-                self._pool = ProcessPoolExecutor(self._workers, context, _start, self._arguments)
-            while len(self._ahead) < 2 * self._workers:
+        if self._workers is not None:
+            while len(self._ahead) < self._most_ahead:
                 number = self._number + len(self._ahead)
-                with interrupts.kept_from_children():
-                    self._ahead.append(self._pool.submit(_batch, self._which(number), self._seed, number))
-            return self._ahead.popleft().result()
-        except BrokenProcessPool:
-            # A process was ended from outside. This one makes the same batches.
-            _log.warning("a process that makes clips was ended from outside; all are made in one process from now on")
-            self.close()
-            self._workers = 0
-            return self._makers[which].batch(self._seed, self._number)
+                self._ahead.append(self._workers.submit(_batch, self._which(number), self._seed, number))
+            try:
+                return self._ahead.popleft().result()
+            except Crashed:
+                _log.warning("two processes ended while they made batch %d; it is made in this one", self._number)
+        return self._makers[self._which(self._number)].batch(self._seed, self._number)
 
     def _which(self, number: int) -> int:
         """Which options a batch has: 1 for long clips, which come evenly. All batches of a step have one shape."""
@@ -148,9 +134,6 @@ _makers: list[Conversations] = []
 
 def _start(checkpoint: str | Path, model: KeyeConfig, options: list[BatchOptions]) -> None:
     """Begins the work of a process."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    interrupts.end_with(parent.sentinel)
     _makers[:] = [Conversations(checkpoint, model, each) for each in options]
 
 

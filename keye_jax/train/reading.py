@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import multiprocessing
 import pickle
 from collections.abc import Callable, Mapping
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from keye_jax import interrupts
 from keye_jax.errors import UserError
 from keye_jax.processor import ModelInputs, Processor
 from keye_jax.train.samples import read_conversation
+from keye_jax.train.workers import Crashed, Workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +130,6 @@ _settings: Settings | None = None
 def _start(content: bytes) -> None:
     """Begins the work of a process."""
     global _settings
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    interrupts.end_with(parent.sentinel)
     _settings = pickle.loads(content)
 
 
@@ -147,8 +141,7 @@ def _run(method: str, argument: bytes) -> Any:
 class Reader:
     """Plans and decodes samples, in processes or in this one.
 
-    A process that a damaged file crashes costs only that sample: its work is tried once more alone, and what crashes
-    then is `Broken`.
+    A process that a damaged file crashes costs only that sample, which is `Broken`.
 
     Args:
       settings: for all of them.
@@ -156,11 +149,9 @@ class Reader:
     """
 
     def __init__(self, settings: Settings, workers: int):
-        self._settings, self._workers = settings, workers
-        self._content = pickle.dumps(settings, pickle.HIGHEST_PROTOCOL)
-        if workers:
-            interrupts.start_quiet_tracker()
-        self._pool = self._new_pool(workers) if workers else None
+        self._settings = settings
+        content = pickle.dumps(settings, pickle.HIGHEST_PROTOCOL)
+        self._workers = Workers(workers, _start, content) if workers else None
 
     def plan(self, line: bytes) -> Callable[[], Planned | Broken]:
         """Begins `Settings.plan`, and returns what waits for its result."""
@@ -172,46 +163,18 @@ class Reader:
 
     def close(self) -> None:
         """Ends the processes."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _new_pool(self, workers: int) -> concurrent.futures.ProcessPoolExecutor:
-        # Not forked: JAX has threads.
-        context = multiprocessing.get_context("spawn")
-        return concurrent.futures.ProcessPoolExecutor(workers, context, _start, (self._content,))
+        if self._workers is not None:
+            self._workers.close()
 
     def _submit(self, method: str, argument: bytes) -> Callable[[], Any]:
-        if self._pool is None:
+        if self._workers is None:
             return lambda: getattr(self._settings, method)(argument)
-        pool, future = self._pool, None
-        try:
-            with interrupts.kept_from_children():
-                future = pool.submit(_run, method, argument)
-        except BrokenProcessPool:
-            self._replace(pool)
+        future = self._workers.submit(_run, method, argument)
 
         def wait() -> Any:
             try:
-                if future is not None:
-                    return future.result()
-            except BrokenProcessPool:
-                self._replace(pool)
-            return self._alone(method, argument)
+                return future.result()
+            except Crashed:
+                return Broken("it crashes the process that decodes it")
 
         return wait
-
-    def _replace(self, broken: concurrent.futures.ProcessPoolExecutor) -> None:
-        """Takes new processes in place of those that a crash ended, once."""
-        if self._pool is broken:
-            broken.shutdown(wait=False)
-            self._pool = self._new_pool(self._workers)
-
-    def _alone(self, method: str, argument: bytes) -> Any:
-        """Does work again in a process that does nothing else."""
-        with self._new_pool(1) as pool:
-            try:
-                with interrupts.kept_from_children():
-                    future = pool.submit(_run, method, argument)
-                return future.result()
-            except BrokenProcessPool:
-                return Broken("it crashes the process that decodes it")

@@ -76,6 +76,8 @@ def test_processes_make_the_same_batches(files):
         worker.kill()
         worker.join()
         found += [next(helped).ids for _ in range(2)]
+        [another] = multiprocessing.active_children()
+        assert another.pid != worker.pid
     np.testing.assert_array_equal(found, expected)
     assert not multiprocessing.active_children()
 
