@@ -31,7 +31,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "keye_jax.doctor": ("keye_jax.engine", "keye_jax"),
     "keye_jax.demo": ("keye_jax.cli", "keye_jax.eval", "keye_jax.train"),
     "keye_jax.jobs": ("keye_jax.engine", "keye_jax.presets"),
-    "keye_jax.serve": ("keye_jax.engine", "keye_jax.jobs"),
+    "keye_jax.serve": ("keye_jax.engine", "keye_jax.jobs", "keye_jax.call_process"),
     "keye_jax.engine": ("keye_jax.runtime", "keye_jax.processor", "keye_jax.file_lock", "convert"),
     "keye_jax.eval": ("keye_jax.runtime", "keye_jax.engine", "keye_jax.train"),
     "keye_jax.bench": (
@@ -47,7 +47,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "keye_jax.model",
         "keye_jax.processor",
         "keye_jax.progress",
-        "keye_jax.interrupts",
+        "keye_jax.call_process",
         "keye_jax.byte_level",
         "keye_jax.presets",
         "convert",
@@ -73,6 +73,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "keye_jax.parsing": ("keye_jax.errors",),
     "keye_jax.errors": (),
     "keye_jax.file_lock": (),
+    "keye_jax.call_process": ("keye_jax.interrupts",),
     "keye_jax.interrupts": (),
     "keye_jax": (),  # __init__.py: the version, and names of the library that are looked up late
     "keye_jax.progress": (),

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import io
-import multiprocessing
 import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from keye_jax import interrupts
+from keye_jax.call_process import CallProcess
 from keye_jax.errors import UserError
 from keye_jax.processor import ImagePlan, MediaPlanner
 
@@ -83,14 +79,14 @@ class FrameReader:
             if self._process is None:
                 self._process = _Process(self._setup)
             try:
-                answer = self._process.ask(function, arguments)
+                returned, answer = self._process.ask(function, *arguments, timeout=_TIMEOUT_S)
             except TimeoutError:
                 self._end()
                 break
             except (EOFError, OSError):
                 self._end()
                 continue
-            if isinstance(answer, Exception):
+            if not returned:
                 raise answer
             return answer
         raise UserError("the medium cannot be shown: what reads it crashed or takes too long")
@@ -101,53 +97,23 @@ class FrameReader:
             process.close()
 
 
-class _Process:
+class _Process(CallProcess):
     """The process, with a folder for what it downloads."""
 
     def __init__(self, setup: bytes):
         self._folder = tempfile.mkdtemp(prefix="keye-jax-frames-")
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process: SpawnProcess = context.Process(target=_run, args=(theirs, setup, self._folder), daemon=True)
-        with theirs, interrupts.kept_from_children():
-            self._process.start()
-
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid
-
-    def ask(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        """What the function returns or raises there. Raises EOFError, OSError or TimeoutError if nothing comes."""
-        self._pipe.send((function, arguments))
-        if not self._pipe.poll(_TIMEOUT_S):
-            raise TimeoutError
-        return self._pipe.recv()
-
-    def kill(self) -> None:
-        """Ends it at once. Any thread may call it."""
-        self._process.kill()
+        super().__init__(_start, setup, self._folder)
 
     def close(self) -> None:
         """Ends it, and removes what it has downloaded."""
-        self._process.kill()
-        self._process.join()
-        self._pipe.close()
+        self.kill()
+        super().close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _run(pipe: Connection, setup: bytes, folder: str) -> None:
-    """The program of the process."""
-    interrupts.end_with(pipe.fileno())
+def _start(setup: bytes, folder: str) -> MediaPlanner:
     tempfile.tempdir = folder
-    planner = pickle.loads(setup)
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the other process ended
-        while True:
-            function, arguments = pipe.recv()
-            try:
-                answer = function(planner, *arguments)
-            except Exception as error:
-                answer = error
-            pipe.send(answer)
+    return pickle.loads(setup)
 
 
 def _describe(planner: MediaPlanner, source: str | Path, options: dict[str, Any]) -> dict[str, Any]:

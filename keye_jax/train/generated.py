@@ -57,9 +57,9 @@ class GeneratedBatches:
         count: int | None = None,
     ):
         options = [each for each in read_options(stage) if each is not None]
-        self._makers = [Conversations(checkpoint, model, each) for each in options]
+        self._makers = _makers(checkpoint, model, options)
         self._most_ahead = 0 if count else 2 * stage.data.workers
-        self._workers = Workers(stage.data.workers, _start, checkpoint, model, options) if self._most_ahead else None
+        self._workers = Workers(stage.data.workers, _makers, checkpoint, model, options) if self._most_ahead else None
         self._ahead: deque[Future[Batch]] = deque()
         self._share = stage.data.long.share if stage.data.long else 0.0
         self._accumulation = stage.batch.accumulation
@@ -115,7 +115,7 @@ class GeneratedBatches:
                 return self._ahead.popleft().result()
             except Crashed:
                 _log.warning("two processes ended while they made batch %d; it is made in this one", self._number)
-        return self._makers[self._which(self._number)].batch(self._seed, self._number)
+        return _batch(self._makers, self._which(self._number), self._seed, self._number)
 
     def _which(self, number: int) -> int:
         """Which options a batch has: 1 for long clips, which come evenly. All batches of a step have one shape."""
@@ -128,17 +128,13 @@ class GeneratedBatches:
         self._ahead.clear()
 
 
-_makers: list[Conversations] = []
-"""Of a process that makes batches."""
+def _makers(checkpoint: str | Path, model: KeyeConfig, options: list[BatchOptions]) -> list[Conversations]:
+    """What makes batches, with each of the options."""
+    return [Conversations(checkpoint, model, each) for each in options]
 
 
-def _start(checkpoint: str | Path, model: KeyeConfig, options: list[BatchOptions]) -> None:
-    """Begins the work of a process."""
-    _makers[:] = [Conversations(checkpoint, model, each) for each in options]
-
-
-def _batch(which: int, seed: int, number: int) -> Batch:
-    return _makers[which].batch(seed, number)
+def _batch(makers: list[Conversations], which: int, seed: int, number: int) -> Batch:
+    return makers[which].batch(seed, number)
 
 
 def read_options(stage: StageConfig) -> tuple[BatchOptions, BatchOptions | None]:

@@ -124,18 +124,8 @@ class Settings:
         )
 
 
-_settings: Settings | None = None
-
-
-def _start(content: bytes) -> None:
-    """Begins the work of a process."""
-    global _settings
-    _settings = pickle.loads(content)
-
-
-def _run(method: str, argument: bytes) -> Any:
-    assert _settings is not None
-    return getattr(_settings, method)(argument)
+def _run(settings: Settings, method: str, argument: bytes) -> Any:
+    return getattr(settings, method)(argument)
 
 
 class Reader:
@@ -151,7 +141,7 @@ class Reader:
     def __init__(self, settings: Settings, workers: int):
         self._settings = settings
         content = pickle.dumps(settings, pickle.HIGHEST_PROTOCOL)
-        self._workers = Workers(workers, _start, content) if workers else None
+        self._workers = Workers(workers, pickle.loads, content) if workers else None
 
     def plan(self, line: bytes) -> Callable[[], Planned | Broken]:
         """Begins `Settings.plan`, and returns what waits for its result."""
@@ -168,7 +158,7 @@ class Reader:
 
     def _submit(self, method: str, argument: bytes) -> Callable[[], Any]:
         if self._workers is None:
-            return lambda: getattr(self._settings, method)(argument)
+            return lambda: _run(self._settings, method, argument)
         future = self._workers.submit(_run, method, argument)
 
         def wait() -> Any:

@@ -147,9 +147,9 @@ class TestFaults:
         asked = {"media": f"file-id:{file.id}", "options": {"num_frames": 3}}
         arrived, hung, show = threading.Event(), threading.Event(), frames._Process.ask
 
-        def hang(process, function, arguments):
+        def hang(process, *call, timeout):
             if hung.is_set():
-                return show(process, function, arguments)
+                return show(process, *call, timeout=timeout)
             hung.set()
             arrived.wait(60)
             raise TimeoutError

@@ -13,32 +13,25 @@ import pytest
 
 from keye_jax.train.workers import Crashed, Workers
 
-_started = ""
+
+def said(begun: str, text: str) -> str:
+    return begun + text
 
 
-def start(text: str) -> None:
-    global _started
-    _started = text
-
-
-def said(text: str) -> str:
-    return _started + text
-
-
-def refuse(text: str) -> None:
+def refuse(begun: str, text: str) -> None:
     raise KeyError(text)
 
 
-def end() -> None:
+def end(begun: str) -> None:
     os._exit(9)
 
 
-def wait_for(path: Path) -> None:
+def wait_for(begun: str, path: Path) -> None:
     while not path.exists():
         time.sleep(0.01)
 
 
-def end_while_sending(once: Path, result: bytes) -> bytes:
+def end_while_sending(begun: str, once: Path, result: bytes) -> bytes:
     """Of the first process, half of the result is sent."""
 
     def send_half(self, content):
@@ -54,7 +47,7 @@ def end_while_sending(once: Path, result: bytes) -> bytes:
 
 @pytest.fixture
 def workers():
-    workers = Workers(1, start, "heard: ")
+    workers = Workers(1, str, "heard: ")
     yield workers
     workers.close()
     assert not multiprocessing.active_children()
@@ -62,14 +55,17 @@ def workers():
 
 def test_a_call_returns_or_raises_and_costs_no_other_its_process(workers):
     returns, raises = workers.submit(said, "one"), workers.submit(refuse, "two")
-    ends, follows = workers.submit(end), workers.submit(said, "four")
+    ends, cannot_travel = workers.submit(end), workers.submit(said, threading.Lock())
+    follows = workers.submit(said, "five")
     assert returns.result() == "heard: one"
     with pytest.raises(KeyError, match="two") as raised:
         raises.result()
     assert "in refuse" in raised.value.__notes__[0]
     with pytest.raises(Crashed):
         ends.result()
-    assert follows.result() == "heard: four"
+    with pytest.raises(TypeError, match="cannot pickle"):
+        cannot_travel.result()
+    assert follows.result() == "heard: five"
 
 
 def test_a_process_that_ends_while_it_sends_does_not_keep_this_one_waiting(workers, tmp_path):
